@@ -1,0 +1,9 @@
+"""Structured pruning for PyTorch Lightning: the network gets physically smaller while it trains."""
+
+from lightning_prune import criteria
+from lightning_prune.allocation import plan
+from lightning_prune.graph import trace
+from lightning_prune.surgery import prune
+
+__all__ = ["criteria", "plan", "prune", "trace"]
+__version__ = "0.1.0"

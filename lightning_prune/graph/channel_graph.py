@@ -1,0 +1,186 @@
+"""The channel graph: which channels of a model leave together, which may not leave, and why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.graph.modules import named_tensors
+from lightning_prune.plan import PruningPlan, Slice
+
+__all__ = ["Axis", "ChannelGraph", "Group", "Held", "Term", "plan_in_force"]
+
+_RECORD = "_pruning_plan"
+
+
+def plan_in_force(model: nn.Module) -> PruningPlan | None:
+    """Return the plan that has been applied to a model, or None for a model that was never pruned."""
+    return model.__dict__.get(_RECORD)
+
+
+def record_plan(model: nn.Module, plan: PruningPlan | None) -> None:
+    """Note on the model which plan has been applied to it; the note travels with copies and pickles of the model."""
+    model.__dict__[_RECORD] = plan
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that are coupled: one channel is one slice of every tensor named here.
+
+    Attributes:
+        name: Name of the module that makes the channels first.
+        size: Number of channels in the original model.
+        producers: Where weights make the channels (rows of a convolution, say).
+        readers: Where weights read them (the input side of the layers behind).
+        others: What else is stored per channel: biases, normalisation.
+        inexact: Why removing a channel is not the same as zeroing what is read from it; empty if it is the same.
+    """
+
+    name: str
+    size: int
+    producers: tuple[Slice, ...]
+    readers: tuple[Slice, ...]
+    others: tuple[Slice, ...]
+    inexact: str = ""
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """All slices of a channel."""
+        return self.producers + self.others + self.readers
+
+    @property
+    def width(self) -> int:
+        """How many output channels of its first layer one channel of the group stands for."""
+        first = self.producers[0]
+        alike = [part for part in self.producers if (part.tensor, part.axis) == (first.tensor, first.axis)]
+        return sum(len(part.table[0]) if part.table else part.width for part in alike)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Channels that stay whole.
+
+    Attributes:
+        channels: How many.
+        reason: Which module keeps them, and why.
+    """
+
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The length of an axis: a fixed number of positions and, for each group, some per channel."""
+
+    fixed: int
+    groups: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A cost: a coefficient times the lengths of some axes, spent by a module."""
+
+    coefficient: int
+    axes: tuple[Axis, ...]
+    module: str
+
+
+@dataclass
+class ChannelGraph:
+    """Which channels of a model leave together, which may not, and why; always about the original model.
+
+    The graph stays valid when the model is pruned: criteria read the tensors as they are now and number the channels
+    as they were at first.
+
+    Attributes:
+        model: The model that was traced.
+        groups: The groups that can lose channels, in the order of the forward pass, by name.
+        held: The channels that stay whole, by the name of the module that makes them, with the reason.
+        shapes: Original shape of every parameter and buffer.
+        terms: What the model costs, by metric ("flops", "params", "channels"), as sums of products of axis lengths.
+    """
+
+    model: nn.Module
+    groups: dict[str, Group]
+    held: dict[str, Held]
+    shapes: dict[str, tuple[int, ...]]
+    terms: dict[str, list[Term]] = field(repr=False)
+
+    def plan(self, kept: Mapping[str, Tensor]) -> PruningPlan:
+        """Make a plan from the channels that stay.
+
+        Args:
+            kept: (n,) int64 channels that stay, by group name; groups that are absent stay whole.
+
+        Raises:
+            ValueError: If a name is no group of this graph, or a group would lose its last channel.
+        """
+        from lightning_prune.plan import PlannedGroup
+
+        planned = {}
+        for name, channels in kept.items():
+            group = self.group(name)
+            planned[name] = PlannedGroup(group.size, tuple(sorted(int(c) for c in channels)), group.slices)
+        shapes = {part.tensor: self.shapes[part.tensor] for group in planned.values() for part in group.slices}
+        return PruningPlan(planned, shapes)
+
+    def group(self, name: str) -> Group:
+        """Return a group by name.
+
+        Raises:
+            ValueError: If there is no such group; says whether its channels are held, and why.
+        """
+        if name in self.groups:
+            return self.groups[name]
+        if name in self.held:
+            raise ValueError(f"The channels of {name!r} stay whole: {self.held[name].reason}.")
+        raise ValueError(f"{name!r} is no channel group of this model; the groups are {', '.join(self.groups)}.")
+
+    def live(self, name: str) -> Tensor:
+        """Return the channels of a group that the model still has, as (n,) int64."""
+        plan = plan_in_force(self.model)
+        if plan is None or name not in plan.groups:
+            return torch.arange(self.groups[name].size)
+        return torch.tensor(plan.groups[name].kept)
+
+    def rows(self, name: str, part: Slice, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return what one slice holds of each channel that the model still has.
+
+        Args:
+            name: The group.
+            part: One of its slices.
+            values: Tensors to read instead of the model's own, by the same names and of the same shapes.
+
+        Returns:
+            (live channels, values per channel), on the device of the tensor.
+        """
+        tensor = (values if values is not None else named_tensors(self.model))[part.tensor].detach()
+        channels = self.live(name)
+        positions = part.positions(channels)
+        plan = plan_in_force(self.model)
+        index = plan.index().get(part.tensor, {}).get(part.axis) if plan is not None else None
+        if index is not None:  # from positions in the original tensor to positions in the pruned one
+            now = torch.zeros(self.shapes[part.tensor][part.axis], dtype=torch.int64)
+            now[index] = torch.arange(len(index))
+            positions = now[positions]
+        taken = tensor.index_select(part.axis, positions.to(tensor.device))
+        return taken.movedim(part.axis, 0).reshape(len(channels), -1)
+
+    def explain(self, name: str) -> str:
+        """Say in words what becomes of the channels of a module.
+
+        Args:
+            name: Name of a group, of a module that is part of one, or of held channels.
+        """
+        if name in self.held and name not in self.groups:
+            held = self.held[name]
+            return f"{name}: {held.channels} channels stay whole, because {held.reason}"
+        for group in self.groups.values():
+            members = {part.tensor.rpartition(".")[0]: None for part in group.slices}
+            if name == group.name or name in members:
+                how = f"not exactly, because {group.inexact}" if group.inexact else "exactly"
+                others = ", ".join(member for member in members if member != name)
+                return f"{name}: group {group.name!r} of {group.size} channels, removable {how}; shared with {others}"
+        raise ValueError(f"{name!r} makes or reads no channels; the groups are {', '.join(self.groups)}.")

@@ -1,0 +1,137 @@
+"""Modules that keep sizes of their tensors as attributes, and running a model on other tensors than its own."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["named_tensors", "substituted", "sync_attributes"]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer of ``model`` by its dotted name, shared ones once, under their first name."""
+    named = dict(model.named_parameters())
+    named.update(model.named_buffers())
+    return named
+
+
+def _sync_conv(module: nn.Module) -> None:
+    first, second = module.weight.shape[:2]
+    if module.groups > 1:  # whole convolution groups leave together, so each keeps the size it had
+        module.groups = module.groups * first // (module.in_channels if module.transposed else module.out_channels)
+    if module.transposed:
+        module.in_channels, module.out_channels = first, second * module.groups
+    else:
+        module.in_channels, module.out_channels = second * module.groups, first
+
+
+def _sync_linear(module: nn.Module) -> None:
+    module.out_features, module.in_features = module.weight.shape
+
+
+def _sync_batch_norm(module: nn.Module) -> None:
+    per_channel = module.weight if module.weight is not None else module.running_mean
+    if per_channel is not None:
+        module.num_features = per_channel.shape[0]
+
+
+def _sync_layer_norm(module: nn.Module) -> None:
+    if module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+
+
+def _sync_group_norm(module: nn.Module) -> None:
+    if module.weight is not None:
+        channels = module.weight.shape[0]
+        module.num_groups = module.num_groups * channels // module.num_channels
+        module.num_channels = channels
+
+
+def _sync_prelu(module: nn.Module) -> None:
+    module.num_parameters = module.weight.shape[0]
+
+
+def _sync_embedding(module: nn.Module) -> None:
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+_SYNC: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[nn.Module], None]]] = [
+    (nn.modules.conv._ConvNd, _sync_conv),
+    (nn.Linear, _sync_linear),
+    (nn.modules.batchnorm._NormBase, _sync_batch_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _sync_layer_norm),
+    (nn.GroupNorm, _sync_group_norm),
+    (nn.PReLU, _sync_prelu),
+    (nn.Embedding, _sync_embedding),
+]
+
+
+def sync_attributes(module: nn.Module) -> None:
+    """Make the size attributes of one module (``out_channels``, ``num_features``, ``groups`` ...) fit its tensors.
+
+    Args:
+        module: A module whose tensors may just have changed shape. Its children are not visited.
+
+    Example:
+        >>> convolution = nn.Conv2d(3, 8, 1)
+        >>> convolution.weight.data = convolution.weight.data[:6]
+        >>> sync_attributes(convolution)
+        >>> convolution
+        Conv2d(3, 6, kernel_size=(1, 1), stride=(1, 1))
+    """
+    for kinds, sync in _SYNC:
+        if isinstance(module, kinds):
+            sync(module)
+            return
+
+
+@contextmanager
+def substituted(model: nn.Module, tensors: Mapping[int, Tensor], training: bool) -> Iterator[None]:
+    """Run ``model`` on other tensors for a while, and give back every attribute of every module afterwards.
+
+    Unlike ``torch.func.functional_call`` this also restores what a forward pass writes to the modules (counters,
+    caches, the plain ``weight`` that old-style weight norm sets) and keeps size attributes in step with the tensors.
+
+    Args:
+        model: The module to run.
+        tensors: The stand-in of each parameter and buffer, by ``id`` of the tensor it stands in for.
+        training: The mode to run in; set without calling anyone's ``train`` method, which may have side effects.
+    """
+    modules = list(model.modules())
+    # The dictionaries of parameters, buffers and children are objects of their own, which the copy of
+    # `__dict__` only refers to.
+    saved = [
+        (m, dict(m.__dict__), [(held, dict(held)) for held in (m._parameters, m._buffers, m._modules)]) for m in modules
+    ]
+    try:
+        for m in modules:
+            changed = False
+            for held in (m._parameters, m._buffers):
+                for name, tensor in held.items():
+                    stand_in = tensors.get(id(tensor))
+                    if stand_in is not None:
+                        held[name] = stand_in  # type: ignore[assignment]
+                        changed = changed or stand_in.shape != tensor.shape  # type: ignore[union-attr]
+            if changed:
+                sync_attributes(m)
+            m.__dict__["training"] = training
+        yield
+    finally:
+        for m, attributes, holders in saved:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+            for held, content in holders:
+                held.clear()
+                held.update(content)
+
+
+def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, dict[str, Tensor | None]]]]:
+    """Return, by ``id`` of each tensor, the modules that hold it, with its local name and the holding dictionary."""
+    found: dict[int, list[tuple[nn.Module, str, dict[str, Tensor | None]]]] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if isinstance(tensor, torch.Tensor):
+                    found.setdefault(id(tensor), []).append((module, name, held))  # type: ignore[arg-type]
+    return found

@@ -1,0 +1,221 @@
+"""The plan format: which channels of each group stay, always against the original model, as plain JSON."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FORMAT_VERSION", "PlannedGroup", "PruningPlan", "Slice"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the channels of a group lie along one axis of one tensor of the original model.
+
+    Channel ``i`` occupies the positions ``start + i * step`` to ``start + i * step + width - 1``.
+
+    Attributes:
+        tensor: Dotted name of the parameter or buffer.
+        axis: The axis.
+        start: Position of the first channel.
+        step: Distance from one channel to the next.
+        width: Number of neighbouring positions that one channel occupies.
+        table: The positions of each channel, where they follow no such rule; ``start`` to ``width`` are then unused.
+
+    Example:
+        >>> Slice("classifier.weight", axis=1, start=0, step=49, width=49).positions(torch.tensor([2]))[[0, -1]]
+        tensor([ 98, 146])
+    """
+
+    tensor: str
+    axis: int
+    start: int = 0
+    step: int = 1
+    width: int = 1
+    table: tuple[tuple[int, ...], ...] = ()
+
+    def positions(self, channels: Tensor) -> Tensor:
+        """Return the positions of some channels along the axis, channel by channel.
+
+        Args:
+            channels: (n,) int64 channel numbers of the original group.
+
+        Returns:
+            (n * positions of a channel,) int64.
+        """
+        if self.table:
+            return torch.tensor(self.table)[channels].reshape(-1)
+        return (self.start + channels[:, None] * self.step + torch.arange(self.width)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """What stays of one channel group.
+
+    Attributes:
+        size: Number of channels in the original model.
+        kept: The channels that stay, ascending.
+        slices: Where the channels lie.
+    """
+
+    size: int
+    kept: tuple[int, ...]
+    slices: tuple[Slice, ...]
+
+    def __post_init__(self) -> None:
+        inside = all(0 <= channel < self.size for channel in self.kept)
+        if not self.kept or not inside or list(self.kept) != sorted(set(self.kept)):
+            raise ValueError(
+                f"A group of {self.size} channels must keep at least one of them, ascending and without repetition; "
+                f"got {list(self.kept)}."
+            )
+
+    @property
+    def removed(self) -> Tensor:
+        """The channels that leave, as (n,) int64."""
+        mask = torch.ones(self.size, dtype=torch.bool)
+        mask[list(self.kept)] = False
+        return mask.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The channels that stay, per group, always against the original model.
+
+    A plan holds all that is needed to prune a model of the original architecture without tracing it again.
+
+    Attributes:
+        groups: What stays of each group, by group name. Groups that are absent stay whole.
+        shapes: Original shape of every tensor that the groups touch, by dotted name.
+        budget: What was asked and reached, if the plan was made for a budget; see `lightning_prune.plan`.
+
+    Example:
+        >>> group = PlannedGroup(size=4, kept=(0, 2), slices=(Slice("conv.weight", 0), Slice("fc.weight", 1)))
+        >>> plan = PruningPlan({"conv": group}, {"conv.weight": (4, 3, 3, 3), "fc.weight": (10, 4)})
+        >>> plan.index()["fc.weight"]
+        {1: tensor([0, 2])}
+        >>> PruningPlan.from_json(plan.to_json()) == plan
+        True
+    """
+
+    groups: dict[str, PlannedGroup] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    budget: dict[str, Any] | None = field(default=None, compare=False)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Number of channels that stay, by group name."""
+        return {name: len(group.kept) for name, group in self.groups.items()}
+
+    @property
+    def digest(self) -> str:
+        """A hash of what is kept, equal on all ranks that agree."""
+        content = {name: group.kept for name, group in sorted(self.groups.items())}
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def index(self) -> dict[str, dict[int, Tensor]]:
+        """Return the original positions that stay, by tensor name and axis, for the axes that get shorter."""
+        stays: dict[tuple[str, int], Tensor] = {}
+        for group in self.groups.values():
+            if len(group.kept) == group.size:
+                continue
+            for part in group.slices:
+                key = (part.tensor, part.axis)
+                if key not in stays:
+                    stays[key] = torch.ones(self.shapes[part.tensor][part.axis], dtype=torch.bool)
+                stays[key][part.positions(group.removed)] = False
+        found: dict[str, dict[int, Tensor]] = {}
+        for (tensor, axis), mask in stays.items():
+            found.setdefault(tensor, {})[axis] = mask.nonzero()[:, 0]
+        return found
+
+    def pruned_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape that each touched tensor has once the plan is applied."""
+        shapes = dict(self.shapes)
+        for tensor, axes in self.index().items():
+            shapes[tensor] = tuple(
+                len(axes[axis]) if axis in axes else size for axis, size in enumerate(shapes[tensor])
+            )
+        return shapes
+
+    def after(self, earlier: "PruningPlan | None") -> "PruningPlan":
+        """Return this plan joined with one that has been applied before.
+
+        Args:
+            earlier: The plan in force, about the same original model; None for none.
+
+        Raises:
+            ValueError: If this plan keeps a channel that the earlier one has removed.
+        """
+        if earlier is None:
+            return self
+        for name, group in self.groups.items():
+            before = earlier.groups.get(name)
+            if before is None:
+                continue
+            if before.size != group.size or before.slices != group.slices:
+                raise ValueError(
+                    f"Group {name!r} of this plan and of the plan in force are not the same channels; trace the model "
+                    "again and make a new plan."
+                )
+            returning = sorted(set(group.kept) - set(before.kept))
+            if returning:
+                raise ValueError(
+                    f"The plan keeps channels {returning[:5]} of group {name!r}, which have been removed already; "
+                    "plans are about the original model, and what is removed stays removed."
+                )
+        return replace(self, groups={**earlier.groups, **self.groups}, shapes={**earlier.shapes, **self.shapes})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain values: dictionaries, lists, strings, numbers."""
+        return {
+            "version": FORMAT_VERSION,
+            "groups": {
+                name: {
+                    "size": group.size,
+                    "kept": list(group.kept),
+                    "slices": [_slice_to_json(part) for part in group.slices],
+                }
+                for name, group in self.groups.items()
+            },
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "budget": self.budget,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "PruningPlan":
+        """Make a plan from what `to_json` returned.
+
+        Raises:
+            ValueError: If the content is no plan, or of a newer format.
+        """
+        version = content.get("version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"The plan has format version {version!r}, this lightning-prune reads up to {FORMAT_VERSION}; "
+                "install a newer lightning-prune."
+            )
+        return cls(
+            {
+                name: PlannedGroup(group["size"], tuple(group["kept"]), tuple(map(_slice_from_json, group["slices"])))
+                for name, group in content["groups"].items()
+            },
+            {name: tuple(shape) for name, shape in content["shapes"].items()},
+            content.get("budget"),
+        )
+
+
+def _slice_to_json(part: Slice) -> list[Any]:
+    values: list[Any] = [part.tensor, part.axis, part.start, part.step, part.width]
+    return [*values, [list(row) for row in part.table]] if part.table else values
+
+
+def _slice_from_json(values: Iterable[Any]) -> Slice:
+    tensor, axis, start, step, width, *table = values
+    return Slice(tensor, axis, start, step, width, tuple(map(tuple, table[0])) if table else ())

@@ -1,0 +1,199 @@
+"""The only place that replaces tensors: parameters, buffers, gradients and optimizer state."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.graph.channel_graph import plan_in_force, record_plan
+from lightning_prune.graph.modules import named_tensors, owners, sync_attributes
+from lightning_prune.plan import PruningPlan
+
+__all__ = ["PruneReport", "prune", "reshape"]
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a prune changed.
+
+    Attributes:
+        widths: Channels before and after, by group name, for the groups that lost some.
+        params: Number of parameters before and after.
+    """
+
+    widths: dict[str, tuple[int, int]]
+    params: tuple[int, int]
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {before} -> {after} channels" for name, (before, after) in self.widths.items()]
+        before, after = self.params
+        return "\n".join([*lines, f"parameters: {before:,} -> {after:,} ({after / max(before, 1):.1%})"])
+
+
+def prune(model: nn.Module, plan: PruningPlan, optimizers: Iterable[Any] = ()) -> PruneReport:
+    """Remove the channels that a plan does not keep, for good and in place.
+
+    Parameters keep their identity: every reference to them (parameter groups, hooks, lists of yours) stays good. State
+    that an optimizer keeps in the shape of a parameter loses the same channels; all other state is kept. Everything is
+    checked before the first tensor is touched.
+
+    Args:
+        model: The model that the plan is about, pruned already or not.
+        plan: The channels that stay, about the original model.
+        optimizers: The optimizers that train the model.
+
+    Returns:
+        What changed.
+
+    Raises:
+        ValueError: If the plan is about another architecture, or keeps what has been removed before.
+        TypeError: If the model is wrapped for distributed training, or an optimizer cannot be sliced.
+
+    Example:
+        >>> from lightning_prune import criteria, plan, trace
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> graph = trace(model, torch.zeros(1, 4))
+        >>> report = prune(model, plan(graph, criteria.magnitude(graph), keep=0.5, round_to=1))
+        >>> model
+        Sequential(
+          (0): Linear(in_features=4, out_features=8, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=8, out_features=2, bias=True)
+        )
+    """
+    optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+    _check_kinds(model, optimizers)
+    earlier = plan_in_force(model)
+    joined = plan.after(earlier)
+    tensors = named_tensors(model)
+    _check_shapes(tensors, joined, earlier)
+    params_before = sum(p.numel() for p in model.parameters())
+    for name, axes in _steps(joined, earlier).items():
+        _slice_tensor(tensors[name], axes, optimizers)
+    _finish(model, tensors, joined)
+    before = earlier.widths if earlier is not None else {}
+    widths = {
+        name: (before.get(name, group.size), len(group.kept))
+        for name, group in joined.groups.items()
+        if before.get(name, group.size) != len(group.kept)
+    }
+    return PruneReport(widths, (params_before, sum(p.numel() for p in model.parameters())))
+
+
+def reshape(model: nn.Module, plan: PruningPlan | None) -> None:
+    """Give a model the shapes of a plan, to load the weights that belong to it; the values are then without meaning.
+
+    Unlike `prune` this can also make a model wider again.
+
+    Args:
+        model: The model, pruned already or not.
+        plan: The plan to have in force afterwards; None for the original shapes.
+
+    Raises:
+        ValueError: If the plan is about another architecture.
+    """
+    earlier = plan_in_force(model)
+    if earlier is None and plan is None:
+        return
+    tensors = named_tensors(model)
+    _check_shapes(tensors, plan or PruningPlan(), earlier)
+    shapes = {**(earlier.shapes if earlier else {}), **(plan.pruned_shapes() if plan else {})}
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            _replace(tensors[name], tensors[name].detach().new_zeros(shape))
+            tensors[name].grad = None
+    _finish(model, tensors, plan, shapes)
+
+
+def _check_kinds(model: nn.Module, optimizers: list[Any]) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise TypeError(f"The model is wrapped in {type(model).__name__}; prune `model.module` and wrap it again.")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"{type(optimizer).__name__} is no torch optimizer; pass the optimizers that train the model.")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "LBFGS keeps its history for all parameters in one vector, which cannot lose channels; use another "
+                "optimizer, such as SGD or AdamW."
+            )
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], plan: PruningPlan, earlier: PruningPlan | None) -> None:
+    now = earlier.pruned_shapes() if earlier is not None else {}
+    for name, original in plan.shapes.items():
+        if name not in tensors:
+            raise ValueError(f"The plan is about another architecture: the model has no tensor {name!r}.")
+        expected = now.get(name, original)
+        if tuple(tensors[name].shape) != expected:
+            raise ValueError(
+                f"The plan is about another architecture: {name!r} has shape {tuple(tensors[name].shape)} where the "
+                f"plan expects {expected}."
+            )
+
+
+def _steps(plan: PruningPlan, earlier: PruningPlan | None) -> dict[str, dict[int, Tensor]]:
+    """Return what to take of each tensor as it is now, by axis, to get from the earlier plan to this one."""
+    before = earlier.index() if earlier is not None else {}
+    steps: dict[str, dict[int, Tensor]] = {}
+    for name, axes in plan.index().items():
+        for axis, stays in axes.items():
+            had = before.get(name, {}).get(axis)
+            taken = stays if had is None else torch.searchsorted(had, stays)
+            if had is None or len(had) != len(taken):
+                steps.setdefault(name, {})[axis] = taken
+    return steps
+
+
+def _take(tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
+    for axis, index in axes.items():
+        tensor = tensor.index_select(axis, index.to(tensor.device))
+    return tensor
+
+
+def _slice_tensor(tensor: Tensor, axes: Mapping[int, Tensor], optimizers: list[Any]) -> None:
+    """Slice a tensor, its gradient and what optimizers keep in its shape."""
+    shape = tensor.shape
+    for optimizer in optimizers:
+        state = optimizer.state.get(tensor, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == shape:
+                state[key] = _like(_take(value, axes), value)
+    gradient = tensor.grad
+    tensor.grad = None
+    _replace(tensor, _like(_take(tensor.detach(), axes), tensor))
+    if gradient is not None:
+        tensor.grad = _like(_take(gradient, axes), gradient)
+
+
+def _like(sliced: Tensor, before: Tensor) -> Tensor:
+    """Keep the memory format (channels_last) of the tensor that was sliced."""
+    if before.dim() == 4 and not before.is_contiguous() and before.is_contiguous(memory_format=torch.channels_last):
+        return sliced.contiguous(memory_format=torch.channels_last)
+    return sliced.contiguous()
+
+
+def _replace(tensor: Tensor, data: Tensor) -> None:
+    # Autograd may hold on to a node that accumulates the gradient of this parameter and remembers its shape. It is
+    # made anew when the data changes its type, not when it changes its shape, hence the step over another type.
+    other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
+
+
+def _finish(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    plan: PruningPlan | None,
+    changed: Iterable[str] | None = None,
+) -> None:
+    """Bring size attributes in step and note the plan on the model."""
+    held_by = owners(model)
+    modules = {}
+    for name in changed if changed is not None else (plan.shapes if plan else ()):
+        for module, _, _ in held_by[id(tensors[name])]:
+            modules[id(module)] = module
+    for module in modules.values():
+        sync_attributes(module)
+    record_plan(model, plan)
