@@ -1,5 +1,6 @@
 """The only place that replaces tensors: parameters, buffers, gradients and optimizer state."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,10 @@ def prune(model: nn.Module, plan: PruningPlan, optimizers: Iterable[Any] = ()) -
     joined = plan.after(earlier)
     tensors = named_tensors(model)
     _check_shapes(tensors, joined, earlier)
+    steps = _steps(joined, earlier)
+    _check_state(tensors, steps, optimizers)
     params_before = sum(p.numel() for p in model.parameters())
-    for name, axes in _steps(joined, earlier).items():
+    for name, axes in steps.items():
         _slice_tensor(tensors[name], axes, optimizers)
     _finish(model, tensors, joined)
     before = earlier.widths if earlier is not None else {}
@@ -133,6 +136,22 @@ def _check_shapes(tensors: Mapping[str, Tensor], plan: PruningPlan, earlier: Pru
             )
 
 
+def _check_state(tensors: Mapping[str, Tensor], touched: Iterable[str], optimizers: list[Any]) -> None:
+    """Refuse optimizer state of which nobody can say what belongs to a channel."""
+    for optimizer in optimizers:
+        for name in touched:
+            for key, value in optimizer.state.get(tensors[name], {}).items():
+                if not isinstance(value, Tensor) or value.numel() <= 1:
+                    continue
+                sizes = zip(value.shape, tensors[name].shape, strict=False)
+                if value.dim() != tensors[name].dim() or any(own not in (1, size) for own, size in sizes):
+                    raise TypeError(
+                        f"{type(optimizer).__name__} keeps {key!r} of {name!r} in shape {tuple(value.shape)}, where "
+                        f"nothing says which numbers belong to which channel; use another optimizer, such as SGD or "
+                        "AdamW."
+                    )
+
+
 def _steps(plan: PruningPlan, earlier: PruningPlan | None) -> dict[str, dict[int, Tensor]]:
     """Return what to take of each tensor as it is now, by axis, to get from the earlier plan to this one."""
     before = earlier.index() if earlier is not None else {}
@@ -147,19 +166,33 @@ def _steps(plan: PruningPlan, earlier: PruningPlan | None) -> dict[str, dict[int
 
 
 def _take(tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
-    for axis, index in axes.items():
-        tensor = tensor.index_select(axis, index.to(tensor.device))
+    """Copy the positions that stay; runs of neighbouring positions are copied as one."""
+    for axis in sorted(axes):  # rows first: they are cheapest to copy, and what follows has less to do
+        index = axes[axis]
+        run = _run_length(index, tensor.shape[axis])
+        if run > 1:
+            blocks = tensor.contiguous().unflatten(axis, (-1, run))
+            tensor = blocks.index_select(axis, (index[::run] // run).to(tensor.device)).flatten(axis, axis + 1)
+        else:
+            tensor = tensor.index_select(axis, index.to(tensor.device))
     return tensor
+
+
+def _run_length(index: Tensor, size: int) -> int:
+    """Return the greatest length such that whole blocks of that many neighbouring positions stay or leave."""
+    cuts = (index.diff() != 1).nonzero()[:, 0] + 1
+    ends = torch.stack([index[cuts - 1] + 1, index[cuts]]).reshape(-1).tolist() if len(cuts) else []
+    return math.gcd(size, int(index[0]), int(index[-1]) + 1, *ends)
 
 
 def _slice_tensor(tensor: Tensor, axes: Mapping[int, Tensor], optimizers: list[Any]) -> None:
     """Slice a tensor, its gradient and what optimizers keep in its shape."""
-    shape = tensor.shape
     for optimizer in optimizers:
         state = optimizer.state.get(tensor, {})
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == shape:
-                state[key] = _like(_take(value, axes), value)
+            if isinstance(value, Tensor) and value.dim() == tensor.dim() and value.dim() > 0:
+                own = {axis: index for axis, index in axes.items() if value.shape[axis] == tensor.shape[axis]}
+                state[key] = _like(_take(value, own), value)
     gradient = tensor.grad
     tensor.grad = None
     _replace(tensor, _like(_take(tensor.detach(), axes), tensor))

@@ -45,8 +45,8 @@ def magnitude(graph: ChannelGraph, p: float = 1.0) -> dict[str, Tensor]:
     tensors = named_tensors(graph.model)
     scores = {}
     for name, group in graph.groups.items():
-        powers = sum(graph.rows(name, part, tensors).abs().pow(p).sum(dim=1).cpu() for part in group.producers)
-        norms = torch.as_tensor(powers).pow(1 / p)
+        each = [torch.linalg.vector_norm(graph.rows(name, part, tensors), p, dim=1).cpu() for part in group.producers]
+        norms = torch.linalg.vector_norm(torch.stack(each), p, dim=0)
         scores[name] = torch.full((group.size,), -math.inf, dtype=norms.dtype)
         scores[name][graph.live(name)] = norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
     return scores

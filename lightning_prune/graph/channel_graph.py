@@ -145,6 +145,21 @@ class ChannelGraph:
             return torch.arange(self.groups[name].size)
         return torch.tensor(plan.groups[name].kept)
 
+    def positions_now(self, part: Slice, channels: Tensor) -> Tensor:
+        """Return where channels lie in a tensor as the model has it now, channel by channel.
+
+        Args:
+            part: A slice of a group.
+            channels: (n,) int64 channels of that group which the model still has.
+
+        Returns:
+            (n * positions of a channel,) int64.
+        """
+        positions = part.positions(channels)
+        plan = plan_in_force(self.model)
+        index = plan.index().get(part.tensor, {}).get(part.axis) if plan is not None else None
+        return positions if index is None else torch.searchsorted(index, positions)
+
     def rows(self, name: str, part: Slice, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return what one slice holds of each channel that the model still has.
 
@@ -158,15 +173,10 @@ class ChannelGraph:
         """
         tensor = (values if values is not None else named_tensors(self.model))[part.tensor].detach()
         channels = self.live(name)
-        positions = part.positions(channels)
-        plan = plan_in_force(self.model)
-        index = plan.index().get(part.tensor, {}).get(part.axis) if plan is not None else None
-        if index is not None:  # from positions in the original tensor to positions in the pruned one
-            now = torch.zeros(self.shapes[part.tensor][part.axis], dtype=torch.int64)
-            now[index] = torch.arange(len(index))
-            positions = now[positions]
-        taken = tensor.index_select(part.axis, positions.to(tensor.device))
-        return taken.movedim(part.axis, 0).reshape(len(channels), -1)
+        positions = self.positions_now(part, channels)
+        if not torch.equal(positions, torch.arange(tensor.shape[part.axis])):
+            tensor = tensor.index_select(part.axis, positions.to(tensor.device))
+        return tensor.movedim(part.axis, 0).reshape(len(channels), -1)
 
     def explain(self, name: str) -> str:
         """Say in words what becomes of the channels of a module.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_prune.graph.tracer import Call, Tracer
 
-__all__ = ["COSTS", "WATCHED"]
+__all__ = ["COSTS"]
 
-WATCHED = (F.adaptive_avg_pool2d, F.scaled_dot_product_attention)
+_ADAPTIVE_POOLING = F.adaptive_avg_pool2d.__code__
 
 COSTS: dict[str, Callable[[Tracer, Call], None]] = {}
 
@@ -42,9 +42,17 @@ def _convolution(tracer: Tracer, call: Call) -> None:
 def _matrix_product(tracer: Tracer, call: Call) -> None:
     name = call.operator.overloadpacket.__name__
     left, right = call.args[1:3] if name in ("addmm", "baddbmm") else call.args[:2]
-    # fvcore has no count for `baddbmm` nor for attention as one operator.
-    if name != "baddbmm" and not tracer.inside(F.scaled_dot_product_attention):
+    if tracer.in_attention:
+        tracer.in_attention = False
+    elif name != "baddbmm":  # which fvcore has no count for
         tracer.cost(1, *tracer.axes(left), tracer.axes(right)[-1])
+
+
+@_cost("_safe_softmax")
+def _attention(tracer: Tracer, call: Call) -> None:
+    """Attention as one operator runs as product, this softmax, product; fvcore counts nothing for it."""
+    tracer.record.costs.pop()
+    tracer.in_attention = True
 
 
 def _passes(over: Callable[[Call], Tensor], passes: Callable[[Call], int]) -> Callable[[Tracer, Call], None]:
@@ -79,5 +87,5 @@ _cost("upsample_bilinear2d")(_passes(_output, lambda call: 4))
 @_cost("mean")
 def _mean(tracer: Tracer, call: Call) -> None:
     """Adaptive pooling to one pixel runs as a mean; a mean that somebody wrote is free."""
-    if tracer.inside(F.adaptive_avg_pool2d):
+    if tracer.inside(_ADAPTIVE_POOLING):
         tracer.cost(1, *tracer.axes(call.args[0]))

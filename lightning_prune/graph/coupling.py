@@ -1,11 +1,12 @@
 """From the labels that a forward pass tied together to channel groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from lightning_prune.graph.channel_graph import Axis, Group, Held, Term
-from lightning_prune.graph.tracer import FIXED, CostTerm, Labels, Record
+from lightning_prune.graph.tracer import FIXED, CostTerm, Labels, Note, Record, Tie
 from lightning_prune.plan import Slice
 
 __all__ = ["Coupling", "Slot", "couple"]
@@ -66,13 +67,13 @@ class Coupling:
         return Term(cost.coefficient, tuple(axes), cost.module)
 
 
-def _components(count: int, ties: list[tuple[Labels, Labels]]) -> np.ndarray:
+def _components(count: int, ties: list[Tie]) -> np.ndarray:
     """Number the connected components of labels: (labels,) the smallest label of each component."""
     parent = np.arange(count)
     if not ties:
         return parent
-    first = np.concatenate([tie[0].numpy() for tie in ties])
-    second = np.concatenate([tie[1].numpy() for tie in ties])
+    first = np.concatenate([tie.first.numpy().reshape(-1) for tie in ties])
+    second = np.concatenate([tie.second.numpy().reshape(-1) for tie in ties])
     both = (first != FIXED) & (second != FIXED)
     first, second = first[both], second[both]
     while True:
@@ -89,6 +90,24 @@ def _components(count: int, ties: list[tuple[Labels, Labels]]) -> np.ndarray:
             parent = grand
 
 
+def _held_by_ties(ties: list[Tie]) -> list[Note]:
+    """Keep channels whole that would have to leave together with positions that cannot be removed."""
+    if not ties:
+        return []
+    first = np.concatenate([tie.first.numpy().reshape(-1) for tie in ties])
+    second = np.concatenate([tie.second.numpy().reshape(-1) for tie in ties])
+    half_fixed = np.flatnonzero((first == FIXED) != (second == FIXED))
+    if not len(half_fixed):
+        return []
+    ends = np.cumsum([tie.first.numel() for tie in ties])
+    notes = []
+    for number in np.unique(np.searchsorted(ends, half_fixed, side="right")):
+        tie = ties[number]
+        fixed, other = tie.first == FIXED, tie.second == FIXED
+        notes.append(Note(torch.cat([tie.first[other & ~fixed], tie.second[fixed & ~other]]), tie.module, tie.why))
+    return notes
+
+
 def _marked(count: int, marks: list[Labels]) -> np.ndarray:
     found = np.zeros(count, dtype=bool)
     for labels in marks:
@@ -96,11 +115,11 @@ def _marked(count: int, marks: list[Labels]) -> np.ndarray:
     return found
 
 
-def _reasons(component: np.ndarray, noted: list[tuple[Labels, str]]) -> np.ndarray:
+def _reasons(component: np.ndarray, noted: list[Note]) -> np.ndarray:
     """Return, per component, the index of the first note about it, -1 for none."""
     reason = np.full(len(component), -1)
     for i in range(len(noted) - 1, -1, -1):
-        reason[component[noted[i][0].numpy()]] = i
+        reason[component[noted[i].labels.numpy()]] = i
     reason[component[FIXED]] = -1
     return reason
 
@@ -127,6 +146,7 @@ def couple(slots: list[Slot], record: Record) -> Coupling:
         record: What the forward pass showed.
     """
     count = slots[-1].start + slots[-1].size if slots else 1
+    record = replace(record, holds=[*_held_by_ties(record.ties), *record.holds])
     component = _components(count, record.ties)
     produced, read = _marked(count, record.produced), _marked(count, record.read)
     produced[FIXED] = False
@@ -220,11 +240,11 @@ def _group(
         by_side[side].extend(_slices(slot, labels - slot.start))
     first = component[parts[0][1][0, 0]]
     name = by_side[0][0].tensor
-    reason = record.holds[held[first]][1] if held[first] >= 0 else ""
+    reason = str(record.holds[held[first]]) if held[first] >= 0 else ""
     size = len(parts[0][1])
     if size == 1 and not reason:
         reason = f"{name.rpartition('.')[0]}: all its channels can only leave together"
-    why = record.inexact[inexact[first]][1] if inexact[first] >= 0 else ""
+    why = str(record.inexact[inexact[first]]) if inexact[first] >= 0 else ""
     makers, readers, others = (tuple(side) for side in by_side)
     return Group(name.rpartition(".")[0] or name, size, makers, readers, others, why), reason
 

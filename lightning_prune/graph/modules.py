@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,12 @@ def sync_attributes(module: nn.Module) -> None:
 
 
 @contextmanager
-def substituted(model: nn.Module, tensors: Mapping[int, Tensor], training: bool) -> Iterator[None]:
+def substituted(
+    model: nn.Module,
+    tensors: Mapping[int, Tensor],
+    training: bool,
+    watched: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
     """Run ``model`` on other tensors for a while, and give back every attribute of every module afterwards.
 
     Unlike ``torch.func.functional_call`` this also restores what a forward pass writes to the modules (counters,
@@ -97,6 +103,7 @@ def substituted(model: nn.Module, tensors: Mapping[int, Tensor], training: bool)
         model: The module to run.
         tensors: The stand-in of each parameter and buffer, by ``id`` of the tensor it stands in for.
         training: The mode to run in; set without calling anyone's ``train`` method, which may have side effects.
+        watched: Given a module and its forward function, returns the function to run in its place.
     """
     modules = list(model.modules())
     # The dictionaries of parameters, buffers and children are objects of their own, which the copy of
@@ -116,6 +123,8 @@ def substituted(model: nn.Module, tensors: Mapping[int, Tensor], training: bool)
             if changed:
                 sync_attributes(m)
             m.__dict__["training"] = training
+            if not isinstance(m, torch.jit.ScriptModule):
+                m.__dict__["forward"] = watched(m, m.forward)
         yield
     finally:
         for m, attributes, holders in saved:

@@ -9,22 +9,28 @@ only leave together. What happens to the labels at each operator is said in one 
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-__all__ = ["FIXED", "Call", "CostTerm", "Labels", "Tracer"]
+from lightning_prune.graph.shapes import SHAPES
+
+__all__ = ["FIXED", "Call", "CostTerm", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "is_user_code"]
 
 Labels = Tensor  # (size of the axis,) int64: the label of each position
 FIXED = 0  # the label of a position that no parameter can remove, such as a zero that `F.pad` put there
 
-_TORCH_FOLDER = os.path.dirname(torch.__file__)
+_FOREIGN = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)), "<")
+_NEEDS_VALUES = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.masked_select")
+
+
+def is_user_code(file: str) -> bool:
+    """Tell whether a file is neither part of torch nor of this package."""
+    return not file.startswith(_FOREIGN)
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,21 @@ class Call:
             return self.args[position]
         return self.kwargs.get(name, default)
 
+    @property
+    def name(self) -> str:
+        """Name of the operator without its overload, ``aten.convolution``."""
+        return str(self.operator.overloadpacket)
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors among what it returned."""
+        return tensors_in(self.output)
+
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        return tensors_in([*self.args, *self.kwargs.values()])
+
 
 @dataclass(frozen=True)
 class CostTerm:
@@ -65,36 +86,94 @@ class CostTerm:
     module: str
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something that a rule said about channels.
+
+    Attributes:
+        labels: The channels.
+        module: Name of the module that ran.
+        why: What it does to them.
+    """
+
+    labels: Labels
+    module: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.module}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Positions of two axes that leave together; ``why`` is said when one side cannot leave."""
+
+    first: Labels
+    second: Labels
+    module: str
+    why: str
+
+
 @dataclass
 class Record:
-    """What a forward pass showed."""
+    """What a forward pass showed.
 
-    ties: list[tuple[Labels, Labels]] = field(default_factory=list)
-    holds: list[tuple[Labels, str]] = field(default_factory=list)
-    inexact: list[tuple[Labels, str]] = field(default_factory=list)
+    Attributes:
+        ties: Labels that leave together.
+        holds: Channels that stay whole.
+        inexact: Channels whose removal is not the same as zeroing what is read from them.
+        produced: Sides of weights that make channels.
+        read: Sides of weights that read channels.
+        costs: Operations.
+        course: The rule that each operator followed, and the numbers it was given;
+            two passes of the same course do the same thing.
+        passed: The labels that each of these operators gave to its first output.
+    """
+
+    ties: list[Tie] = field(default_factory=list)
+    holds: list[Note] = field(default_factory=list)
+    inexact: list[Note] = field(default_factory=list)
     produced: list[Labels] = field(default_factory=list)
     read: list[Labels] = field(default_factory=list)
     costs: list[CostTerm] = field(default_factory=list)
+    course: list[tuple[Any, ...]] = field(default_factory=list)
+    passed: list[dict[int, Labels]] = field(default_factory=list)
+
+    def extend(self, other: "Record") -> None:
+        """Add what another pass showed about channels."""
+        for name in ("ties", "holds", "inexact", "produced", "read"):
+            getattr(self, name).extend(getattr(other, name))
 
 
-class _FunctionScope(TorchFunctionMode):
-    """Remember which of a few torch functions is running, for operators that look the same once decomposed."""
+@dataclass(frozen=True)
+class Tables:
+    """What the tracer looks operators up in, by name (`aten.convolution`).
 
-    def __init__(self, watched: Iterable[Callable[..., Any]]) -> None:
-        super().__init__()
-        self.watched = frozenset(watched)
-        self.running: list[Callable[..., Any]] = []
+    Attributes:
+        rules: What the operator says about channels.
+        costs: What it costs.
+    """
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func not in self.watched:
-            return func(*args, **(kwargs or {}))
-        self.running.append(func)
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.running.pop()
+    rules: Mapping[str, Callable[["Tracer", Call], None]]
+    costs: Mapping[str, Callable[["Tracer", Call], None]]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    rule: Callable[["Tracer", Call], None]
+    cost: Callable[["Tracer", Call], None] | None
+    shape: Callable[..., Any] | None
+    pointwise: bool
+    needs_values: bool
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors among the arguments or outputs of an operator, which nests nothing deeper than lists."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
 
 
 class Tracer(TorchDispatchMode):
@@ -103,26 +182,24 @@ class Tracer(TorchDispatchMode):
     The methods `tie`, `hold`, `inexact`, `produce`, `read` and `cost` are the vocabulary of the rules.
 
     Args:
-        rules: The rule of each operator, by name (`aten.convolution`).
-        costs: What each operator costs, by name.
-        names: Name of each module, by `id`.
-        scoped: Torch functions that rules and costs ask for by `inside`.
+        tables: The rules and costs.
+        split: How axes are split in two where a line of code does that; see `split_axis`.
     """
 
-    def __init__(
-        self,
-        rules: Mapping[str, Callable[["Tracer", Call], None]],
-        costs: Mapping[str, Callable[["Tracer", Call], None]],
-        names: Mapping[int, str],
-        scoped: Iterable[Callable[..., Any]] = (),
-    ) -> None:
+    def __init__(self, tables: Tables, split: Mapping[tuple[str, int, int], int] | None = None) -> None:
         super().__init__()
-        self.rules = rules
-        self.costs = costs
-        self.names = names
+        self.tables = tables
         self.record = Record()
-        self.scope = _FunctionScope(scoped)
+        self.modules: list[str] = []  # names of the modules that run, outermost first
+        self.calls: list[tuple[str, Any]] = []  # of every module, what it was given and what it returned
+        self.failed_in = ""  # name of the innermost module that raised
         self.running: Call | None = None  # the operator that failed, after an exception
+        self.in_attention = False  # between the two matrix products of attention written as one operator
+        self.unsure: set[str] = set()  # names of modules that looked at values
+        self.split = dict(split or {})
+        self.split_ties: dict[int, tuple[str, int, int]] = {}  # which ties are due to which split of an axis
+        self._entries: dict[Any, _Entry] = {}
+        self._custom = dict(_custom_functions(torch.autograd.Function))
 
     # -- the vocabulary of the rules -------------------------------------------------------------------------------
 
@@ -130,7 +207,7 @@ class Tracer(TorchDispatchMode):
     def labels(tensor: Any, axis: int) -> Labels | None:
         """Return the labels along one axis of a tensor, or None where its positions cannot be removed."""
         axes = getattr(tensor, "_channel_labels", None)
-        return None if axes is None else axes.get(axis % tensor.dim() if tensor.dim() else 0)
+        return axes.get(axis % tensor.dim() if tensor.dim() else 0) if axes else None
 
     @staticmethod
     def all_labels(tensor: Any) -> dict[int, Labels]:
@@ -141,6 +218,11 @@ class Tracer(TorchDispatchMode):
     def set_labels(tensor: Tensor, axes: Mapping[int, Labels | None]) -> None:
         """Give a tensor its labels by axis; None for an axis whose positions cannot be removed."""
         tensor._channel_labels = {axis: labels for axis, labels in axes.items() if labels is not None}  # type: ignore[attr-defined]
+
+    @staticmethod
+    def is_weight(tensor: Any) -> bool:
+        """Tell whether a tensor is a parameter or was computed from nothing but parameters."""
+        return getattr(tensor, "_is_weight", False)
 
     def tie(self, first: Labels | None, second: Labels | None, why: str) -> None:
         """Make two axes leave together, position by position.
@@ -155,19 +237,17 @@ class Tracer(TorchDispatchMode):
         if first is None or second is None:
             self.hold(second if first is None else first, why)
             return
-        self.record.ties.append((first, second))
-        if not bool(first.all()) or not bool(second.all()):  # some position is FIXED
-            self.hold(torch.where(first == FIXED, second, torch.where(second == FIXED, first, FIXED)), why)
+        self.record.ties.append(Tie(first, second, self.where(), why))
 
     def hold(self, labels: Labels | None, why: str) -> None:
         """Keep channels whole, with the reason; the name of the module that runs is put before it."""
         if labels is not None:
-            self.record.holds.append((labels, f"{self.where()}: {why}"))
+            self.record.holds.append(Note(labels, self.where(), why))
 
     def inexact(self, labels: Labels | None, why: str) -> None:
         """Note that removing these channels is not the same as zeroing what is read from them."""
         if labels is not None:
-            self.record.inexact.append((labels, f"{self.where()}: {why}"))
+            self.record.inexact.append(Note(labels, self.where(), why))
 
     def produce(self, labels: Labels | None) -> None:
         """Note that these positions of a weight make channels."""
@@ -193,65 +273,131 @@ class Tracer(TorchDispatchMode):
         found = self.all_labels(tensor)
         return [found.get(axis, size) for axis, size in enumerate(tensor.shape)]
 
-    def inside(self, function: Callable[..., Any]) -> bool:
-        """Tell whether a torch function that was asked to be watched is running."""
-        return function in self.scope.running
+    def split_axis(self, sizes: tuple[int, ...]) -> int:
+        """Say which of the parts that an axis is split into gets shorter when channels leave.
+
+        Code that splits channels writes one size down and computes the other; which is which shows only when the
+        channels become fewer. The last one is taken to be computed, until a probe has shown otherwise.
+
+        Args:
+            sizes: The parts, outermost first.
+        """
+        site = (*self._line(), len(sizes))
+        self.split_ties[len(self.record.ties)] = site
+        return self.split.get(site, len(sizes) - 1)
 
     def where(self) -> str:
-        """Name the module that runs now, found on the call stack."""
+        """Name the module that runs now."""
+        return self.modules[-1] if self.modules else "the model"
+
+    def inside(self, code: Any) -> bool:
+        """Tell whether a Python function, given by its code object, is on the call stack."""
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not _RUN:
+            if frame.f_code is code:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
+
+    def line(self) -> str:
+        """Name the line of code outside torch that runs now, as `` (file.py:12)``."""
+        file, line = self._line()
+        return f" ({os.path.basename(file)}:{line})" if file else ""
+
+    def _line(self) -> tuple[str, int]:
         frame = sys._getframe(1)
         while frame is not None:
-            runner = frame.f_locals.get("self")
-            if isinstance(runner, nn.Module) and id(runner) in self.names:
-                return self.names[id(runner)] or type(runner).__name__
+            if is_user_code(frame.f_code.co_filename):
+                return frame.f_code.co_filename, frame.f_lineno
             frame = frame.f_back  # type: ignore[assignment]
-        return "the model"
+        return "", 0
 
     # -- the forward pass ------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> "Tracer":
-        super().__enter__()
-        self.scope.__enter__()
-        return self
+    def entering(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the forward function of a module, so that the tracer knows which module runs."""
 
-    def __exit__(self, *raised: Any) -> None:
-        self.scope.__exit__(*raised)
-        super().__exit__(*raised)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.modules.append(name)
+            try:
+                output = forward(*args, **kwargs)
+            except BaseException:
+                self.failed_in = self.failed_in or name
+                raise
+            finally:
+                self.modules.pop()
+            self.calls.append((name, (args, kwargs, output)))
+            return output
+
+        return run
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        entry = self._entries.get(func) or self._entry(func)
         self.running = Call(func, args, kwargs, None)
-        output = func(*args, **kwargs)
-        call = Call(func, args, kwargs, output)
-        name = str(func.overloadpacket)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if tensors and all(getattr(t, "_is_weight", False) for t in tensors):
-            for made in tree_leaves(output):
-                if isinstance(made, Tensor):
-                    made._is_weight = True  # type: ignore[attr-defined]
-        if any(self.all_labels(t) for t in tensors):
-            self._rule(name, func)(self, call)
-        cost = self.costs.get(name)
-        if cost is not None:
-            cost(self, call)
+        output = NotImplemented if entry.shape is None else entry.shape(*args, **kwargs)
+        if output is NotImplemented:
+            output = func(*args, **kwargs)
+        if entry.needs_values:
+            self.unsure.add(self.where())
+        tensors = tensors_in(args) if not kwargs else tensors_in([*args, *kwargs.values()])
+        if tensors and all(map(self.is_weight, tensors)):
+            for made in tensors_in(output):
+                made._is_weight = True  # type: ignore[attr-defined]
+        if any(map(self.all_labels, tensors)):
+            self._follow(entry, Call(func, args, kwargs, output), tensors)
         self.running = None
         return output
 
-    def _rule(self, name: str, func: Any) -> Callable[["Tracer", Call], None]:
-        rule = self.rules.get(name)
-        if rule is None and torch.Tag.pointwise in func.tags:
-            rule = self.rules["pointwise"]
-        return rule or self.rules["unknown"]
+    def _follow(self, entry: _Entry, call: Call, tensors: list[Tensor]) -> None:
+        custom = self._custom_function()
+        if custom:
+            for tensor in tensors:
+                for labels in self.all_labels(tensor).values():
+                    self.hold(labels, f"runs the autograd function {custom}, whose backward pass cannot be seen")
+        if entry.pointwise:
+            self.record.course.append((entry.rule, *(arg for arg in call.args if isinstance(arg, int | float))))
+        else:
+            self.record.course.append((entry.rule,))
+        try:
+            entry.rule(self, call)
+        except Exception as raised:  # a rule that was not made for this: as good as none
+            for tensor in tensors:
+                for labels in self.all_labels(tensor).values():
+                    self.hold(labels, f"runs {call.name} in a way that its rule does not know ({raised!r})")
+        outputs = call.outputs
+        self.record.passed.append(self.all_labels(outputs[0]) if outputs else {})
+        if entry.cost is not None:
+            entry.cost(self, call)
+
+    def _custom_function(self) -> str:
+        """Name the autograd function of the user that runs now, if one does."""
+        frame = sys._getframe(1) if self._custom else None
+        while frame is not None and frame.f_code is not _RUN:
+            if frame.f_code in self._custom:
+                return self._custom[frame.f_code]
+            frame = frame.f_back
+        return ""
+
+    def _entry(self, func: Any) -> _Entry:
+        name = str(func.overloadpacket)
+        pointwise = torch.Tag.pointwise in func.tags
+        rules = self.tables.rules
+        rule = rules.get(name) or rules["pointwise" if pointwise else "unknown"]
+        entry = _Entry(rule, self.tables.costs.get(name), SHAPES.get(name), pointwise, name in _NEEDS_VALUES)
+        self._entries[func] = entry
+        return entry
 
 
-def line_of(raised: BaseException) -> str:
-    """Name the innermost line outside torch that an exception came through, as ``file.py:12``."""
-    line, trace = "", raised.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith(_TORCH_FOLDER) and os.sep + "lightning_prune" + os.sep + "graph" not in file:
-            line = f"{os.path.basename(file)}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return line
+def _custom_functions(kind: type) -> Iterator[tuple[Any, str]]:
+    """Find the code of the forward function, and the name, of every autograd function that is not part of torch."""
+    for function in kind.__subclasses__():
+        code = getattr(function.forward, "__code__", None)
+        if code is not None and is_user_code(code.co_filename):
+            yield code, function.__name__
+        yield from _custom_functions(function)
+
+
+_RUN = Tracer.entering(None, "", lambda: None).__code__  # type: ignore[arg-type]

@@ -1,0 +1,6 @@
+"""Drop-in callbacks that prune a network while it trains."""
+
+from lightning_prune.callbacks.base import PruningCallback
+from lightning_prune.callbacks.taylor import TaylorRankCallback
+
+__all__ = ["PruningCallback", "TaylorRankCallback"]

@@ -1,0 +1,164 @@
+"""What the pruning callbacks need of a Trainer: its ranks, its checkpoints, its batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+
+from lightning_prune.budget import CostModel
+from lightning_prune.checkpoint import restore_shape, save_plan
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.latency import measure_latency
+from lightning_prune.plan import PruningPlan
+from lightning_prune.reporting.summary import Measurement
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks.base import PruningCallback
+
+__all__ = ["Part", "agree", "carry_plan_in_checkpoints", "example_inputs", "metrics", "release_checkpoints", "rewrap"]
+
+# -- strategies and ranks ----------------------------------------------------------------------------------------------
+
+
+def refuse_strategy(trainer: "pl.Trainer") -> None:
+    """Raise unless parameters can be replaced under the strategy of this trainer."""
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            f"Pruning does not work with {type(trainer.strategy).__name__}, which shards or moves the parameters; use "
+            "strategy='ddp' or a single device."
+        )
+
+
+def refuse_overlap(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
+    """Raise if another pruning callback prunes the same part of the model."""
+    from lightning_prune.callbacks.base import PruningCallback
+
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is callback or not isinstance(other, PruningCallback):
+            continue
+        inner, outer = sorted((callback.module, other.module), key=len, reverse=True)
+        if outer in ("", inner) or inner.startswith(outer + "."):
+            raise ValueError(
+                f"{type(callback).__name__} and {type(other).__name__} both prune {inner or 'the whole model'!r}; keep "
+                "one of them, or give each a part of its own with `module`."
+            )
+
+
+def agree(trainer: "pl.Trainer", plan: PruningPlan) -> PruningPlan:
+    """Return the plan of the first rank, the same object content on every rank."""
+    return PruningPlan.from_json(trainer.strategy.broadcast(plan.to_json()))
+
+
+def rewrap(trainer: "pl.Trainer") -> None:
+    """Wrap the model for distributed training anew: the wrapper knows only the parameters it was made with."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel):
+        strategy.model = strategy.model.module
+        strategy.configure_ddp()
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+_HOOKS: dict[str, Callable[[nn.Module, Any], None]] = {
+    "on_save_checkpoint": save_plan,
+    "on_load_checkpoint": restore_shape,
+}
+
+
+def carry_plan_in_checkpoints(pl_module: "pl.LightningModule") -> None:
+    """Let the checkpoint hooks of a LightningModule save the plan, and take the shapes from it before loading.
+
+    They are the only hooks that run for checkpoints with weights alone and, on loading, before the weights arrive; a
+    callback's own hooks come too late.
+    """
+    for name, act in _HOOKS.items():
+        if name not in pl_module.__dict__:
+            pl_module.__dict__[name] = partial(_both, pl_module, getattr(pl_module, name), act)
+
+
+def _both(
+    pl_module: "pl.LightningModule",
+    own: Callable[[dict[str, Any]], None],
+    act: Callable[[nn.Module, Any], None],
+    checkpoint: dict[str, Any],
+) -> None:
+    own(checkpoint)
+    act(pl_module, checkpoint)
+
+
+def release_checkpoints(pl_module: "pl.LightningModule") -> None:
+    """Give a LightningModule its own checkpoint hooks back."""
+    for name in _HOOKS:
+        if isinstance(pl_module.__dict__.get(name), partial):
+            del pl_module.__dict__[name]
+
+
+# -- example inputs and measurements -----------------------------------------------------------------------------------
+
+
+def example_inputs(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", module: str, given: Any, seen: dict[str, Any] | None
+) -> Any:
+    """Return what the part to prune takes.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The LightningModule.
+        module: Dotted name of the part.
+        given: What the callback was given, if anything; a list of numbers is the shape of one tensor.
+        seen: Shape and type of the first batch, if a run that is resumed has looked at it before.
+    """
+    if given is not None:
+        shape = isinstance(given, list) and bool(given) and all(isinstance(size, int) for size in given)
+        return torch.zeros(given) if shape else given
+    if module:
+        raise ValueError(
+            f"example_inputs must be given to prune the part {module!r}, since its inputs are not those of the model."
+        )
+    if pl_module.example_input_array is not None:
+        return pl_module.example_input_array
+    return torch.zeros(seen["shape"], dtype=getattr(torch, seen["dtype"])) if seen else _first_batch(trainer, pl_module)
+
+
+def _first_batch(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tensor:
+    with torch.random.fork_rng():
+        batch = next(iter(trainer.train_dataloader), None) if trainer.train_dataloader is not None else None
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(first, Tensor):
+        raise ValueError(
+            f"No example input is to be had from a batch of type {type(batch).__name__}; set example_input_array on "
+            f"{type(pl_module).__name__}, or example_inputs on the callback."
+        )
+    return first[:1]
+
+
+def metrics(trainer: "pl.Trainer") -> dict[str, float]:
+    """Return the metrics of the last validation."""
+    found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+    return {name: value for name, value in sorted(found.items()) if not name.endswith(("_step", "_epoch"))}
+
+
+@dataclass
+class Part:
+    """The part of a LightningModule that is pruned, with what its ``forward`` takes."""
+
+    pl_module: "pl.LightningModule"
+    module: str
+    inputs: Any
+
+    def measure(self, graph: ChannelGraph, metrics: dict[str, float] | None = None) -> Measurement:
+        """Count and time the network as it is now."""
+        plan = plan_in_force(self.pl_module)
+        widths = plan.widths if plan is not None else {}
+        return Measurement(
+            params=sum(p.numel() for p in self.pl_module.parameters()),
+            flops=CostModel(graph, "flops")(widths),
+            latency_ms=measure_latency(self.pl_module.get_submodule(self.module), self.inputs),
+            metrics=metrics or {},
+        )

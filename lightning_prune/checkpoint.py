@@ -1,0 +1,112 @@
+"""Checkpoints of pruned models: the plan travels with the weights, and the original class takes its shape from it."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.graph.modules import named_tensors
+from lightning_prune.plan import PruningPlan
+from lightning_prune.surgery import reshape
+
+__all__ = ["CHECKPOINT_KEY", "load_pruned", "restore_shape", "save_plan"]
+
+CHECKPOINT_KEY = "lightning_prune"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_plan(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Put the plan that a model was pruned by into its checkpoint, as plain values; nothing if it was never pruned.
+
+    Args:
+        model: The model whose weights the checkpoint holds.
+        checkpoint: The checkpoint, changed in place.
+    """
+    plan = plan_in_force(model)
+    if plan is not None:
+        checkpoint[CHECKPOINT_KEY] = {"plan": plan.to_json()}
+
+
+def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give a model the shapes that the weights in a checkpoint have, before they are loaded.
+
+    Call it in ``on_load_checkpoint`` of a LightningModule to make ``load_from_checkpoint`` work with pruned
+    checkpoints; the pruning callbacks do so by themselves when they take part in the run.
+
+    Args:
+        model: The model that the weights go into, of the original architecture, pruned already or not.
+        checkpoint: The checkpoint; one without a plan gives the model its original shapes.
+
+    Raises:
+        ValueError: If the checkpoint is of another architecture, or of a newer format.
+    """
+    content = checkpoint.get(CHECKPOINT_KEY)
+    plan = None if content is None else PruningPlan.from_json(content["plan"])
+    reshape(model, plan)
+    weights = checkpoint.get("state_dict", {})
+    for name, tensor in named_tensors(model).items():
+        saved = weights.get(name)
+        if isinstance(saved, Tensor) and saved.shape != tensor.shape:
+            raise ValueError(
+                f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
+                f"{tuple(tensor.shape)} in {type(model).__name__}; build the model with the settings it was trained with."
+            )
+
+
+def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: Any = "cpu", **settings: Any) -> Model:
+    """Load a checkpoint of a pruned model onto its original class; a checkpoint that was never pruned loads as well.
+
+    Args:
+        model: The LightningModule class that was trained, or an instance of it in its original shape (any
+            ``nn.Module`` whose names fit the weights).
+        path: The checkpoint file, as ``Trainer`` or `ModelCheckpoint` wrote it.
+        map_location: Where to load the weights to.
+        settings: Arguments for the class, in place of the hyper-parameters in the checkpoint.
+
+    Returns:
+        The pruned model with its weights, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the checkpoint is of another architecture or lacks the arguments that the class needs.
+
+    Example:
+        A checkpoint that training with a pruning callback has written::
+
+            model = load_pruned(ImageClassifier, "logs/version_0/checkpoints/last.ckpt")
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}.")
+    checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{str(path)!r} is no checkpoint of a Lightning Trainer: it has no 'state_dict'.")
+    made = _instantiate(model, checkpoint, settings) if isinstance(model, type) else model
+    if hasattr(made, "on_load_checkpoint"):
+        made.on_load_checkpoint(checkpoint)
+    restore_shape(made, checkpoint)
+    try:
+        made.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as raised:
+        raise ValueError(f"The checkpoint {str(path)!r} is of another architecture. {raised}") from raised
+    return made.eval()
+
+
+def _instantiate(model: type[Model], checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> Model:
+    """Make an instance from the hyper-parameters that Lightning saved, as ``load_from_checkpoint`` does."""
+    saved = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
+    parameters = inspect.signature(model).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        saved = {k: v for k, v in saved.items() if k in {p.name for p in parameters}}
+    try:
+        return model(**{**saved, **settings})
+    except TypeError as raised:
+        raise ValueError(
+            f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "
+            "`self.save_hyperparameters()` in its constructor, or pass the missing arguments or an instance."
+        ) from raised

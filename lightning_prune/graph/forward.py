@@ -1,0 +1,223 @@
+"""Run the forward pass of a model on stand-ins of its tensors, with labels on them."""
+
+import dataclasses
+import random
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.graph.coupling import Slot
+from lightning_prune.graph.modules import named_tensors, substituted
+from lightning_prune.graph.tracer import Labels, Note, Tracer
+from lightning_prune.plan import PruningPlan
+
+__all__ = ["Forward", "Index", "as_call"]
+
+Index = Mapping[str, Mapping[int, Tensor]]  # the positions that stay, by tensor and axis
+
+
+class Forward:
+    """A model's forward pass, to be run on stand-ins of its tensors.
+
+    Args:
+        model: The model.
+        module: Dotted name of the part to run.
+        example_inputs: What the part takes.
+    """
+
+    def __init__(self, model: nn.Module, module: str, example_inputs: Any) -> None:
+        try:
+            self.part = model.get_submodule(module)
+        except AttributeError:
+            raise ValueError(f"The model has no module {module!r}; name one of its parts, such as 'network'.") from None
+        _check_traceable(model)
+        self.args, self.kwargs = as_call(example_inputs)
+        self.tensors = named_tensors(model)
+        plan = plan_in_force(model) or PruningPlan()
+        self.shapes = {name: tuple(plan.shapes.get(name, t.shape)) for name, t in self.tensors.items()}
+        self.names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
+        self.module_names = [name for name, _ in model.named_modules() if name]
+        self.slots, self.count = self._slots()
+        self._whole: dict[str, dict[int, Labels]] = {}
+        for slot in self.slots:
+            labels = torch.arange(slot.start, slot.start + slot.size)
+            self._whole.setdefault(slot.tensor, {})[slot.axis] = labels
+        self.real = False
+
+    def _slots(self) -> tuple[list[Slot], int]:
+        reached = {id(t) for t in (*self.part.parameters(), *self.part.buffers())}
+        slots, label = [], 1  # 0 is FIXED
+        for name, tensor in self.tensors.items():
+            if id(tensor) in reached:
+                for axis, size in enumerate(self.shapes[name]):
+                    if size > 1:
+                        slots.append(Slot(name, axis, label, size))
+                        label += size
+        return slots, label
+
+    def labels(self, name: str) -> dict[int, Labels]:
+        """Return the labels of a tensor of the model, by axis."""
+        return self._whole.get(name, {})
+
+    def maker(self, labels: Labels) -> str:
+        """Name the module that some labels belong to."""
+        at = bisect_right(self.slots, int(labels.max()), key=lambda slot: slot.start) - 1
+        return self.slots[at].tensor.rpartition(".")[0]
+
+    def run(self, tracer: Tracer, stays: Index, training: bool) -> None:
+        """Run with only some positions of some tensors left; the tracer's record tells what that showed.
+
+        Raises:
+            Exception: Whatever the forward pass raises.
+        """
+
+        def watched(module: nn.Module, forward: Any) -> Any:
+            return tracer.entering(self.names[id(module)], forward)
+
+        with ExitStack() as stack:
+            stack.enter_context(_neutral_state())
+            stand_ins = self._stand_ins(tracer, stays)
+            args, kwargs = tree_map(self._input, (self.args, self.kwargs))
+            stack.enter_context(substituted(self.part, stand_ins, training, watched))
+            stack.enter_context(tracer)
+            output = self.part(*args, **kwargs)
+        for tensor in _leaves(output, set()):
+            for labels in tracer.all_labels(tensor).values():
+                if int(labels.max()) > 0:
+                    tracer.record.holds.append(Note(labels, self.maker(labels), "is an output of the network"))
+
+    def _stand_ins(self, tracer: Tracer, stays: Index) -> dict[int, Tensor]:
+        stand_ins = {id(t): self._stand_in(name, t, stays.get(name, {})) for name, t in self.tensors.items()}
+        for name, axes in self._whole.items():
+            left = stays.get(name, {})
+            tracer.set_labels(
+                stand_ins[id(self.tensors[name])],
+                {axis: labels[left[axis]] if axis in left else labels for axis, labels in axes.items()},
+            )
+        return stand_ins
+
+    def observe(self, make_tracer: Any, training: bool) -> Tracer:
+        """Run the whole network, on tensors without data if that is possible, else for real.
+
+        Args:
+            make_tracer: Makes a new tracer.
+            training: The mode to run in.
+
+        Raises:
+            ValueError: If the example inputs do not fit.
+        """
+        tracer = make_tracer()
+        guilty = ""
+        if not self.real:
+            try:
+                self.run(tracer, {}, training)
+                return tracer
+            except Exception as raised:
+                self.real = True  # perhaps it only needs data
+                if not isinstance(raised, NotImplementedError):
+                    guilty = tracer.failed_in
+                tracer = make_tracer()
+        try:
+            self.run(tracer, {}, training)
+        except Exception as raised:
+            shapes = [tuple(t.shape) for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+            raise ValueError(
+                f"The example inputs {shapes} do not fit the forward pass of {type(self.part).__name__}: {raised}"
+            ) from raised
+        for name in {guilty, *tracer.unsure} - {""}:
+            self._hold_module(tracer, name)
+        return tracer
+
+    def _hold_module(self, tracer: Tracer, name: str) -> None:
+        """Keep all that a module makes, reads and is given: for other values it may do something else."""
+        why = "looks at values, and may do something else for others"
+        for called, tensors in tracer.calls:
+            if called == name:
+                for tensor in _leaves(tensors, set()):
+                    tracer.record.holds.extend(Note(along, name, why) for along in tracer.all_labels(tensor).values())
+        whole = name == self.names[id(self.part)]
+        for slot in self.slots:
+            if whole or slot.tensor.startswith(name + "."):
+                tracer.record.holds.append(Note(self._whole[slot.tensor][slot.axis], name, why))
+
+    def _stand_in(self, name: str, tensor: Tensor, stays: Mapping[int, Tensor]) -> Tensor:
+        shape = [len(stays[a]) if a in stays else size for a, size in enumerate(self.shapes[name])]
+        if not self.real:
+            made = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        elif tuple(tensor.shape) != self.shapes[name]:  # a pruned model, run in its original shape
+            made = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        else:
+            made = tensor.detach().clone()
+            for axis, index in stays.items():
+                made = made.index_select(axis, index.to(made.device))
+        if isinstance(tensor, nn.Parameter):
+            made._is_weight = True  # type: ignore[attr-defined]
+        return made
+
+    def _input(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone() if self.real else torch.empty_like(leaf, device="meta")
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs as positional and named arguments: a dictionary names them, a tuple lists them."""
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def _check_traceable(model: nn.Module) -> None:
+    """Refuse what cannot be pruned at all, in one sentence."""
+    for name, module in model.named_modules():
+        if "quantized" in type(module).__module__.split("."):
+            raise ValueError(f"{name or type(module).__name__!r} is quantized; prune the model before quantizing it.")
+    devices = set()
+    for name, tensor in model.named_parameters():
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name!r} has no shape yet; run the model once on a batch, then trace it.")
+        devices.add(str(tensor.device))
+    if len(devices) > 1:
+        raise ValueError(f"The model is spread over {', '.join(sorted(devices))}; move it to one device to trace it.")
+
+
+def _leaves(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Find the tensors in nested values, also in dataclasses and other objects that PyTorch does not look into."""
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen and not isinstance(value, nn.Module | type):
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            inside = list(value.values())
+        elif isinstance(value, tuple | list | set | frozenset):
+            inside = list(value)
+        elif dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
+            inside = list(vars(value).values())
+        else:
+            inside = []
+        for item in inside:
+            yield from _leaves(item, seen)
+
+
+@contextmanager
+def _neutral_state() -> Iterator[None]:
+    """Run without gradients and fused attention layers; give the random number generators back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,325 @@
+"""Operators that move data without changing it: the labels move along."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.rules.elementwise import same_shape
+from lightning_prune.graph.rules.table import rule
+from lightning_prune.graph.tracer import FIXED, Call, Labels, Tracer
+
+__all__: list[str] = []
+
+
+def _spread(labels: Labels, axis: int, shape: tuple[int, ...]) -> Tensor:
+    """Expand labels along one axis to the shape of their tensor, without memory."""
+    return labels.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+
+
+def _varying(moved: Tensor) -> list[int]:
+    """Return the axes along which labels differ."""
+    return [
+        axis
+        for axis, stride in enumerate(moved.stride())
+        if stride != 0 and moved.shape[axis] > 1 and not bool((moved == moved.narrow(axis, 0, 1)).all())
+    ]
+
+
+def _line(moved: Tensor, axis: int) -> Labels:
+    """Return the labels along one axis, at the first position of all others."""
+    return moved[tuple(slice(None) if other == axis else 0 for other in range(moved.dim()))].contiguous()
+
+
+def _one_axis(tracer: Tracer, moved: Tensor) -> tuple[int, Labels] | None:
+    """Return the axis along which labels vary, and the labels; labels that vary along several are tied until one is left.
+
+    An axis that was split is tied so that the channels at equal places of all outer parts leave together; the outer
+    parts keep their number and the inner one becomes shorter.
+    """
+    varying = _varying(moved)
+    if not varying:
+        if moved.numel() > 0:
+            tracer.hold(moved.reshape(-1)[:1], "has one of its channels picked out")
+        return None
+    axis = varying[0]
+    if len(varying) > 1:
+        axis = varying[tracer.split_axis(tuple(moved.shape[a] for a in varying))]
+        along = _line(moved, axis)
+        tracer.tie(moved.reshape(-1), _spread(along, axis, moved.shape).reshape(-1), "is split into parts")
+        return axis, along
+    return axis, _line(moved, axis)
+
+
+def _give(tracer: Tracer, output: Tensor, axis: int, labels: Labels) -> None:
+    """Add the labels along one axis to those that an output has."""
+    known = dict(tracer.all_labels(output))
+    if axis in known:
+        for both in (known.pop(axis), labels):
+            tracer.hold(both, "holds two kinds of channels along one axis")
+    else:
+        known[axis] = labels
+    tracer.set_labels(output, known)
+
+
+def _move(tracer: Tracer, call: Call, move: Callable[..., Any]) -> None:
+    x, rest = call.args[0], call.args[1:]
+    for axis, labels in tracer.all_labels(x).items():
+        moved = move(_spread(labels, axis, x.shape), *rest, **call.kwargs)
+        for output, part in zip(
+            call.outputs, moved if isinstance(moved, tuple | list) else [moved], strict=True
+        ):
+            found = _one_axis(tracer, part)
+            if found is not None:
+                _give(tracer, output, *found)
+
+
+@rule("aten.expand", "aten.repeat", "aten.flip", "aten.as_strided", "aten.tile", "aten.repeat_interleave")
+def move(tracer: Tracer, call: Call) -> None:
+    """Move the labels by calling the operator on them."""
+    _move(tracer, call, call.operator)
+
+
+@rule("aten.permute", "aten.transpose", "aten.t", "aten.squeeze", "aten.unsqueeze", "aten.numpy_T", "aten.movedim")
+def rearrange(tracer: Tracer, call: Call) -> None:
+    """Find out where each axis goes by calling the operator on an empty tensor whose strides tell its axes apart."""
+    x = call.args[0]
+    known = tracer.all_labels(x)
+    strides = [1000 + axis for axis in range(x.dim())]
+    numbered = torch.empty_strided([2 if size > 1 else 1 for size in x.shape], strides, device="meta")
+    moved = call.operator(numbered, *call.args[1:], **call.kwargs)
+    to = {stride: axis for axis, stride in enumerate(moved.stride())}
+    tracer.set_labels(call.output, {to[1000 + axis]: labels for axis, labels in known.items()})
+
+
+@rule("aten.view", "aten._unsafe_view", "aten.reshape")
+def reshape(tracer: Tracer, call: Call) -> None:
+    """Reshape the labels, block by block: axes that are merged or split have a common product before and after."""
+    x, output = call.args[0], call.output
+    for before, after in _blocks(tuple(x.shape), tuple(output.shape)):
+        for axis in before:
+            labels = tracer.labels(x, axis)
+            if labels is None:
+                continue
+            if len(before) == len(after) == 1:
+                _give(tracer, output, after[0], labels)
+                continue
+            spread = _spread(labels, axis - before[0], tuple(x.shape[a] for a in before))
+            found = _one_axis(tracer, spread.reshape([output.shape[a] for a in after]))
+            if found is not None:
+                _give(tracer, output, after[found[0]], found[1])
+
+
+def _blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Pair up runs of axes of equal product; axes of size one are in none."""
+    left = [axis for axis, size in enumerate(before) if size != 1]
+    right = [axis for axis, size in enumerate(after) if size != 1]
+    found = []
+    while left and right:
+        ours, theirs = [left.pop(0)], [right.pop(0)]
+        product, other = before[ours[0]], after[theirs[0]]
+        while product != other:
+            if product < other:
+                ours.append(left.pop(0))
+                product *= before[ours[-1]]
+            else:
+                theirs.append(right.pop(0))
+                other *= after[theirs[-1]]
+        found.append((ours, theirs))
+    return found
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------------
+
+
+@rule("aten.slice", "aten.narrow")
+def part(tracer: Tracer, call: Call) -> None:
+    """Take a part along an axis. A half, a third ... is tied to the other parts, so that all keep equal size."""
+    x, output = call.args[0], call.output
+    axis = call.argument(1, "dim", 0) % x.dim()
+    labels = tracer.labels(x, axis)
+    if labels is None or output.shape == x.shape:
+        return same_shape(tracer, call)
+    own = call.operator(labels, 0, *call.args[2:], **{k: v for k, v in call.kwargs.items() if k != "dim"})
+    size = len(own)
+    if size and len(labels) % size == 0 and torch.equal(own, labels[(start := _start(labels, own)) : start + size]):
+        _equal_parts(tracer, labels, size)
+    elif not size:
+        tracer.hold(labels, "has none of its channels taken")
+    tracer.set_labels(output, {**tracer.all_labels(x), axis: own})
+    return None
+
+
+def _start(labels: Labels, own: Labels) -> int:
+    return int((labels == own[0]).nonzero()[0, 0])
+
+
+def _equal_parts(tracer: Tracer, labels: Labels, size: int) -> None:
+    """Tie the channels at equal places of all parts of some size."""
+    first = labels[:size]
+    for part_of in labels.split(size)[1:]:
+        tracer.tie(first, part_of, "is split into parts")
+
+
+@rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.unsafe_chunk")
+def split(tracer: Tracer, call: Call) -> None:
+    """Take an axis apart; parts of equal size stay of equal size."""
+    x = call.args[0]
+    axis = call.argument(2, "dim", 0) % x.dim()
+    labels = tracer.labels(x, axis)
+    sizes = [output.shape[axis] for output in call.outputs]
+    known = dict(tracer.all_labels(x))
+    parts = labels.split(sizes) if labels is not None else [None] * len(sizes)
+    if labels is not None and len(set(sizes)) == 1:
+        _equal_parts(tracer, labels, sizes[0])
+    for output, own in zip(call.outputs, parts, strict=True):
+        tracer.set_labels(output, {**known, axis: own})
+
+
+@rule("aten.glu")
+def gated(tracer: Tracer, call: Call) -> None:
+    """Multiply one half of the channels by a function of the other."""
+    x = call.args[0]
+    axis = call.argument(1, "dim", -1) % x.dim()
+    labels = tracer.labels(x, axis)
+    known = dict(tracer.all_labels(x))
+    if labels is not None:
+        size = len(labels) // 2
+        _equal_parts(tracer, labels, size)
+        known[axis] = labels[:size]
+    tracer.set_labels(call.output, known)
+
+
+@rule("aten.select", "aten.unbind", "aten.index_select", "aten.index", "aten.roll", "aten.unfold", "aten.gather")
+def picked(tracer: Tracer, call: Call) -> None:
+    """Pick by number along an axis; channels that are themselves picked stay whole."""
+    x = call.args[0]
+    taken = _axes_picked(call) if call.name != "aten.gather" else set(range(x.dim()))
+    touched = {axis: labels for axis, labels in tracer.all_labels(x).items() if axis in taken}
+    for labels in touched.values():
+        tracer.hold(labels, f"has its channels picked by {call.name.removeprefix('aten.')}")
+    if call.name == "aten.index":
+        return _indexed(tracer, call, taken)
+    if call.name in ("aten.roll", "aten.gather"):
+        return None if call.name == "aten.gather" else same_shape(tracer, call)
+    drops = call.name in ("aten.select", "aten.unbind")
+    for output in call.outputs:
+        kept = {a: labels for a, labels in tracer.all_labels(x).items() if a not in taken}
+        tracer.set_labels(output, {a - (drops and a > min(taken)): labels for a, labels in kept.items()})
+    return None
+
+
+def _axes_picked(call: Call) -> set[int]:
+    dimensions = call.args[0].dim()
+    if call.name == "aten.index":
+        return {axis for axis, index in enumerate(call.args[1]) if index is not None}
+    axes = call.argument(2 if call.name == "aten.roll" else 1, "dims" if call.name == "aten.roll" else "dim", 0)
+    return {axis % dimensions for axis in (axes if isinstance(axes, list | tuple) else [axes])}
+
+
+def _indexed(tracer: Tracer, call: Call, taken: set[int]) -> None:
+    """Follow axes in front of and behind neighbouring indexed ones; others are held."""
+    x, output = call.args[0], call.output
+    first, last = min(taken), max(taken)
+    neighbours = last - first + 1 == len(taken)
+    known = {}
+    for axis, labels in tracer.all_labels(x).items():
+        if axis in taken:
+            continue
+        if neighbours:
+            known[axis if axis < first else axis + output.dim() - x.dim()] = labels
+        else:
+            tracer.hold(labels, "is indexed along several axes")
+    tracer.set_labels(output, known)
+
+
+# -- joining and padding -------------------------------------------------------------------------------------------------
+
+
+@rule("aten.cat", "aten.concat")
+def concatenate(tracer: Tracer, call: Call) -> None:
+    """Put the labels side by side."""
+    tensors = [t for t in call.args[0] if t.dim() == call.output.dim()]
+    axis = call.argument(1, "dim", 0) % call.output.dim()
+    result: dict[int, Labels | None] = {}
+    if any(axis in tracer.all_labels(t) for t in tensors):
+        parts = [(tracer.labels(t, axis), t.shape[axis]) for t in tensors]
+        result[axis] = torch.cat(
+            [labels if labels is not None else torch.full((size,), FIXED) for labels, size in parts]
+        )
+    for other in range(call.output.dim()):
+        if other != axis and any(other in tracer.all_labels(t) for t in tensors):
+            result[other] = _beside(tracer, [tracer.labels(t, other) for t in tensors])
+    tracer.set_labels(call.output, result)
+
+
+def _beside(tracer: Tracer, along: list[Labels | None]) -> Labels:
+    """Tie the labels of tensors along an axis that they share."""
+    shared = next(labels for labels in along if labels is not None)
+    for labels in along:
+        tracer.tie(shared, labels, "is put beside a tensor of fixed size")
+    return shared
+
+
+@rule("aten.stack")
+def stack(tracer: Tracer, call: Call) -> None:
+    """Put tensors side by side along a new axis."""
+    tensors = call.args[0]
+    new = call.argument(1, "dim", 0) % call.output.dim()
+    result: dict[int, Labels | None] = {}
+    for axis in range(tensors[0].dim()):
+        if any(axis in tracer.all_labels(t) for t in tensors):
+            result[axis + (axis >= new)] = _beside(tracer, [tracer.labels(t, axis) for t in tensors])
+    tracer.set_labels(call.output, result)
+
+
+@rule("aten.constant_pad_nd")
+def pad(tracer: Tracer, call: Call) -> None:
+    """Pad the labels; what is added along the channels is of fixed number."""
+    x, amounts = call.args[0], list(call.args[1])
+    result: dict[int, Labels | None] = {}
+    for axis, labels in tracer.all_labels(x).items():
+        behind = x.dim() - 1 - axis
+        around = amounts[2 * behind : 2 * behind + 2]
+        result[axis] = torch.constant_pad_nd(labels, around, FIXED) if around else labels
+    tracer.set_labels(call.output, result)
+
+
+# -- shuffles ------------------------------------------------------------------------------------------------------------
+
+
+@rule("aten.pixel_shuffle")
+def pixel_shuffle(tracer: Tracer, call: Call) -> None:
+    """Spread blocks of channels over pixels: the channels of a block leave together."""
+    x, square = call.args[0], call.args[1] ** 2
+    known = dict(tracer.all_labels(x))
+    labels = known.get(x.dim() - 3)
+    if labels is not None:
+        first = labels.view(-1, square)[:, 0]
+        tracer.tie(labels, first.repeat_interleave(square), "is shuffled into pixels")
+        known[x.dim() - 3] = first.contiguous()
+    tracer.set_labels(call.output, known)
+
+
+@rule("aten.pixel_unshuffle")
+def pixel_unshuffle(tracer: Tracer, call: Call) -> None:
+    """Turn pixels into channels: a channel becomes a block of channels."""
+    x = call.args[0]
+    known = dict(tracer.all_labels(x))
+    labels = known.get(x.dim() - 3)
+    if labels is not None:
+        known[x.dim() - 3] = labels.repeat_interleave(call.args[1] ** 2)
+    tracer.set_labels(call.output, known)
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(tracer: Tracer, call: Call) -> None:
+    """Interleave equal parts of the channels."""
+    x, groups = call.args[0], call.args[1]
+    known = dict(tracer.all_labels(x))
+    labels = known.get(1)
+    if labels is not None:
+        _equal_parts(tracer, labels, len(labels) // groups)
+        known[1] = labels.view(groups, -1).t().reshape(-1)
+    tracer.set_labels(call.output, known)

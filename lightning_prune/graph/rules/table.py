@@ -1,0 +1,50 @@
+"""The table of rules, and what happens to operators that are not in it."""
+
+from collections.abc import Callable
+
+import torch
+
+from lightning_prune.graph.tracer import Call, Tracer
+
+__all__ = ["RULES", "Rule", "rule"]
+
+Rule = Callable[[Tracer, Call], None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, by name.
+
+    Args:
+        operators: Names such as ``"aten.convolution"``; an operator that has a rule already gets the new one.
+
+    Returns:
+        A decorator that registers the function and returns it unchanged.
+
+    Example:
+        >>> @rule("mylib.identity")
+        ... def identity(tracer, call):
+        ...     tracer.set_labels(call.output, tracer.all_labels(call.args[0]))
+        >>> RULES.pop("mylib.identity") is identity
+        True
+    """
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            RULES[operator] = function
+        return function
+
+    return register
+
+
+@rule("unknown")
+def unknown(tracer: Tracer, call: Call) -> None:
+    """Keep every channel that an operator without a rule touches."""
+    for tensor in torch.utils._pytree.tree_leaves((call.args, call.kwargs)):
+        for labels in tracer.all_labels(tensor).values():
+            tracer.hold(labels, f"runs {call.name}, which has no rule")
+
+
+@rule("aten.size", "aten.sym_size", "aten.stride", "aten.numel", "aten.is_same_size")
+def nothing(tracer: Tracer, call: Call) -> None:
+    """Say nothing: the operator makes no tensor."""

@@ -1,0 +1,200 @@
+"""Small networks: LeNet, an AlexNet for small images, a network for 8x8 digits, MobileNetV2 for 32x32 images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import MobileNetV2
+
+from lightning_prune.models.initialization import initialize_he
+
+
+def _check_image_size(network: str, image_size: int, smallest: int) -> None:
+    if image_size < smallest:
+        raise ValueError(f"image_size={image_size} is too small for {network}: use images of at least {smallest}.")
+
+
+class LeNet(nn.Module):
+    """Classify digits with two convolutions and three linear layers (LeNet-5, LeCun et al. 1998, with ReLU).
+
+    Args:
+        num_classes: Number of classes, at least 1.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images in pixels, at least 12; MNIST has 28.
+
+    Raises:
+        ValueError: If ``image_size`` is too small.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.models import LeNet
+        >>> LeNet()(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> None:
+        _check_image_size("LeNet", image_size, smallest=12)
+        super().__init__()
+        # 28 -> (conv 5, padding 2) 28 -> (pool) 14 -> (conv 5) 10 -> (pool) 5
+        final_size = (image_size // 2 - 4) // 2
+        self.conv1 = nn.Conv2d(in_channels, 6, 5, padding=2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.linear1 = nn.Linear(16 * final_size**2, 120)
+        self.linear2 = nn.Linear(120, 84)
+        self.linear3 = nn.Linear(84, num_classes)
+        initialize_he(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (n, in_channels, image_size, image_size) to logits (n, num_classes)."""
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = torch.flatten(x, 1)
+        x = F.relu(self.linear1(x))
+        x = F.relu(self.linear2(x))
+        return self.linear3(x)
+
+
+class AlexNet(nn.Module):
+    """Classify 28x28 or 32x32 images with five convolutions and three linear layers (after Krizhevsky et al. 2012).
+
+    The widths of the convolutions are those of torchvision's AlexNet; filters are 3x3 and the stride is 1, because the
+    11x11 filters with stride 4 of the original would leave nothing of a small image. There is no BatchNorm.
+
+    Args:
+        num_classes: Number of classes, at least 1.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images in pixels, at least 8.
+        hidden_features: Width of the two hidden linear layers.
+        dropout: Probability in [0, 1] with which a hidden linear layer drops an input while training.
+
+    Raises:
+        ValueError: If ``image_size`` is too small.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.models import AlexNet
+        >>> AlexNet(in_channels=1, image_size=28)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        image_size: int = 32,
+        hidden_features: int = 1024,
+        dropout: float = 0.5,
+    ) -> None:
+        _check_image_size("AlexNet", image_size, smallest=8)
+        super().__init__()
+        final_size = image_size // 8  # three pooling layers
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, 64, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(64, 192, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(256 * final_size**2, hidden_features), nn.ReLU(inplace=True),
+            nn.Dropout(dropout), nn.Linear(hidden_features, hidden_features), nn.ReLU(inplace=True),
+            nn.Linear(hidden_features, num_classes),
+        )  # fmt: skip
+        initialize_he(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (n, in_channels, image_size, image_size) to logits (n, num_classes)."""
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+class _ResidualBlock(nn.Module):
+    """Add two 3x3 convolutions to what comes in, at the same width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (n, channels, h, w) to the same shape."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(x + self.bn2(self.conv2(out)))
+
+
+class DigitsNet(nn.Module):
+    """Classify 8x8 digits with seven convolutions in three stages, two of them with a residual block.
+
+    It is small enough to train in seconds on a CPU and wide enough to be worth pruning. Free layers (inside the blocks)
+    and coupled ones (a stage's first convolution, whose channels the block adds to) both occur.
+
+    Args:
+        num_classes: Number of classes, at least 1.
+        in_channels: Channels of the images.
+        width: Channels of the first stage; the second has twice, the third four times as many.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.models import DigitsNet
+        >>> DigitsNet()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, width: int = 32) -> None:
+        super().__init__()
+        self.stage1 = nn.Sequential(self._widen(in_channels, width, stride=1), _ResidualBlock(width))
+        self.stage2 = nn.Sequential(self._widen(width, 2 * width, stride=2), _ResidualBlock(2 * width))
+        self.stage3 = self._widen(2 * width, 4 * width, stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(4 * width, num_classes)
+        initialize_he(self)
+
+    @staticmethod
+    def _widen(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (n, in_channels, h, w) to logits (n, num_classes)."""
+        x = self.stage3(self.stage2(self.stage1(x)))
+        return self.linear(torch.flatten(self.pool(x), 1))
+
+
+class CifarMobileNetV2(MobileNetV2):
+    """Classify 32x32 images with MobileNetV2 (Sandler et al. 2018), torchvision's with two strides removed.
+
+    The first convolution and the second stage keep the size of the image, so that 32x32 ends as 4x4 rather than 1x1;
+    widths and number of parameters are those of the ImageNet network.
+
+    Args:
+        num_classes: Number of classes, at least 1.
+        in_channels: Channels of the images.
+        dropout: Probability in [0, 1] with which the classifier drops an input while training.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.models import CifarMobileNetV2
+        >>> CifarMobileNetV2().eval()(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.2) -> None:
+        # Expansion, channels, blocks and stride of each stage: table 2 of the paper, the second stage with stride 1.
+        stages = [
+            [1, 16, 1, 1],
+            [6, 24, 2, 1],
+            [6, 32, 3, 2],
+            [6, 64, 4, 2],
+            [6, 96, 3, 1],
+            [6, 160, 3, 2],
+            [6, 320, 1, 1],
+        ]
+        super().__init__(num_classes=num_classes, inverted_residual_setting=stages, dropout=dropout)
+        first = nn.Conv2d(in_channels, 32, 3, stride=1, padding=1, bias=False)
+        initialize_he(first)
+        self.features[0][0] = first

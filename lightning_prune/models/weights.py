@@ -1,0 +1,113 @@
+"""Published weights onto a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Names under which training scripts store the state_dict in a larger dictionary, and prefixes that wrappers
+# (DataParallel, a LightningModule) put before every key.
+CONTAINERS = ("state_dict", "model")
+PREFIXES = ("module.", "model.", "network.")
+NAMED_KEYS = 3
+
+
+def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """Load a published state_dict file into a network, all of it or nothing.
+
+    The file may be a plain state_dict, a dictionary that holds one under "state_dict" or "model", or a Lightning
+    checkpoint; key prefixes "module.", "model." and "network." are removed. It is read with ``weights_only=True``.
+
+    Args:
+        network: The network, changed in place; left as it was where the file does not fit.
+        path: The file.
+
+    Returns:
+        The same network.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file holds no state_dict, or one whose keys or shapes do not fit the network.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> from lightning_prune.models import load_weights
+        >>> trained = nn.Linear(2, 1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     published = {f"module.{name}": value for name, value in trained.state_dict().items()}
+        ...     torch.save({"state_dict": published}, f"{folder}/trained.th")
+        ...     network = load_weights(nn.Linear(2, 1), f"{folder}/trained.th")
+        >>> torch.equal(network.weight, trained.weight)
+        True
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no weights file {str(path)!r}: correct the path given as `weights`.")
+    expected = network.state_dict()
+    state = _unwrap(_read(path), expected)
+    problems = _problems(state, expected)
+    if problems:
+        raise ValueError(
+            f"Weights file {str(path)!r} does not fit {type(network).__name__} ({problems}): use the network and the "
+            "number of classes that the file was made with."
+        )
+    network.load_state_dict(state)
+    return network
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    # What a damaged file raises depends on the byte at which the reader stumbles: UnpicklingError, EOFError,
+    # struct.error, KeyError, IndexError, RuntimeError and more have been seen.
+    except Exception as error:
+        raise ValueError(
+            f"Weights file {str(path)!r} cannot be read as tensors only: it is damaged, no PyTorch file, or a pickled "
+            "module; save the state_dict of the network instead."
+        ) from error
+    for container in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
+            content = content[container]
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"Weights file {str(path)!r} holds no state_dict: save network.state_dict() into it.")
+    return content
+
+
+def _unwrap(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> dict[str, Any]:
+    state = dict(state)
+    # As soon as one key fits, prefixes belong to the network itself.
+    while not any(key in expected for key in state):
+        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _problems(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
+    # Files from before PyTorch 0.4.1 lack this counter, and load_state_dict starts it at 0.
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    reshaped = [
+        f"{key} {_shape(state[key])} instead of {_shape(tensor)}"
+        for key, tensor in expected.items()
+        if key in state and _shape(state[key]) != _shape(tensor)
+    ]
+    found = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return "; ".join(f"{kind}: {_first_few(keys)}" for kind, keys in found if keys)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _first_few(keys: list[str]) -> str:
+    rest = len(keys) - NAMED_KEYS
+    return ", ".join(keys[:NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")

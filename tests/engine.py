@@ -1,0 +1,107 @@
+"""What the tests of the engine share: networks filled with random numbers, random plans, the central comparisons."""
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.masking import zero_removed
+from lightning_prune.plan import PruningPlan
+
+logging.getLogger("fvcore").setLevel(logging.ERROR)
+
+
+@torch.no_grad()
+def randomised(model: nn.Module) -> nn.Module:
+    """Fill a model with random numbers that keep activations in range, statistics of normalisation included."""
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if not tensor.is_floating_point():
+                continue
+            if tensor.dim() > 1:
+                tensor.normal_(0, tensor[0].numel() ** -0.5)
+            else:
+                tensor.uniform_(0.5, 1.5)
+                tensor.mul_(torch.randint(0, 2, tensor.shape) * 2 - 1)
+        if isinstance(getattr(module, "running_var", None), Tensor):
+            module.running_var.abs_()
+    return model
+
+
+def torchvision_model(name: str) -> nn.Module:
+    """Build a torchvision model in float64 without spending time on its own initialisation."""
+    import torchvision
+
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None)
+    model = randomised(model.double().to_empty(device="cpu"))
+    return model.eval()
+
+
+def random_plan(graph: ChannelGraph, exact_only: bool = False) -> PruningPlan:
+    """Keep a random set of channels of every group."""
+    kept = {}
+    for name, group in graph.groups.items():
+        if not (exact_only and group.inexact):
+            count = int(torch.randint(1, group.size + 1, ()))
+            kept[name] = torch.randperm(group.size)[:count]
+    return graph.plan(kept)
+
+
+def leaves(output: Any) -> list[Tensor]:
+    """Return the tensors of a nested output."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+@torch.no_grad()
+def difference(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, inputs: Any) -> float:
+    """Return how far the masked and the pruned network are apart, relative to the largest output.
+
+    The model itself is left alone.
+    """
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    masked, pruned = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    graph_of_masked = ChannelGraph(masked, graph.groups, graph.held, graph.shapes, graph.terms)
+    zero_removed(graph_of_masked, plan)
+    lp.prune(pruned, plan)
+    worst = 0.0
+    for left, right in zip(leaves(masked(*arguments)), leaves(pruned(*arguments)), strict=True):
+        assert left.shape == right.shape
+        assert bool(left.isfinite().all())
+        worst = max(worst, float((left - right).abs().max() / left.abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def counted_flops(model: nn.Module, inputs: Any) -> int:
+    """Return what fvcore counts on the network as it is."""
+    analysis = FlopCountAnalysis(model.eval(), inputs)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return int(analysis.total())
+
+
+def assert_pruned(model: nn.Module, inputs: Any, kept: dict[str, list[int]], expected: dict[str, dict[int, list[int]]]):
+    """Prune a copy and compare every tensor with the positions that were worked out by hand.
+
+    Args:
+        model: The network.
+        inputs: Its example inputs.
+        kept: The channels that stay, by group.
+        expected: The positions that stay, by tensor and axis; every other axis must be whole.
+    """
+    pruned = copy.deepcopy(model)
+    graph = lp.trace(pruned, inputs)
+    lp.prune(pruned, graph.plan({name: torch.tensor(channels) for name, channels in kept.items()}))
+    before, after = dict(model.state_dict()), dict(pruned.state_dict())
+    assert before.keys() == after.keys()
+    assert expected.keys() <= before.keys()
+    for name, tensor in before.items():
+        for axis, index in expected.get(name, {}).items():
+            tensor = tensor.index_select(axis, torch.tensor(index))
+        assert torch.equal(after[name], tensor), f"{name}: {tuple(after[name].shape)} against {tuple(tensor.shape)}"
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    pruned(*arguments)

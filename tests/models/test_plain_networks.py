@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune.models import AlexNet, CifarMobileNetV2, CifarVGG, DigitsNet, LeNet
+from lightning_prune.models.initialization import initialize_he
+
+
+def count_parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("depth", [11, 13, 16, 19])
+def test_vgg_has_the_convolutions_of_its_depth(depth):
+    network = CifarVGG(depth)
+    # The name counts three linear layers, of which one is left.
+    assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) == depth - 3
+    assert sum(isinstance(module, nn.MaxPool2d) for module in network.modules()) == 5
+    assert sum(isinstance(module, nn.Linear) for module in network.modules()) == 1
+
+
+def test_vgg16_has_the_known_number_of_parameters():
+    # 14.7 M: convolutions without biases, two numbers per channel of BatchNorm, a classifier of 512 x 10 + 10.
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    convolutions = sum(9 * widths[i] * widths[i + 1] for i in range(13))
+    expected = convolutions + 2 * sum(widths[1:]) + 5130
+    assert count_parameters(CifarVGG(16)) == expected == 14_724_042
+
+
+def test_vgg_takes_larger_images_other_channels_and_classes():
+    network = CifarVGG(11, num_classes=7, in_channels=1).eval()
+    assert network(torch.zeros(2, 1, 64, 64)).shape == (2, 7)
+
+
+def test_unknown_vgg_is_refused():
+    with pytest.raises(ValueError, match="depth=15 is not a VGG: choose one of 11, 13, 16, 19"):
+        CifarVGG(15)
+
+
+def test_lenet_has_the_61706_parameters_of_lenet_5():
+    assert count_parameters(LeNet()) == 61_706
+
+
+@pytest.mark.parametrize("image_size", [12, 13, 28, 32, 33])
+def test_lenet_and_alexnet_fit_their_image_size(image_size):
+    for network in (LeNet(image_size=image_size), AlexNet(in_channels=1, image_size=image_size)):
+        assert network.eval()(torch.zeros(2, 1, image_size, image_size)).shape == (2, 10)
+
+
+def test_alexnet_has_five_convolutions_three_linear_layers_and_dropout():
+    kinds = [type(module) for module in AlexNet().modules()]
+    assert [kinds.count(kind) for kind in (nn.Conv2d, nn.Linear, nn.Dropout)] == [5, 3, 2]
+
+
+@pytest.mark.parametrize(("network", "smallest"), [(LeNet, 12), (AlexNet, 8)])
+def test_images_that_would_vanish_are_refused(network, smallest):
+    with pytest.raises(ValueError, match=f"image_size={smallest - 1} is too small for .*Net: use images of at least"):
+        network(image_size=smallest - 1)
+    network(image_size=smallest)
+
+
+def test_digits_network_has_seven_convolutions_in_three_widths():
+    widths = [module.out_channels for module in DigitsNet().modules() if isinstance(module, nn.Conv2d)]
+    assert widths == [32, 32, 32, 64, 64, 64, 128]
+    assert DigitsNet(width=8)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_digits_network_adds_its_residual_blocks_to_what_comes_in():
+    network = DigitsNet().eval()
+    block = network.stage1[1]
+    nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(2, 32, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+def test_mobilenet_has_the_parameters_of_the_paper_and_ends_at_4x4():
+    network = CifarMobileNetV2().eval()
+    # 3,504,872 of the ImageNet network, whose classifier is 1280 x 1000 + 1000 and not 1280 x 10 + 10.
+    assert count_parameters(network) == 3_504_872 - 1_281_000 + 12_810
+    assert network.features(torch.zeros(1, 3, 32, 32)).shape == (1, 1280, 4, 4)
+    assert CifarMobileNetV2(num_classes=7, in_channels=1).eval()(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_initialization_has_the_spread_of_he_and_no_bias():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(64, 128, 3), nn.Linear(400, 100), nn.BatchNorm2d(4))
+    initialize_he(network)
+    # sqrt(2 / (128 * 9)) for the convolution, sqrt(1 / 400) for the linear layer
+    assert network[0].weight.std().item() == pytest.approx((2 / 1152) ** 0.5, rel=0.02)
+    assert network[1].weight.std().item() == pytest.approx(0.05, rel=0.02)
+    assert network[0].bias.abs().sum() == network[1].bias.abs().sum() == 0
+    assert network[2].weight.tolist() == [1, 1, 1, 1]
