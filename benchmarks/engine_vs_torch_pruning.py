@@ -49,7 +49,9 @@ def theirs(model: nn.Module, x: torch.Tensor, steps: int) -> None:
         pruner.step()
 
 
-def seconds(run: Callable[[nn.Module, torch.Tensor, int], None], model: nn.Module, x: torch.Tensor, steps: int) -> float:
+def seconds(
+    run: Callable[[nn.Module, torch.Tensor, int], None], model: nn.Module, x: torch.Tensor, steps: int
+) -> float:
     model = copy.deepcopy(model)
     start = time.perf_counter()
     run(model, x, steps)
@@ -76,7 +78,9 @@ def main() -> None:
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    print(f"| network | lightning-prune (s) | torch-pruning {torch_pruning.__version__} (s) | ratio |\n|---|---|---|---|")
+    print(
+        f"| network | lightning-prune (s) | torch-pruning {torch_pruning.__version__} (s) | ratio |\n|---|---|---|---|"
+    )
     ratios = []
     for name in settings.networks:
         mine, other = compare(name, settings.rounds, settings.steps)

@@ -123,7 +123,9 @@ def _scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Tens
             known[name][graph.live(name)] = math.inf
             continue
         if given.shape != (group.size,):
-            raise ValueError(f"Group {name!r} has {group.size} channels, but its scores have shape {tuple(given.shape)}.")
+            raise ValueError(
+                f"Group {name!r} has {group.size} channels, but its scores have shape {tuple(given.shape)}."
+            )
         if bool(given.isnan().any()):
             raise ValueError(f"The scores of group {name!r} contain NaN; look for non-finite weights or gradients.")
         known[name] = given.detach().to("cpu", torch.float64)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class Slice:
         """
         if self.table:
             return torch.tensor(self.table)[channels].reshape(-1)
+        if self.width == 1:
+            return channels * self.step + self.start
         return (self.start + channels[:, None] * self.step + torch.arange(self.width)).reshape(-1)
 
 
@@ -121,19 +124,33 @@ class PruningPlan:
 
     def index(self) -> dict[str, dict[int, Tensor]]:
         """Return the original positions that stay, by tensor name and axis, for the axes that get shorter."""
-        stays: dict[tuple[str, int], Tensor] = {}
+        return {tensor: dict(axes) for tensor, axes in self._index.items()}
+
+    @cached_property
+    def _index(self) -> dict[str, dict[int, Tensor]]:
+        found: dict[str, dict[int, Tensor]] = {}
+        shared: dict[tuple[str, int], Tensor] = {}  # axes that are more than the channels of one group
         for group in self.groups.values():
             if len(group.kept) == group.size:
                 continue
+            kept, removed = torch.tensor(group.kept), group.removed
             for part in group.slices:
-                key = (part.tensor, part.axis)
-                if key not in stays:
-                    stays[key] = torch.ones(self.shapes[part.tensor][part.axis], dtype=torch.bool)
-                stays[key][part.positions(group.removed)] = False
-        found: dict[str, dict[int, Tensor]] = {}
-        for (tensor, axis), mask in stays.items():
-            found.setdefault(tensor, {})[axis] = mask.nonzero()[:, 0]
+                size = self.shapes[part.tensor][part.axis]
+                axes = found.setdefault(part.tensor, {})
+                if size == group.size and not part.table:
+                    axes[part.axis] = kept
+                    continue
+                if (part.tensor, part.axis) not in shared:
+                    shared[part.tensor, part.axis] = torch.ones(size, dtype=torch.bool)
+                    axes[part.axis] = kept  # keeps the place
+                shared[part.tensor, part.axis][part.positions(removed)] = False
+        for (tensor, axis), mask in shared.items():
+            found[tensor][axis] = mask.nonzero()[:, 0]
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can be worked out again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_index"}
 
     def pruned_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape that each touched tensor has once the plan is applied."""

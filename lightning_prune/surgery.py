@@ -14,6 +14,8 @@ from lightning_prune.plan import PruningPlan
 
 __all__ = ["PruneReport", "prune", "reshape"]
 
+_WORTH_IT = 1_000_000  # numbers in a tensor from which looking for blocks pays
+
 
 @dataclass(frozen=True)
 class PruneReport:
@@ -115,7 +117,9 @@ def _check_kinds(model: nn.Module, optimizers: list[Any]) -> None:
         raise TypeError(f"The model is wrapped in {type(model).__name__}; prune `model.module` and wrap it again.")
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"{type(optimizer).__name__} is no torch optimizer; pass the optimizers that train the model.")
+            raise TypeError(
+                f"{type(optimizer).__name__} is no torch optimizer; pass the optimizers that train the model."
+            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
                 "LBFGS keeps its history for all parameters in one vector, which cannot lose channels; use another "
@@ -169,7 +173,7 @@ def _take(tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
     """Copy the positions that stay; runs of neighbouring positions are copied as one."""
     for axis in sorted(axes):  # rows first: they are cheapest to copy, and what follows has less to do
         index = axes[axis]
-        run = _run_length(index, tensor.shape[axis])
+        run = _run_length(index, tensor.shape[axis]) if axis > 0 and tensor.numel() > _WORTH_IT else 1
         if run > 1:
             blocks = tensor.contiguous().unflatten(axis, (-1, run))
             tensor = blocks.index_select(axis, (index[::run] // run).to(tensor.device)).flatten(axis, axis + 1)

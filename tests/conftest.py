@@ -4,6 +4,17 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker of long runs."""
+    config.addinivalue_line("markers", "zoo: long runs over many networks; only with `-m zoo`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave long runs out unless they are asked for."""
+    if "zoo" not in (config.option.markexpr or ""):
+        items[:] = [item for item in items if item.get_closest_marker("zoo") is None]
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Start every test from the same random numbers, whatever ran before it."""

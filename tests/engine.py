@@ -34,13 +34,19 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def torchvision_model(name: str) -> nn.Module:
-    """Build a torchvision model in float64 without spending time on its own initialisation."""
+    """Build a torchvision model in float64."""
     import torchvision
 
-    with torch.device("meta"):
-        model = torchvision.models.get_model(name, weights=None)
-    model = randomised(model.double().to_empty(device="cpu"))
-    return model.eval()
+    settings: dict[str, Any] = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    if name.startswith(("vgg", "alexnet")):  # whose own initialisation takes seconds
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name, weights=None)
+        model.to_empty(device="cpu")
+    else:
+        if "segmentation" in torchvision.models.get_model_builder(name).__module__:
+            settings["weights_backbone"] = None  # else downloaded
+        model = torchvision.models.get_model(name, weights=None, **settings)
+    return randomised(model.double()).eval()
 
 
 def random_plan(graph: ChannelGraph, exact_only: bool = False) -> PruningPlan:

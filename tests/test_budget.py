@@ -10,7 +10,12 @@ from lightning_prune.budget import CostModel
 
 def test_worked_out_by_hand():
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
     )
     graph = lp.trace(model, torch.zeros(5, 3, 6, 6))
     pixels = 5 * 4 * 4

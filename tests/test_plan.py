@@ -12,7 +12,9 @@ from lightning_prune.plan import PlannedGroup, PruningPlan, Slice
 
 
 def network() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 5), nn.Linear(5, 2))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 5), nn.Linear(5, 2)
+    )
 
 
 def graph_of(model: nn.Module):
@@ -92,7 +94,9 @@ def test_what_is_removed_stays_removed():
     model = network()
     graph = graph_of(model)
     lp.prune(model, graph.plan({"0": torch.tensor([0, 1])}))
-    with pytest.raises(ValueError, match=r"The plan keeps channels \[5\] of group '0', which have been removed already"):
+    with pytest.raises(
+        ValueError, match=r"The plan keeps channels \[5\] of group '0', which have been removed already"
+    ):
         lp.prune(model, graph.plan({"0": torch.tensor([0, 5])}))
     assert model[0].out_channels == 2
 

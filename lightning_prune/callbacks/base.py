@@ -94,6 +94,7 @@ class PruningCallback(Callback):
         self.batch_like: dict[str, Any] | None = None
         self._graph: ChannelGraph | None = None
         self._part: trainer_state.Part | None = None
+        self._epoch: int | None = None  # the epoch that has begun
 
     # -- what subclasses say ---------------------------------------------------------------------------------------
 
@@ -168,6 +169,17 @@ class PruningCallback(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._begin_once(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        # A run that resumes in the middle of an epoch, or right after its last batch, starts without the hook above.
+        self._begin_once(trainer, pl_module)
+
+    def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Prune if it is time; called once before the first batch of each epoch, or of what is left of it."""
         # Checkpoints of an epoch are written before the next one starts, so each holds the network as it was trained
         # and a resumed run prunes from the same state as an unbroken one.
         due = self.steps_due(trainer.current_epoch)
@@ -217,6 +229,11 @@ class PruningCallback(Callback):
         """Leave references to modules out of copies and pickles."""
         return {name: value for name, value in self.__dict__.items() if name != "log"} | {"_graph": None, "_part": None}
 
+    def _begin_once(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if self._epoch != trainer.current_epoch:
+            self._epoch = trainer.current_epoch
+            self.begin_epoch(trainer, pl_module)
+
     # -- one prune -------------------------------------------------------------------------------------------------
 
     def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
@@ -259,6 +276,5 @@ class PruningCallback(Callback):
     def _let_go(self, pl_module: "pl.LightningModule") -> None:
         """Drop every reference to modules and give the LightningModule its hooks back."""
         trainer_state.release_checkpoints(pl_module)
-        self._graph = None
-        self._part = None
+        self._graph = self._part = self._epoch = None
         self.__dict__.pop("log", None)  # Lightning gives every callback the module's bound method

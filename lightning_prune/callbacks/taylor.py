@@ -63,12 +63,10 @@ class TaylorRankCallback(PruningCallback):
         super().on_train_start(trainer, pl_module)
         assert self._graph is not None
         _refuse_unreadable(self._graph)
-        if self.collecting(trainer.current_epoch):  # a run that resumes in the middle of an epoch
-            self._tap(pl_module)
 
     @override
-    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().on_train_epoch_start(trainer, pl_module)
+    def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        super().begin_epoch(trainer, pl_module)
         self._untap()
         if self.collecting(trainer.current_epoch):
             self._tap(pl_module)
@@ -144,7 +142,9 @@ class TaylorRankCallback(PruningCallback):
         assert self._graph is not None
         channels = self._graph.live(group.name)
         found = [
-            self._effects[part.tensor][:, self._graph.positions_now(part, channels)].unflatten(1, (len(channels), -1)).sum(2)
+            self._effects[part.tensor][:, self._graph.positions_now(part, channels)]
+            .unflatten(1, (len(channels), -1))
+            .sum(2)
             for part in group.readers
             if part.tensor in self._effects
         ]

@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.budget import CostModel
 from lightning_prune.checkpoint import restore_shape, save_plan
@@ -116,19 +118,23 @@ def example_inputs(
     """
     if given is not None:
         shape = isinstance(given, list) and bool(given) and all(isinstance(size, int) for size in given)
-        return torch.zeros(given) if shape else given
-    if module:
+        inputs = torch.zeros(given) if shape else given
+    elif module:
         raise ValueError(
             f"example_inputs must be given to prune the part {module!r}, since its inputs are not those of the model."
         )
-    if pl_module.example_input_array is not None:
-        return pl_module.example_input_array
-    return torch.zeros(seen["shape"], dtype=getattr(torch, seen["dtype"])) if seen else _first_batch(trainer, pl_module)
+    elif pl_module.example_input_array is not None:
+        inputs = pl_module.example_input_array
+    elif seen is not None:
+        inputs = torch.zeros(seen["shape"], dtype=getattr(torch, seen["dtype"]))
+    else:
+        inputs = _first_batch(trainer, pl_module)
+    return trainer.precision_plugin.convert_input(inputs)  # as Lightning does with batches, for 64-true and the like
 
 
 def _first_batch(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tensor:
     with torch.random.fork_rng():
-        batch = next(iter(trainer.train_dataloader), None) if trainer.train_dataloader is not None else None
+        batch = _one_sample(trainer.train_dataloader)
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(first, Tensor):
         raise ValueError(
@@ -136,6 +142,14 @@ def _first_batch(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tens
             f"{type(pl_module).__name__}, or example_inputs on the callback."
         )
     return first[:1]
+
+
+def _one_sample(loaders: Any) -> Any:
+    """Return a batch, of one sample where a data set can be asked for it without starting the loader."""
+    loader = next(iter(tree_leaves(loaders)), None)
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return loader.collate_fn([loader.dataset[0]])
+    return next(iter(loader), None) if loader is not None else None
 
 
 def metrics(trainer: "pl.Trainer") -> dict[str, float]:

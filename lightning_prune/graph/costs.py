@@ -14,6 +14,7 @@ from lightning_prune.graph.tracer import Call, Tracer
 
 __all__ = ["COSTS"]
 
+_INSTANCE_NORM = F.instance_norm.__code__
 _ADAPTIVE_POOLING = F.adaptive_avg_pool2d.__code__
 
 COSTS: dict[str, Callable[[Tracer, Call], None]] = {}
@@ -70,13 +71,14 @@ def _output(call: Call) -> Tensor:
     return call.output
 
 
-def _batch_norm_passes(call: Call) -> int:
-    return 2 if call.argument(1, "weight") is not None else 1
+@_cost("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update")
+def _batch_norm(tracer: Tracer, call: Call) -> None:
+    """Normalisation of instances runs as one of batches, and counts as one that finds its statistics itself."""
+    affine = call.argument(1, "weight") is not None
+    passes = (5 if affine else 4) if tracer.inside(_INSTANCE_NORM) else (2 if affine else 1)
+    tracer.cost(passes, *tracer.axes(call.args[0]))
 
 
-_cost("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update")(
-    _passes(_input, _batch_norm_passes)
-)
 _cost("native_layer_norm")(_passes(_input, lambda call: 5 if call.argument(2, "weight") is not None else 4))
 _cost("native_group_norm")(_passes(_input, lambda call: 5 if call.argument(1, "weight") is not None else 4))
 _cost("_adaptive_avg_pool2d")(_passes(_input, lambda call: 1))

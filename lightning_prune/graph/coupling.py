@@ -215,7 +215,9 @@ def _assemble(
         group, reason = _group(parts[number], record, component, held, inexact, sides)
         if reason:
             before = whole.get(group.name)
-            whole[group.name] = Held(group.size + (before.channels if before else 0), before.reason if before else reason)
+            whole[group.name] = Held(
+                group.size + (before.channels if before else 0), before.reason if before else reason
+            )
         else:
             name = group.name if group.name not in groups else f"{group.name}#{number}"
             index_of_group[number] = len(groups)
@@ -252,6 +254,11 @@ def _group(
 def _slices(slot: Slot, positions: np.ndarray) -> list[Slice]:
     """Write the positions of channels, (channels, positions of a channel), as slices with a regular step."""
     found = []
+    size, width = positions.shape
+    start = int(positions[0, 0])
+    if width == 1 and int(positions[-1, 0]) == start + size - 1:  # they are all different and ascend
+        if (positions[1:, 0] > positions[:-1, 0]).all():
+            return [Slice(slot.tensor, slot.axis, start)]
     breaks = np.flatnonzero(np.diff(positions[0]) != 1) + 1
     for columns in np.split(positions, breaks, axis=1):
         step = int(columns[1, 0] - columns[0, 0]) if len(columns) > 1 else 1

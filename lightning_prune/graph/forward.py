@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.graph.channel_graph import plan_in_force
@@ -37,13 +38,14 @@ class Forward:
             self.part = model.get_submodule(module)
         except AttributeError:
             raise ValueError(f"The model has no module {module!r}; name one of its parts, such as 'network'.") from None
-        _check_traceable(model)
+        modules = list(model.named_modules())
+        _check_traceable(modules)
         self.args, self.kwargs = as_call(example_inputs)
         self.tensors = named_tensors(model)
         plan = plan_in_force(model) or PruningPlan()
         self.shapes = {name: tuple(plan.shapes.get(name, t.shape)) for name, t in self.tensors.items()}
-        self.names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
-        self.module_names = [name for name, _ in model.named_modules() if name]
+        self.names = {id(m): name or type(m).__name__ for name, m in modules}
+        self.module_names = [name for name, _ in modules if name]
         self.slots, self.count = self._slots()
         self._whole: dict[str, dict[int, Labels]] = {}
         for slot in self.slots:
@@ -159,6 +161,7 @@ class Forward:
                 made = made.index_select(axis, index.to(made.device))
         if isinstance(tensor, nn.Parameter):
             made._is_weight = True  # type: ignore[attr-defined]
+        made._dotted_name = name  # type: ignore[attr-defined]
         return made
 
     def _input(self, leaf: Any) -> Any:
@@ -176,16 +179,17 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-def _check_traceable(model: nn.Module) -> None:
+def _check_traceable(modules: list[tuple[str, nn.Module]]) -> None:
     """Refuse what cannot be pruned at all, in one sentence."""
-    for name, module in model.named_modules():
-        if "quantized" in type(module).__module__.split("."):
-            raise ValueError(f"{name or type(module).__name__!r} is quantized; prune the model before quantizing it.")
     devices = set()
-    for name, tensor in model.named_parameters():
-        if isinstance(tensor, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name!r} has no shape yet; run the model once on a batch, then trace it.")
-        devices.add(str(tensor.device))
+    for name, module in modules:
+        if ".quantized." in type(module).__module__:
+            raise ValueError(f"{name or type(module).__name__!r} is quantized; prune the model before quantizing it.")
+        for own, tensor in module._parameters.items():
+            if isinstance(tensor, nn.parameter.UninitializedParameter):
+                raise ValueError(f"'{name}.{own}' has no shape yet; run the model once on a batch, then trace it.")
+            if tensor is not None:
+                devices.add(str(tensor.device))
     if len(devices) > 1:
         raise ValueError(f"The model is spread over {', '.join(sorted(devices))}; move it to one device to trace it.")
 
@@ -210,14 +214,17 @@ def _leaves(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 @contextmanager
 def _neutral_state() -> Iterator[None]:
-    """Run without gradients and fused attention layers; give the random number generators back as they were."""
+    """Run without gradients, fused attention layers and checks of values; give the random state back as it was."""
     python, numpy = random.getstate(), np.random.get_state()
     fast = torch.backends.mha.get_fastpath_enabled()
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
         torch.backends.mha.set_fastpath_enabled(False)
+        # One value per channel has no variance, which does not matter where there are no values.
+        check, functional._verify_batch_size = functional._verify_batch_size, lambda size: None
         try:
             yield
         finally:
+            functional._verify_batch_size = check
             torch.backends.mha.set_fastpath_enabled(fast)
             random.setstate(python)
             np.random.set_state(numpy)

@@ -17,9 +17,15 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
+_GROUPED = "_was_grouped"
+
+
 def _sync_conv(module: nn.Module) -> None:
     first, second = module.weight.shape[:2]
-    if module.groups > 1:  # whole convolution groups leave together, so each keeps the size it had
+    if module.groups > 1 or _GROUPED in module.__dict__:
+        # Whole convolution groups leave together, so each keeps the size it had. One that is left alone would look
+        # like an ordinary convolution, and could not grow back.
+        module.__dict__[_GROUPED] = True
         module.groups = module.groups * first // (module.in_channels if module.transposed else module.out_channels)
     if module.transposed:
         module.in_channels, module.out_channels = first, second * module.groups

@@ -1,7 +1,7 @@
 """Try channel groups out on a smaller network before anyone relies on them."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.coupling import Coupling
 from lightning_prune.graph.forward import Forward, Index
-from lightning_prune.graph.tracer import Labels, Note, Record, Tables, Tie, Tracer, is_user_code
+from lightning_prune.graph.tracer import Known, Labels, Note, Record, Tables, Tie, Tracer, is_user_code
 
 __all__ = ["Finding", "Prober"]
 
@@ -39,6 +39,16 @@ class Finding:
         return Note(torch.from_numpy(labels), self.module, self.why)
 
 
+def _line_of(raised: Exception) -> str:
+    line, trace = "", raised.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if is_user_code(code.co_filename):
+            line = f" ({os.path.basename(code.co_filename)}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return line
+
+
 class _Stop(BaseException):
     """The place that was looked for has been reached."""
 
@@ -46,8 +56,8 @@ class _Stop(BaseException):
 class _Locator(Tracer):
     """Run until a list of the record has grown to some length: where was that?"""
 
-    def __init__(self, tables: Tables, split: Mapping[tuple[str, int, int], int], kind: str, length: int) -> None:
-        super().__init__(tables, split)
+    def __init__(self, tables: Tables, known: Known, kind: str, length: int) -> None:
+        super().__init__(tables, known)
         self.kind, self.length = kind, length
         self.found: tuple[str, str] | None = None
 
@@ -79,13 +89,11 @@ class Prober:
         forward: The forward pass.
         coupling: The groups to try.
         tables: Rules and costs.
-        split: How lines of code split axes.
+        known: What the whole network has shown.
     """
 
-    def __init__(
-        self, forward: Forward, coupling: Coupling, tables: Tables, split: Mapping[tuple[str, int, int], int]
-    ) -> None:
-        self.forward, self.coupling, self.split = forward, coupling, split
+    def __init__(self, forward: Forward, coupling: Coupling, tables: Tables, known: Known) -> None:
+        self.forward, self.coupling, self.known = forward, coupling, known
         self.tables = Tables(tables.rules, {})
         self.free = coupling.group_of >= 0
 
@@ -94,16 +102,22 @@ class Prober:
 
         Args:
             training: The mode to run in.
-            whole: What the whole network showed in this mode, if it is known.
+            whole: What the whole network showed in this mode; None if that is not known, and what is found is then
+                not explained.
 
         Returns:
             What was found, and the record of the run.
         """
         everything = range(len(self.coupling.groups))
         stays = self._stays(everything)
-        tracer, raised = self._run(Tracer(self.tables, self.split), stays, training)
-        finding = self._misplaced(tracer, whole, stays, training) or self._blamed(tracer, raised, training)
-        if finding is None and whole is not None and tracer.record.course != whole.course:
+        tracer, raised = self._run(Tracer(self.tables, self.known), stays, training)
+        if whole is None:  # without which nothing can be explained
+            fits = raised is None and self._first_bad_tie(tracer.record.ties) is None and not self._held(tracer.record)
+            return None if fits else Finding(frozenset(), "", ""), tracer.record
+        finding = self._misplaced(tracer, whole, stays, training) or self._blamed(
+            tracer, raised, whole, stays, training
+        )
+        if finding is None and tracer.record.course != whole.course:
             finding = self._astray(whole.course, tracer.record.course, training)
         return finding, tracer.record
 
@@ -117,9 +131,7 @@ class Prober:
             kept[names[number]] = every[1::2] if number % 2 == 0 or size < 4 else every[every % 3 != 1]
             if size == 3:
                 kept[names[number]] = every[1:]
-        graph = ChannelGraph(
-            self.forward.part, self.coupling.groups, self.coupling.held, self.forward.shapes, {}
-        )
+        graph = ChannelGraph(self.forward.part, self.coupling.groups, self.coupling.held, self.forward.shapes, {})
         return graph.plan(kept).index()
 
     def _run(self, tracer: Tracer, stays: Index, training: bool) -> tuple[Tracer, Exception | None]:
@@ -133,7 +145,7 @@ class Prober:
 
     # -- what was found --------------------------------------------------------------------------------------------
 
-    def _misplaced(self, tracer: Tracer, whole: Record | None, stays: Index, training: bool) -> Finding | None:
+    def _misplaced(self, tracer: Tracer, whole: Record, stays: Index, training: bool) -> Finding | None:
         """Look for channels that meet others than their own, or that something holds on to."""
         record = tracer.record
         at = self._first_bad_tie(record.ties)
@@ -141,18 +153,24 @@ class Prober:
             tie = record.ties[at]
             labels, kind, length = torch.cat([tie.first.reshape(-1), tie.second.reshape(-1)]), "ties", at + 1
         else:
-            held = next((i for i, note in enumerate(record.holds) if self.free[note.labels.numpy()].any()), None)
-            if held is None:
+            held = self._held(record)
+            if not held:
                 return None
-            labels, kind, length = record.holds[held].labels, "holds", held + 1
-        shifted = self._first_shift(record, whole, stays) if whole is not None else None
+            labels, kind, length = record.holds[held[0]].labels, "holds", held[0] + 1
+        shifted = self._first_shift(record, whole, stays)
         if shifted is not None:
             kind, length = "course", shifted + 1
-        locator = _Locator(self.tables, self.split, kind, length)
-        self._run(locator, stays, training)
-        module, line = locator.found or (tracer.where(), "")
+        module, line = self._locate(kind, length, stays, training)
         site = tracer.split_ties.get(at) if at is not None else None
         return Finding(self._groups(labels), module, f"{_WHY}{line}", site)
+
+    def _held(self, record: Record) -> list[int]:
+        return [i for i, note in enumerate(record.holds) if self.free[note.labels.numpy()].any()]
+
+    def _locate(self, kind: str, length: int, stays: Index, training: bool) -> tuple[str, str]:
+        locator = _Locator(self.tables, self.known, kind, length)
+        self._run(locator, stays, training)
+        return locator.found or ("the model", "")
 
     def _first_shift(self, record: Record, whole: Record, stays: Index) -> int | None:
         """Find the first operator whose output does not have just the channels that are left of it."""
@@ -197,35 +215,34 @@ class Prober:
     def _groups(self, labels: Labels) -> frozenset[int]:
         return frozenset(np.unique(self.coupling.group_of[labels.numpy()]).tolist()) - {-1}
 
-    def _blamed(self, tracer: Tracer, raised: Exception | None, training: bool) -> Finding | None:
+    def _blamed(
+        self, tracer: Tracer, raised: Exception | None, whole: Record, stays: Index, training: bool
+    ) -> Finding | None:
         """Hold what the operator that failed was given or, failing that, what makes it fail."""
         if raised is None:
             return None
-        line, trace = "", raised.__traceback__
-        while trace is not None:
-            code = trace.tb_frame.f_code
-            if is_user_code(code.co_filename):
-                line = f" ({os.path.basename(code.co_filename)}:{trace.tb_lineno})"
-            trace = trace.tb_next
+        shifted = self._first_shift(tracer.record, whole, stays)
+        if shifted is not None:
+            module, line = self._locate("course", shifted + 1, stays, training)
+        else:
+            module, line = tracer.failed_in or "the model", _line_of(raised)
         given = [] if tracer.running is None else tracer.running.given
         labels = [along for tensor in given for along in tracer.all_labels(tensor).values()]
         groups = self._groups(torch.cat(labels)) if labels else frozenset()
         if not groups:
             groups = self._culprits(lambda some: self._run_with(some, training)[1] is not None)
-        return Finding(groups, tracer.failed_in or "the model", f"{_WHY}{line}")
+        return Finding(groups, module, f"{_WHY}{line}")
 
     def _astray(self, expected: list, course: list, training: bool) -> Finding:
         """Find the groups whose size changes what the network does, or a number that it computes with."""
         at = next((i for i, (a, b) in enumerate(zip(expected, course, strict=False)) if a != b), len(course) - 1)
-        locator = _Locator(self.tables, self.split, "course", at + 1)
         everything = range(len(self.coupling.groups))
-        self._run(locator, self._stays(everything), training)
-        module, line = locator.found or ("the model", "")
+        module, line = self._locate("course", at + 1, self._stays(everything), training)
         groups = self._culprits(lambda some: self._run_with(some, training)[0].record.course != expected)
         return Finding(groups, module, f"computes with the number of its channels{line}")
 
     def _run_with(self, groups: list[int], training: bool) -> tuple[Tracer, Exception | None]:
-        return self._run(Tracer(self.tables, self.split), self._stays(groups), training)
+        return self._run(Tracer(self.tables, self.known), self._stays(groups), training)
 
     def _culprits(self, bad: Callable[[list[int]], bool]) -> frozenset[int]:
         """Narrow down the groups that must be small for something to go wrong, by halves."""

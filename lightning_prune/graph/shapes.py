@@ -59,7 +59,9 @@ def _batch_norm(x: Tensor, *stored: Any) -> Any:
     return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
 
 
-@_on_meta("relu", "hardtanh", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu", "mish")
+@_on_meta(
+    "relu", "hardtanh", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu", "mish"
+)
 def _activation(x: Tensor, *numbers: Any, **named: Any) -> Any:
     return torch.empty_like(x) if x.is_meta and x.is_floating_point() else NotImplemented
 
@@ -71,15 +73,21 @@ def _activation_in_place(x: Tensor, *numbers: Any) -> Any:
 
 @_on_meta("add", "mul", "sub", "div")
 def _arithmetic(first: Tensor, second: Any, **named: Any) -> Any:
-    alike = isinstance(second, Tensor) and second.shape == first.shape and second.dtype == first.dtype
+    if isinstance(second, Tensor):
+        alike = second.shape == first.shape and second.dtype == first.dtype
+    else:
+        alike = isinstance(second, int | float)
     plain = alike and first.is_meta and first.is_floating_point() and "rounding_mode" not in named
     return torch.empty_like(first) if plain else NotImplemented
 
 
 @_on_meta("add_", "mul_", "sub_", "div_")
 def _arithmetic_in_place(first: Tensor, second: Any, **named: Any) -> Any:
-    alike = isinstance(second, Tensor) and second.shape == first.shape and second.dtype == first.dtype
-    return first if alike and first.is_meta and second.is_meta else NotImplemented
+    if isinstance(second, Tensor):
+        alike = second.is_meta and second.shape == first.shape and second.dtype == first.dtype
+    else:
+        alike = isinstance(second, int) or (isinstance(second, float) and first.is_floating_point())
+    return first if alike and first.is_meta else NotImplemented
 
 
 @_on_meta("native_layer_norm")

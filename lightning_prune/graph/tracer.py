@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.shapes import SHAPES
 
-__all__ = ["FIXED", "Call", "CostTerm", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "is_user_code"]
+__all__ = ["FIXED", "Call", "CostTerm", "Known", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "is_user_code"]
 
 Labels = Tensor  # (size of the axis,) int64: the label of each position
 FIXED = 0  # the label of a position that no parameter can remove, such as a zero that `F.pad` put there
@@ -159,6 +159,19 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What earlier passes have shown about a network, which a smaller one no longer shows.
+
+    Attributes:
+        split: Which part of a split axis becomes shorter, by the line of code and the number of parts.
+        grouped: Names of the weights of grouped convolutions; one that has a single group left looks like any other.
+    """
+
+    split: Mapping[tuple[str, int, int], int] = field(default_factory=dict)
+    grouped: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class _Entry:
     rule: Callable[["Tracer", Call], None]
     cost: Callable[["Tracer", Call], None] | None
@@ -183,10 +196,10 @@ class Tracer(TorchDispatchMode):
 
     Args:
         tables: The rules and costs.
-        split: How axes are split in two where a line of code does that; see `split_axis`.
+        known: What earlier passes have shown.
     """
 
-    def __init__(self, tables: Tables, split: Mapping[tuple[str, int, int], int] | None = None) -> None:
+    def __init__(self, tables: Tables, known: Known) -> None:
         super().__init__()
         self.tables = tables
         self.record = Record()
@@ -196,7 +209,8 @@ class Tracer(TorchDispatchMode):
         self.running: Call | None = None  # the operator that failed, after an exception
         self.in_attention = False  # between the two matrix products of attention written as one operator
         self.unsure: set[str] = set()  # names of modules that looked at values
-        self.split = dict(split or {})
+        self.known = known
+        self.grouped = set(known.grouped)
         self.split_ties: dict[int, tuple[str, int, int]] = {}  # which ties are due to which split of an axis
         self._entries: dict[Any, _Entry] = {}
         self._custom = dict(_custom_functions(torch.autograd.Function))
@@ -223,6 +237,11 @@ class Tracer(TorchDispatchMode):
     def is_weight(tensor: Any) -> bool:
         """Tell whether a tensor is a parameter or was computed from nothing but parameters."""
         return getattr(tensor, "_is_weight", False)
+
+    @staticmethod
+    def name_of(tensor: Any) -> str:
+        """Return the dotted name of a parameter or buffer, empty for any other tensor."""
+        return getattr(tensor, "_dotted_name", "")
 
     def tie(self, first: Labels | None, second: Labels | None, why: str) -> None:
         """Make two axes leave together, position by position.
@@ -284,7 +303,7 @@ class Tracer(TorchDispatchMode):
         """
         site = (*self._line(), len(sizes))
         self.split_ties[len(self.record.ties)] = site
-        return self.split.get(site, len(sizes) - 1)
+        return self.known.split.get(site, len(sizes) - 1)
 
     def where(self) -> str:
         """Name the module that runs now."""
@@ -358,7 +377,8 @@ class Tracer(TorchDispatchMode):
                 for labels in self.all_labels(tensor).values():
                     self.hold(labels, f"runs the autograd function {custom}, whose backward pass cannot be seen")
         if entry.pointwise:
-            self.record.course.append((entry.rule, *(arg for arg in call.args if isinstance(arg, int | float))))
+            numbers = (arg for arg in call.args if isinstance(arg, int | float))
+            self.record.course.append((entry.rule, call.operator, *numbers))
         else:
             self.record.course.append((entry.rule,))
         try:
@@ -383,8 +403,10 @@ class Tracer(TorchDispatchMode):
 
     def _entry(self, func: Any) -> _Entry:
         name = str(func.overloadpacket)
-        pointwise = torch.Tag.pointwise in func.tags
         rules = self.tables.rules
+        pointwise = torch.Tag.pointwise in func.tags
+        if name.endswith("_") and name not in rules:  # in place: as the operator that it is short for
+            pointwise = pointwise or _is_pointwise(name[:-1]) or rules.get(name[:-1]) is rules["pointwise"]
         rule = rules.get(name) or rules["pointwise" if pointwise else "unknown"]
         entry = _Entry(rule, self.tables.costs.get(name), SHAPES.get(name), pointwise, name in _NEEDS_VALUES)
         self._entries[func] = entry
@@ -398,6 +420,12 @@ def _custom_functions(kind: type) -> Iterator[tuple[Any, str]]:
         if code is not None and is_user_code(code.co_filename):
             yield code, function.__name__
         yield from _custom_functions(function)
+
+
+def _is_pointwise(name: str) -> bool:
+    space, _, operator = name.partition(".")
+    packet = getattr(getattr(torch.ops, space), operator, None)
+    return packet is not None and torch.Tag.pointwise in getattr(packet, packet.overloads()[0]).tags
 
 
 _RUN = Tracer.entering(None, "", lambda: None).__code__  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 import fnmatch
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from lightning_prune.graph.coupling import Coupling, couple
 from lightning_prune.graph.forward import Forward, as_call
 from lightning_prune.graph.probing import Finding, Prober
 from lightning_prune.graph.rules import RULES
-from lightning_prune.graph.tracer import CostTerm, Note, Record, Tables, Tracer
+from lightning_prune.graph.tracer import CostTerm, Known, Note, Record, Tables, Tracer
 
 __all__ = ["Held", "as_call", "trace"]
 
@@ -62,7 +64,7 @@ class _Search:
         self.forward = forward
         self.ignored = ignored
         self.tables = Tables(RULES, COSTS)
-        self.split: dict[tuple[str, int, int], int] = {}
+        self.known = Known()
         self.stuck: list[Note] = []
         self.with_training = False
 
@@ -77,18 +79,24 @@ class _Search:
             if not self.with_training:  # perhaps training mode only does more
                 self.with_training = True
                 evaluation, training = self._observe()
-            elif finding.site is not None and finding.site not in self.split:
-                self.split[finding.site] = 0  # the outer part becomes shorter, not the inner one
+            elif finding.site is not None and finding.site not in self.known.split:
+                # The outer part becomes shorter, not the inner one.
+                self.known = replace(self.known, split={**self.known.split, finding.site: 0})
                 evaluation, training = self._observe()
             else:
                 self.stuck.append(finding.note(coupling))
 
     def _observe(self) -> tuple[Record, Record | None]:
         def make() -> Tracer:
-            return Tracer(self.tables, self.split)
+            return Tracer(self.tables, self.known)
 
-        evaluation = self.forward.observe(make, training=False).record
-        return evaluation, self.forward.observe(make, training=True).record if self.with_training else None
+        tracers = [self.forward.observe(make, training=False)]
+        if self.with_training:
+            # What takes other inputs to be trained (targets, say) is traced as it is in evaluation mode.
+            with suppress(ValueError):
+                tracers.append(self.forward.observe(make, training=True))
+        self.known = replace(self.known, grouped=frozenset().union(*(tracer.grouped for tracer in tracers)))
+        return tracers[0].record, tracers[1].record if len(tracers) > 1 else None
 
     def _couple(self, evaluation: Record, training: Record | None) -> Coupling:
         joined = Record()
@@ -107,11 +115,14 @@ class _Search:
         """Try the groups in training mode, and in evaluation mode unless that has just been seen to do the same."""
         if not coupling.groups:
             return None
-        prober = Prober(self.forward, coupling, self.tables, self.split)
-        finding, record = prober.probe(True, training)
-        if finding is None and not _contains(record.course, evaluation.course):
-            finding, _ = prober.probe(False, evaluation)
-        return finding
+        prober = Prober(self.forward, coupling, self.tables, self.known)
+        seen: list = []
+        if training is not None or not self.with_training:
+            finding, record = prober.probe(True, training)
+            if finding is not None:
+                return finding
+            seen = record.course
+        return None if _contains(seen, evaluation.course) else prober.probe(False, evaluation)[0]
 
 
 def _contains(course: list, other: list) -> bool:

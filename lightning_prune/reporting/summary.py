@@ -82,9 +82,7 @@ def whereabouts(trainer: "pl.Trainer") -> list[str]:
     return lines
 
 
-def log_prune(
-    trainer: "pl.Trainer", graph: ChannelGraph, plan: PruningPlan, scores: Mapping[str, Tensor]
-) -> None:
+def log_prune(trainer: "pl.Trainer", graph: ChannelGraph, plan: PruningPlan, scores: Mapping[str, Tensor]) -> None:
     """Log the widths of all groups to every logger and, where a logger draws histograms, the scores.
 
     Args:

@@ -12,7 +12,9 @@ IMAGE = torch.zeros(2, 3, 8, 8)
 
 
 def test_plain_chain():
-    model = randomised(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 1)))
+    model = randomised(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 1))
+    )
     assert_pruned(
         model,
         IMAGE,

@@ -38,9 +38,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "grads": [p.grad for p in model.parameters()],
         "attributes": [sorted(m.__dict__) for m in model.modules()],
-        "hooks": [
-            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()
-        ],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
         "global hooks": [
             len(getattr(nn.modules.module, name))
             for name in ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.transforms import functional as images
 
 from lightning_prune.models import CifarResNet, build_network, load_weights
-from lightning_prune.models.cifar_resnet import PadShortcut
+from lightning_prune.models.cifar_resnet import BasicBlock, PadShortcut
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -64,6 +64,20 @@ def test_pad_shortcut_adds_the_same_zeros_to_a_narrower_input():
     out = shortcut(torch.ones(1, 5, 4, 4))
     assert out.shape[1] == 8 + 5 + 8
     assert out[0, :, 0, 0].nonzero().flatten().tolist() == [8, 9, 10, 11, 12]
+
+
+def test_block_adds_the_shortcut_after_the_second_batchnorm():
+    block = BasicBlock(4, 4, shortcut="A").eval()
+    nn.init.zeros_(block.bn2.weight)
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(block(x), x.clamp(min=0))
+
+
+def test_block_has_a_relu_between_its_convolutions():
+    block = BasicBlock(4, 4, shortcut="A").eval()
+    nn.init.constant_(block.conv1.weight, -1.0)  # negative everywhere, so that the ReLU leaves nothing
+    x = torch.rand(2, 4, 8, 8)
+    assert torch.equal(block(x), x)
 
 
 def test_unknown_depth_is_refused():

@@ -154,7 +154,9 @@ def test_warmup_rises_in_equal_steps_before_any_schedule():
 
 def test_cosine_ends_at_zero_and_stays_there():
     assert [learning_rate_factor(epoch, 4, "cosine") for epoch in (0, 4, 5)] == pytest.approx([1, 0, 0])
-    assert learning_rate_factor(5, 3, "cosine", warmup_epochs=5) == 1  # a trial run shorter than its warm-up
+    # Trial runs shorter than or as long as their warm-up: the schedule is asked once more after the last epoch.
+    assert learning_rate_factor(5, 3, "cosine", warmup_epochs=5) == 1
+    assert learning_rate_factor(5, 5, "cosine", warmup_epochs=5) == 1
 
 
 def test_cosine_without_a_number_of_epochs_is_refused(tmp_path):

@@ -39,7 +39,10 @@ def _along(
         result[axis] = labels
 
 
-@rule("pointwise", "aten.copy_", "aten._prelu_kernel", "aten.where", "aten.masked_fill")
+@rule(
+    "pointwise", "aten.copy_", "aten._prelu_kernel", "aten.where", "aten.masked_fill", "aten.hardswish", "aten.glu_jvp",
+    "aten.rrelu_with_noise", "aten.celu", "aten.selu", "aten.relu6", "aten.log_sigmoid_forward", "aten.dequantize",
+)  # fmt: skip
 def pointwise(tracer: Tracer, call: Call) -> None:
     """Tie the arguments, broadcast together; the rule of every operator that PyTorch tags as pointwise."""
     tensors = tensors_in([*call.args, *call.kwargs.values()])

@@ -21,7 +21,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
         if axis > channel:
             tracer.hold(labels, "is a spatial axis of a convolution")
     inlet, outlet = (0, 1) if transposed else (1, 0)
-    if groups == 1:
+    if groups == 1 and tracer.name_of(weight) not in tracer.grouped:
         tracer.tie(tracer.labels(x, channel), tracer.labels(weight, inlet), "reads an input of fixed size")
         tracer.read(tracer.labels(weight, inlet))
         made = tracer.labels(weight, outlet)
@@ -41,6 +41,7 @@ def _grouped(
 
     A depthwise convolution is the case of one input a group, with or without a multiplier.
     """
+    tracer.grouped.add(tracer.name_of(weight))
     full, shared = tracer.labels(weight, 0), tracer.labels(weight, 1)
     tracer.hold(shared, "is the inner side of a grouped convolution")
     if full is None:

@@ -67,15 +67,13 @@ def _move(tracer: Tracer, call: Call, move: Callable[..., Any]) -> None:
     x, rest = call.args[0], call.args[1:]
     for axis, labels in tracer.all_labels(x).items():
         moved = move(_spread(labels, axis, x.shape), *rest, **call.kwargs)
-        for output, part in zip(
-            call.outputs, moved if isinstance(moved, tuple | list) else [moved], strict=True
-        ):
+        for output, part in zip(call.outputs, moved if isinstance(moved, tuple | list) else [moved], strict=True):
             found = _one_axis(tracer, part)
             if found is not None:
                 _give(tracer, output, *found)
 
 
-@rule("aten.expand", "aten.repeat", "aten.flip", "aten.as_strided", "aten.tile", "aten.repeat_interleave")
+@rule("aten.expand", "aten.repeat", "aten.flip", "aten.tile", "aten.repeat_interleave")
 def move(tracer: Tracer, call: Call) -> None:
     """Move the labels by calling the operator on them."""
     _move(tracer, call, call.operator)
@@ -128,6 +126,16 @@ def _blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
                 other *= after[theirs[-1]]
         found.append((ours, theirs))
     return found
+
+
+@rule("aten.as_strided_")
+def restride(tracer: Tracer, call: Call) -> None:
+    """Keep the labels of a tensor that only gets other strides, as adaptive pooling does to its output."""
+    x = call.output
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return
+    for labels in tracer.all_labels(x).values():
+        tracer.hold(labels, "is given strides by hand")
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""One table of callbacks, and the networks and loaders that all of them are put through.
+
+Every callback of the library has a row in `CALLBACKS`; `test_battery.py` puts each row through the same checks.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
+
+# Settings that make each callback prune three times within `EPOCHS` epochs.
+CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
+    "magnitude": (PruningCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
+    "taylor": (TaylorRankCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
+}
+EPOCHS = 5
+BATCHES = 6
+
+
+def make_callback(name: str, **changes: Any) -> PruningCallback:
+    """Make the callback of one row."""
+    kind, settings = CALLBACKS[name]
+    return kind(**{**settings, **changes})
+
+
+class ResidualClassifier(L.LightningModule):
+    """A small residual network that knows nothing of pruning; Adam and a schedule, so that there is state to lose."""
+
+    def __init__(self, width: int = 12, norm: bool = True) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.first = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(2 * width) if norm else nn.Identity()
+        self.second = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.head = nn.Linear(width * 4, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.stem(images))
+        x = F.relu(x + self.second(F.relu(self.norm(self.first(x)))))
+        return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val/accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    test_step = validation_step
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.Adam(self.parameters(), 1e-2)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)}
+
+
+class ResumableLoader(DataLoader):
+    """A loader in a fixed order that remembers its position, as Lightning asks of loaders that resume mid-epoch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__.update(position=0, start=0)
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.__dict__["start"] = self.__dict__["start"], 0
+        for number, batch in enumerate(super().__iter__()):
+            if number >= start:
+                self.__dict__["position"] = number + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.__dict__["position"]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.__dict__["start"] = state["position"] % len(self)
+
+
+def images(count: int) -> TensorDataset:
+    """Four classes of 8x8 images that a small network can tell apart, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 4
+    noise = torch.randn(count, 1, 8, 8, generator=generator)
+    marks = torch.zeros(count, 1, 8, 8)
+    for corner in range(4):
+        rows, columns = 4 * (corner // 2), 4 * (corner % 2)
+        marks[labels == corner, :, rows : rows + 4, columns : columns + 4] = 1.0
+    return TensorDataset(noise + marks, labels)
+
+
+def loaders(batch_size: int = 16) -> tuple[DataLoader, DataLoader]:
+    """Return a training loader of `BATCHES` batches of 16 images, and a validation loader."""
+    return ResumableLoader(images(16 * BATCHES), batch_size), DataLoader(images(64), 32)
+
+
+def train(
+    root: Path,
+    *callbacks: Callback,
+    ckpt_path: Path | None = None,
+    module: L.LightningModule | None = None,
+    **trainer: Any,
+) -> tuple[L.LightningModule, L.Trainer]:
+    """Train from a fixed seed and keep a checkpoint of every epoch."""
+    L.seed_everything(0, verbose=False)
+    module = module or ResidualClassifier()
+    settings: dict[str, Any] = {
+        "max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "default_root_dir": root, "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    made = list(callbacks)
+    if not any(isinstance(callback, ModelCheckpoint) for callback in made):
+        made.append(ModelCheckpoint(root / "checkpoints", filename="{epoch}-{step}", save_top_k=-1))
+    runner = L.Trainer(callbacks=made, **{**settings, **trainer})
+    runner.fit(module, *loaders(), ckpt_path=ckpt_path)
+    return module, runner
+
+
+def differences(one: nn.Module, other: nn.Module) -> list[str]:
+    """Name the tensors that are not the same, bit for bit."""
+    left, right = one.state_dict(), other.state_dict()
+    return [name for name in left.keys() | right.keys() if name not in left or not torch.equal(left[name], right[name])]

@@ -1,0 +1,300 @@
+"""Networks that take channels apart, shuffle them or gate them: prunable where exact, held where not."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine import assert_pruned, difference, random_plan, randomised
+from torch import Tensor, nn
+
+import lightning_prune as lp
+
+IMAGE = torch.zeros(2, 3, 8, 8)
+
+
+class Around(nn.Module):
+    """A function of channels between a convolution that makes them and one that reads them."""
+
+    def __init__(self, between, channels: int = 8, read: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 1)
+        self.between = between
+        self.head = nn.Conv2d(read, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.between(self.stem(x)))
+
+
+def halves(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, 1)
+    return first * torch.sigmoid(second)
+
+
+def sliced_halves(x: Tensor) -> Tensor:
+    half = x.shape[1] // 2
+    return x[:, :half] * torch.sigmoid(x[:, half:])
+
+
+def shuffle(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def stacked_halves(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).sum(1)
+
+
+EXACT = {
+    "chunk and multiply": (halves, 4, {0: [1, 3, 5, 7]}, [1, 3]),
+    "glu": (lambda x: F.glu(x, 1), 4, {0: [1, 3, 5, 7]}, [1, 3]),
+    "slices": (sliced_halves, 4, {0: [1, 3, 5, 7]}, [1, 3]),
+    "split back together": (
+        lambda x: torch.cat(x.split(x.shape[1] // 2, 1)[::-1], 1),
+        8,
+        {0: [1, 3, 5, 7]},
+        [1, 3, 5, 7],
+    ),
+    "shuffle": (shuffle, 8, {0: [1, 3, 5, 7]}, [2, 3, 6, 7]),
+    "channel_shuffle": (lambda x: F.channel_shuffle(x, 2), 8, {0: [1, 3, 5, 7]}, [2, 3, 6, 7]),
+    "added halves by view": (stacked_halves, 4, {0: [1, 3, 5, 7]}, [1, 3]),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_halves_leave_together(case: str):
+    between, read, makes, reads = EXACT[case]
+    model = randomised(Around(between, 8, read))
+    assert lp.trace(model, IMAGE).groups["stem"].size == 4
+    assert_pruned(
+        model,
+        IMAGE,
+        {"stem": [1, 3]},
+        {"stem.weight": makes, "stem.bias": makes, "head.weight": {1: reads}},
+    )
+
+
+def test_pixel_shuffle_takes_blocks_and_unshuffle_gives_them():
+    assert_pruned(
+        randomised(Around(nn.PixelShuffle(2), 12, 3)),
+        IMAGE,
+        {"stem": [0, 2]},
+        {
+            "stem.weight": {0: [0, 1, 2, 3, 8, 9, 10, 11]},
+            "stem.bias": {0: [0, 1, 2, 3, 8, 9, 10, 11]},
+            "head.weight": {1: [0, 2]},
+        },
+    )
+    assert_pruned(
+        randomised(Around(nn.PixelUnshuffle(2), 3, 12)),
+        IMAGE,
+        {"stem": [0, 2]},
+        {
+            "stem.weight": {0: [0, 2]},
+            "stem.bias": {0: [0, 2]},
+            "head.weight": {1: [0, 1, 2, 3, 8, 9, 10, 11]},
+        },
+    )
+
+
+def test_whole_groups_of_group_norm_leave():
+    model = Around(nn.GroupNorm(2, 8))
+    graph = lp.trace(model, IMAGE)
+    assert graph.groups["stem"].size == 2
+    assert not graph.groups["stem"].inexact
+    back = list(range(4, 8))
+    assert_pruned(
+        randomised(model),
+        IMAGE,
+        {"stem": [1]},
+        {name: {0: back} for name in ("stem.weight", "stem.bias", "between.weight", "between.bias")}
+        | {"head.weight": {1: back}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        (
+            lambda x: F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2),
+            "is normalised over its channels",
+        ),
+        (lambda x: x * x.sum(1, keepdim=True), "is summed over its channels"),
+    ],
+)
+def test_statistics_over_channels_are_inexact(between, why: str):
+    graph = lp.trace(Around(between), IMAGE)
+    assert why in graph.groups["stem"].inexact
+
+
+def hard_coded(x: Tensor) -> Tensor:
+    return x.reshape(-1, 8, 8, 8) * 2
+
+
+def hard_split(x: Tensor) -> Tensor:
+    first, second = x.split([4, 4], 1)
+    return torch.cat([second, first], 1)
+
+
+def scaled_by_width(x: Tensor) -> Tensor:
+    return x * x.shape[1] ** -0.5
+
+
+def branching_on_width(x: Tensor) -> Tensor:
+    return torch.relu(x) if x.shape[1] > 6 else torch.sigmoid(x)
+
+
+class Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+HELD = {
+    "a size in a view": (hard_coded, "relies on the number of its channels"),
+    "sizes in a split": (hard_split, "relies on the number of its channels"),
+    "a number from the width": (scaled_by_width, "computes with the number of its channels"),
+    "a branch on the width": (branching_on_width, "computes with the number of its channels"),
+    "mean over channels": (lambda x: x * x.mean(1, keepdim=True), "takes mean over its channels"),
+    "maximum over channels": (lambda x: x * x.amax(1, keepdim=True), "takes amax over its channels"),
+    "softmax over channels": (lambda x: x.softmax(1), "runs softmax along its channels"),
+    "one channel picked": (lambda x: x * x[:, 0].unsqueeze(1), "has its channels picked by select"),
+    "a custom autograd function": (Doubling.apply, "runs the autograd function Doubling"),
+    "an unknown operator": (lambda x: x.cummax(1).values, "runs aten.cummax, which has no rule"),
+    "complex numbers": (lambda x: torch.fft.fft2(x).real, "has no rule"),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_held_with_module_and_reason(case: str):
+    between, why = HELD[case]
+    graph = lp.trace(Around(between), IMAGE)
+    assert "stem" not in graph.groups
+    assert graph.held["stem"].reason.startswith("Around: ")
+    assert why in graph.held["stem"].reason
+    if why.endswith("number of its channels"):
+        assert "(test_splitting.py:" in graph.held["stem"].reason
+
+
+class Careful(nn.Module):
+    """Does something else for some values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if x.abs().sum() > 0 else self.other(x)
+
+
+def test_control_flow_on_values_holds_the_module_and_what_it_is_given():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), Careful(), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1))
+    graph = lp.trace(model, torch.ones(2, 3, 8, 8))
+    assert list(graph.groups) == ["0", "3"]
+    assert graph.held["1"].reason == "2: looks at values, and may do something else for others"
+
+
+@dataclass
+class Output:
+    """An output that PyTorch does not look into."""
+
+    features: Tensor
+    more: dict
+
+
+def test_tensors_in_any_output_are_held():
+    class Nested(Around):
+        def forward(self, x):
+            x = self.stem(x)
+            return Output(self.head(x), {"list": [(x, None)]})
+
+    graph = lp.trace(Nested(None), IMAGE)
+    assert not graph.groups
+    assert graph.held["stem"].reason == "stem: is an output of the network"
+
+
+def test_nested_inputs():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.head = nn.Linear(3, 6), nn.Linear(2, 6), nn.Linear(6, 2)
+
+        def forward(self, inputs, scale=1.0, *, extra):
+            return self.head(self.left(inputs["a"]) + self.right(inputs["b"][0]) * scale + extra)
+
+    inputs = {"inputs": {"a": torch.zeros(2, 3), "b": [torch.zeros(2, 2)]}, "scale": 2.0, "extra": torch.zeros(2, 1)}
+    graph = lp.trace(Nested(), inputs)
+    assert [part.tensor for part in graph.groups["left"].producers] == ["left.weight", "right.weight"]
+
+
+def test_hidden_width_of_a_transformer_layer():
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.1)
+    graph = lp.trace(model, torch.zeros(2, 5, 16))
+    assert [(name, group.size, group.inexact) for name, group in graph.groups.items()] == [("linear1", 32, "")]
+
+
+@pytest.mark.parametrize(
+    ("between", "channels", "read"), [(nn.PixelShuffle(2), 24, 6)] + [(case[0], 8, case[1]) for case in EXACT.values()]
+)
+def test_masked_equals_removed(between, channels: int, read: int):
+    model = randomised(Around(between, channels, read)).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = lp.trace(model, x)
+    for _ in range(4):
+        plan = random_plan(graph, exact_only=True)
+        assert not plan.groups or difference(model, graph, plan, x) <= 1e-9
+
+
+def test_weight_norm_makes_channels_from_two_parameters():
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    ).double()
+    graph = lp.trace(model, IMAGE.double())
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for _ in range(3):
+        assert difference(model.eval(), graph, random_plan(graph), x) <= 1e-9
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="'0.weight' has no shape yet; run the model once on a batch"):
+        lp.trace(nn.Sequential(nn.LazyLinear(4)), IMAGE)
+    with pytest.raises(ValueError, match=r"The model is spread over cpu, meta; move it to one device"):
+        lp.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1, device="meta")), IMAGE)
+    with pytest.raises(ValueError, match="The ignore pattern 'layer9' matches no module"):
+        lp.trace(nn.Sequential(nn.Conv2d(3, 4, 1)), IMAGE, ignore=["layer9"])
+    with pytest.raises(ValueError, match="The model has no module 'network'"):
+        lp.trace(nn.Sequential(nn.Conv2d(3, 4, 1)), IMAGE, module="network")
+
+
+def test_ignored_modules_are_held_with_the_pattern():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+    graph = lp.trace(model, IMAGE, ignore=["0"])
+    assert list(graph.groups) == ["1"]
+    assert graph.held["0"].reason == "0: is ignored by the pattern '0'"
+
+
+def test_a_rule_of_ones_own():
+    @torch.library.custom_op("lightning_prune_tests::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        return x * 2
+
+    twice.register_fake(torch.empty_like)
+    from lightning_prune.graph import rule
+    from lightning_prune.graph.rules import RULES
+
+    model = Around(lambda x: twice(x))
+    assert "runs lightning_prune_tests.twice, which has no rule" in lp.trace(model, IMAGE).held["stem"].reason
+
+    @rule("lightning_prune_tests.twice")
+    def keep_labels(tracer, call):
+        tracer.set_labels(call.output, tracer.all_labels(call.args[0]))
+
+    try:
+        assert list(lp.trace(model, IMAGE).groups) == ["stem"]
+    finally:
+        RULES.pop("lightning_prune_tests.twice")
