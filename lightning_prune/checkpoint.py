@@ -87,8 +87,9 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{str(path)!r} is no checkpoint of a Lightning Trainer: it has no 'state_dict'.")
     made = _instantiate(model, checkpoint, settings) if isinstance(model, type) else model
-    if hasattr(made, "on_load_checkpoint"):
-        made.on_load_checkpoint(checkpoint)
+    own = getattr(made, "on_load_checkpoint", None)
+    if own is not None:
+        own(checkpoint)
     restore_shape(made, checkpoint)
     try:
         made.load_state_dict(checkpoint["state_dict"])

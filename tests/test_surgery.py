@@ -234,7 +234,7 @@ def test_a_plan_about_another_architecture_leaves_the_model_untouched(wrong, mes
 def test_wrappers_and_foreign_optimizers_are_refused():
     model = network()
     plan, before = plan_for(model), _state(model)
-    with pytest.raises(TypeError, match="The model is wrapped in DataParallel; prune `model.module`"):
+    with pytest.raises(TypeError, match=r"The model is wrapped in DataParallel; prune `model.module`"):
         lp.prune(nn.DataParallel(model), plan)
     with pytest.raises(TypeError, match="LBFGS keeps its history"):
         lp.prune(model, plan, [torch.optim.LBFGS(model.parameters())])

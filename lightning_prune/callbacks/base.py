@@ -265,7 +265,7 @@ class PruningCallback(Callback):
 
     def _refuse_short_run(self, trainer: "pl.Trainer") -> None:
         epochs = trainer.max_epochs
-        if trainer.fast_dev_run or epochs is None or epochs < 0 or self.last_prune_epoch < epochs:
+        if getattr(trainer, "fast_dev_run", False) or epochs is None or epochs < 0 or self.last_prune_epoch < epochs:
             return
         raise ValueError(
             f"{type(self).__name__} prunes before epochs {self.start_epoch} to {self.last_prune_epoch} (counted from "

@@ -13,7 +13,6 @@ from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.criteria.taylor import channel_effects, normalize_by_group
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.channel_graph import Group
-from lightning_prune.plan import Slice
 
 __all__ = ["TaylorRankCallback"]
 
@@ -50,7 +49,6 @@ class TaylorRankCallback(PruningCallback):
         if start_epoch < 1:
             raise ValueError("start_epoch must be at least 1: the Taylor criterion ranks during the epoch before.")
         self.sums: dict[str, Tensor] = {}
-        self.batches = 0
         self._taps: list[RemovableHandle] = []
         self._effects: dict[str, Tensor] = {}
 
@@ -83,29 +81,33 @@ class TaylorRankCallback(PruningCallback):
             # A step with non-finite gradients is skipped by the optimizer too; no branch, to spare a synchronisation.
             mean = torch.where(finite, effect.abs().mean(0) / scale, 0.0).double()
             self.sums[name] = self.sums[name].to(mean.device) + mean if name in self.sums else mean
-        self.batches += 1
         self._effects.clear()
 
     @override
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
-        sums = {}
+        if not self.sums:
+            raise RuntimeError(
+                f"TaylorRankCallback has seen no gradients of what is to be pruned before epoch {trainer.current_epoch}: "
+                "the training step does not run these layers, or nothing before them is trained. Use PruningCallback."
+            )
+        sums, device = {}, trainer.strategy.root_device
         for name, group in graph.groups.items():
-            total = torch.zeros(group.size, dtype=torch.float64, device=graph.model.device)  # type: ignore[arg-type]
+            total = torch.zeros(group.size, dtype=torch.float64, device=device)
             if name in self.sums:
                 total[graph.live(name).to(total.device)] = self.sums[name].to(total.device)
             sums[name] = trainer.strategy.reduce(total, reduce_op="sum")
-        self.sums, self.batches = {}, 0
+        self.sums = {}
         return normalize_by_group(graph, sums)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         sums = {name: values.cpu() for name, values in self.sums.items()}
-        return {**super().state_dict(), "sums": sums, "batches": self.batches}
+        return {**super().state_dict(), "sums": sums}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.sums, self.batches = dict(state_dict["sums"]), state_dict["batches"]
+        self.sums = dict(state_dict["sums"])
 
     @override
     def __getstate__(self) -> dict[str, Any]:

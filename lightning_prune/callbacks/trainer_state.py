@@ -47,7 +47,7 @@ def refuse_overlap(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
         inner, outer = sorted((callback.module, other.module), key=len, reverse=True)
         if outer in ("", inner) or inner.startswith(outer + "."):
             raise ValueError(
-                f"{type(callback).__name__} and {type(other).__name__} both prune {inner or 'the whole model'!r}; keep "
+                f"{type(callback).__name__} and {type(other).__name__} both prune {repr(inner) if inner else 'the whole model'}; keep "
                 "one of them, or give each a part of its own with `module`."
             )
 

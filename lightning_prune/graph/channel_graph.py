@@ -122,7 +122,7 @@ class ChannelGraph:
         planned = {}
         for name, channels in kept.items():
             group = self.group(name)
-            planned[name] = PlannedGroup(group.size, tuple(sorted(int(c) for c in channels)), group.slices)
+            planned[name] = PlannedGroup(group.size, tuple(sorted(channels.tolist())), group.slices)
         shapes = {part.tensor: self.shapes[part.tensor] for group in planned.values() for part in group.slices}
         return PruningPlan(planned, shapes)
 

@@ -1,6 +1,6 @@
 """From the labels that a forward pass tied together to channel groups."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class Coupling:
         component: (labels,) the number of the component of tied labels that each label is in.
         group_of: (labels,) the index of the group of each label, -1 where it is in none.
         channel_of: (labels,) its channel within the group.
+        pairs: Every pair of labels that was tied, as one number each: the first times the number of labels, plus the
+            second.
     """
 
     groups: dict[str, Group]
@@ -46,6 +48,7 @@ class Coupling:
     component: np.ndarray
     group_of: np.ndarray
     channel_of: np.ndarray
+    pairs: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def axis(self, labels: Labels) -> Axis:
         """Return how the length of an axis depends on the groups."""
@@ -124,14 +127,17 @@ def _reasons(component: np.ndarray, noted: list[Note]) -> np.ndarray:
     return reason
 
 
-def _signatures(slots: list[Slot], component: np.ndarray) -> np.ndarray:
-    """Return, per component, a hash of the slots that it has positions in, and how many in each."""
+def _signatures(slots: list[Slot], component: np.ndarray, costs: list[CostTerm]) -> np.ndarray:
+    """Return, per component, a hash of the slots and the axes of costs that it has positions in, and how many."""
     weight = np.zeros(len(component), dtype=np.uint64)
     random = np.random.default_rng(0)
     for slot, value in zip(slots, random.integers(1, 2**63, len(slots), dtype=np.uint64), strict=True):
         weight[slot.start : slot.start + slot.size] = value
     signature = np.zeros(len(component), dtype=np.uint64)
     np.add.at(signature, component, weight)
+    axes = {id(labels): labels.numpy() for cost in costs for labels in cost.axes}
+    for labels, value in zip(axes.values(), random.integers(1, 2**63, len(axes), dtype=np.uint64), strict=True):
+        np.add.at(signature, component[labels], value)
     return signature
 
 
@@ -139,7 +145,7 @@ def couple(slots: list[Slot], record: Record) -> Coupling:
     """Form channel groups from what a forward pass showed.
 
     A channel is a component of tied labels in which some weight makes a channel. Channels form a group when they lie
-    in the same slots, equally often, and are held or free alike.
+    in the same slots, equally often, cost the same, and are held or free alike.
 
     Args:
         slots: The dimensions of all tensors, in ascending order of their labels.
@@ -151,7 +157,7 @@ def couple(slots: list[Slot], record: Record) -> Coupling:
     produced, read = _marked(count, record.produced), _marked(count, record.read)
     produced[FIXED] = False
     held, inexact = _reasons(component, record.holds), _reasons(component, record.inexact)
-    signature = _signatures(slots, component)
+    signature = _signatures(slots, component, record.costs)
 
     makers = np.flatnonzero(produced)
     order = _forward_order(record.produced, count)
@@ -171,7 +177,17 @@ def couple(slots: list[Slot], record: Record) -> Coupling:
     number_within[channels[by_group]] = np.arange(len(channels)) - starts[group_number[by_group]]
 
     label_group, label_channel = channel_group[component], number_within[component]
-    return _assemble(slots, record, component, label_group, label_channel, held, inexact, (produced, read))
+    coupling = _assemble(slots, record, component, label_group, label_channel, held, inexact, (produced, read))
+    coupling.pairs = _pairs(count, record.ties)
+    return coupling
+
+
+def _pairs(count: int, ties: list[Tie]) -> np.ndarray:
+    if not ties:
+        return np.zeros(0, dtype=np.int64)
+    first = np.concatenate([tie.first.numpy().reshape(-1) for tie in ties])
+    second = np.concatenate([tie.second.numpy().reshape(-1) for tie in ties])
+    return np.unique(first * count + second)
 
 
 def _forward_order(produced: list[Labels], count: int) -> np.ndarray:
@@ -199,9 +215,11 @@ def _assemble(
     slot_of = np.repeat(np.arange(len(slots)), [slot.size for slot in slots])
     slot_of = np.concatenate([[0], slot_of])  # the label FIXED is in no slot
     labels = np.flatnonzero(label_group >= 0)
-    labels = labels[np.lexsort((labels, label_channel[labels], slot_of[labels], label_group[labels]))]
-    pairs = np.stack([label_group[labels], slot_of[labels]], axis=1)
-    cuts = np.flatnonzero((np.diff(pairs, axis=0) != 0).any(axis=1)) + 1
+    place = label_group[labels] * len(slots) + slot_of[labels]
+    within = place * (label_channel[labels].max(initial=0) + 1) + label_channel[labels]
+    order = np.argsort(within, kind="stable")
+    labels, place = labels[order], place[order]
+    cuts = np.flatnonzero(place[1:] != place[:-1]) + 1
     parts: dict[int, list[tuple[Slot, np.ndarray]]] = {}
     for run in np.split(labels, cuts) if len(labels) else []:
         number, slot = label_group[run[0]], slots[slot_of[run[0]]]
@@ -256,9 +274,8 @@ def _slices(slot: Slot, positions: np.ndarray) -> list[Slice]:
     found = []
     size, width = positions.shape
     start = int(positions[0, 0])
-    if width == 1 and int(positions[-1, 0]) == start + size - 1:  # they are all different and ascend
-        if (positions[1:, 0] > positions[:-1, 0]).all():
-            return [Slice(slot.tensor, slot.axis, start)]
+    if width == 1 and np.array_equal(positions[:, 0], np.arange(start, start + size)):
+        return [Slice(slot.tensor, slot.axis, start)]
     breaks = np.flatnonzero(np.diff(positions[0]) != 1) + 1
     for columns in np.split(positions, breaks, axis=1):
         step = int(columns[1, 0] - columns[0, 0]) if len(columns) > 1 else 1

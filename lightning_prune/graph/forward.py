@@ -220,11 +220,12 @@ def _neutral_state() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
         torch.backends.mha.set_fastpath_enabled(False)
         # One value per channel has no variance, which does not matter where there are no values.
-        check, functional._verify_batch_size = functional._verify_batch_size, lambda size: None
+        check = vars(functional)["_verify_batch_size"]
+        vars(functional)["_verify_batch_size"] = lambda size: None
         try:
             yield
         finally:
-            functional._verify_batch_size = check
+            vars(functional)["_verify_batch_size"] = check
             torch.backends.mha.set_fastpath_enabled(fast)
             random.setstate(python)
             np.random.set_state(numpy)

@@ -12,7 +12,7 @@ __all__ = ["named_tensors", "substituted", "sync_attributes"]
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer of ``model`` by its dotted name, shared ones once, under their first name."""
-    named = dict(model.named_parameters())
+    named: dict[str, Tensor] = dict(model.named_parameters())
     named.update(model.named_buffers())
     return named
 
@@ -20,7 +20,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 _GROUPED = "_was_grouped"
 
 
-def _sync_conv(module: nn.Module) -> None:
+def _sync_conv(module: Any) -> None:
     first, second = module.weight.shape[:2]
     if module.groups > 1 or _GROUPED in module.__dict__:
         # Whole convolution groups leave together, so each keeps the size it had. One that is left alone would look
@@ -33,33 +33,33 @@ def _sync_conv(module: nn.Module) -> None:
         module.in_channels, module.out_channels = second * module.groups, first
 
 
-def _sync_linear(module: nn.Module) -> None:
+def _sync_linear(module: Any) -> None:
     module.out_features, module.in_features = module.weight.shape
 
 
-def _sync_batch_norm(module: nn.Module) -> None:
+def _sync_batch_norm(module: Any) -> None:
     per_channel = module.weight if module.weight is not None else module.running_mean
     if per_channel is not None:
         module.num_features = per_channel.shape[0]
 
 
-def _sync_layer_norm(module: nn.Module) -> None:
+def _sync_layer_norm(module: Any) -> None:
     if module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
 
 
-def _sync_group_norm(module: nn.Module) -> None:
+def _sync_group_norm(module: Any) -> None:
     if module.weight is not None:
         channels = module.weight.shape[0]
         module.num_groups = module.num_groups * channels // module.num_channels
         module.num_channels = channels
 
 
-def _sync_prelu(module: nn.Module) -> None:
+def _sync_prelu(module: Any) -> None:
     module.num_parameters = module.weight.shape[0]
 
 
-def _sync_embedding(module: nn.Module) -> None:
+def _sync_embedding(module: Any) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
@@ -114,7 +114,7 @@ def substituted(
     modules = list(model.modules())
     # The dictionaries of parameters, buffers and children are objects of their own, which the copy of
     # `__dict__` only refers to.
-    saved = [
+    saved: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, dict[str, Any]]]]] = [
         (m, dict(m.__dict__), [(held, dict(held)) for held in (m._parameters, m._buffers, m._modules)]) for m in modules
     ]
     try:

@@ -185,14 +185,14 @@ class Prober:
             if ours[0] is not theirs[0]:
                 return None
             for axis in whole.passed[i].keys() | record.passed[i].keys():
-                labels = whole.passed[i].get(axis, torch.zeros(0, dtype=torch.int64)).numpy()
-                found = record.passed[i].get(axis, torch.zeros(0, dtype=torch.int64)).numpy()
-                if not np.array_equal(component[labels[left[labels]]], component[found]):
+                before = whole.passed[i].get(axis, torch.zeros(0, dtype=torch.int64)).numpy()
+                after = record.passed[i].get(axis, torch.zeros(0, dtype=torch.int64)).numpy()
+                if not np.array_equal(component[before[left[before]]], component[after]):
                     return i
         return None
 
     def _first_bad_tie(self, ties: list[Tie]) -> int | None:
-        lengths = []
+        lengths: list[int] = []
         for i, tie in enumerate(ties):
             if tie.first.numel() != tie.second.numel():
                 ours = self._groups(torch.cat([tie.first.reshape(-1), tie.second.reshape(-1)]))
@@ -208,8 +208,9 @@ class Prober:
             return none
         first = np.concatenate([tie.first.numpy().reshape(-1) for tie in ties])
         second = np.concatenate([tie.second.numpy().reshape(-1) for tie in ties])
-        component = self.coupling.component
-        bad = np.flatnonzero((component[first] != component[second]) & (self.free[first] | self.free[second]))
+        # Not only of the same channel, but the very positions that met before: the order within a channel counts too.
+        met = (first == second) | np.isin(first * self.forward.count + second, self.coupling.pairs)
+        bad = np.flatnonzero(~met & (self.free[first] | self.free[second]))
         return int(np.searchsorted(np.cumsum(lengths), bad[0], side="right")) if len(bad) else none
 
     def _groups(self, labels: Labels) -> frozenset[int]:

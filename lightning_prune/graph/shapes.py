@@ -73,21 +73,25 @@ def _activation_in_place(x: Tensor, *numbers: Any) -> Any:
 
 @_on_meta("add", "mul", "sub", "div")
 def _arithmetic(first: Tensor, second: Any, **named: Any) -> Any:
-    if isinstance(second, Tensor):
-        alike = second.shape == first.shape and second.dtype == first.dtype
-    else:
-        alike = isinstance(second, int | float)
-    plain = alike and first.is_meta and first.is_floating_point() and "rounding_mode" not in named
-    return torch.empty_like(first) if plain else NotImplemented
+    if not first.is_meta or not first.is_floating_point() or "rounding_mode" in named:
+        return NotImplemented
+    if isinstance(second, Tensor) and _fits(first, second):
+        return torch.empty_like(second)
+    return torch.empty_like(first) if _fits(second, first) else NotImplemented
 
 
 @_on_meta("add_", "mul_", "sub_", "div_")
 def _arithmetic_in_place(first: Tensor, second: Any, **named: Any) -> Any:
-    if isinstance(second, Tensor):
-        alike = second.is_meta and second.shape == first.shape and second.dtype == first.dtype
-    else:
-        alike = isinstance(second, int) or (isinstance(second, float) and first.is_floating_point())
-    return first if alike and first.is_meta else NotImplemented
+    counts = isinstance(second, int) and not isinstance(second, bool)
+    return first if first.is_meta and (counts or _fits(second, first)) else NotImplemented
+
+
+def _fits(value: Any, into: Tensor) -> bool:
+    """Tell whether a value is a number, or a tensor that is repeated along some axes to the shape of another."""
+    if isinstance(value, Tensor):
+        alike = value.is_meta and value.dtype == into.dtype and value.dim() == into.dim()
+        return alike and all(own in (1, size) for own, size in zip(value.shape, into.shape, strict=True))
+    return isinstance(value, int | float) and into.is_floating_point()
 
 
 @_on_meta("native_layer_norm")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.shapes import SHAPES
@@ -215,6 +215,11 @@ class Tracer(TorchDispatchMode):
         self._entries: dict[Any, _Entry] = {}
         self._custom = dict(_custom_functions(torch.autograd.Function))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell PyTorch not to wrap every single operator in a guard against compilation."""
+        return False
+
     # -- the vocabulary of the rules -------------------------------------------------------------------------------
 
     @staticmethod
@@ -367,6 +372,8 @@ class Tracer(TorchDispatchMode):
                 made._is_weight = True  # type: ignore[attr-defined]
         if any(map(self.all_labels, tensors)):
             self._follow(entry, Call(func, args, kwargs, output), tensors)
+        if entry.cost is not None:  # also where no channel can be removed
+            entry.cost(self, Call(func, args, kwargs, output))
         self.running = None
         return output
 
@@ -389,8 +396,6 @@ class Tracer(TorchDispatchMode):
                     self.hold(labels, f"runs {call.name} in a way that its rule does not know ({raised!r})")
         outputs = call.outputs
         self.record.passed.append(self.all_labels(outputs[0]) if outputs else {})
-        if entry.cost is not None:
-            entry.cost(self, call)
 
     def _custom_function(self) -> str:
         """Name the autograd function of the user that runs now, if one does."""
@@ -413,7 +418,7 @@ class Tracer(TorchDispatchMode):
         return entry
 
 
-def _custom_functions(kind: type) -> Iterator[tuple[Any, str]]:
+def _custom_functions(kind: Any) -> Iterator[tuple[Any, str]]:
     """Find the code of the forward function, and the name, of every autograd function that is not part of torch."""
     for function in kind.__subclasses__():
         code = getattr(function.forward, "__code__", None)

@@ -99,7 +99,7 @@ class _Search:
         return tracers[0].record, tracers[1].record if len(tracers) > 1 else None
 
     def _couple(self, evaluation: Record, training: Record | None) -> Coupling:
-        joined = Record()
+        joined = Record(costs=evaluation.costs)
         for record in (evaluation, training):
             if record is not None:
                 joined.extend(record)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_prune.checkpoint import restore_shape
 from lightning_prune.models.registry import build_network_for
 from lightning_prune.models.weights import load_weights
 
@@ -136,6 +137,10 @@ class ImageClassifier(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Map images (n, c, h, w) to logits (n, num_classes)."""
         return self.network(images)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the shape of a pruned checkpoint, so that ``load_from_checkpoint`` works with it."""
+        restore_shape(self, checkpoint)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of images (n, c, h, w) and labels (n,)."""

@@ -6,10 +6,20 @@ import struct
 
 import numpy
 import pytest
+import torch
 from PIL import Image
 from torchvision import datasets
 
 CLASSES = ("cat", "dog", "owl")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Compute in one thread: these networks are tiny, and threads that wait for a busy core cost far more than work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_idx(path, values):

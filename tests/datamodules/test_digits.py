@@ -36,6 +36,7 @@ def test_labels_belong_to_their_images():
     digits = load_digits()
     labels = {image.tobytes(): int(label) for image, label in zip(digits.images, digits.target, strict=True)}
     for image, label in ready().test_set:
+        assert type(label) is int
         assert labels[(image[0].numpy() * 16).astype(numpy.float64).tobytes()] == label
 
 

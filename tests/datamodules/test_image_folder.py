@@ -36,17 +36,17 @@ def test_images_are_split_in_every_class(image_root):
 def test_image_gets_its_size_by_scaling_and_cutting(tmp_path, extra_images):
     extra_images(tmp_path / "train", 2)
     extra_images(tmp_path / "test", 1)
-    # 24 wide, 12 high: left third red, the middle green, the right third blue. The centre is green at its middle.
-    image = Image.new("RGB", (24, 12), (0, 255, 0))
-    image.paste((255, 0, 0), (0, 0, 8, 12))
-    image.paste((0, 0, 255), (16, 0, 24, 12))
+    # Left third red, middle third green, right third blue; scaled to half of its size, a third is 8 columns.
+    image = Image.new("RGB", (48, 24), (0, 255, 0))
+    image.paste((255, 0, 0), (0, 0, 16, 24))
+    image.paste((0, 0, 255), (32, 0, 48, 24))
     shutil.rmtree(tmp_path / "test" / "cat")
     (tmp_path / "test" / "cat").mkdir()
     image.save(tmp_path / "test" / "cat" / "flag.png")
     data = ready(tmp_path, image_size=12, **PLAIN)
     pixels = data.test_set[0][0]
     assert pixels.shape == (3, 12, 12)
-    # The cut keeps columns 6 ... 17: two red, eight green, two blue.
+    # The cut keeps columns 6 ... 17 of 24: two red, eight green, two blue.
     assert pixels.argmax(dim=0)[6].tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2]
 
 

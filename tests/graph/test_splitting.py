@@ -261,7 +261,7 @@ def test_weight_norm_makes_channels_from_two_parameters():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="'0.weight' has no shape yet; run the model once on a batch"):
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet; run the model once on a batch"):
         lp.trace(nn.Sequential(nn.LazyLinear(4)), IMAGE)
     with pytest.raises(ValueError, match=r"The model is spread over cpu, meta; move it to one device"):
         lp.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1, device="meta")), IMAGE)

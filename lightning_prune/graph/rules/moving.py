@@ -33,7 +33,7 @@ def _line(moved: Tensor, axis: int) -> Labels:
 
 
 def _one_axis(tracer: Tracer, moved: Tensor) -> tuple[int, Labels] | None:
-    """Return the axis along which labels vary, and the labels; labels that vary along several are tied until one is left.
+    """Return the axis along which labels vary, and the labels; those along several are tied until one is left.
 
     An axis that was split is tied so that the channels at equal places of all outer parts leave together; the outer
     parts keep their number and the inner one becomes shorter.
@@ -138,7 +138,7 @@ def restride(tracer: Tracer, call: Call) -> None:
         tracer.hold(labels, "is given strides by hand")
 
 
-# -- parts ---------------------------------------------------------------------------------------------------------------
+# -- parts -------------------------------------------------------------------------------------------------------------
 
 
 @rule("aten.slice", "aten.narrow")
@@ -242,7 +242,7 @@ def _indexed(tracer: Tracer, call: Call, taken: set[int]) -> None:
     tracer.set_labels(output, known)
 
 
-# -- joining and padding -------------------------------------------------------------------------------------------------
+# -- joining and padding -----------------------------------------------------------------------------------------------
 
 
 @rule("aten.cat", "aten.concat")
@@ -294,7 +294,7 @@ def pad(tracer: Tracer, call: Call) -> None:
     tracer.set_labels(call.output, result)
 
 
-# -- shuffles ------------------------------------------------------------------------------------------------------------
+# -- shuffles ----------------------------------------------------------------------------------------------------------
 
 
 @rule("aten.pixel_shuffle")

@@ -1,0 +1,159 @@
+"""When callbacks prune, and what they say about settings that cannot work."""
+
+from pathlib import Path
+from typing import Any
+
+import battery
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
+from lightning_prune.graph.channel_graph import plan_in_force
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0}, "keep must be the fraction that stays, above 0 and at most 1; got 0"),
+        ({"keep": 1.5}, "above 0 and at most 1; got 1.5"),
+        ({"keep": "half"}, "above 0 and at most 1; got 'half'"),
+        ({"keep": float("nan")}, "above 0 and at most 1; got nan"),
+        ({"metric": "macs"}, "metric must be one of flops, params, channels; got 'macs'"),
+        ({"start_epoch": -1}, "start_epoch must be a whole number of at least 0; got -1"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be a whole number of at least 1; got 0"),
+        ({"steps": 0}, "steps must be a whole number of at least 1; got 0"),
+        ({"steps": 2.0}, "steps must be a whole number of at least 1; got 2.0"),
+        ({"round_to": 0}, "round_to must be a whole number of at least 1; got 0"),
+        ({"min_channels": 0}, "min_channels must be a whole number of at least 1; got 0"),
+        ({"steps": True}, "steps must be a whole number of at least 1; got True"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_the_constructor(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PruningCallback(**settings)
+
+
+def test_taylor_needs_an_epoch_to_rank() -> None:
+    with pytest.raises(ValueError, match="start_epoch must be at least 1: the Taylor criterion ranks during the epoch"):
+        TaylorRankCallback(start_epoch=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0.01, "round_to": 4}, r"keep=0.01 of the flops cannot be reached: between 0\.\d+ and 1 can stay"),
+        ({"ignore": ["layer7.*"]}, r"The ignore pattern 'layer7\.\*' matches no module"),
+        ({"module": "backbone"}, "example_inputs must be given to prune the part 'backbone'"),
+        ({"module": "backbone", "example_inputs": [1, 1, 8, 8]}, "The model has no module 'backbone'"),
+        ({"example_inputs": [1, 3, 8, 8]}, r"The example inputs \[\(1, 3, 8, 8\)\] do not fit the forward pass"),
+        (
+            {"steps": 6},
+            "prunes before epochs 1 to 6 .*, but the run ends after 5 epochs; raise max_epochs to at least 7",
+        ),
+        ({"ignore": ["*"]}, "PruningCallback finds nothing to prune: .*ignored by the pattern"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    module = battery.ResidualClassifier()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        battery.train(tmp_path, PruningCallback(**settings), module=module)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert not any(key.startswith("on_") for key in module.__dict__)
+
+
+def test_a_batch_without_a_tensor_first_is_no_example(tmp_path: Path) -> None:
+    class Named(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {"image": torch.zeros(1, 8, 8), "label": torch.tensor(0)}
+
+    trainer = L.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[PruningCallback()], default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="No example input is to be had from a batch of type dict; set example_input_arr"
+    ):
+        trainer.fit(battery.ResidualClassifier(), torch.utils.data.DataLoader(Named()))
+
+
+def test_two_callbacks_on_one_part_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="PruningCallback and TaylorRankCallback both prune the whole model"):
+        battery.train(tmp_path, PruningCallback(), TaylorRankCallback())
+
+
+class TwoParts(battery.ResidualClassifier):
+    """Two stacks that are pruned by a callback each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+        self.right = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.right(self.left(images)).mean((2, 3))
+
+
+def test_two_callbacks_on_two_parts_share_one_plan(tmp_path: Path) -> None:
+    callbacks = [
+        PruningCallback(module="left", example_inputs=[1, 1, 8, 8], round_to=1),
+        TaylorRankCallback(module="right", example_inputs=[1, 8, 4, 4], round_to=1, start_epoch=2),
+    ]
+    module, trainer = battery.train(tmp_path, *callbacks, module=TwoParts())
+    assert set(plan_in_force(module).widths) == {"left.0", "right.0"}
+    assert module.left[0].out_channels < 16
+    assert module.right[0].out_channels < 16
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert saved["lightning_prune"]["plan"]["groups"].keys() == {"left.0", "right.0"}
+
+
+def test_the_schedule_counts_from_the_original() -> None:
+    callback = PruningCallback(keep=0.4, steps=3, start_epoch=2, every_n_epochs=2)
+    assert [callback.steps_due(epoch) for epoch in range(9)] == [0, 0, 1, 1, 2, 2, 3, 3, 3]
+    assert [callback.keep_after(step) for step in range(4)] == pytest.approx([1.0, 0.8, 0.6, 0.4])
+    assert callback.last_prune_epoch == 6
+
+
+def test_pruning_before_the_first_epoch(tmp_path: Path) -> None:
+    module, _ = battery.train(tmp_path, PruningCallback(start_epoch=0, round_to=1), max_epochs=1)
+    assert module.first.out_channels < 24
+
+
+def test_a_prune_that_removes_nothing_says_so(tmp_path: Path) -> None:
+    callback = PruningCallback(keep=0.9, steps=2, start_epoch=1, round_to=12, ignore=["stem", "second"])
+    # 24 channels, in steps of 12: after the first prune the next smaller network has 12, which keep=0.9 does not ask for.
+    with pytest.warns(UserWarning, match="Prune 2 of 2 removed nothing: the next smaller network"):
+        battery.train(tmp_path, callback)
+
+
+def test_scalars_have_their_documented_names(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoardLogger(tmp_path, "board")
+    battery.train(
+        tmp_path, battery.make_callback("taylor"), logger=[board, CSVLogger(tmp_path, "csv")], log_every_n_steps=1
+    )
+    events = EventAccumulator(board.log_dir).Reload()
+    names = set(events.Tags()["scalars"])
+    assert {"prune/keep_flops", "prune/keep_params", "prune/keep_channels", "prune/channels/first"} <= names
+    assert set(events.Tags()["histograms"]) >= {"prune/scores/stem", "prune/scores/first"}
+    kept = [event.value for event in events.Scalars("prune/keep_flops")]
+    assert kept[0] == 1.0
+    assert kept == sorted(kept, reverse=True)
+    assert kept[-1] <= 0.5
+    assert "prune/channels/first" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+
+
+def test_the_same_run_without_pruning_sees_the_same_random_numbers(tmp_path: Path) -> None:
+    """A callback that never prunes (keep=1) changes no bit of the weights."""
+    plain, _ = battery.train(tmp_path / "plain")
+    watched, _ = battery.train(tmp_path / "watched", TaylorRankCallback(keep=1.0, start_epoch=2))
+    assert battery.differences(plain, watched) == []

@@ -1,0 +1,119 @@
+"""Checkpoints of pruned models: onto the original class, and what is said about those that do not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import battery
+import pytest
+import torch
+from torch import nn
+
+import lightning_prune as lp
+from lightning_prune.checkpoint import CHECKPOINT_KEY, restore_shape, save_plan
+from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.models import ImageClassifier
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+
+
+def pruned(keep: float = 0.5) -> nn.Module:
+    model = battery.ResidualClassifier()
+    graph = lp.trace(model, EXAMPLE)
+    lp.prune(model, lp.plan(graph, lp.criteria.magnitude(graph), keep=keep, round_to=2))
+    return model
+
+
+def save(model: nn.Module, path: Path, **changes: Any) -> Path:
+    checkpoint: dict[str, Any] = {"state_dict": model.state_dict(), "hyper_parameters": {"width": 12, "norm": True}}
+    save_plan(model, checkpoint)
+    torch.save({**checkpoint, **changes}, path)
+    return path
+
+
+def test_onto_class_instance_and_an_instance_pruned_otherwise(tmp_path: Path) -> None:
+    model = pruned()
+    path = save(model, tmp_path / "a.ckpt")
+    for target in (battery.ResidualClassifier, battery.ResidualClassifier(), pruned(0.3), pruned(0.8)):
+        loaded = lp.load_pruned(target, path)
+        assert battery.differences(model, loaded) == []
+        assert plan_in_force(loaded) == plan_in_force(model)
+        assert loaded.first.out_channels == model.first.out_channels == loaded.norm.num_features
+        assert loaded(EXAMPLE).shape == (1, 4)
+
+
+def test_an_unpruned_checkpoint_widens_a_pruned_model_again(tmp_path: Path) -> None:
+    whole = battery.ResidualClassifier()
+    loaded = lp.load_pruned(pruned(), save(whole, tmp_path / "whole.ckpt"))
+    assert battery.differences(whole, loaded) == []
+    assert plan_in_force(loaded) is None
+
+
+def test_training_goes_on_after_loading(tmp_path: Path) -> None:
+    loaded = lp.load_pruned(battery.ResidualClassifier, save(pruned(), tmp_path / "a.ckpt")).train()
+    optimizer = torch.optim.SGD(loaded.parameters(), 0.1)
+    before = [p.detach().clone() for p in loaded.parameters()]
+    loaded(torch.randn(4, 1, 8, 8)).square().sum().backward()
+    optimizer.step()
+    assert not any(
+        torch.equal(p, q) for p, q in zip(loaded.parameters(), before, strict=True) if p.grad.abs().sum() > 0
+    )
+
+
+def test_messages(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint at '.*nowhere\.ckpt'"):
+        lp.load_pruned(battery.ResidualClassifier, tmp_path / "nowhere.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match=r"list\.ckpt' is no checkpoint of a Lightning Trainer"):
+        lp.load_pruned(battery.ResidualClassifier, tmp_path / "list.ckpt")
+    path = save(pruned(), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"The plan is about another architecture: 'stem.weight' has shape"):
+        lp.load_pruned(battery.ResidualClassifier, path, width=10)
+    with pytest.raises(
+        ValueError, match=r"The plan is about another architecture: the model has no tensor 'stem.weight'"
+    ):
+        lp.load_pruned(nn.Sequential(nn.Conv2d(1, 2, 3)), path)
+    whole = save(battery.ResidualClassifier(width=10), tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"The checkpoint is of another architecture: 'stem.weight' has shape"):
+        lp.load_pruned(battery.ResidualClassifier(), whole)
+    missing = save(nn.Linear(2, 2), tmp_path / "linear.ckpt")
+    with pytest.raises(ValueError, match=r"linear\.ckpt' is of another architecture"):
+        lp.load_pruned(battery.ResidualClassifier, missing)
+    newer = torch.load(path, weights_only=True)
+    newer[CHECKPOINT_KEY]["plan"]["version"] = 99
+    torch.save(newer, tmp_path / "newer.ckpt")
+    with pytest.raises(ValueError, match="The plan has format version 99, this lightning-prune reads up to 1"):
+        lp.load_pruned(battery.ResidualClassifier, tmp_path / "newer.ckpt")
+
+
+def test_a_class_without_saved_arguments_says_what_to_do(tmp_path: Path) -> None:
+    class Needy(battery.ResidualClassifier):
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+
+    path = save(pruned(), tmp_path / "a.ckpt", hyper_parameters={})
+    with pytest.raises(ValueError, match=r"Needy cannot be made from the hyper-parameters.*save_hyperparameters"):
+        lp.load_pruned(Needy, path)
+    assert lp.load_pruned(Needy, path, size=12)(EXAMPLE).shape == (1, 4)
+
+
+def test_a_failed_restore_leaves_the_model_as_it_was() -> None:
+    model = battery.ResidualClassifier(width=10)
+    checkpoint: dict[str, Any] = {}
+    save_plan(pruned(), checkpoint)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="another architecture"):
+        restore_shape(model, checkpoint)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert plan_in_force(model) is None
+
+
+def test_image_classifier_loads_by_its_own_means(tmp_path: Path) -> None:
+    module = ImageClassifier(network="digits", input_shape=(1, 8, 8))
+    graph = lp.trace(module, module.example_input_array)
+    lp.prune(module, lp.plan(graph, lp.criteria.magnitude(graph), keep=0.5))
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    checkpoint["pytorch-lightning_version"] = "2.5.0"
+    save_plan(module, checkpoint)
+    torch.save(checkpoint, tmp_path / "digits.ckpt")
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "digits.ckpt", weights_only=True)
+    assert battery.differences(module, loaded) == []

@@ -1,0 +1,106 @@
+"""The command line, as a person types it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lightning_prune
+from lightning_prune.cli import main
+from lightning_prune.models import ImageClassifier
+
+SHORT = [
+    "--trainer.max_epochs=3", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1",
+    "--trainer.log_every_n_steps=1",
+]  # fmt: skip
+CONFIGS = Path(lightning_prune.__file__).parent / "configs"
+
+
+def quickstart(**changes: object) -> dict[str, object]:
+    """Return the quickstart's config with other settings for the pruning callback."""
+    content = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    content["trainer"]["callbacks"][0]["init_args"].update(changes)
+    return content
+
+
+def test_fit_prunes_saves_and_says_how_to_load(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "short.yaml"
+    config.write_text(yaml.safe_dump(quickstart(start_epoch=1, steps=2)))
+    with caplog.at_level("INFO"):
+        main(["fit", "--config", str(config), *SHORT])
+    told = caplog.text
+    for word in ("parameters", "FLOPs", "latency (ms)", "val/accuracy", "before", "after", "ratio", "logs/quickstart"):
+        assert word in told
+    path = tmp_path / "logs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    loading = [line.partition("load it:")[2] or line for line in told.splitlines() if "ImageClassifier" in line]
+    names: dict[str, object] = {"lightning_prune": lightning_prune}
+    exec("\n".join(line.strip() for line in loading), names)  # the very line that was printed
+    model = names["model"]
+    assert isinstance(model, ImageClassifier)
+    size = sum(p.numel() for p in model.parameters())
+    assert size < sum(p.numel() for p in ImageClassifier("digits", 10, (1, 8, 8)).parameters())
+    main(["test", "--config", str(config), "--ckpt_path", str(path)])
+    assert "test/accuracy" in capsys.readouterr().out
+    main(["validate", "--config", str(config), "--ckpt_path", str(path)])
+    main(["predict", "--config", str(config), "--ckpt_path", str(path), "--return_predictions=false"])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_begins_with_what_it_is_and_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert path.read_text().startswith("# ")
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--config", str(path), "--print_config"])
+    assert left.value.code == 0
+    assert "class_path: lightning_prune" in capsys.readouterr().out
+
+
+def test_module_and_program_are_the_same_and_find_shipped_configs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lightning_prune", "fit", "--config", "configs/quickstart.yaml", "--print_config"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["model"]["init_args"]["network"] == "digits"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": 2.0}, "keep must be the fraction that stays"),
+        ({"metric": "macs"}, "metric must be one of flops, params, channels"),
+    ],
+)
+def test_bad_settings_end_the_command_with_their_sentence(
+    changes: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text(yaml.safe_dump(quickstart(**changes)))
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        main(["fit", "--config", str(config)])
+    assert message in str(raised.value) + capsys.readouterr().err
+
+
+def test_callbacks_import_nothing_that_only_other_parts_need() -> None:
+    heavy = "{'torchvision', 'gymnasium', 'matplotlib', 'sklearn'}"
+    # torchmetrics, which Lightning needs, imports torchvision by itself; nothing of ours may add to that.
+    code = "import sys, lightning.pytorch; before = set(sys.modules); import lightning_prune.callbacks; "
+    code += f"found = {heavy} & set(sys.modules) - before; assert not found, found"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torch_loads_the_checkpoint_of_the_command_line_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "short.yaml"
+    config.write_text(yaml.safe_dump(quickstart(start_epoch=1, steps=1)))
+    main(["fit", "--config", str(config), *SHORT])
+    path = tmp_path / "logs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    assert "lightning_prune" in torch.load(path, weights_only=True)
+    main(["fit", "--config", str(config), *SHORT, "--trainer.max_epochs=4", "--ckpt_path", str(path)])
