@@ -54,7 +54,7 @@ def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         if isinstance(saved, Tensor) and saved.shape != tensor.shape:
             raise ValueError(
                 f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
-                f"{tuple(tensor.shape)} in {type(model).__name__}; build the model with the settings it was trained with."
+                f"{tuple(tensor.shape)} in {type(model).__name__}; build it with the settings of the training."
             )
 
 

@@ -142,7 +142,7 @@ class PruningCallback(Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         trainer_state.refuse_strategy(trainer)
-        trainer_state.refuse_overlap(trainer, self)
+        trainer_state.refuse_other_callbacks(trainer, self)
         trainer_state.carry_plan_in_checkpoints(pl_module)
         if stage == "fit":
             self._refuse_short_run(trainer)

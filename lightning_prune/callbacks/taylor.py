@@ -87,8 +87,8 @@ class TaylorRankCallback(PruningCallback):
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
         if not self.sums:
             raise RuntimeError(
-                f"TaylorRankCallback has seen no gradients of what is to be pruned before epoch {trainer.current_epoch}: "
-                "the training step does not run these layers, or nothing before them is trained. Use PruningCallback."
+                f"TaylorRankCallback has seen no gradients of what is to be pruned before epoch "
+                f"{trainer.current_epoch}: the training step does not run these layers, or nothing before them is trained. Use PruningCallback."
             )
         sums, device = {}, trainer.strategy.root_device
         for name, group in graph.groups.items():
@@ -180,6 +180,6 @@ def _refuse_unreadable(graph: ChannelGraph) -> None:
             kind = modules[module]
             if attribute != "weight" or not isinstance(kind, nn.Linear | nn.modules.conv._ConvNd):
                 raise ValueError(
-                    f"The Taylor criterion cannot watch what {module!r} ({type(kind).__name__}) reads of group {name!r}; "
-                    f"add {name!r} to ignore, or use PruningCallback."
+                    f"The Taylor criterion cannot watch what {module!r} ({type(kind).__name__}) reads of group "
+                    f"{name!r}; add {name!r} to ignore, or use PruningCallback."
                 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -37,18 +38,24 @@ def refuse_strategy(trainer: "pl.Trainer") -> None:
         )
 
 
-def refuse_overlap(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
-    """Raise if another pruning callback prunes the same part of the model."""
+def refuse_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
+    """Raise if another callback prunes the same part of the model, or keeps a copy of its weights."""
     from lightning_prune.callbacks.base import PruningCallback
 
     for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(other, WeightAveraging | StochasticWeightAveraging | ModelPruning):
+            raise ValueError(
+                f"{type(other).__name__} keeps a copy or a mask of the weights in the shapes they have now, which does "
+                f"not follow when {type(callback).__name__} removes channels; leave one of them out."
+            )
         if other is callback or not isinstance(other, PruningCallback):
             continue
         inner, outer = sorted((callback.module, other.module), key=len, reverse=True)
         if outer in ("", inner) or inner.startswith(outer + "."):
+            part = repr(inner) if inner else "the whole model"
             raise ValueError(
-                f"{type(callback).__name__} and {type(other).__name__} both prune {repr(inner) if inner else 'the whole model'}; keep "
-                "one of them, or give each a part of its own with `module`."
+                f"{type(callback).__name__} and {type(other).__name__} both prune {part}; keep one of them, or give "
+                "each a part of its own with `module`."
             )
 
 

@@ -53,8 +53,8 @@ def summarize(before: Measurement, after: Measurement) -> list[str]:
         _row("FLOPs", before.flops, after.flops, "{:,.0f}"),
         _row("latency (ms)", before.latency_ms, after.latency_ms, "{:.2f}"),
     ]
-    for name in sorted(before.metrics.keys() & after.metrics.keys()):
-        rows.append(_row(name, before.metrics[name], after.metrics[name], "{:.4f}"))
+    both = sorted(before.metrics.keys() & after.metrics.keys())
+    rows += [_row(name, before.metrics[name], after.metrics[name], "{:.4f}") for name in both]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "-" * len(lines[0]))

@@ -128,7 +128,7 @@ def test_pruning_before_the_first_epoch(tmp_path: Path) -> None:
 
 def test_a_prune_that_removes_nothing_says_so(tmp_path: Path) -> None:
     callback = PruningCallback(keep=0.9, steps=2, start_epoch=1, round_to=12, ignore=["stem", "second"])
-    # 24 channels, in steps of 12: after the first prune the next smaller network has 12, which keep=0.9 does not ask for.
+    # 24 channels in steps of 12: the first prune leaves 12, and the second finds that enough.
     with pytest.warns(UserWarning, match="Prune 2 of 2 removed nothing: the next smaller network"):
         battery.train(tmp_path, callback)
 

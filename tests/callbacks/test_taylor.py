@@ -33,7 +33,9 @@ def naive(model: nn.Module, batch: list[Tensor], loss_of: object) -> dict[str, T
         handles = []
         for name in names:
 
-            def mask(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            def mask(
+                module: nn.Module, args: tuple[Tensor], masks: Tensor = masks, width: int = width
+            ) -> tuple[Tensor]:
                 (x,) = args
                 wide = masks if x.dim() == 4 else masks.repeat_interleave(x.shape[1] // width, dim=1)
                 return (x * wide.view(*wide.shape, *[1] * (x.dim() - 2)),)
