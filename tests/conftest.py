@@ -5,7 +5,9 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker of long runs."""
+    """Declare the marker of long runs, and keep to one thread."""
+    # The networks are small, and on a busy machine threads that wait for each other take many times longer.
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "zoo: long runs over many networks; only with `-m zoo`")
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fvcore.nn import FlopCountAnalysis
 
 import lightning_prune
 from lightning_prune.cli import main
+from lightning_prune.datamodules import DigitsDataModule
 from lightning_prune.models import ImageClassifier
 
 SHORT = [
@@ -104,3 +106,29 @@ def test_torch_loads_the_checkpoint_of_the_command_line_safely(tmp_path: Path, m
     path = tmp_path / "logs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
     assert "lightning_prune" in torch.load(path, weights_only=True)
     main(["fit", "--config", str(config), *SHORT, "--trainer.max_epochs=4", "--ckpt_path", str(path)])
+
+
+def test_the_quickstart_halves_the_flops_and_keeps_its_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole quickstart beside the same run without the pruning callback, both judged on the test images."""
+    monkeypatch.chdir(tmp_path)
+    accuracy = {}
+    for name in ("pruned", "plain"):
+        content = quickstart()
+        content["trainer"]["logger"]["init_args"]["name"] = name
+        if name == "plain":
+            del content["trainer"]["callbacks"][0]
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(content))
+        main(["fit", "--config", str(config)])
+        path = tmp_path / "logs" / name / "version_0" / "checkpoints" / "last.ckpt"
+        model, data = lightning_prune.load_pruned(ImageClassifier, path), DigitsDataModule()
+        data.setup("test")
+        right = [(model(images).argmax(1) == labels).float() for images, labels in data.test_dataloader()]
+        accuracy[name] = float(torch.cat(right).mean())
+        flops = FlopCountAnalysis(model, torch.zeros(1, 1, 8, 8)).unsupported_ops_warnings(False).total()
+        accuracy[f"{name} flops"] = flops
+    assert accuracy["pruned flops"] <= 0.5 * accuracy["plain flops"]
+    assert accuracy["pruned"] >= accuracy["plain"] - 0.01, accuracy
+    assert accuracy["plain"] > 0.97
