@@ -13,6 +13,8 @@ from typing_extensions import override
 import lightning_prune.callbacks
 import lightning_prune.datamodules
 import lightning_prune.models  # noqa: F401  so that YAML may name these classes without their path
+from lightning_prune.graph import trace
+from lightning_prune.reporting.inspect import describe
 
 __all__ = ["PruneCLI", "main"]
 
@@ -28,36 +30,54 @@ class PruneCLI(LightningCLI):
             "--torch_threads",
             type=PositiveInt | None,
             default=None,
-            help="CPU threads of torch (default: torch's own choice). Small networks are fastest with 1, above all where "
-            "other programs keep the cores busy.",
+            help="CPU threads of torch (default: torch's own choice). Small networks are fastest with 1, above all "
+            "where other programs keep the cores busy.",
         )
 
     @override
     def before_instantiate_classes(self) -> None:
-        threads = self.config[self.subcommand].torch_threads
+        threads = (self.config[self.subcommand] if self.subcommand else self.config).torch_threads
         if threads is not None:
             torch.set_num_threads(threads)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``lightning-prune``: fit, validate, test or predict, from configs and options of `LightningCLI`.
+    """Run ``lightning-prune``: fit, validate, test or predict, from configs and options of `LightningCLI`, or inspect.
 
-    A config that is not found is looked for among those that ship with the package.
+    ``lightning-prune inspect --config FILE`` prints what can be pruned in the model of a config, what it costs, and
+    what stays whole and why. A config that is not found is looked for among those that ship with the package.
 
     Args:
         arguments: The command line without the program's name; default that of the process.
     """
+    given = [_shipped(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    if given[:1] == ["inspect"]:
+        _inspect(given[1:])
+        return
     if arguments is None:
-        sys.argv[1:] = [_shipped(argument) for argument in sys.argv[1:]]
-    PruneCLI(
+        sys.argv[1:] = given
+    _command_line(None if arguments is None else given)
+
+
+def _command_line(arguments: list[str] | None, run: bool = True) -> PruneCLI:
+    return PruneCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        args=None if arguments is None else [_shipped(argument) for argument in arguments],
+        args=arguments,
+        run=run,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "lightning-prune"},
     )
+
+
+def _inspect(arguments: list[str]) -> None:
+    sys.argv[1:] = arguments  # what LightningCLI reads when it is given none
+    model = _command_line(None, run=False).model
+    if model.example_input_array is None:
+        sys.exit(f"{type(model).__name__} has no example_input_array; set it to what its forward takes.")
+    print(describe(trace(model, model.example_input_array)))
 
 
 def _shipped(argument: str) -> str:

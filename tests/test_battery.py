@@ -192,6 +192,13 @@ def test_a_second_fit_goes_on_from_the_pruned_network(name: str, tmp_path: Path)
     assert flops(module) / flops(battery.ResidualClassifier()) <= 0.5
 
 
+def test_the_same_callback_prunes_another_module_too(name: str, tmp_path: Path) -> None:
+    callback = battery.make_callback(name)
+    first, _ = battery.train(tmp_path / "first", callback)
+    second, _ = battery.train(tmp_path / "second", callback)
+    assert battery.differences(first, second) == []
+
+
 def _run_to_the_end(name: str, root: Path) -> None:
     torch.set_num_threads(1)
     saver = ModelCheckpoint(

@@ -132,3 +132,14 @@ def test_the_quickstart_halves_the_flops_and_keeps_its_accuracy(
     assert accuracy["pruned flops"] <= 0.5 * accuracy["plain flops"]
     assert accuracy["pruned"] >= accuracy["plain"] - 0.01, accuracy
     assert accuracy["plain"] > 0.97
+
+
+def test_inspect_prints_groups_shares_and_what_is_held(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-prune"])
+    main(["inspect", "--config", "configs/resnet20_cifar10_taylor.yaml"])
+    told = capsys.readouterr().out
+    assert "network.layer1.0.conv1" in told
+    assert "stays whole: network.linear (10 channels): network.linear: is an output of the network" in told
+    assert "%" in told

@@ -149,6 +149,8 @@ class PruningCallback(Callback):
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if plan_in_force(pl_module) is None:  # a callback that has pruned another module starts anew
+            self.steps_done, self.before = 0, None
         inputs = trainer_state.example_inputs(trainer, pl_module, self.module, self.example_inputs, self.batch_like)
         if self.example_inputs is None and pl_module.example_input_array is None:
             # A resumed run must not look at a batch again: loaders that know their position would lose it.

@@ -135,7 +135,7 @@ class TaylorRankCallback(PruningCallback):
         return (tapped, *args[1:])
 
     def _collect(self, tensor: str, activation: Tensor, axis: int, gradient: Tensor) -> None:
-        effect = channel_effects(activation, gradient, axis).detach().float()
+        effect = channel_effects(activation, gradient, axis).detach()
         seen = self._effects.get(tensor)
         self._effects[tensor] = effect if seen is None else seen + effect
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
@@ -60,8 +61,19 @@ def refuse_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback") -
 
 
 def agree(trainer: "pl.Trainer", plan: PruningPlan) -> PruningPlan:
-    """Return the plan of the first rank, the same object content on every rank."""
-    return PruningPlan.from_json(trainer.strategy.broadcast(plan.to_json()))
+    """Return the plan of the first rank, the same on every rank.
+
+    Raises:
+        RuntimeError: If what a rank has received is not what the first one has sent.
+    """
+    content, digest = trainer.strategy.broadcast((plan.to_json(), plan.digest))
+    agreed = PruningPlan.from_json(content)
+    if agreed.digest != digest:
+        raise RuntimeError(
+            f"Rank {trainer.global_rank} has received another plan than rank 0 has sent; see that all nodes run the same "
+            "version of lightning-prune."
+        )
+    return agreed
 
 
 def rewrap(trainer: "pl.Trainer") -> None:
@@ -136,7 +148,8 @@ def example_inputs(
         inputs = torch.zeros(seen["shape"], dtype=getattr(torch, seen["dtype"]))
     else:
         inputs = _first_batch(trainer, pl_module)
-    return trainer.precision_plugin.convert_input(inputs)  # as Lightning does with batches, for 64-true and the like
+    # As Lightning does with batches: the type for precisions such as 64-true, and the device.
+    return move_data_to_device(trainer.precision_plugin.convert_input(inputs), pl_module.device)
 
 
 def _first_batch(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tensor:

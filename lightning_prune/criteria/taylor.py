@@ -28,7 +28,8 @@ def channel_effects(activation: Tensor, gradient: Tensor, axis: int) -> Tensor:
         tensor([[-1.0000,  3.5000]])
     """
     product = (activation * gradient).movedim(axis, 1)
-    return product.flatten(2).sum(2) if product.dim() > 2 else product
+    dtype = torch.promote_types(product.dtype, torch.float32)  # sums of half precision lose the small terms
+    return product.flatten(2).sum(2, dtype=dtype) if product.dim() > 2 else product.to(dtype)
 
 
 def normalize_by_group(graph: ChannelGraph, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

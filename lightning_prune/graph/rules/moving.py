@@ -20,10 +20,12 @@ def _spread(labels: Labels, axis: int, shape: tuple[int, ...]) -> Tensor:
 
 def _varying(moved: Tensor) -> list[int]:
     """Return the axes along which labels differ."""
+    strides = moved.stride()
+    once = moved[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]  # all that is in memory
     return [
         axis
-        for axis, stride in enumerate(moved.stride())
-        if stride != 0 and moved.shape[axis] > 1 and not bool((moved == moved.narrow(axis, 0, 1)).all())
+        for axis, size in enumerate(once.shape)
+        if size > 1 and not bool((once == once.narrow(axis, 0, 1)).all())
     ]
 
 

@@ -1,0 +1,600 @@
+"""What else people ask of a Trainer, with a pruning callback in it."""
+
+import copy
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import battery
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn, optim
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import lightning_prune as lp
+from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
+from lightning_prune.graph.channel_graph import plan_in_force
+
+CALLBACKS = pytest.mark.parametrize("name", battery.CALLBACKS)
+
+
+class Optimized(battery.ResidualClassifier):
+    """The network of the battery with other optimizers."""
+
+    make: Callable[[Any], Any]
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self)
+
+
+def optimized(make: Callable[[Any], Any]) -> Optimized:
+    module = Optimized()
+    module.make = make
+    return module
+
+
+class Watch(L.Callback):
+    """Note the param groups at the start, and the weights after the last prune."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.groups = groups(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.current_epoch == battery.EPOCHS - 1 and not hasattr(self, "weights"):
+            self.weights = {name: value.detach().clone() for name, value in pl_module.named_parameters()}
+
+
+def groups(trainer: L.Trainer) -> list[list[list[int]]]:
+    return [[[id(p) for p in group["params"]] for group in one.param_groups] for one in trainer.optimizers]
+
+
+def standing(module: nn.Module, watch: Watch) -> list[str]:
+    """Name the parameters that the last epoch has not changed."""
+    return [name for name, value in module.named_parameters() if torch.equal(value, watch.weights[name])]
+
+
+def is_pruned(module: nn.Module) -> bool:
+    """Tell whether the plan in force and the tensors say the same, and less than all stays."""
+    plan = plan_in_force(module)
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    return plan is not None and all(shapes[name] == shape for name, shape in plan.pruned_shapes().items())
+
+
+# -- optimizers and schedules ------------------------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "SGD": partial(optim.SGD, lr=0.05, momentum=0.9),
+    "SGD-foreach": partial(optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4, foreach=True),
+    "SGD-fused": partial(optim.SGD, lr=0.05, momentum=0.9, fused=True),
+    "Adam-foreach": partial(optim.Adam, lr=0.01, amsgrad=True, foreach=True),
+    "Adam-fused": partial(optim.Adam, lr=0.01, fused=True),
+    "AdamW": partial(optim.AdamW, lr=0.01),
+    "AdamW-fused": partial(optim.AdamW, lr=0.01, fused=True),
+    "RMSprop": partial(optim.RMSprop, lr=0.01, momentum=0.9, centered=True),
+    "RMSprop-foreach": partial(optim.RMSprop, lr=0.01, foreach=True),
+    "Adagrad": partial(optim.Adagrad, lr=0.05),
+    "Adagrad-fused": partial(optim.Adagrad, lr=0.05, fused=True),
+    "Adadelta": partial(optim.Adadelta, lr=1.0),
+    "NAdam": partial(optim.NAdam, lr=0.01),
+    "Adafactor": partial(optim.Adafactor, lr=0.05),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizers_keep_their_groups_and_a_state_of_the_right_shape(kind: str, tmp_path: Path) -> None:
+    watch = Watch()
+    module, trainer = battery.train(
+        tmp_path, battery.make_callback("magnitude"), watch, module=optimized(lambda m: OPTIMIZERS[kind](m.parameters()))
+    )
+    assert is_pruned(module)
+    assert groups(trainer) == watch.groups == [[[id(p) for p in module.parameters()]]]
+    # The bias of a convolution before batch normalisation has no effect, and so no gradient but what rounding leaves.
+    assert set(standing(module, watch)) <= {"first.bias"}
+    state = trainer.optimizers[0].state
+    assert len(state) == len(list(module.parameters()))
+    for parameter, values in state.items():
+        for value in values.values():
+            if isinstance(value, Tensor) and value.dim():
+                assert all(own in (1, size) for own, size in zip(value.shape, parameter.shape, strict=False))
+    restored = OPTIMIZERS[kind](lp.load_pruned(battery.ResidualClassifier, last_path(trainer)).parameters())
+    restored.load_state_dict(torch.load(last_path(trainer), weights_only=True)["optimizer_states"][0])
+
+
+def last_path(trainer: L.Trainer) -> str:
+    return trainer.checkpoint_callback.best_model_path
+
+
+def _frozen_stem(module: nn.Module) -> optim.Optimizer:
+    module.stem.requires_grad_(False)
+    rest = [p for name, p in module.named_parameters() if not name.startswith(("stem", "head"))]
+    listed = [{"params": list(module.stem.parameters()), "lr": 0.5}, {"params": rest, "weight_decay": 1e-3}]
+    return optim.SGD([*listed, {"params": list(module.head.parameters()), "momentum": 0.5}], 0.05, momentum=0.9)
+
+
+@CALLBACKS
+def test_frozen_groups_stay_frozen_and_every_group_keeps_its_settings(name: str, tmp_path: Path) -> None:
+    watch, module = Watch(), optimized(_frozen_stem)
+    stem = module.stem.weight.detach().clone()
+    module, trainer = battery.train(tmp_path, battery.make_callback(name, keep=0.3), watch, module=module)
+    assert groups(trainer) == watch.groups
+    (optimizer,) = trainer.optimizers
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.05, 0.05]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 1e-3, 0]
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9, 0.5]
+    assert set(standing(module, watch)) - {"first.bias"} == {"stem.weight", "stem.bias"}
+    kept = list(plan_in_force(module).groups["stem"].kept)
+    assert len(kept) < len(stem)
+    torch.testing.assert_close(module.stem.weight, stem[kept], rtol=0, atol=0)  # frozen: only sliced
+    assert not module.stem.weight.requires_grad
+
+
+class ByHand(battery.ResidualClassifier):
+    """Three optimizers that step in turn, each with a schedule of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        self.clip_gradients(optimizers[0], 1.0, "norm")
+        for optimizer in optimizers:
+            optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+
+    def configure_optimizers(self) -> tuple[list[Any], list[Any]]:
+        made = [
+            optim.SGD([*self.stem.parameters(), *self.first.parameters()], 0.05, momentum=0.9),
+            optim.AdamW([*self.norm.parameters(), *self.second.parameters()], 0.01),
+            optim.RMSprop(self.head.parameters(), 0.01),
+        ]
+        return made, [optim.lr_scheduler.ExponentialLR(one, 0.97) for one in made]
+
+
+@CALLBACKS
+def test_several_optimizers_by_hand(name: str, tmp_path: Path) -> None:
+    watch = Watch()
+    module, trainer = battery.train(tmp_path, battery.make_callback(name), watch, module=ByHand())
+    assert is_pruned(module)
+    assert groups(trainer) == watch.groups
+    assert set(standing(module, watch)) <= {"first.bias"}
+    steps = battery.EPOCHS * battery.BATCHES
+    assert trainer.optimizers[2].param_groups[0]["lr"] == pytest.approx(0.01 * 0.97**steps)
+    paths = sorted(Path(last_path(trainer)).parent.glob("*.ckpt"))
+    for path in paths[:3]:
+        resumed, _ = battery.train(tmp_path / path.stem, battery.make_callback(name), ckpt_path=path, module=ByHand())
+        assert battery.differences(module, resumed) == [], path.name
+
+
+def _scheduled(make: Callable[[optim.Optimizer], Any], **settings: Any) -> Callable[[nn.Module], Any]:
+    def configure(module: nn.Module) -> Any:
+        optimizer = optim.SGD(module.parameters(), 0.1, momentum=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer), **settings}}
+
+    return configure
+
+
+SCHEDULES = {
+    "one cycle": _scheduled(lambda o: optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=30), interval="step"),
+    "cosine": _scheduled(lambda o: optim.lr_scheduler.CosineAnnealingLR(o, 5), interval="epoch"),
+    "every third step": _scheduled(lambda o: optim.lr_scheduler.StepLR(o, 2), interval="step", frequency=3),
+    "averaged": _scheduled(lambda o: optim.swa_utils.SWALR(o, 0.01, 3), interval="epoch"),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_go_on_as_if_nothing_was_pruned(schedule: str, tmp_path: Path) -> None:
+    class Rates(L.Callback):
+        def __init__(self) -> None:
+            self.seen: list[tuple[float, float]] = []
+
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            group = trainer.optimizers[0].param_groups[0]
+            self.seen.append((group["lr"], group["momentum"]))
+
+    plain, pruned = Rates(), Rates()
+    battery.train(tmp_path / "plain", plain, module=optimized(SCHEDULES[schedule]))
+    battery.train(tmp_path / "pruned", pruned, battery.make_callback("magnitude"), module=optimized(SCHEDULES[schedule]))
+    assert pruned.seen == plain.seen
+    assert len(set(plain.seen)) > 1
+
+
+def test_a_plateau_schedule_and_stopping_early_see_their_metric(tmp_path: Path) -> None:
+    plateau = partial(optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0)
+    module = optimized(_scheduled(plateau, monitor="train/loss"))
+    stop = EarlyStopping("val/accuracy", patience=1, min_delta=2.0, mode="max")
+    module, trainer = battery.train(tmp_path, battery.make_callback("taylor"), stop, module=module)
+    assert trainer.current_epoch == 2
+    assert is_pruned(module)
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 0.1
+
+
+@CALLBACKS
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_accumulation_and_clipping(algorithm: str, name: str, tmp_path: Path) -> None:
+    """Six batches in steps of four: each epoch ends with a step of two, right before a prune."""
+    largest: list[float] = []
+
+    class Clipped(battery.ResidualClassifier):
+        def on_before_zero_grad(self, optimizer: optim.Optimizer) -> None:
+            grads = [p.grad.flatten() for p in self.parameters() if p.grad is not None]
+            if grads:
+                flat = torch.cat(grads)
+                largest.append(float(flat.norm() if algorithm == "norm" else flat.abs().max()))
+
+    settings = {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1, "gradient_clip_algorithm": algorithm}
+    module, trainer = battery.train(tmp_path, battery.make_callback(name), module=Clipped(), **settings)
+    assert is_pruned(module)
+    assert trainer.global_step == 2 * battery.EPOCHS
+    assert len(largest) >= 2 * battery.EPOCHS - 1
+    assert max(largest) <= 0.1001
+    path = sorted(Path(last_path(trainer)).parent.glob("*.ckpt"))[1]
+    resumed, _ = battery.train(
+        tmp_path / "resumed", battery.make_callback(name), ckpt_path=path, module=Clipped(), **settings
+    )
+    assert battery.differences(module, resumed) == []
+
+
+@CALLBACKS
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16), ("64-true", torch.float64)],
+)
+def test_precisions(precision: str, dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    watch = Watch()
+    module, trainer = battery.train(tmp_path, battery.make_callback(name), watch, precision=precision)
+    assert is_pruned(module)
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    assert groups(trainer) == watch.groups
+    moved = set(watch.weights) - set(standing(module, watch))
+    assert moved >= {"stem.weight", "first.weight", "second.weight", "head.weight"}
+    assert trainer.callback_metrics["val/accuracy"] > 0.5
+    path = sorted(Path(last_path(trainer)).parent.glob("*.ckpt"))[1]
+    resumed, _ = battery.train(tmp_path / "b", battery.make_callback(name), ckpt_path=path, precision=precision)
+    assert battery.differences(module, resumed) == []
+    loaded = lp.load_pruned(battery.ResidualClassifier().to(dtype), last_path(trainer))
+    assert battery.differences(module, loaded) == []
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+SAVERS: dict[str, dict[str, Any]] = {
+    "last": {"save_last": True, "save_top_k": 0},
+    "last as a link": {"save_last": "link"},
+    "top two": {"save_top_k": 2, "monitor": "val/accuracy", "mode": "max"},
+    "steps": {"every_n_train_steps": 7, "save_top_k": -1},
+    "weights only": {"save_weights_only": True, "save_top_k": -1},
+    "weights only, steps": {"save_weights_only": True, "every_n_train_steps": 5, "save_top_k": -1},
+}
+
+
+@CALLBACKS
+@pytest.mark.parametrize("saver", SAVERS)
+def test_whatever_is_saved_loads_with_its_plan(saver: str, name: str, tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path / "saved", filename="{step}", **SAVERS[saver])
+    seen: dict[int, nn.Module] = {}
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            seen[trainer.global_step] = copy.deepcopy(pl_module)
+
+    battery.train(tmp_path, battery.make_callback(name), Keep(), callback)
+    paths = list((tmp_path / "saved").glob("*.ckpt"))
+    assert paths
+    for path in paths:
+        content = torch.load(path, weights_only=True)
+        assert ("optimizer_states" in content) != ("weights only" in saver)
+        expected = seen[content["global_step"]]
+        assert battery.differences(expected, lp.load_pruned(battery.ResidualClassifier, path)) == [], path.name
+        assert ("lightning_prune" in content) == is_pruned(expected)
+
+
+@CALLBACKS
+@pytest.mark.parametrize("which", ["last", "best", "hpc"])
+def test_resumes_from_what_the_trainer_finds_itself(which: str, name: str, tmp_path: Path) -> None:
+    def saver() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "saved", save_last=True, save_top_k=1, monitor="train/loss")
+
+    unbroken, _ = battery.train(tmp_path / "unbroken", battery.make_callback(name))
+    _, first = battery.train(tmp_path, battery.make_callback(name), saver(), max_epochs=4)
+    if which == "hpc":  # the name that SLURM's requeueing saves under, from where it saves
+        first.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt")
+    fresh = saver()
+    if which == "best":  # known to the callback that saved it
+        fresh.best_model_path = first.checkpoint_callback.best_model_path
+    resumed, trainer = battery.train(tmp_path, battery.make_callback(name), fresh, ckpt_path=which)
+    assert battery.differences(unbroken, resumed) == []
+    assert trainer.current_epoch == battery.EPOCHS
+
+
+class Break(L.Callback):
+    """Fail once, in the middle of an epoch after two prunes."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 15:
+            raise RuntimeError("no space left on device")
+
+
+@CALLBACKS
+@pytest.mark.parametrize("first", ["saver", "pruning"])
+@pytest.mark.parametrize("kind", ["OnExceptionCheckpoint", "save_on_exception"])
+def test_a_checkpoint_of_the_moment_of_failure_has_the_plan(kind: str, first: str, name: str, tmp_path: Path) -> None:
+    saver = (
+        OnExceptionCheckpoint(tmp_path / "saved")
+        if kind == "OnExceptionCheckpoint"
+        else ModelCheckpoint(tmp_path / "saved", save_on_exception=True, every_n_epochs=10)
+    )
+    callbacks = [saver, battery.make_callback(name)] if first == "saver" else [battery.make_callback(name), saver]
+    module = battery.ResidualClassifier()
+    with pytest.raises(RuntimeError, match="no space left on device"):
+        battery.train(tmp_path, *callbacks, Break(), module=module)
+    assert is_pruned(module)
+    (path,) = (tmp_path / "saved").glob("*.ckpt")
+    assert battery.differences(module, lp.load_pruned(battery.ResidualClassifier, path)) == []
+    unbroken, _ = battery.train(tmp_path / "unbroken", battery.make_callback(name))
+    resumed, _ = battery.train(tmp_path / "resumed", battery.make_callback(name), ckpt_path=path)
+    assert battery.differences(unbroken, resumed) == []
+
+
+# -- finders, limits, several runs -------------------------------------------------------------------------------------
+
+
+class Tunable(battery.ResidualClassifier):
+    """With a rate and a batch size for the finders to set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr, self.batch_size = 1e-2, 4
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), self.lr)
+
+    def train_dataloader(self) -> DataLoader:
+        return battery.loaders(self.batch_size)[0]
+
+
+@CALLBACKS
+def test_the_finders_run_before_anything_is_pruned(name: str, tmp_path: Path) -> None:
+    module = Tunable()
+    trainer = L.Trainer(
+        max_epochs=battery.EPOCHS, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+        callbacks=[
+            battery.make_callback(name), BatchSizeFinder(max_trials=2, steps_per_trial=2),
+            LearningRateFinder(num_training_steps=20),
+        ],
+    )  # fmt: skip
+    watch = Watch()
+    trainer.callbacks.append(watch)
+    trainer.fit(module)
+    assert module.batch_size > 4
+    assert module.lr != 1e-2
+    assert is_pruned(module)
+    assert groups(trainer) == watch.groups
+    assert trainer.callback_metrics["prune/keep_flops"] <= 0.5
+    assert not any(key.startswith("on_") for key in module.__dict__)
+
+
+LIMITS: dict[str, dict[str, Any]] = {
+    "overfit": {"overfit_batches": 2},
+    "few batches": {"limit_train_batches": 2, "limit_val_batches": 1},
+    "fraction of batches": {"limit_train_batches": 0.5, "limit_val_batches": 0.0},
+    "no validation": {"limit_val_batches": 0},
+    "validation in between": {"val_check_interval": 2, "num_sanity_val_steps": 2},
+    "steps": {"max_epochs": -1, "max_steps": 25},
+    "profiler": {"profiler": "simple"},
+    "anomalies": {"detect_anomaly": True},
+    "reload": {"reload_dataloaders_every_n_epochs": 1},
+}
+
+
+@CALLBACKS
+@pytest.mark.parametrize("limit", LIMITS)
+def test_limits(limit: str, name: str, tmp_path: Path) -> None:
+    watch = Watch()
+    module, trainer = battery.train(tmp_path, battery.make_callback(name), watch, **LIMITS[limit])
+    assert is_pruned(module)
+    assert trainer.callback_metrics["prune/keep_flops"] <= 0.5
+    assert set(standing(module, watch)) <= {"first.bias"}
+
+
+@pytest.mark.parametrize("start_epoch", [0, 1])
+def test_fast_dev_run(start_epoch: int, tmp_path: Path) -> None:
+    callback = PruningCallback(start_epoch=start_epoch, steps=1, round_to=2)
+    module, trainer = battery.train(tmp_path, callback, fast_dev_run=True)
+    assert trainer.global_step == 1
+    assert is_pruned(module) == (start_epoch == 0)  # one epoch is run, whatever max_epochs says
+
+
+@CALLBACKS
+def test_fit_validate_fit_deeper_with_fresh_trainers(name: str, tmp_path: Path) -> None:
+    module, first = battery.train(tmp_path / "first", battery.make_callback(name))
+    before, accuracy = plan_in_force(module), float(first.callback_metrics["val/accuracy"])
+    (validated,) = first.validate(module, battery.loaders()[1], verbose=False)
+    assert validated["val/accuracy"] == pytest.approx(accuracy)
+    assert plan_in_force(module) == before
+    assert not any(key.startswith("on_") for key in module.__dict__)
+    watch = Watch()
+    deeper = battery.make_callback(name, keep=0.3, steps=1)
+    module, second = battery.train(tmp_path / "second", deeper, watch, module=module)
+    assert second.callback_metrics["prune/keep_flops"] <= 0.3  # of the original, not of what was left
+    assert groups(second) == watch.groups
+    assert set(standing(module, watch)) <= {"first.bias"}
+    assert all(set(group.kept) <= set(before.groups[key].kept) for key, group in plan_in_force(module).groups.items())
+    loaded = lp.load_pruned(battery.ResidualClassifier, last_path(second))
+    assert battery.differences(module, loaded) == []
+
+
+@CALLBACKS
+def test_the_same_trainer_fits_twice(name: str, tmp_path: Path) -> None:
+    module, trainer = battery.train(tmp_path, battery.make_callback(name), max_epochs=4)
+    before = plan_in_force(module)
+    trainer.fit_loop.max_epochs = battery.EPOCHS
+    trainer.fit(module, *battery.loaders())
+    assert trainer.current_epoch == battery.EPOCHS
+    assert plan_in_force(module) == before
+
+
+def test_rates_are_monitored(tmp_path: Path) -> None:
+    module, trainer = battery.train(
+        tmp_path, battery.make_callback("taylor"), LearningRateMonitor(), logger=CSVLogger(tmp_path, "csv")
+    )
+    trainer.logger.save()
+    text = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+    assert "lr-Adam" in text
+    assert "prune/keep_flops" in text
+
+
+# -- copies and compiled modules ---------------------------------------------------------------------------------------
+
+
+@CALLBACKS
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_in_the_middle_of_a_run_stand_alone(how: str, name: str, tmp_path: Path) -> None:
+    def twin(value: Any) -> Any:
+        return copy.deepcopy(value) if how == "deepcopy" else pickle.loads(pickle.dumps(value))
+
+    class Copy(L.Callback):
+        def __init__(self) -> None:
+            self.copies: list[nn.Module] = []
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            if trainer.global_step % battery.BATCHES == 3:
+                module, _ = twin(pl_module), twin(callback)
+                assert battery.differences(pl_module, module) == []
+                module(battery.images(3).tensors[0]).sum().backward()  # of another batch size than training
+                self.copies.append(module)
+
+    callback, copies = battery.make_callback(name), Copy()
+    module, _ = battery.train(tmp_path / "copied", callback, copies)
+    plain, _ = battery.train(tmp_path / "plain", battery.make_callback(name))
+    assert battery.differences(module, plain) == []
+    assert len(copies.copies) == battery.EPOCHS
+    for early in copies.copies:
+        whole = battery.ResidualClassifier()
+        graph = lp.trace(early, torch.zeros(1, 1, 8, 8))
+        lp.prune(early, lp.plan(graph, lp.criteria.magnitude(graph), keep=0.2, round_to=1))
+        assert early.first.out_channels < whole.first.out_channels
+
+
+@CALLBACKS
+@pytest.mark.parametrize("how", ["torch.compile(module)", "module.compile()"])
+def test_compiled_modules(how: str, name: str, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    module = battery.ResidualClassifier()
+    if how == "module.compile()":
+        module.compile(backend="eager")
+        compiled = module
+    else:
+        compiled = torch.compile(module, backend="eager")
+    watch = Watch()
+    _, trainer = battery.train(tmp_path, battery.make_callback(name), watch, module=compiled)
+    assert is_pruned(module)
+    assert trainer.callback_metrics["prune/keep_flops"] <= 0.5
+    assert set(standing(module, watch)) <= {"first.bias"}
+    assert groups(trainer) == watch.groups
+    loaded = lp.load_pruned(battery.ResidualClassifier, last_path(trainer))
+    assert battery.differences(module, loaded) == []
+    images = battery.images(4).tensors[0]
+    torch.testing.assert_close(compiled.eval()(images), loaded(images))
+
+
+class TwoViews(battery.ResidualClassifier):
+    """Two forward passes of different batch sizes in a step, as semi-supervised and multi-crop training has it."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        few, many = self(batch[0][:4]), self(batch[0][4:])
+        return F.cross_entropy(few, batch[1][:4]) + many.softmax(1).pow(2).sum(1).mean()
+
+
+@CALLBACKS
+def test_two_forward_passes_of_different_sizes_in_a_step(name: str, tmp_path: Path) -> None:
+    module, trainer = battery.train(tmp_path, battery.make_callback(name), module=TwoViews())
+    assert is_pruned(module)
+    assert trainer.callback_metrics["prune/keep_flops"] <= 0.5
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_the_parent_of_spawned_ranks_holds_the_pruned_model(strategy: str, tmp_path: Path) -> None:
+    module, trainer = battery.train(
+        tmp_path, battery.make_callback("taylor"), strategy=strategy, devices=2, accelerator="cpu"
+    )
+    assert is_pruned(module)
+    assert trainer.callback_metrics["prune/keep_flops"] <= 0.5
+    loaded = lp.load_pruned(battery.ResidualClassifier, last_path(trainer))
+    assert battery.differences(module, loaded) == []
+    assert module(battery.images(4).tensors[0]).shape == (4, 4)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _launch(root: Path, nodes: int, per_node: int) -> list[dict[str, Any]]:
+    """Start torchrun once per node, on loopback; return what each rank wrote."""
+    root.mkdir()
+    script = Path(__file__).parents[1] / "nodes.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent), "GLOO_SOCKET_IFNAME": "lo"}
+    port = _free_port()
+    launched = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={per_node}",
+                f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}", str(script), str(root),
+                str(nodes), str(per_node),
+            ],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(nodes)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=150)[0] for process in launched]
+    finally:
+        for process in launched:
+            process.kill()
+    assert [process.returncode for process in launched] == [0] * nodes, "\n".join(text[-3000:] for text in said)
+    return [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(nodes * per_node)]
+
+
+def test_two_nodes_equal_one_node_with_two_ranks_under_every_kind_of_ddp(tmp_path: Path) -> None:
+    one, two = _launch(tmp_path / "one", 1, 2), _launch(tmp_path / "two", 2, 1)
+    assert [rank["place"] for rank in one] == [[0, 0, 0], [1, 0, 1]]  # global rank, node, local rank
+    assert [rank["place"] for rank in two] == [[0, 0, 0], [1, 1, 0]]
+    plain = one[0]["plain"]
+    for rank in (*one, *two):
+        for kind, result in rank.items():
+            if kind != "place":
+                assert result["difference"] == 0.0, kind
+                # The hook rounds what is sent, so that its plan may be another; it must be the same on all ranks.
+                expected = one[0][kind] if kind == "comm_hook" else plain
+                assert (result["digest"], result["weights"]) == (expected["digest"], expected["weights"]), kind
+    assert set(one[0]) == {
+        "place", "plain", "find_unused", "static_graph", "bucket_view", "comm_hook",
+    }  # fmt: skip

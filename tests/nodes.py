@@ -1,0 +1,57 @@
+"""What each rank runs under several kinds of DDP; started by `torch.distributed.run` from `test_trainer_features.py`."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import battery
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.utils.data import DataLoader, DistributedSampler
+from two_ranks import Compare
+
+from lightning_prune.graph.channel_graph import plan_in_force
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "find_unused": {"find_unused_parameters": True},
+    "static_graph": {"static_graph": True},
+    "bucket_view": {"gradient_as_bucket_view": True},
+    "comm_hook": {"ddp_comm_hook": default_hooks.bf16_compress_hook},
+}
+
+
+def train(root: Path, nodes: int, devices: int, strategy: DDPStrategy) -> tuple[L.Trainer, dict[str, Any]]:
+    L.seed_everything(0, verbose=False)
+    module, compare = battery.ResidualClassifier(), Compare()
+    trainer = L.Trainer(
+        max_epochs=battery.EPOCHS, accelerator="cpu", num_nodes=nodes, devices=devices, strategy=strategy, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=root,
+        callbacks=[battery.make_callback("taylor"), compare], use_distributed_sampler=False, num_sanity_val_steps=0,
+        sync_batchnorm=False,
+    )  # fmt: skip
+    sampler = DistributedSampler(battery.images(16 * battery.BATCHES), 2, trainer.global_rank, shuffle=False)
+    trainer.fit(module, DataLoader(sampler.dataset, 8, sampler=sampler))
+    weights = torch.nn.utils.parameters_to_vector(module.parameters()).detach().numpy().tobytes()
+    return trainer, {
+        "difference": compare.difference,
+        "digest": plan_in_force(module).digest,
+        "weights": hashlib.sha256(weights).hexdigest(),
+    }
+
+
+def main(root: Path, nodes: int, devices: int) -> None:
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {}
+    for kind, settings in KINDS.items():
+        trainer, result[kind] = train(root, nodes, devices, DDPStrategy(process_group_backend="gloo", **settings))
+    result["place"] = [trainer.global_rank, trainer.node_rank, trainer.local_rank]
+    (root / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
