@@ -33,8 +33,8 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-def torchvision_model(name: str) -> nn.Module:
-    """Build a torchvision model in float64."""
+def torchvision_model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Build a torchvision model, filled with random numbers."""
     import torchvision
 
     settings: dict[str, Any] = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
@@ -46,7 +46,7 @@ def torchvision_model(name: str) -> nn.Module:
         if "segmentation" in torchvision.models.get_model_builder(name).__module__:
             settings["weights_backbone"] = None  # else downloaded
         model = torchvision.models.get_model(name, weights=None, **settings)
-    return randomised(model.double()).eval()
+    return randomised(model.to(dtype)).eval()
 
 
 def random_plan(graph: ChannelGraph, exact_only: bool = False) -> PruningPlan:

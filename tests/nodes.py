@@ -32,7 +32,6 @@ def train(root: Path, nodes: int, devices: int, strategy: DDPStrategy) -> tuple[
         max_epochs=battery.EPOCHS, accelerator="cpu", num_nodes=nodes, devices=devices, strategy=strategy, logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=root,
         callbacks=[battery.make_callback("taylor"), compare], use_distributed_sampler=False, num_sanity_val_steps=0,
-        sync_batchnorm=False,
     )  # fmt: skip
     sampler = DistributedSampler(battery.images(16 * battery.BATCHES), 2, trainer.global_rank, shuffle=False)
     trainer.fit(module, DataLoader(sampler.dataset, 8, sampler=sampler))
@@ -44,14 +43,14 @@ def train(root: Path, nodes: int, devices: int, strategy: DDPStrategy) -> tuple[
     }
 
 
-def main(root: Path, nodes: int, devices: int) -> None:
+def main(root: Path, nodes: int, devices: int, kinds: list[str]) -> None:
     torch.set_num_threads(1)
     result: dict[str, Any] = {}
-    for kind, settings in KINDS.items():
-        trainer, result[kind] = train(root, nodes, devices, DDPStrategy(process_group_backend="gloo", **settings))
+    for kind in kinds:
+        trainer, result[kind] = train(root, nodes, devices, DDPStrategy(process_group_backend="gloo", **KINDS[kind]))
     result["place"] = [trainer.global_rank, trainer.node_rank, trainer.local_rank]
     (root / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
