@@ -1,4 +1,4 @@
-"""What each rank runs under several kinds of DDP; started by `torch.distributed.run` from `test_trainer_features.py`."""
+"""What each rank runs under several kinds of DDP; started by torchrun from `test_trainer_features.py`."""
 
 import hashlib
 import json
@@ -10,7 +10,6 @@ import battery
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, DistributedSampler
 from two_ranks import Compare
 
@@ -21,7 +20,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "find_unused": {"find_unused_parameters": True},
     "static_graph": {"static_graph": True},
     "bucket_view": {"gradient_as_bucket_view": True},
-    "comm_hook": {"ddp_comm_hook": default_hooks.bf16_compress_hook},
 }
 
 

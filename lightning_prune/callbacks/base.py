@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_prune import allocation
 from lightning_prune.budget import CostModel, check_metric
 from lightning_prune.callbacks import trainer_state
+from lightning_prune.checkpoint import save_plan
 from lightning_prune.criteria import magnitude
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.channel_graph import plan_in_force
@@ -95,6 +96,7 @@ class PruningCallback(Callback):
         self._graph: ChannelGraph | None = None
         self._part: trainer_state.Part | None = None
         self._epoch: int | None = None  # the epoch that has begun
+        self._after: Measurement | None = None
 
     # -- what subclasses say ---------------------------------------------------------------------------------------
 
@@ -196,11 +198,16 @@ class PruningCallback(Callback):
             self.before.metrics = trainer_state.metrics(trainer)
 
     @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        # Later hooks find the module on the CPU again, whatever it was trained on.
+        if self.steps_done and self.before and self._graph and self._part and trainer.is_global_zero:
+            self._after = self._part.measure(self._graph, trainer_state.metrics(trainer))
+
+    @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         places = whereabouts(trainer)  # asks all ranks
-        if self.steps_done and self.before and self._graph and self._part and trainer.is_global_zero:
-            after = self._part.measure(self._graph, trainer_state.metrics(trainer))
-            rank_zero_info("\n".join(["", *summarize(self.before, after), "", *places]))
+        if self.before and self._after:
+            rank_zero_info("\n".join(["", *summarize(self.before, self._after), "", *places]))
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -211,6 +218,12 @@ class PruningCallback(Callback):
         self._let_go(pl_module)
 
     # -- checkpoint ------------------------------------------------------------------------------------------------
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        save_plan(pl_module, checkpoint)  # for checkpoints that are written after an exception has come through here
 
     @property
     @override
@@ -278,5 +291,5 @@ class PruningCallback(Callback):
     def _let_go(self, pl_module: "pl.LightningModule") -> None:
         """Drop every reference to modules and give the LightningModule its hooks back."""
         trainer_state.release_checkpoints(pl_module)
-        self._graph = self._part = self._epoch = None
+        self._graph = self._part = self._epoch = self._after = None
         self.__dict__.pop("log", None)  # Lightning gives every callback the module's bound method

@@ -88,7 +88,8 @@ class TaylorRankCallback(PruningCallback):
         if not self.sums:
             raise RuntimeError(
                 f"TaylorRankCallback has seen no gradients of what is to be pruned before epoch "
-                f"{trainer.current_epoch}: the training step does not run these layers, or nothing before them is trained. Use PruningCallback."
+                f"{trainer.current_epoch}: the training step does not run these layers, or nothing before them is "
+                "trained. Use PruningCallback."
             )
         sums, device = {}, trainer.strategy.root_device
         for name, group in graph.groups.items():

@@ -70,8 +70,8 @@ def agree(trainer: "pl.Trainer", plan: PruningPlan) -> PruningPlan:
     agreed = PruningPlan.from_json(content)
     if agreed.digest != digest:
         raise RuntimeError(
-            f"Rank {trainer.global_rank} has received another plan than rank 0 has sent; see that all nodes run the same "
-            "version of lightning-prune."
+            f"Rank {trainer.global_rank} has received another plan than rank 0 has sent; see that all nodes run "
+            "the same version of lightning-prune."
         )
     return agreed
 

@@ -90,6 +90,8 @@ class Forward:
             stack.enter_context(substituted(self.part, stand_ins, training, watched))
             stack.enter_context(tracer)
             output = self.part(*args, **kwargs)
+        if self.real:  # outputs take memory
+            tracer.record.visits.clear()
         for tensor in _leaves(output, set()):
             for labels in tracer.all_labels(tensor).values():
                 if int(labels.max()) > 0:

@@ -2,10 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.coupling import Coupling
@@ -49,15 +53,93 @@ def _line_of(raised: Exception) -> str:
     return line
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """A module that failed.
+
+    Attributes:
+        visit: Its name, and how often it had run before.
+        raised: What it raised.
+        given: What the operator that failed was given, if an operator did.
+        last: The output of the last operator that did not.
+        at: How many operators had run.
+        resumed: How many have run in the whole network when this module is through.
+        noted: How many ties and holds there were.
+    """
+
+    visit: tuple[str, int]
+    raised: Exception
+    given: list[Labels]
+    last: list[Labels]
+    at: int
+    resumed: int
+    noted: tuple[int, int]
+
+
+class _Trial(Tracer):
+    """Go on past modules that fail: they return what they did in the whole network, less the missing channels.
+
+    Args:
+        tables: Rules and costs.
+        known: What the whole network has shown.
+        whole: Its record, if it is at hand.
+        left: (labels,) which labels are left.
+    """
+
+    def __init__(self, tables: Tables, known: Known, whole: Record | None, left: np.ndarray) -> None:
+        super().__init__(tables, known)
+        self.whole, self.left = whole or Record(), torch.from_numpy(left)
+        self.failures: list[_Failure] = []
+
+    def instead(self, visit: tuple[str, int], start: int, raised: Exception) -> Any:
+        """Note the failure where it happened first, and return what the module would have returned."""
+        record, before = self.record, self.whole.visits.get(visit)
+        if before is not None and (before.start != start or not _plain(before.output)):
+            before = None
+        if not self.failures or self.failures[-1].raised is not raised:
+            given = [] if self.running is None else self.running.given
+            labels = [along for tensor in given for along in self.all_labels(tensor).values()]
+            last = list(record.passed[-1].values()) if record.passed else []
+            noted = len(record.ties), len(record.holds)
+            at = len(record.course)
+            self.failures.append(_Failure(visit, raised, labels, last, at, before.stop if before else at, noted))
+            self.running = None
+        if before is None:
+            raise raised
+        record.course[start:] = self.whole.course[start : before.stop]
+        record.passed[start:] = [{}] * (before.stop - start)
+        return tree_map(self._less, before.output)
+
+    def _less(self, leaf: Any) -> Any:
+        """Return a tensor of the whole network without the channels that are missing."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        axes = {axis: labels[self.left[labels]] for axis, labels in self.all_labels(leaf).items()}
+        shape = [len(axes[axis]) if axis in axes else size for axis, size in enumerate(leaf.shape)]
+        made = torch.empty(shape, dtype=leaf.dtype, device="meta")
+        made._is_weight = self.is_weight(leaf)  # type: ignore[attr-defined]
+        self.set_labels(made, axes)
+        return made
+
+
+def _plain(output: Any) -> bool:
+    """Tell whether all tensors in an output can be found, and none has data."""
+    leaves = tree_leaves(output)
+    return all(leaf.is_meta if isinstance(leaf, Tensor) else isinstance(leaf, _SIMPLE) for leaf in leaves)
+
+
+_SIMPLE = (int, float, str, type(None))
+
+
 class _Stop(BaseException):
     """The place that was looked for has been reached."""
 
 
-class _Locator(Tracer):
+class _Locator(_Trial):
     """Run until a list of the record has grown to some length: where was that?"""
 
-    def __init__(self, tables: Tables, known: Known, kind: str, length: int) -> None:
-        super().__init__(tables, known)
+    def __init__(self, kind: str, length: int, *args: Any) -> None:
+        super().__init__(*args)
         self.kind, self.length = kind, length
         self.found: tuple[str, str] | None = None
 
@@ -97,7 +179,7 @@ class Prober:
         self.tables = Tables(tables.rules, {})
         self.free = coupling.group_of >= 0
 
-    def probe(self, training: bool, whole: Record | None) -> tuple[Finding | None, Record]:
+    def probe(self, training: bool, whole: Record | None) -> tuple[list[Finding], Record]:
         """Run once with about half of the channels of all groups.
 
         Args:
@@ -108,18 +190,27 @@ class Prober:
         Returns:
             What was found, and the record of the run.
         """
-        everything = range(len(self.coupling.groups))
-        stays = self._stays(everything)
-        tracer, raised = self._run(Tracer(self.tables, self.known), stays, training)
+        stays = self._stays(range(len(self.coupling.groups)))
+        trial = self._try(stays, training, whole)
+        bad_tie, held = self._first_bad_tie(trial.record.ties), self._held(trial.record)
         if whole is None:  # without which nothing can be explained
-            fits = raised is None and self._first_bad_tie(tracer.record.ties) is None and not self._held(tracer.record)
-            return None if fits else Finding(frozenset(), "", ""), tracer.record
-        finding = self._misplaced(tracer, whole, stays, training) or self._blamed(
-            tracer, raised, whole, stays, training
-        )
-        if finding is None and tracer.record.course != whole.course:
-            finding = self._astray(whole.course, tracer.record.course, training)
-        return finding, tracer.record
+            fits = not trial.failures and bad_tie is None and not held
+            return [] if fits else [Finding(frozenset(), "", "")], trial.record
+        # What comes after channels have met others than their own may only be due to that.
+        failures = [
+            failure
+            for failure in trial.failures
+            if (bad_tie is None or failure.noted[0] <= bad_tie) and (not held or failure.noted[1] <= held[0])
+        ]
+        if failures:
+            findings = self._blamed(failures, trial, stays, training)
+        elif bad_tie is not None or held:
+            findings = [self._misplaced(trial, bad_tie, held, stays, training)]
+        elif trial.record.course != whole.course:
+            findings = [self._astray(trial, stays, training)]
+        else:
+            findings = []
+        return findings, trial.record
 
     def _stays(self, groups: Iterable[int]) -> Index:
         names = list(self.coupling.groups)
@@ -134,59 +225,63 @@ class Prober:
         graph = ChannelGraph(self.forward.part, self.coupling.groups, self.coupling.held, self.forward.shapes, {})
         return graph.plan(kept).index()
 
-    def _run(self, tracer: Tracer, stays: Index, training: bool) -> tuple[Tracer, Exception | None]:
+    def _try(self, stays: Index, training: bool, whole: Record | None) -> _Trial:
+        trial = _Trial(self.tables, self.known, whole, self._left(stays))
         try:
-            self.forward.run(tracer, stays, training)
-        except _Stop:
-            pass
+            self.forward.run(trial, stays, training)
         except Exception as raised:
-            return tracer, raised
-        return tracer, None
+            if not trial.failures:
+                trial.instead(("the model", 0), len(trial.record.course), raised)
+        return trial
 
-    # -- what was found --------------------------------------------------------------------------------------------
-
-    def _misplaced(self, tracer: Tracer, whole: Record, stays: Index, training: bool) -> Finding | None:
-        """Look for channels that meet others than their own, or that something holds on to."""
-        record = tracer.record
-        at = self._first_bad_tie(record.ties)
-        if at is not None:
-            tie = record.ties[at]
-            labels, kind, length = torch.cat([tie.first.reshape(-1), tie.second.reshape(-1)]), "ties", at + 1
-        else:
-            held = self._held(record)
-            if not held:
-                return None
-            labels, kind, length = record.holds[held[0]].labels, "holds", held[0] + 1
-        shifted = self._first_shift(record, whole, stays)
-        if shifted is not None:
-            kind, length = "course", shifted + 1
-        module, line = self._locate(kind, length, stays, training)
-        site = tracer.split_ties.get(at) if at is not None else None
-        return Finding(self._groups(labels), module, f"{_WHY}{line}", site)
-
-    def _held(self, record: Record) -> list[int]:
-        return [i for i, note in enumerate(record.holds) if self.free[note.labels.numpy()].any()]
-
-    def _locate(self, kind: str, length: int, stays: Index, training: bool) -> tuple[str, str]:
-        locator = _Locator(self.tables, self.known, kind, length)
-        self._run(locator, stays, training)
-        return locator.found or ("the model", "")
-
-    def _first_shift(self, record: Record, whole: Record, stays: Index) -> int | None:
-        """Find the first operator whose output does not have just the channels that are left of it."""
+    def _left(self, stays: Index) -> np.ndarray:
+        """Return which labels are left: (labels,)."""
         left = np.ones(self.forward.count, dtype=bool)
         for tensor, axes in stays.items():
             for axis, index in axes.items():
                 labels = self.forward.labels(tensor)[axis]
                 left[labels.numpy()] = False
                 left[labels[index].numpy()] = True
-        component = self.coupling.component
-        for i, (ours, theirs) in enumerate(zip(record.course, whole.course, strict=False)):
-            if ours[0] is not theirs[0]:
+        return left
+
+    # -- what was found --------------------------------------------------------------------------------------------
+
+    def _misplaced(
+        self, trial: _Trial, bad_tie: int | None, held: list[int], stays: Index, training: bool
+    ) -> Finding:
+        """Name the first place where channels meet others than their own, or something holds on to them."""
+        record = trial.record
+        if bad_tie is not None:
+            tie = record.ties[bad_tie]
+            labels, kind, length = torch.cat([tie.first.reshape(-1), tie.second.reshape(-1)]), "ties", bad_tie + 1
+        else:
+            labels, kind, length = record.holds[held[0]].labels, "holds", held[0] + 1
+        shifted = self._first_shift(trial, 0, len(record.course))
+        if shifted is not None:
+            kind, length = "course", shifted + 1
+        module, line = self._locate(kind, length, trial, stays, training)
+        site = trial.split_ties.get(bad_tie) if bad_tie is not None else None
+        return Finding(self._groups([labels]), module, f"{_WHY}{line}", site)
+
+    def _held(self, record: Record) -> list[int]:
+        return [i for i, note in enumerate(record.holds) if self.free[note.labels.numpy()].any()]
+
+    def _locate(self, kind: str, length: int, trial: _Trial, stays: Index, training: bool) -> tuple[str, str]:
+        locator = _Locator(kind, length, self.tables, self.known, trial.whole, self._left(stays))
+        with suppress(_Stop, Exception):
+            self.forward.run(locator, stays, training)
+        return locator.found or ("the model", "")
+
+    def _first_shift(self, trial: _Trial, start: int, stop: int) -> int | None:
+        """Find the first of some operators whose output does not have just the channels that are left of it."""
+        component, left = self.coupling.component, trial.left.numpy()
+        whole, record = trial.whole, trial.record
+        none = torch.zeros(0, dtype=torch.int64)
+        for i in range(start, min(stop, len(whole.course), len(record.course))):
+            if record.course[i][0] is not whole.course[i][0]:
                 return None
             for axis in whole.passed[i].keys() | record.passed[i].keys():
-                before = whole.passed[i].get(axis, torch.zeros(0, dtype=torch.int64)).numpy()
-                after = record.passed[i].get(axis, torch.zeros(0, dtype=torch.int64)).numpy()
+                before, after = whole.passed[i].get(axis, none).numpy(), record.passed[i].get(axis, none).numpy()
                 if not np.array_equal(component[before[left[before]]], component[after]):
                     return i
         return None
@@ -195,7 +290,7 @@ class Prober:
         lengths: list[int] = []
         for i, tie in enumerate(ties):
             if tie.first.numel() != tie.second.numel():
-                ours = self._groups(torch.cat([tie.first.reshape(-1), tie.second.reshape(-1)]))
+                ours = self._groups([tie.first.reshape(-1), tie.second.reshape(-1)])
                 if ours:
                     return min(i, self._first_unlike(ties[:i], lengths, i))
                 ties = [*ties[:i], Tie(tie.first[:0], tie.first[:0], tie.module, tie.why), *ties[i + 1 :]]
@@ -213,37 +308,46 @@ class Prober:
         bad = np.flatnonzero(~met & (self.free[first] | self.free[second]))
         return int(np.searchsorted(np.cumsum(lengths), bad[0], side="right")) if len(bad) else none
 
-    def _groups(self, labels: Labels) -> frozenset[int]:
-        return frozenset(np.unique(self.coupling.group_of[labels.numpy()]).tolist()) - {-1}
+    def _groups(self, labels: list[Labels]) -> frozenset[int]:
+        found = [self.coupling.group_of[along.numpy()] for along in labels]
+        return frozenset(np.unique(np.concatenate(found)).tolist()) - {-1} if found else frozenset()
 
-    def _blamed(
-        self, tracer: Tracer, raised: Exception | None, whole: Record, stays: Index, training: bool
-    ) -> Finding | None:
-        """Hold what the operator that failed was given or, failing that, what makes it fail."""
-        if raised is None:
-            return None
-        shifted = self._first_shift(tracer.record, whole, stays)
-        if shifted is not None:
-            module, line = self._locate("course", shifted + 1, stays, training)
-        else:
-            module, line = tracer.failed_in or "the model", _line_of(raised)
-        given = [] if tracer.running is None else tracer.running.given
-        labels = [along for tensor in given for along in tracer.all_labels(tensor).values()]
-        groups = self._groups(torch.cat(labels)) if labels else frozenset()
-        if not groups:
-            groups = self._culprits(lambda some: self._run_with(some, training)[1] is not None)
-        return Finding(groups, module, f"{_WHY}{line}")
+    def _blamed(self, failures: list[_Failure], trial: _Trial, stays: Index, training: bool) -> list[Finding]:
+        """Hold what the operators that failed were given or, where Python code failed, what makes it fail.
 
-    def _astray(self, expected: list, course: list, training: bool) -> Finding:
+        That is most often what the last operator returned; another run, in which nothing else is smaller, tells.
+        """
+        suspects = {failure.visit: self._groups(failure.given) for failure in failures}
+        unsure = [failure for failure in failures if not suspects[failure.visit]]
+        if unsure:
+            last = {failure.visit: self._groups(failure.last) for failure in unsure}
+            again = self._try(self._stays(sorted(frozenset().union(*last.values()))), training, trial.whole)
+            suspects.update({failure.visit: last[failure.visit] for failure in again.failures if failure.visit in last})
+        findings, resumed = [], 0
+        for failure in failures:
+            if suspects[failure.visit]:
+                module, line = failure.visit[0], _line_of(failure.raised)
+                shifted = self._first_shift(trial, resumed, failure.at)
+                if shifted is not None:
+                    module, line = self._locate("course", shifted + 1, trial, stays, training)
+                findings.append(Finding(suspects[failure.visit], module, f"{_WHY}{line}"))
+            resumed = failure.resumed
+        return findings or [self._searched(failures[0], training)]
+
+    def _searched(self, failure: _Failure, training: bool) -> Finding:
+        """Search for what makes code fail that gives no hint."""
+        groups = self._culprits(lambda some: bool(self._try(self._stays(some), training, None).failures))
+        return Finding(groups, failure.visit[0], f"{_WHY}{_line_of(failure.raised)}")
+
+    def _astray(self, trial: _Trial, stays: Index, training: bool) -> Finding:
         """Find the groups whose size changes what the network does, or a number that it computes with."""
+        expected, course = trial.whole.course, trial.record.course
         at = next((i for i, (a, b) in enumerate(zip(expected, course, strict=False)) if a != b), len(course) - 1)
-        everything = range(len(self.coupling.groups))
-        module, line = self._locate("course", at + 1, self._stays(everything), training)
-        groups = self._culprits(lambda some: self._run_with(some, training)[0].record.course != expected)
+        module, line = self._locate("course", at + 1, trial, stays, training)
+        groups = self._culprits(
+            lambda some: self._try(self._stays(some), training, None).record.course != expected
+        )
         return Finding(groups, module, f"computes with the number of its channels{line}")
-
-    def _run_with(self, groups: list[int], training: bool) -> tuple[Tracer, Exception | None]:
-        return self._run(Tracer(self.tables, self.known), self._stays(groups), training)
 
     def _culprits(self, bad: Callable[[list[int]], bool]) -> frozenset[int]:
         """Narrow down the groups that must be small for something to go wrong, by halves."""

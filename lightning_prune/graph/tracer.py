@@ -9,6 +9,7 @@ only leave together. What happens to the labels at each operator is said in one 
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.shapes import SHAPES
 
-__all__ = ["FIXED", "Call", "CostTerm", "Known", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "is_user_code"]
+__all__ = ["FIXED", "Call", "CostTerm", "Known", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "Visit", "is_user_code"]
 
 Labels = Tensor  # (size of the axis,) int64: the label of each position
 FIXED = 0  # the label of a position that no parameter can remove, such as a zero that `F.pad` put there
@@ -114,6 +115,21 @@ class Tie:
     why: str
 
 
+@dataclass(frozen=True)
+class Visit:
+    """One run of a module.
+
+    Attributes:
+        start: How many operators had run before it.
+        stop: How many had run after it.
+        output: What it returned.
+    """
+
+    start: int
+    stop: int
+    output: Any
+
+
 @dataclass
 class Record:
     """What a forward pass showed.
@@ -128,6 +144,7 @@ class Record:
         course: The rule that each operator followed, and the numbers it was given;
             two passes of the same course do the same thing.
         passed: The labels that each of these operators gave to its first output.
+        visits: The runs of every module, by its name and how often it had run before.
     """
 
     ties: list[Tie] = field(default_factory=list)
@@ -138,6 +155,7 @@ class Record:
     costs: list[CostTerm] = field(default_factory=list)
     course: list[tuple[Any, ...]] = field(default_factory=list)
     passed: list[dict[int, Labels]] = field(default_factory=list)
+    visits: dict[tuple[str, int], Visit] = field(default_factory=dict)
 
     def extend(self, other: "Record") -> None:
         """Add what another pass showed about channels."""
@@ -205,6 +223,7 @@ class Tracer(TorchDispatchMode):
         self.record = Record()
         self.modules: list[str] = []  # names of the modules that run, outermost first
         self.calls: list[tuple[str, Any]] = []  # of every module, what it was given and what it returned
+        self.entered: Counter[str] = Counter()  # how often each module has been run
         self.failed_in = ""  # name of the innermost module that raised
         self.running: Call | None = None  # the operator that failed, after an exception
         self.in_attention = False  # between the two matrix products of attention written as one operator
@@ -343,17 +362,31 @@ class Tracer(TorchDispatchMode):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self.modules.append(name)
+            visit = name, self.entered[name]
+            self.entered[name] += 1
+            start = len(self.record.course)
             try:
                 output = forward(*args, **kwargs)
-            except BaseException:
+            except Exception as raised:
                 self.failed_in = self.failed_in or name
-                raise
+                output = self.instead(visit, start, raised)
             finally:
                 self.modules.pop()
             self.calls.append((name, (args, kwargs, output)))
+            self.record.visits[visit] = Visit(start, len(self.record.course), output)
             return output
 
         return run
+
+    def instead(self, visit: tuple[str, int], start: int, raised: Exception) -> Any:
+        """Return what stands in for the output of a module that failed; here nothing does.
+
+        Args:
+            visit: The name of the module, and how often it had run before.
+            start: How many operators had run before it.
+            raised: What it raised.
+        """
+        raise raised
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -73,18 +73,20 @@ class _Search:
         evaluation, training = self._observe()
         while True:
             coupling = self._couple(evaluation, training)
-            finding = self._probe(coupling, evaluation, training)
-            if finding is None:
+            findings = self._probe(coupling, evaluation, training)
+            if not findings:
                 return coupling, evaluation.costs
             if not self.with_training:  # perhaps training mode only does more
                 self.with_training = True
                 evaluation, training = self._observe()
-            elif finding.site is not None and finding.site not in self.known.split:
+                continue
+            sites = {finding.site for finding in findings} - {None, *self.known.split}
+            if sites:
                 # The outer part becomes shorter, not the inner one.
-                self.known = replace(self.known, split={**self.known.split, finding.site: 0})
+                self.known = replace(self.known, split={**self.known.split, **dict.fromkeys(sites, 0)})
                 evaluation, training = self._observe()
             else:
-                self.stuck.append(finding.note(coupling))
+                self.stuck.extend(finding.note(coupling) for finding in findings)
 
     def _observe(self) -> tuple[Record, Record | None]:
         def make() -> Tracer:
@@ -111,18 +113,18 @@ class _Search:
         joined.holds.extend(self.stuck)
         return couple(self.forward.slots, joined)
 
-    def _probe(self, coupling: Coupling, evaluation: Record, training: Record | None) -> Finding | None:
+    def _probe(self, coupling: Coupling, evaluation: Record, training: Record | None) -> list[Finding]:
         """Try the groups in training mode, and in evaluation mode unless that has just been seen to do the same."""
         if not coupling.groups:
-            return None
+            return []
         prober = Prober(self.forward, coupling, self.tables, self.known)
         seen: list = []
         if training is not None or not self.with_training:
-            finding, record = prober.probe(True, training)
-            if finding is not None:
-                return finding
+            findings, record = prober.probe(True, training)
+            if findings:
+                return findings
             seen = record.course
-        return None if _contains(seen, evaluation.course) else prober.probe(False, evaluation)[0]
+        return [] if _contains(seen, evaluation.course) else prober.probe(False, evaluation)[0]
 
 
 def _contains(course: list, other: list) -> bool:

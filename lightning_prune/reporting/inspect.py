@@ -28,18 +28,18 @@ def describe(graph: ChannelGraph) -> str:
         stays whole: 2 (2 channels): 2: is an output of the network
     """
     costs = [CostModel(graph, metric) for metric in ("flops", "params")]
-    rows = [("group", "channels", "flops", "params", "layers")]
+    rows: list[list[str]] = [["group", "channels", "flops", "params", "layers"]]
     for name, group in graph.groups.items():
         shares = [f"{1 - cost({name: 1}) / max(cost.original, 1):.1%}" for cost in costs]
         layers = dict.fromkeys(part.tensor.rpartition(".")[0] for part in group.slices)
         inexact = f" (not exact: {group.inexact})" if group.inexact else ""
-        rows.append((name, str(group.size), *shares, ", ".join(layers) + inexact))
+        rows.append([name, str(group.size), *shares, ", ".join(layers) + inexact])
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     total = sum(group.size for group in graph.groups.values())
     lines = [f"{_count(len(graph.groups), 'group')} of {_count(total, 'channel')} can be pruned"]
-    for name, *numbers, layers in rows:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells, str(layers)]))
+    for row in rows:
+        cells = [number.rjust(width) for number, width in zip(row[1:4], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells, row[4]]))
     for name, held in graph.held.items():
         lines.append(f"stays whole: {name} ({_count(held.channels, 'channel')}): {held.reason}")
     return "\n".join(lines)
