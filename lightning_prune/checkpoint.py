@@ -1,6 +1,7 @@
 """Checkpoints of pruned models: the plan travels with the weights, and the original class takes its shape from it."""
 
 import inspect
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Give a model the shapes that the weights in a checkpoint have, before they are loaded.
 
     Call it in ``on_load_checkpoint`` of a LightningModule to make ``load_from_checkpoint`` work with pruned
-    checkpoints; the pruning callbacks do so by themselves when they take part in the run.
+    checkpoints; a Trainer does so by itself once `lightning_prune.callbacks` is imported.
 
     Args:
         model: The model that the weights go into, of the original architecture, pruned already or not.
@@ -46,6 +47,8 @@ def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         ValueError: If the checkpoint is of another architecture, or of a newer format.
     """
     content = checkpoint.get(CHECKPOINT_KEY)
+    if content is not None and "plan" not in content:
+        raise ValueError(f"The checkpoint has an entry {CHECKPOINT_KEY!r} without a plan; it is damaged.")
     plan = None if content is None else PruningPlan.from_json(content["plan"])
     reshape(model, plan)
     weights = checkpoint.get("state_dict", {})
@@ -73,7 +76,7 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the checkpoint is of another architecture or lacks the arguments that the class needs.
+        ValueError: If the file is damaged, of another architecture, or lacks the arguments that the class needs.
 
     Example:
         A checkpoint that training with a pruning callback has written::
@@ -83,7 +86,13 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}.")
-    checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as raised:
+        raise ValueError(
+            f"{str(path)!r} cannot be read as a checkpoint: the file is damaged, or holds more than tensors and plain "
+            "values."
+        ) from raised
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{str(path)!r} is no checkpoint of a Lightning Trainer: it has no 'state_dict'.")
     made = _instantiate(model, checkpoint, settings) if isinstance(model, type) else model

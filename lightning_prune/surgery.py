@@ -12,7 +12,7 @@ from lightning_prune.graph.channel_graph import plan_in_force, record_plan
 from lightning_prune.graph.modules import named_tensors, owners, sync_attributes
 from lightning_prune.plan import PruningPlan
 
-__all__ = ["PruneReport", "prune", "reshape"]
+__all__ = ["PruneReport", "check", "prune", "reshape"]
 
 _WORTH_IT = 1_000_000  # numbers in a tensor from which looking for blocks pays
 
@@ -66,8 +66,7 @@ def prune(model: nn.Module, plan: PruningPlan, optimizers: Iterable[Any] = ()) -
           (2): Linear(in_features=8, out_features=2, bias=True)
         )
     """
-    optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
-    _check_kinds(model, optimizers)
+    optimizers = check(model, optimizers)
     earlier = plan_in_force(model)
     joined = plan.after(earlier)
     tensors = named_tensors(model)
@@ -112,7 +111,26 @@ def reshape(model: nn.Module, plan: PruningPlan | None) -> None:
     _finish(model, tensors, plan, shapes)
 
 
-def _check_kinds(model: nn.Module, optimizers: list[Any]) -> None:
+def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.Optimizer]:
+    """Refuse what `prune` cannot work with, whatever the plan; for those who want to know before training starts.
+
+    Args:
+        model: The model that is to be pruned.
+        optimizers: The optimizers that train the model, wrapped by Lightning or not.
+
+    Returns:
+        The optimizers, without wrappers.
+
+    Raises:
+        TypeError: If the model is wrapped for distributed training, or an optimizer cannot be sliced.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> check(model, [torch.optim.LBFGS(model.parameters())])
+        Traceback (most recent call last):
+        TypeError: LBFGS keeps its history for all parameters in one vector, which cannot lose channels; use another ...
+    """
+    optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TypeError(f"The model is wrapped in {type(model).__name__}; prune `model.module` and wrap it again.")
     for optimizer in optimizers:
@@ -125,6 +143,7 @@ def _check_kinds(model: nn.Module, optimizers: list[Any]) -> None:
                 "LBFGS keeps its history for all parameters in one vector, which cannot lose channels; use another "
                 "optimizer, such as SGD or AdamW."
             )
+    return optimizers
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], plan: PruningPlan, earlier: PruningPlan | None) -> None:

@@ -113,7 +113,7 @@ def train(
 ) -> tuple[L.LightningModule, L.Trainer]:
     """Train from a fixed seed and keep a checkpoint of every epoch."""
     L.seed_everything(0, verbose=False)
-    module = module or ResidualClassifier()
+    module = ResidualClassifier() if module is None else module
     settings: dict[str, Any] = {
         "max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
         "enable_model_summary": False, "default_root_dir": root, "num_sanity_val_steps": 0,

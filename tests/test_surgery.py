@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 from engine import randomised
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from lightning_prune import surgery
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.masking import zero_removed
 from lightning_prune.surgery import reshape
@@ -234,13 +236,23 @@ def test_a_plan_about_another_architecture_leaves_the_model_untouched(wrong, mes
 def test_wrappers_and_foreign_optimizers_are_refused():
     model = network()
     plan, before = plan_for(model), _state(model)
-    with pytest.raises(TypeError, match=r"The model is wrapped in DataParallel; prune `model.module`"):
-        lp.prune(nn.DataParallel(model), plan)
-    with pytest.raises(TypeError, match="LBFGS keeps its history"):
-        lp.prune(model, plan, [torch.optim.LBFGS(model.parameters())])
-    with pytest.raises(TypeError, match="str is no torch optimizer"):
-        lp.prune(model, plan, ["adam"])
+    refused = [
+        (nn.DataParallel(model), [], r"The model is wrapped in DataParallel; prune `model.module`"),
+        (model, [torch.optim.LBFGS(model.parameters())], "LBFGS keeps its history"),
+        (model, ["adam"], "str is no torch optimizer"),
+    ]
+    for wrapped, optimizers, why in refused:
+        with pytest.raises(TypeError, match=why):
+            lp.prune(wrapped, plan, optimizers)
+        with pytest.raises(TypeError, match=why):
+            surgery.check(wrapped, optimizers)
     assert _unchanged(model, before)
+
+
+def test_check_takes_off_the_wrappers_of_lightning():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters())
+    assert surgery.check(model, [LightningOptimizer(optimizer)]) == [optimizer]
 
 
 def test_reshape_both_ways():

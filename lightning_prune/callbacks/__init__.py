@@ -1,9 +1,9 @@
 """Drop-in callbacks that prune a network while it trains."""
 
 from lightning_prune.callbacks.base import PruningCallback
-from lightning_prune.callbacks.spawn import hand_over_plans
+from lightning_prune.callbacks.plan_transport import carry_plans
 from lightning_prune.callbacks.taylor import TaylorRankCallback
 
 __all__ = ["PruningCallback", "TaylorRankCallback"]
 
-hand_over_plans()
+carry_plans()

@@ -12,13 +12,12 @@ from typing_extensions import override
 from lightning_prune import allocation
 from lightning_prune.budget import CostModel, check_metric
 from lightning_prune.callbacks import trainer_state
-from lightning_prune.checkpoint import save_plan
 from lightning_prune.criteria import magnitude
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.plan import PruningPlan
 from lightning_prune.reporting.summary import Measurement, log_prune, summarize, whereabouts
-from lightning_prune.surgery import prune
+from lightning_prune.surgery import check, prune
 
 __all__ = ["PruningCallback"]
 
@@ -122,6 +121,10 @@ class PruningCallback(Callback):
         """
         return allocation.plan(graph, scores, keep, self.metric, self.round_to, self.min_channels)
 
+    def ready(self) -> bool:
+        """Tell whether all that ranking needs is there; a prune that is due waits for it."""
+        return True
+
     # -- the schedule ----------------------------------------------------------------------------------------------
 
     def keep_after(self, step: int) -> float:
@@ -145,12 +148,12 @@ class PruningCallback(Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         trainer_state.refuse_strategy(trainer)
         trainer_state.refuse_other_callbacks(trainer, self)
-        trainer_state.carry_plan_in_checkpoints(pl_module)
         if stage == "fit":
             self._refuse_short_run(trainer)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        check(pl_module, trainer.optimizers)
         if plan_in_force(pl_module) is None:  # a callback that has pruned another module starts anew
             self.steps_done, self.before = 0, None
         inputs = trainer_state.example_inputs(trainer, pl_module, self.module, self.example_inputs, self.batch_like)
@@ -187,7 +190,7 @@ class PruningCallback(Callback):
         # Checkpoints of an epoch are written before the next one starts, so each holds the network as it was trained
         # and a resumed run prunes from the same state as an unbroken one.
         due = self.steps_due(trainer.current_epoch)
-        if due > self.steps_done:
+        if due > self.steps_done and self.ready():
             self._prune(trainer, pl_module, due)
         for metric, fraction in self._kept().items():
             pl_module.log(f"prune/keep_{metric}", fraction, on_step=False, on_epoch=True, rank_zero_only=True)
@@ -199,6 +202,7 @@ class PruningCallback(Callback):
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._warn_if_short(trainer)
         # Later hooks find the module on the CPU again, whatever it was trained on.
         if self.steps_done and self.before and self._graph and self._part and trainer.is_global_zero:
             self._after = self._part.measure(self._graph, trainer_state.metrics(trainer))
@@ -211,19 +215,13 @@ class PruningCallback(Callback):
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._let_go(pl_module)
+        self._let_go()
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        self._let_go(pl_module)
+        self._let_go()
 
     # -- checkpoint ------------------------------------------------------------------------------------------------
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
-    ) -> None:
-        save_plan(pl_module, checkpoint)  # for checkpoints that are written after an exception has come through here
 
     @property
     @override
@@ -278,6 +276,16 @@ class PruningCallback(Callback):
         models = [CostModel(self._graph, metric) for metric in ("flops", "params", "channels")]
         return {cost.metric: cost(widths) / cost.original for cost in models}
 
+    def _warn_if_short(self, trainer: "pl.Trainer") -> None:
+        kept = self._kept()[self.metric]
+        if getattr(trainer, "fast_dev_run", False) or (self.steps_done >= self.steps and kept <= self.keep):
+            return
+        rank_zero_warn(
+            f"Training has ended with {kept:.3f} of the {self.metric} where keep={self.keep} was asked for, after "
+            f"{self.steps_done} of {self.steps} prunes: prunes happen before epochs {self.start_epoch} to "
+            f"{self.last_prune_epoch} (counted from 0), once each."
+        )
+
     def _refuse_short_run(self, trainer: "pl.Trainer") -> None:
         epochs = trainer.max_epochs
         if getattr(trainer, "fast_dev_run", False) or epochs is None or epochs < 0 or self.last_prune_epoch < epochs:
@@ -288,8 +296,7 @@ class PruningCallback(Callback):
             "lower start_epoch, steps or every_n_epochs."
         )
 
-    def _let_go(self, pl_module: "pl.LightningModule") -> None:
-        """Drop every reference to modules and give the LightningModule its hooks back."""
-        trainer_state.release_checkpoints(pl_module)
+    def _let_go(self) -> None:
+        """Drop every reference to modules."""
         self._graph = self._part = self._epoch = self._after = None
         self.__dict__.pop("log", None)  # Lightning gives every callback the module's bound method

@@ -50,11 +50,12 @@ class TaylorRankCallback(PruningCallback):
             raise ValueError("start_epoch must be at least 1: the Taylor criterion ranks during the epoch before.")
         self.sums: dict[str, Tensor] = {}
         self._taps: list[RemovableHandle] = []
-        self._effects: dict[str, Tensor] = {}
+        self.listened = False  # to a part of an epoch at least
+        self._effects: dict[int, dict[str, Tensor]] = {}  # by number of examples, then by tensor that reads
 
     def collecting(self, epoch: int) -> bool:
         """Tell whether channels are ranked during an epoch, because a prune follows it."""
-        return self.steps_due(epoch + 1) > self.steps_due(epoch)
+        return self.steps_due(epoch + 1) > self.steps_done
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -74,12 +75,15 @@ class TaylorRankCallback(PruningCallback):
         if not self._effects:
             return
         assert self._graph is not None
-        scale = _loss_scale(trainer)
-        effects = {name: self._group_effects(group) for name, group in self._graph.groups.items()}
-        finite = torch.stack([effect.isfinite().all() for effect in effects.values()]).all()
-        for name, effect in effects.items():
+        examples = sum(self._effects) * _loss_scale(trainer)
+        means = {
+            name: self._sum_over_examples(group, pl_module.device) / examples
+            for name, group in self._graph.groups.items()
+        }
+        finite = torch.stack([mean.isfinite().all() for mean in means.values()]).all()
+        for name, values in means.items():
             # A step with non-finite gradients is skipped by the optimizer too; no branch, to spare a synchronisation.
-            mean = torch.where(finite, effect.abs().mean(0) / scale, 0.0).double()
+            mean = torch.where(finite, values, 0.0).double()
             self.sums[name] = self.sums[name].to(mean.device) + mean if name in self.sums else mean
         self._effects.clear()
 
@@ -97,18 +101,18 @@ class TaylorRankCallback(PruningCallback):
             if name in self.sums:
                 total[graph.live(name).to(total.device)] = self.sums[name].to(total.device)
             sums[name] = trainer.strategy.reduce(total, reduce_op="sum")
-        self.sums = {}
+        self.sums, self.listened = {}, False
         return normalize_by_group(graph, sums)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         sums = {name: values.cpu() for name, values in self.sums.items()}
-        return {**super().state_dict(), "sums": sums}
+        return {**super().state_dict(), "sums": sums, "listened": self.listened}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.sums = dict(state_dict["sums"])
+        self.sums, self.listened = dict(state_dict["sums"]), state_dict["listened"]
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -116,9 +120,14 @@ class TaylorRankCallback(PruningCallback):
 
     # -- collecting ------------------------------------------------------------------------------------------------
 
+    @override
+    def ready(self) -> bool:
+        return self.listened
+
     def _tap(self, pl_module: "pl.LightningModule") -> None:
         assert self._graph is not None
         self._untap()
+        self.listened = True
         modules = dict(pl_module.named_modules())
         readers = {part.tensor for group in self._graph.groups.values() for part in group.readers}
         for tensor in sorted(readers):
@@ -137,23 +146,26 @@ class TaylorRankCallback(PruningCallback):
 
     def _collect(self, tensor: str, activation: Tensor, axis: int, gradient: Tensor) -> None:
         effect = channel_effects(activation, gradient, axis).detach()
-        seen = self._effects.get(tensor)
-        self._effects[tensor] = effect if seen is None else seen + effect
+        effects = self._effects.setdefault(len(effect), {})
+        effects[tensor] = effects[tensor] + effect if tensor in effects else effect
 
-    def _group_effects(self, group: Group) -> Tensor:
-        """Return the effect of each live channel of a group on each example: (n, channels)."""
+    def _sum_over_examples(self, group: Group, device: torch.device) -> Tensor:
+        """Return the absolute effect of each live channel of a group, summed over examples: (channels,)."""
         assert self._graph is not None
         channels = self._graph.live(group.name)
-        found = [
-            self._effects[part.tensor][:, self._graph.positions_now(part, channels)]
-            .unflatten(1, (len(channels), -1))
-            .sum(2)
-            for part in group.readers
-            if part.tensor in self._effects
-        ]
-        if not found:
-            return torch.zeros(1, len(channels), device=next(iter(self._effects.values())).device)
-        return torch.stack(found).sum(0)
+        total = torch.zeros(len(channels), device=device)
+        # Passes over equally many examples are passes over the same ones; others are examples of their own.
+        for effects in self._effects.values():
+            found = [
+                effects[part.tensor][:, self._graph.positions_now(part, channels)]
+                .unflatten(1, (len(channels), -1))
+                .sum(2)
+                for part in group.readers
+                if part.tensor in effects
+            ]
+            if found:
+                total = total + torch.stack(found).sum(0).abs().sum(0)
+        return total
 
     def _untap(self) -> None:
         for tap in self._taps:
@@ -162,8 +174,8 @@ class TaylorRankCallback(PruningCallback):
         self._effects.clear()
 
     @override
-    def _let_go(self, pl_module: "pl.LightningModule") -> None:
-        super()._let_go(pl_module)
+    def _let_go(self) -> None:
+        super()._let_go()
         self._untap()
 
 
@@ -181,6 +193,6 @@ def _refuse_unreadable(graph: ChannelGraph) -> None:
             kind = modules[module]
             if attribute != "weight" or not isinstance(kind, nn.Linear | nn.modules.conv._ConvNd):
                 raise ValueError(
-                    f"The Taylor criterion cannot watch what {module!r} ({type(kind).__name__}) reads of group "
-                    f"{name!r}; add {name!r} to ignore, or use PruningCallback."
+                    f"The Taylor criterion cannot watch what {module or 'the model'!r} ({type(kind).__name__}) reads of "
+                    f"group {name!r}; add {name!r} to ignore, or use PruningCallback."
                 )

@@ -1,21 +1,24 @@
-"""What the pruning callbacks need of a Trainer: its ranks, its checkpoints, its batches."""
+"""What the pruning callbacks need of a Trainer: its ranks, its batches, its metrics."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.budget import CostModel
-from lightning_prune.checkpoint import restore_shape, save_plan
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.latency import measure_latency
@@ -25,14 +28,23 @@ from lightning_prune.reporting.summary import Measurement
 if TYPE_CHECKING:
     from lightning_prune.callbacks.base import PruningCallback
 
-__all__ = ["Part", "agree", "carry_plan_in_checkpoints", "example_inputs", "metrics", "release_checkpoints", "rewrap"]
+__all__ = [
+    "Part",
+    "agree",
+    "example_inputs",
+    "metrics",
+    "refuse_other_callbacks",
+    "refuse_strategy",
+    "rewrap",
+]
 
 # -- strategies and ranks ----------------------------------------------------------------------------------------------
 
 
 def refuse_strategy(trainer: "pl.Trainer") -> None:
     """Raise unless parameters can be replaced under the strategy of this trainer."""
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    shards = isinstance(trainer.strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)
+    if shards or not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise ValueError(
             f"Pruning does not work with {type(trainer.strategy).__name__}, which shards or moves the parameters; use "
             "strategy='ddp' or a single device."
@@ -82,42 +94,6 @@ def rewrap(trainer: "pl.Trainer") -> None:
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel):
         strategy.model = strategy.model.module
         strategy.configure_ddp()
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-_HOOKS: dict[str, Callable[[nn.Module, Any], None]] = {
-    "on_save_checkpoint": save_plan,
-    "on_load_checkpoint": restore_shape,
-}
-
-
-def carry_plan_in_checkpoints(pl_module: "pl.LightningModule") -> None:
-    """Let the checkpoint hooks of a LightningModule save the plan, and take the shapes from it before loading.
-
-    They are the only hooks that run for checkpoints with weights alone and, on loading, before the weights arrive; a
-    callback's own hooks come too late.
-    """
-    for name, act in _HOOKS.items():
-        if name not in pl_module.__dict__:
-            pl_module.__dict__[name] = partial(_both, pl_module, getattr(pl_module, name), act)
-
-
-def _both(
-    pl_module: "pl.LightningModule",
-    own: Callable[[dict[str, Any]], None],
-    act: Callable[[nn.Module, Any], None],
-    checkpoint: dict[str, Any],
-) -> None:
-    own(checkpoint)
-    act(pl_module, checkpoint)
-
-
-def release_checkpoints(pl_module: "pl.LightningModule") -> None:
-    """Give a LightningModule its own checkpoint hooks back."""
-    for name in _HOOKS:
-        if isinstance(pl_module.__dict__.get(name), partial):
-            del pl_module.__dict__[name]
 
 
 # -- example inputs and measurements -----------------------------------------------------------------------------------

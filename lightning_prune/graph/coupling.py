@@ -39,8 +39,8 @@ class Coupling:
         component: (labels,) the number of the component of tied labels that each label is in.
         group_of: (labels,) the index of the group of each label, -1 where it is in none.
         channel_of: (labels,) its channel within the group.
-        pairs: Every pair of labels that was tied, as one number each: the first times the number of labels, plus the
-            second.
+        pairs: Every pair of different labels that was tied, as one number each: the first times the number of labels,
+            plus the second; ascending. (Not without repetition, which takes longer to find than to search through.)
     """
 
     groups: dict[str, Group]
@@ -187,7 +187,8 @@ def _pairs(count: int, ties: list[Tie]) -> np.ndarray:
         return np.zeros(0, dtype=np.int64)
     first = np.concatenate([tie.first.numpy().reshape(-1) for tie in ties])
     second = np.concatenate([tie.second.numpy().reshape(-1) for tie in ties])
-    return np.unique(first * count + second)
+    apart = first != second
+    return np.sort(first[apart] * count + second[apart])
 
 
 def _forward_order(produced: list[Labels], count: int) -> np.ndarray:

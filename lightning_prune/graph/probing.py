@@ -61,7 +61,7 @@ class _Failure:
         visit: Its name, and how often it had run before.
         raised: What it raised.
         given: What the operator that failed was given, if an operator did.
-        last: The output of the last operator that did not.
+        likely: What may be the cause otherwise: the output of the last operator, and what the module was given.
         at: How many operators had run.
         resumed: How many have run in the whole network when this module is through.
         noted: How many ties and holds there were.
@@ -70,7 +70,7 @@ class _Failure:
     visit: tuple[str, int]
     raised: Exception
     given: list[Labels]
-    last: list[Labels]
+    likely: tuple[list[Labels], list[Labels]]
     at: int
     resumed: int
     noted: tuple[int, int]
@@ -91,24 +91,27 @@ class _Trial(Tracer):
         self.whole, self.left = whole or Record(), torch.from_numpy(left)
         self.failures: list[_Failure] = []
 
-    def instead(self, visit: tuple[str, int], start: int, raised: Exception) -> Any:
+    def instead(self, visit: tuple[str, int], start: int, inputs: Any, raised: Exception) -> Any:
         """Note the failure where it happened first, and return what the module would have returned."""
         record, before = self.record, self.whole.visits.get(visit)
+        at = len(record.course)
         if before is not None and (before.start != start or not _plain(before.output)):
             before = None
         if not self.failures or self.failures[-1].raised is not raised:
-            given = [] if self.running is None else self.running.given
-            labels = [along for tensor in given for along in self.all_labels(tensor).values()]
-            last = list(record.passed[-1].values()) if record.passed else []
+            given = self._all_labels([] if self.running is None else self.running.given)
+            likely = list(record.passed[-1].values()) if record.passed else [], self._all_labels(inputs)
             noted = len(record.ties), len(record.holds)
-            at = len(record.course)
-            self.failures.append(_Failure(visit, raised, labels, last, at, before.stop if before else at, noted))
+            self.failures.append(_Failure(visit, raised, given, likely, at, before.stop if before else at, noted))
             self.running = None
         if before is None:
             raise raised
         record.course[start:] = self.whole.course[start : before.stop]
-        record.passed[start:] = [{}] * (before.stop - start)
+        record.passed[at:] = [{}] * (before.stop - at)
+        del record.passed[before.stop :]
         return tree_map(self._less, before.output)
+
+    def _all_labels(self, values: Any) -> list[Labels]:
+        return [labels for leaf in tree_leaves(values) for labels in self.all_labels(leaf).values()]
 
     def _less(self, leaf: Any) -> Any:
         """Return a tensor of the whole network without the channels that are missing."""
@@ -159,6 +162,14 @@ class _Locator(_Trial):
     def _follow(self, *args: object) -> None:
         super()._follow(*args)  # type: ignore[arg-type]
         self._note()
+
+
+def _among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Tell which values are among others, which ascend."""
+    at = np.searchsorted(known, values)
+    found = at < len(known)
+    found[found] = known[at[found]] == values[found]
+    return found
 
 
 class Prober:
@@ -231,7 +242,7 @@ class Prober:
             self.forward.run(trial, stays, training)
         except Exception as raised:
             if not trial.failures:
-                trial.instead(("the model", 0), len(trial.record.course), raised)
+                trial.instead(("the model", 0), len(trial.record.course), (), raised)
         return trial
 
     def _left(self, stays: Index) -> np.ndarray:
@@ -246,9 +257,7 @@ class Prober:
 
     # -- what was found --------------------------------------------------------------------------------------------
 
-    def _misplaced(
-        self, trial: _Trial, bad_tie: int | None, held: list[int], stays: Index, training: bool
-    ) -> Finding:
+    def _misplaced(self, trial: _Trial, bad_tie: int | None, held: list[int], stays: Index, training: bool) -> Finding:
         """Name the first place where channels meet others than their own, or something holds on to them."""
         record = trial.record
         if bad_tie is not None:
@@ -304,8 +313,8 @@ class Prober:
         first = np.concatenate([tie.first.numpy().reshape(-1) for tie in ties])
         second = np.concatenate([tie.second.numpy().reshape(-1) for tie in ties])
         # Not only of the same channel, but the very positions that met before: the order within a channel counts too.
-        met = (first == second) | np.isin(first * self.forward.count + second, self.coupling.pairs)
-        bad = np.flatnonzero(~met & (self.free[first] | self.free[second]))
+        apart = np.flatnonzero((first != second) & (self.free[first] | self.free[second]))
+        bad = apart[~_among(first[apart] * self.forward.count + second[apart], self.coupling.pairs)]
         return int(np.searchsorted(np.cumsum(lengths), bad[0], side="right")) if len(bad) else none
 
     def _groups(self, labels: list[Labels]) -> frozenset[int]:
@@ -315,14 +324,15 @@ class Prober:
     def _blamed(self, failures: list[_Failure], trial: _Trial, stays: Index, training: bool) -> list[Finding]:
         """Hold what the operators that failed were given or, where Python code failed, what makes it fail.
 
-        That is most often what the last operator returned; another run, in which nothing else is smaller, tells.
+        That is most often what the last operator returned, or what the module was given; further runs, in which
+        nothing else is smaller, tell.
         """
         suspects = {failure.visit: self._groups(failure.given) for failure in failures}
-        unsure = [failure for failure in failures if not suspects[failure.visit]]
-        if unsure:
-            last = {failure.visit: self._groups(failure.last) for failure in unsure}
-            again = self._try(self._stays(sorted(frozenset().union(*last.values()))), training, trial.whole)
-            suspects.update({failure.visit: last[failure.visit] for failure in again.failures if failure.visit in last})
+        for cause in (0, 1):
+            likely = {f.visit: self._groups(f.likely[cause]) for f in failures if not suspects[f.visit]}
+            if any(likely.values()):
+                again = self._try(self._stays(sorted(frozenset().union(*likely.values()))), training, trial.whole)
+                suspects.update({f.visit: likely[f.visit] for f in again.failures if f.visit in likely})
         findings, resumed = [], 0
         for failure in failures:
             if suspects[failure.visit]:
@@ -344,9 +354,7 @@ class Prober:
         expected, course = trial.whole.course, trial.record.course
         at = next((i for i, (a, b) in enumerate(zip(expected, course, strict=False)) if a != b), len(course) - 1)
         module, line = self._locate("course", at + 1, trial, stays, training)
-        groups = self._culprits(
-            lambda some: self._try(self._stays(some), training, None).record.course != expected
-        )
+        groups = self._culprits(lambda some: self._try(self._stays(some), training, None).record.course != expected)
         return Finding(groups, module, f"computes with the number of its channels{line}")
 
     def _culprits(self, bad: Callable[[list[int]], bool]) -> frozenset[int]:

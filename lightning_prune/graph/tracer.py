@@ -20,12 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.shapes import SHAPES
 
-__all__ = ["FIXED", "Call", "CostTerm", "Known", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "Visit", "is_user_code"]
+__all__ = [
+    "FIXED", "Call", "CostTerm", "Known", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "Visit",
+    "is_user_code",
+]  # fmt: skip
 
 Labels = Tensor  # (size of the axis,) int64: the label of each position
 FIXED = 0  # the label of a position that no parameter can remove, such as a zero that `F.pad` put there
 
-_FOREIGN = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)), "<")
+_FOREIGN = (os.path.join(os.path.dirname(torch.__file__), ""), os.path.join(os.path.dirname(__file__), ""), "<")
 _NEEDS_VALUES = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.masked_select")
 
 
@@ -369,7 +372,7 @@ class Tracer(TorchDispatchMode):
                 output = forward(*args, **kwargs)
             except Exception as raised:
                 self.failed_in = self.failed_in or name
-                output = self.instead(visit, start, raised)
+                output = self.instead(visit, start, (args, kwargs), raised)
             finally:
                 self.modules.pop()
             self.calls.append((name, (args, kwargs, output)))
@@ -378,12 +381,13 @@ class Tracer(TorchDispatchMode):
 
         return run
 
-    def instead(self, visit: tuple[str, int], start: int, raised: Exception) -> Any:
+    def instead(self, visit: tuple[str, int], start: int, inputs: Any, raised: Exception) -> Any:
         """Return what stands in for the output of a module that failed; here nothing does.
 
         Args:
             visit: The name of the module, and how often it had run before.
             start: How many operators had run before it.
+            inputs: What it was given.
             raised: What it raised.
         """
         raise raised

@@ -80,7 +80,7 @@ class _Search:
                 self.with_training = True
                 evaluation, training = self._observe()
                 continue
-            sites = {finding.site for finding in findings} - {None, *self.known.split}
+            sites = {f.site for f in findings if f.site is not None and f.site not in self.known.split}
             if sites:
                 # The outer part becomes shorter, not the inner one.
                 self.known = replace(self.known, split={**self.known.split, **dict.fromkeys(sites, 0)})

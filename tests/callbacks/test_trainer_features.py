@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn, optim
@@ -337,6 +338,43 @@ def test_resumes_from_what_the_trainer_finds_itself(which: str, name: str, tmp_p
     resumed, trainer = battery.train(tmp_path, battery.make_callback(name), fresh, ckpt_path=which)
     assert battery.differences(unbroken, resumed) == []
     assert trainer.current_epoch == battery.EPOCHS
+
+
+@CALLBACKS
+def test_saved_by_hand_after_fit(name: str, tmp_path: Path) -> None:
+    module, trainer = battery.train(tmp_path, battery.make_callback(name))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert battery.differences(module, lp.load_pruned(battery.ResidualClassifier, tmp_path / "end.ckpt")) == []
+
+
+class Break(L.Callback):
+    """Fail once, in the middle of an epoch after two prunes."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 15:
+            raise RuntimeError("no space left on device")
+
+
+@CALLBACKS
+@pytest.mark.parametrize("first", ["saver", "pruning"])
+@pytest.mark.parametrize("kind", ["OnExceptionCheckpoint", "save_on_exception"])
+def test_a_checkpoint_of_the_moment_of_failure_has_the_plan(kind: str, first: str, name: str, tmp_path: Path) -> None:
+    saver = (
+        OnExceptionCheckpoint(tmp_path / "saved")
+        if kind == "OnExceptionCheckpoint"
+        else ModelCheckpoint(tmp_path / "saved", save_on_exception=True, every_n_epochs=10)
+    )
+    callbacks = [saver, battery.make_callback(name)] if first == "saver" else [battery.make_callback(name), saver]
+    L.seed_everything(0, verbose=False)  # the weights that the unbroken run starts from
+    module = battery.ResidualClassifier()
+    with pytest.raises(RuntimeError, match="no space left on device"):
+        battery.train(tmp_path, *callbacks, Break(), module=module)
+    assert is_pruned(module)
+    (path,) = (tmp_path / "saved").glob("*.ckpt")
+    assert battery.differences(module, lp.load_pruned(battery.ResidualClassifier, path)) == []
+    unbroken, _ = battery.train(tmp_path / "unbroken", battery.make_callback(name))
+    resumed, _ = battery.train(tmp_path / "resumed", battery.make_callback(name), ckpt_path=path)
+    assert battery.differences(unbroken, resumed) == []
 
 
 # -- finders, limits, several runs -------------------------------------------------------------------------------------

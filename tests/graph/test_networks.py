@@ -7,9 +7,16 @@ import torch
 from engine import counted_flops, difference, random_plan, torchvision_model
 
 import lightning_prune as lp
+from lightning_prune.allocation import reachable
 from lightning_prune.budget import CostModel
 
 SIZES = {"resnet18": 40, "resnet50": 40, "mobilenet_v2": 40, "alexnet": 80, "vgg11_bn": 40}
+FAMILIES = {
+    "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32, "googlenet": 32, "inception_v3": 75,
+    "mnasnet0_5": 32, "mobilenet_v3_small": 32, "regnet_x_400mf": 32, "regnet_y_400mf": 32, "resnext50_32x4d": 32,
+    "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32, "swin_t": 64, "swin_v2_t": 64, "vit_b_32": 224,
+    "lraspp_mobilenet_v3_large": 32,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -46,3 +53,26 @@ def test_costs_are_those_of_the_pruned_network(traced):
     produced = {part.tensor for group in graph.groups.values() for part in group.producers}
     tensors = dict(pruned.named_parameters())
     assert channels(plan.widths) == sum(tensors[name].shape[0] for name in produced)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_network_of_every_family(name: str):
+    model = torchvision_model(name)
+    x = torch.randn(2, 3, FAMILIES[name], FAMILIES[name], dtype=torch.float64)
+    graph = lp.trace(model, x)
+    assert difference(model, graph, random_plan(graph, exact_only=True), x) <= 1e-9
+    for metric in ("flops", "channels"):
+        keep = max(0.5, reachable(graph, metric))  # at small inputs most of Swin's work lies where nothing can leave
+        plan = lp.plan(graph, lp.criteria.magnitude(graph), keep, metric)
+        assert plan.budget["achieved"] <= keep
+    lp.prune(model, plan)
+    cost = CostModel(graph, "flops")
+    assert cost(plan.widths) == counted_flops(model, x)
+    free = sum(group.size * group.width for group in graph.groups.values())
+    held = sum(held.channels for held in graph.held.values())
+    assert free > 0.4 * (free + held)
+
+
+def test_reasons_name_lines_of_torchvision():
+    graph = lp.trace(torchvision_model("swin_t"), torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+    assert "relies on the number of its channels (swin_transformer.py:" in graph.held["features.0.0"].reason

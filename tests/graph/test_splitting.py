@@ -9,6 +9,7 @@ from engine import assert_pruned, difference, random_plan, randomised
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from lightning_prune.graph.forward import Forward
 
 IMAGE = torch.zeros(2, 3, 8, 8)
 
@@ -179,6 +180,43 @@ def test_held_with_module_and_reason(case: str):
     assert why in graph.held["stem"].reason
     if why.endswith("number of its channels"):
         assert "(test_splitting.py:" in graph.held["stem"].reason
+
+
+class Heads(nn.Module):
+    """Splits channels into heads of a number and size that are written down, as attention does."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.inner, self.out, self.up, self.down = (nn.Linear(*s) for s in ((8, 6), (6, 8), (8, 10), (10, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if self.where == "operator":
+            y = y.view(*y.shape[:-1], 2, 3).flatten(-2)
+        elif self.where == "code" and y.shape[-1] != 6:
+            raise ValueError("six!")
+        elif self.where == "given" and x.shape[-1] != 8:
+            raise ValueError("eight!")
+        return x + self.down(torch.relu(self.up(x + self.out(y))))
+
+
+@pytest.mark.parametrize(("where", "held"), [("operator", "inner"), ("code", "inner"), ("given", "")])
+def test_all_modules_that_fail_are_found_in_few_runs(where: str, held: str, monkeypatch: pytest.MonkeyPatch):
+    runs = []
+    run = Forward.run
+    monkeypatch.setattr(Forward, "run", lambda self, *args: (runs.append(1), run(self, *args))[1])
+    model = nn.Sequential(nn.Linear(3, 8), *(Heads(where) for _ in range(12)), nn.Linear(8, 2))
+    graph = lp.trace(model, torch.zeros(2, 5, 3))
+    assert len(runs) <= 10
+    blocks = range(1, 13)
+    if held:
+        assert {f"{i}.{held}" for i in blocks} | {"13"} == set(graph.held)
+        assert all(graph.held[f"{i}.{held}"].reason.startswith(f"{i}: relies on the number") for i in blocks)
+        assert set(graph.groups) == {"0", *(f"{i}.up" for i in blocks)}, "what is innocent is free"
+    else:
+        assert {"0", "13"} == set(graph.held)
+        assert graph.held["0"].reason.startswith("1: relies on the number of its channels (test_splitting.py:")
 
 
 class Careful(nn.Module):

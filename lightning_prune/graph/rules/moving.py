@@ -23,9 +23,7 @@ def _varying(moved: Tensor) -> list[int]:
     strides = moved.stride()
     once = moved[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]  # all that is in memory
     return [
-        axis
-        for axis, size in enumerate(once.shape)
-        if size > 1 and not bool((once == once.narrow(axis, 0, 1)).all())
+        axis for axis, size in enumerate(once.shape) if size > 1 and not bool((once == once.narrow(axis, 0, 1)).all())
     ]
 
 

@@ -45,6 +45,9 @@ def unknown(tracer: Tracer, call: Call) -> None:
             tracer.hold(labels, f"runs {call.name}, which has no rule")
 
 
-@rule("aten.size", "aten.sym_size", "aten.stride", "aten.numel", "aten.is_same_size")
+@rule(
+    "aten.size", "aten.sym_size", "aten.stride", "aten.numel", "aten.is_same_size", "aten.new_zeros", "aten.new_ones",
+    "aten.new_empty", "aten.new_full", "aten.new_empty_strided",
+)  # fmt: skip
 def nothing(tracer: Tracer, call: Call) -> None:
-    """Say nothing: the operator makes no tensor."""
+    """Say nothing: the operator makes no tensor, or one whose size is given as numbers."""
