@@ -12,9 +12,17 @@ __all__ = ["named_tensors", "substituted", "sync_attributes"]
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer of ``model`` by its dotted name, shared ones once, under their first name."""
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    named.update(model.named_buffers())
-    return named
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():  # walked once for both, which is most of the time this takes
+        dotted = f"{prefix}." if prefix else ""
+        for named, held in ((parameters, module._parameters), (buffers, module._buffers)):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    named[dotted + name] = tensor
+    return {**parameters, **buffers}
 
 
 _GROUPED = "_was_grouped"

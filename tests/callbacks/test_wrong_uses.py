@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -237,6 +237,8 @@ COMPANY: dict[str, Row] = {
         "Pruning does not work with ModelParallelStrategy, which shards or moves the parameters; use strategy='ddp' or "
         "a single device.",
     ),
+    "DeepSpeed": (under(DeepSpeedStrategy), ValueError, "Pruning does not work with DeepSpeedStrategy, which shards"),
+    "XLA": (under(XLAStrategy), ValueError, "Pruning does not work with XLAStrategy, which shards or moves the"),
     "weight averaging": (
         fit(PruningCallback(), WeightAveraging()), ValueError, f"WeightAveraging {OTHER} PruningCallback removes",
     ),
