@@ -4,17 +4,16 @@ import pytest
 import torch
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker of long runs, and keep to one thread."""
+def pytest_configure() -> None:
+    """Keep to one thread."""
     # The networks are small, and on a busy machine threads that wait for each other take many times longer.
     torch.set_num_threads(1)
-    config.addinivalue_line("markers", "zoo: long runs over many networks; only with `-m zoo`")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave long runs out unless they are asked for."""
-    if "zoo" not in (config.option.markexpr or ""):
-        items[:] = [item for item in items if item.get_closest_marker("zoo") is None]
+    """Leave long runs out unless they are asked for with ``-m long``."""
+    if "long" not in (config.option.markexpr or ""):
+        items[:] = [item for item in items if item.get_closest_marker("long") is None]
 
 
 @pytest.fixture(autouse=True)

@@ -245,6 +245,6 @@ def test_killed_and_resumed_equals_unbroken(name: str, tmp_path: Path) -> None:
     _kill_and_resume(name, tmp_path, kills=2)
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 def test_killed_twenty_times_and_resumed_equals_unbroken(name: str, tmp_path: Path) -> None:
     _kill_and_resume(name, tmp_path, kills=20)

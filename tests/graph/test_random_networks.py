@@ -173,7 +173,7 @@ def test_random_networks(seed: int, blocks: int):
     check(seed, blocks)
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**_SEEDS)
 def test_many_random_networks(seed: int, blocks: int):

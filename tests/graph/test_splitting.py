@@ -138,6 +138,11 @@ def hard_split(x: Tensor) -> Tensor:
     return torch.cat([second, first], 1)
 
 
+def hard_swap(x: Tensor) -> Tensor:
+    """Runs at any width, with the channels in another order below the one it was written for."""
+    return torch.cat([x[:, 4:], x[:, :4]], 1) * x
+
+
 def scaled_by_width(x: Tensor) -> Tensor:
     return x * x.shape[1] ** -0.5
 
@@ -159,6 +164,7 @@ class Doubling(torch.autograd.Function):
 HELD = {
     "a size in a view": (hard_coded, "relies on the number of its channels"),
     "sizes in a split": (hard_split, "relies on the number of its channels"),
+    "sizes in slices that fit any width": (hard_swap, "relies on the number of its channels"),
     "a number from the width": (scaled_by_width, "computes with the number of its channels"),
     "a branch on the width": (branching_on_width, "computes with the number of its channels"),
     "mean over channels": (lambda x: x * x.mean(1, keepdim=True), "takes mean over its channels"),
