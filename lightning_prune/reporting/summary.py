@@ -77,8 +77,9 @@ def whereabouts(trainer: "pl.Trainer") -> list[str]:
     if path:
         module = type(trainer.lightning_module)
         lines.append(f"checkpoint: {path}")
-        lines.append(f"load it:    from {module.__module__} import {module.__name__}")
-        lines.append(f"            model = lightning_prune.load_pruned({module.__name__}, {path!r})")
+        lines.append("load it:    from lightning_prune import load_pruned")
+        lines.append(f"            from {module.__module__} import {module.__name__}")
+        lines.append(f"            model = load_pruned({module.__name__}, {path!r})")
     return lines
 
 
