@@ -107,7 +107,8 @@ def test_two_ranks_agree_to_the_last_bit(name: str, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     script = Path(__file__).with_name("two_ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
+    path = os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [*launch, str(script), name, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
     )
