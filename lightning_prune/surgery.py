@@ -248,7 +248,7 @@ def _finish(
     held_by = owners(model)
     modules = {}
     for name in changed if changed is not None else (plan.shapes if plan else ()):
-        for module, _, _ in held_by[id(tensors[name])]:
+        for module in held_by[id(tensors[name])]:
             modules[id(module)] = module
     for module in modules.values():
         sync_attributes(module)

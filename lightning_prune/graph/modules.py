@@ -149,12 +149,11 @@ def substituted(
                 held.update(content)
 
 
-def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, dict[str, Tensor | None]]]]:
-    """Return, by ``id`` of each tensor, the modules that hold it, with its local name and the holding dictionary."""
-    found: dict[int, list[tuple[nn.Module, str, dict[str, Tensor | None]]]] = {}
+def owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Return the modules that hold each parameter and buffer, by ``id`` of the tensor."""
+    found: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if isinstance(tensor, torch.Tensor):
-                    found.setdefault(id(tensor), []).append((module, name, held))  # type: ignore[arg-type]
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append(module)
     return found
