@@ -72,19 +72,27 @@ class PlannedGroup:
     slices: tuple[Slice, ...]
 
     def __post_init__(self) -> None:
-        inside = all(0 <= channel < self.size for channel in self.kept)
-        if not self.kept or not inside or list(self.kept) != sorted(set(self.kept)):
+        kept = self.channels
+        if not self.kept or kept[0] < 0 or kept[-1] >= self.size or not bool((kept.diff() > 0).all()):
             raise ValueError(
                 f"A group of {self.size} channels must keep at least one of them, ascending and without repetition; "
                 f"got {list(self.kept)}."
             )
 
-    @property
+    @cached_property
+    def channels(self) -> Tensor:
+        """The channels that stay, as (n,) int64."""
+        return torch.tensor(self.kept, dtype=torch.int64)
+
+    @cached_property
     def removed(self) -> Tensor:
         """The channels that leave, as (n,) int64."""
         mask = torch.ones(self.size, dtype=torch.bool)
-        mask[list(self.kept)] = False
+        mask[self.channels] = False
         return mask.nonzero()[:, 0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_cache(self)
 
 
 @dataclass(frozen=True)
@@ -133,32 +141,35 @@ class PruningPlan:
         for group in self.groups.values():
             if len(group.kept) == group.size:
                 continue
-            kept, removed = torch.tensor(group.kept), group.removed
             for part in group.slices:
                 size = self.shapes[part.tensor][part.axis]
                 axes = found.setdefault(part.tensor, {})
                 if size == group.size and not part.table:
-                    axes[part.axis] = kept
+                    axes[part.axis] = group.channels  # one object for all such axes, so that what follows is done once
                     continue
                 if (part.tensor, part.axis) not in shared:
                     shared[part.tensor, part.axis] = torch.ones(size, dtype=torch.bool)
-                    axes[part.axis] = kept  # keeps the place
-                shared[part.tensor, part.axis][part.positions(removed)] = False
+                    axes[part.axis] = group.channels  # keeps the place
+                shared[part.tensor, part.axis][part.positions(group.removed)] = False
         for (tensor, axis), mask in shared.items():
             found[tensor][axis] = mask.nonzero()[:, 0]
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what can be worked out again."""
-        return {name: value for name, value in self.__dict__.items() if name != "_index"}
+        return _without_cache(self)
 
     def pruned_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape that each touched tensor has once the plan is applied."""
+        return dict(self._pruned_shapes)
+
+    @cached_property
+    def _pruned_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = dict(self.shapes)
-        for tensor, axes in self.index().items():
-            shapes[tensor] = tuple(
-                len(axes[axis]) if axis in axes else size for axis, size in enumerate(shapes[tensor])
-            )
+        for tensor, axes in self._index.items():
+            shape = list(shapes[tensor])
+            for axis, stays in axes.items():
+                shape[axis] = stays.shape[0]
+            shapes[tensor] = tuple(shape)
         return shapes
 
     def after(self, earlier: "PruningPlan | None") -> "PruningPlan":
@@ -226,6 +237,11 @@ class PruningPlan:
             {name: tuple(shape) for name, shape in content["shapes"].items()},
             content.get("budget"),
         )
+
+
+def _without_cache(record: Any) -> dict[str, Any]:
+    """Return the fields of a record, without what can be worked out from them again."""
+    return {name: record.__dict__[name] for name in record.__dataclass_fields__}
 
 
 def _slice_to_json(part: Slice) -> list[Any]:

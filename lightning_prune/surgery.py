@@ -12,9 +12,9 @@ from lightning_prune.graph.channel_graph import plan_in_force, record_plan
 from lightning_prune.graph.modules import named_tensors, owners, sync_attributes
 from lightning_prune.plan import PruningPlan
 
-__all__ = ["PruneReport", "check", "prune", "reshape"]
+__all__ = ["PruneReport", "check", "prune", "pruned_tensors", "reshape"]
 
-_WORTH_IT = 1_000_000  # numbers in a tensor from which looking for blocks pays
+_LARGE = 1_000_000  # numbers in a tensor from which it is copied in parts, and looking for runs pays
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,44 @@ def prune(model: nn.Module, plan: PruningPlan, optimizers: Iterable[Any] = ()) -
     _check_shapes(tensors, joined, earlier)
     steps = _steps(joined, earlier)
     _check_state(tensors, steps, optimizers)
-    params_before = sum(p.numel() for p in model.parameters())
+    params_before = _count(tensors)
     for name, axes in steps.items():
         _slice_tensor(tensors[name], axes, optimizers)
-    _finish(model, tensors, joined)
+    _finish(model, joined, [tensors[name] for name in steps])
     before = earlier.widths if earlier is not None else {}
     widths = {
         name: (before.get(name, group.size), len(group.kept))
         for name, group in joined.groups.items()
         if before.get(name, group.size) != len(group.kept)
     }
-    return PruneReport(widths, (params_before, sum(p.numel() for p in model.parameters())))
+    return PruneReport(widths, (params_before, _count(tensors)))
+
+
+def pruned_tensors(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
+    """Return what `prune` would leave of the tensors that lose channels, without changing the model.
+
+    Args:
+        model: The model that the plan is about, pruned already or not.
+        plan: The channels that stay, about the original model.
+
+    Returns:
+        Copies of the parameters and buffers that get smaller, by dotted name.
+
+    Raises:
+        ValueError: If the plan is about another architecture, or keeps what has been removed before.
+
+    Example:
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> plan = trace(model, torch.zeros(1, 4)).plan({"0": torch.tensor([0, 2])})
+        >>> {name: tuple(tensor.shape) for name, tensor in pruned_tensors(model, plan).items()}
+        {'0.weight': (2, 4), '0.bias': (2,), '2.weight': (2, 2)}
+    """
+    earlier = plan_in_force(model)
+    joined = plan.after(earlier)
+    tensors = named_tensors(model)
+    _check_shapes(tensors, joined, earlier)
+    return {name: _take(tensors[name].detach(), axes) for name, axes in _steps(joined, earlier).items()}
 
 
 def reshape(model: nn.Module, plan: PruningPlan | None) -> None:
@@ -108,7 +135,7 @@ def reshape(model: nn.Module, plan: PruningPlan | None) -> None:
         if tuple(tensors[name].shape) != shape:
             _replace(tensors[name], tensors[name].detach().new_zeros(shape))
             tensors[name].grad = None
-    _finish(model, tensors, plan, shapes)
+    _finish(model, plan, [tensors[name] for name in shapes])
 
 
 def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.Optimizer]:
@@ -142,6 +169,12 @@ def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.
             raise TypeError(
                 "LBFGS keeps its history for all parameters in one vector, which cannot lose channels; use another "
                 "optimizer, such as SGD or AdamW."
+            )
+        inner = getattr(optimizer, "optim", None)  # ZeroRedundancyOptimizer
+        if isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state:
+            raise TypeError(
+                f"{type(optimizer).__name__} spreads its state over the ranks, where it cannot be sliced; use the "
+                f"{type(inner).__name__} in it as it is."
             )
     return optimizers
 
@@ -179,26 +212,54 @@ def _steps(plan: PruningPlan, earlier: PruningPlan | None) -> dict[str, dict[int
     """Return what to take of each tensor as it is now, by axis, to get from the earlier plan to this one."""
     before = earlier.index() if earlier is not None else {}
     steps: dict[str, dict[int, Tensor]] = {}
+    searched: dict[tuple[int, int], Tensor] = {}  # most axes of a group share one index
     for name, axes in plan.index().items():
         for axis, stays in axes.items():
             had = before.get(name, {}).get(axis)
-            taken = stays if had is None else torch.searchsorted(had, stays)
-            if had is None or len(had) != len(taken):
-                steps.setdefault(name, {})[axis] = taken
+            if had is None:
+                steps.setdefault(name, {})[axis] = stays
+            elif had.shape != stays.shape:
+                key = (id(had), id(stays))
+                if key not in searched:
+                    searched[key] = torch.searchsorted(had, stays)
+                steps.setdefault(name, {})[axis] = searched[key]
     return steps
 
 
 def _take(tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
-    """Copy the positions that stay; runs of neighbouring positions are copied as one."""
-    for axis in sorted(axes):  # rows first: they are cheapest to copy, and what follows has less to do
-        index = axes[axis]
-        run = _run_length(index, tensor.shape[axis]) if axis > 0 and tensor.numel() > _WORTH_IT else 1
-        if run > 1:
-            blocks = tensor.contiguous().unflatten(axis, (-1, run))
-            tensor = blocks.index_select(axis, (index[::run] // run).to(tensor.device)).flatten(axis, axis + 1)
-        else:
-            tensor = tensor.index_select(axis, index.to(tensor.device))
-    return tensor
+    """Copy the positions that stay, in the memory format of the tensor."""
+    axes = {axis: axes[axis].to(tensor.device) for axis in sorted(axes)}
+    taken = tensor
+    if tensor.numel() <= _LARGE:
+        for axis, index in axes.items():  # rows first: they are cheapest to copy, and what follows has less to do
+            taken = taken.index_select(axis, index)
+        return taken.contiguous(memory_format=_memory_format(tensor))
+    # Some rows at a time: of a large tensor, only what stays is ever in memory beside it.
+    shape = [axes[axis].shape[0] if axis in axes else size for axis, size in enumerate(tensor.shape)]
+    taken = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=_memory_format(tensor))
+    rows = axes.pop(0, None)
+    runs = {axis: _run_length(index, tensor.shape[axis]) for axis, index in axes.items()}
+    step = max(1, _LARGE * tensor.shape[0] // tensor.numel())
+    for start in range(0, shape[0], step):
+        part = tensor[start : start + step] if rows is None else tensor.index_select(0, rows[start : start + step])
+        for axis, index in axes.items():
+            part = _select_runs(part, axis, index, runs[axis])
+        taken[start : start + step] = part
+    return taken
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _select_runs(tensor: Tensor, axis: int, index: Tensor, run: int) -> Tensor:
+    """Copy the positions that stay along an axis; runs of neighbouring positions are copied as one."""
+    if run == 1:
+        return tensor.index_select(axis, index)
+    blocks = tensor.contiguous().unflatten(axis, (-1, run))
+    return blocks.index_select(axis, index[::run] // run).flatten(axis, axis + 1)
 
 
 def _run_length(index: Tensor, size: int) -> int:
@@ -215,19 +276,12 @@ def _slice_tensor(tensor: Tensor, axes: Mapping[int, Tensor], optimizers: list[A
         for key, value in state.items():
             if isinstance(value, Tensor) and value.dim() == tensor.dim() and value.dim() > 0:
                 own = {axis: index for axis, index in axes.items() if value.shape[axis] == tensor.shape[axis]}
-                state[key] = _like(_take(value, own), value)
+                state[key] = _take(value, own)
     gradient = tensor.grad
     tensor.grad = None
-    _replace(tensor, _like(_take(tensor.detach(), axes), tensor))
+    _replace(tensor, _take(tensor.detach(), axes))
     if gradient is not None:
-        tensor.grad = _like(_take(gradient, axes), gradient)
-
-
-def _like(sliced: Tensor, before: Tensor) -> Tensor:
-    """Keep the memory format (channels_last) of the tensor that was sliced."""
-    if before.dim() == 4 and not before.is_contiguous() and before.is_contiguous(memory_format=torch.channels_last):
-        return sliced.contiguous(memory_format=torch.channels_last)
-    return sliced.contiguous()
+        tensor.grad = _take(gradient, axes)
 
 
 def _replace(tensor: Tensor, data: Tensor) -> None:
@@ -238,18 +292,12 @@ def _replace(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
-def _finish(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    plan: PruningPlan | None,
-    changed: Iterable[str] | None = None,
-) -> None:
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, nn.Parameter))
+
+
+def _finish(model: nn.Module, plan: PruningPlan | None, changed: Iterable[Tensor]) -> None:
     """Bring size attributes in step and note the plan on the model."""
-    held_by = owners(model)
-    modules = {}
-    for name in changed if changed is not None else (plan.shapes if plan else ()):
-        for module in held_by[id(tensors[name])]:
-            modules[id(module)] = module
-    for module in modules.values():
+    for module in owners(model, changed):
         sync_attributes(module)
     record_plan(model, plan)

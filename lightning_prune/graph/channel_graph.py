@@ -143,7 +143,7 @@ class ChannelGraph:
         plan = plan_in_force(self.model)
         if plan is None or name not in plan.groups:
             return torch.arange(self.groups[name].size)
-        return torch.tensor(plan.groups[name].kept)
+        return plan.groups[name].channels
 
     def positions_now(self, part: Slice, channels: Tensor) -> Tensor:
         """Return where channels lie in a tensor as the model has it now, channel by channel.
@@ -173,10 +173,11 @@ class ChannelGraph:
         """
         tensor = (values if values is not None else named_tensors(self.model))[part.tensor].detach()
         channels = self.live(name)
-        positions = self.positions_now(part, channels)
-        if not torch.equal(positions, torch.arange(tensor.shape[part.axis])):
-            tensor = tensor.index_select(part.axis, positions.to(tensor.device))
-        return tensor.movedim(part.axis, 0).reshape(len(channels), -1)
+        # Most often the axis holds the channels of this group and nothing else, in order.
+        alone = not part.table and part.step == part.width and channels.shape[0] * part.width == tensor.shape[part.axis]
+        if not alone:
+            tensor = tensor.index_select(part.axis, self.positions_now(part, channels).to(tensor.device))
+        return tensor.movedim(part.axis, 0).reshape(channels.shape[0], -1)
 
     def explain(self, name: str) -> str:
         """Say in words what becomes of the channels of a module.

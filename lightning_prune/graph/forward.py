@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.graph.coupling import Slot
-from lightning_prune.graph.modules import named_tensors, substituted
+from lightning_prune.graph.modules import class_name, named_tensors, substituted
 from lightning_prune.graph.tracer import Labels, Note, Tracer
 from lightning_prune.plan import PruningPlan
 
@@ -81,7 +81,9 @@ class Forward:
         """
 
         def watched(module: nn.Module, forward: Any) -> Any:
-            return tracer.entering(self.names[id(module)], forward)
+            rule = tracer.tables.rules.get(class_name(module))
+            known = forward if rule is None else tracer.as_one(rule, module, forward)
+            return tracer.entering(self.names[id(module)], known)
 
         with ExitStack() as stack:
             stack.enter_context(_neutral_state())

@@ -1,13 +1,13 @@
 """Modules that keep sizes of their tensors as attributes, and running a model on other tensors than its own."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["named_tensors", "substituted", "sync_attributes"]
+__all__ = ["class_name", "named_tensors", "owners", "size_attributes", "substituted", "sync_attributes"]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -15,14 +15,28 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for prefix, module in model.named_modules():  # walked once for both, which is most of the time this takes
-        dotted = f"{prefix}." if prefix else ""
+    for prefix, module in _walk(model, "", set()):  # walked once for both, which is most of the time this takes
         for named, held in ((parameters, module._parameters), (buffers, module._buffers)):
             for name, tensor in held.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    named[dotted + name] = tensor
+                    named[prefix + name] = tensor
     return {**parameters, **buffers}
+
+
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> list[tuple[str, nn.Module]]:
+    """Return the module and all below it in the order of ``named_modules``, each with what comes before its names.
+
+    Pruning in many small steps walks the model at each of them; PyTorch's nested generators take several times longer.
+    """
+    if id(module) in seen:
+        return []
+    seen.add(id(module))
+    found = [(prefix, module)]
+    for name, child in module._modules.items():
+        if child is not None:
+            found += _walk(child, f"{prefix}{name}.", seen)
+    return found
 
 
 _GROUPED = "_was_grouped"
@@ -82,6 +96,37 @@ _SYNC: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[nn.Mo
 ]
 
 
+_OWN_SYNC: dict[str, Callable[[Any], None]] = {}
+
+
+def size_attributes(*classes: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Register a function that brings the size attributes of a module class of your own in step with its tensors.
+
+    Args:
+        classes: Full names of module classes, ``"mylib.layers.ChannelScale"``.
+
+    Returns:
+        A decorator that registers the function and returns it unchanged.
+
+    Example:
+        >>> @size_attributes("mylib.layers.ChannelScale")
+        ... def sizes_of_channel_scale(module):
+        ...     module.channels = module.weight.shape[0]
+    """
+
+    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        for name in classes:
+            _OWN_SYNC[name] = function
+        return function
+
+    return register
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the full name of the class of a module, ``"torch.nn.modules.linear.Linear"``."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def sync_attributes(module: nn.Module) -> None:
     """Make the size attributes of one module (``out_channels``, ``num_features``, ``groups`` ...) fit its tensors.
 
@@ -95,6 +140,10 @@ def sync_attributes(module: nn.Module) -> None:
         >>> convolution
         Conv2d(3, 6, kernel_size=(1, 1), stride=(1, 1))
     """
+    own = _OWN_SYNC.get(class_name(module))
+    if own is not None:
+        own(module)
+        return
     for kinds, sync in _SYNC:
         if isinstance(module, kinds):
             sync(module)
@@ -149,11 +198,11 @@ def substituted(
                 held.update(content)
 
 
-def owners(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """Return the modules that hold each parameter and buffer, by ``id`` of the tensor."""
-    found: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                found.setdefault(id(tensor), []).append(module)
-    return found
+def owners(model: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
+    """Return the modules that hold any of some parameters and buffers."""
+    wanted = {id(tensor) for tensor in tensors}
+    return [
+        module
+        for _, module in _walk(model, "", set())
+        if any(id(tensor) in wanted for held in (module._parameters, module._buffers) for tensor in held.values())
+    ]

@@ -39,10 +39,10 @@ def is_user_code(file: str) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """One operator as it was called.
+    """One operator as it was called, or one module that has a rule of its own.
 
     Attributes:
-        operator: The ATen operator, overload and all.
+        operator: The ATen operator, overload and all, or the module.
         args: Its positional arguments.
         kwargs: Its named arguments.
         output: What it returned.
@@ -61,8 +61,8 @@ class Call:
 
     @property
     def name(self) -> str:
-        """Name of the operator without its overload, ``aten.convolution``."""
-        return str(self.operator.overloadpacket)
+        """Name of the operator without its overload, ``aten.convolution``, or of the module's class."""
+        return str(getattr(self.operator, "overloadpacket", type(self.operator).__qualname__))
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -229,6 +229,7 @@ class Tracer(TorchDispatchMode):
         self.entered: Counter[str] = Counter()  # how often each module has been run
         self.failed_in = ""  # name of the innermost module that raised
         self.running: Call | None = None  # the operator that failed, after an exception
+        self.muted = False  # inside a module that has a rule of its own
         self.in_attention = False  # between the two matrix products of attention written as one operator
         self.unsure: set[str] = set()  # names of modules that looked at values
         self.known = known
@@ -381,6 +382,25 @@ class Tracer(TorchDispatchMode):
 
         return run
 
+    def as_one(
+        self, rule: Callable[["Tracer", Call], None], module: Any, forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Wrap the forward function of a module that has a rule of its own: what runs inside it says nothing."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            outer, self.muted = self.muted, True
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                self.muted = outer
+            if not outer:
+                call = Call(module, args, kwargs, output)
+                self.record.course.append((rule,))
+                self._apply(rule, call, [*call.given, *module.parameters()])
+            return output
+
+        return run
+
     def instead(self, visit: tuple[str, int], start: int, inputs: Any, raised: Exception) -> Any:
         """Return what stands in for the output of a module that failed; here nothing does.
 
@@ -401,12 +421,14 @@ class Tracer(TorchDispatchMode):
         output = NotImplemented if entry.shape is None else entry.shape(*args, **kwargs)
         if output is NotImplemented:
             output = func(*args, **kwargs)
-        if entry.needs_values:
-            self.unsure.add(self.where())
         tensors = tensors_in(args) if not kwargs else tensors_in([*args, *kwargs.values()])
         if tensors and all(map(self.is_weight, tensors)):
             for made in tensors_in(output):
                 made._is_weight = True  # type: ignore[attr-defined]
+        if self.muted:
+            return output
+        if entry.needs_values:
+            self.unsure.add(self.where())
         if any(map(self.all_labels, tensors)):
             self._follow(entry, Call(func, args, kwargs, output), tensors)
         if entry.cost is not None:  # also where no channel can be removed
@@ -425,8 +447,11 @@ class Tracer(TorchDispatchMode):
             self.record.course.append((entry.rule, call.operator, *numbers))
         else:
             self.record.course.append((entry.rule,))
+        self._apply(entry.rule, call, tensors)
+
+    def _apply(self, rule: Callable[["Tracer", Call], None], call: Call, tensors: list[Tensor]) -> None:
         try:
-            entry.rule(self, call)
+            rule(self, call)
         except Exception as raised:  # a rule that was not made for this: as good as none
             for tensor in tensors:
                 for labels in self.all_labels(tensor).values():

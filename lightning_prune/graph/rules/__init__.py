@@ -14,6 +14,20 @@ Example:
         def swish_scale(tracer, call):
             x = call.argument(0, "x")
             tracer.set_labels(call.output, tracer.all_labels(x))
+
+    A rule for a whole module, by the full name of its class, and what brings its size attributes in step::
+
+        from lightning_prune.graph import rule, size_attributes
+
+        @rule("mylib.layers.ChannelScale")
+        def channel_scale(tracer, call):
+            x = call.args[0]
+            tracer.tie(tracer.labels(x, 1), tracer.labels(call.operator.weight, 0), "is scaled by channel")
+            tracer.set_labels(call.output, tracer.all_labels(x))
+
+        @size_attributes("mylib.layers.ChannelScale")
+        def sizes_of_channel_scale(module):
+            module.channels = module.weight.shape[0]
 """
 
 from lightning_prune.graph.rules import elementwise, mixing, moving, normalising, reducing  # noqa: F401  fill the table

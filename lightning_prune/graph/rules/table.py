@@ -13,10 +13,14 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*operators: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators, by name.
+    """Register a rule for operators, or for whole modules, by name.
+
+    What runs inside a module that has a rule says nothing about channels and costs nothing; all of that is then up to
+    the rule, which finds the module as ``call.operator``, and in it its tensors with their labels.
 
     Args:
-        operators: Names such as ``"aten.convolution"``; an operator that has a rule already gets the new one.
+        operators: Names of operators such as ``"aten.convolution"``, or full names of module classes such as
+            ``"mylib.layers.ChannelScale"``; what has a rule already gets the new one.
 
     Returns:
         A decorator that registers the function and returns it unchanged.

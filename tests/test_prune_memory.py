@@ -1,0 +1,37 @@
+"""How much memory a prune takes beside the model, measured by the operating system in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import torch
+from torch import nn
+import lightning_prune as lp
+
+def resident(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+torch.set_num_threads(1)
+width, layers = 4096, 4  # 64 MiB each
+model = nn.Sequential(nn.Linear(8, width), *[nn.Sequential(nn.ReLU(), nn.Linear(width, width)) for _ in range(layers)])
+model.append(nn.Linear(width, 8))
+graph = lp.trace(model, torch.zeros(1, 8))
+plan = graph.plan({name: torch.arange(width // 16, width) for name in graph.groups})
+lp.prune(nn.Sequential(nn.Linear(8, 8)), graph.plan({}))  # code that is needed once
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")
+before = resident("VmRSS")
+lp.prune(model, plan)
+print(resident("VmHWM") - before, resident("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+def test_a_prune_needs_the_model_and_its_largest_layer_once():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True)
+    peak, after = map(float, done.stdout.split())
+    assert peak < 64 + 10  # MiB above the model; what a step at a time needs besides is far below 10
+    assert after < 0
