@@ -1,14 +1,14 @@
-"""What a plan costs: FLOPs, parameters and channels as exact functions of the widths of the groups."""
+"""What a plan costs, as a function of the widths of the groups: exact for FLOPs, parameters and channels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from lightning_prune.graph.channel_graph import Axis, ChannelGraph
 
-__all__ = ["METRICS", "CostModel"]
+__all__ = ["METRICS", "CostModel", "Products", "check_metric"]
 
-METRICS = ("flops", "params", "channels")
+METRICS = ("flops", "params", "channels")  # what can be counted; "latency" has to be measured
 
 
 class CostModel:
@@ -20,10 +20,10 @@ class CostModel:
 
     Args:
         graph: The traced model.
-        metric: ``"flops"``, ``"params"`` or ``"channels"``.
+        metric: ``"flops"``, ``"params"``, ``"channels"``, or ``"latency"`` once the graph has been profiled.
 
     Raises:
-        ValueError: If the metric is unknown.
+        ValueError: If the metric is unknown, or has not been measured.
 
     Example:
         >>> import torch
@@ -37,45 +37,72 @@ class CostModel:
 
     def __init__(self, graph: ChannelGraph, metric: str) -> None:
         check_metric(metric)
+        if metric not in graph.terms:
+            raise ValueError("The latency of this network has not been measured; call lightning_prune.latency.profile.")
         self.metric = metric
         self.groups = list(graph.groups)
         self.sizes = np.array([graph.groups[name].size for name in self.groups], dtype=np.int64)
-        rows: dict[Axis, int] = {Axis(1, ()): 0}
         terms = graph.terms[metric]
-        deepest = max((len(term.axes) for term in terms), default=0)
-        factors = [[rows.setdefault(axis, len(rows)) for axis in term.axes] for term in terms]
-        self._factors = np.array([row + [0] * (deepest - len(row)) for row in factors], dtype=np.int64)
-        self._factors = self._factors.reshape(len(terms), deepest)
-        self._coefficients = np.array([term.coefficient for term in terms], dtype=np.int64)
-        self._fixed = np.array([axis.fixed for axis in rows], dtype=np.int64)
-        self._per_channel = np.zeros((len(rows), len(self.groups)), dtype=np.int64)
-        number = {name: i for i, name in enumerate(self.groups)}
-        for row, axis in enumerate(rows):
-            for name, positions in axis.groups:
-                self._per_channel[row, number[name]] = positions
-        if metric == "channels":  # only what can become fewer
-            self._fixed[1:] = 0
+        self._coefficients = np.array([term.coefficient for term in terms])
+        # Only what can become fewer counts as a channel.
+        self._products = Products([term.axes for term in terms], self.groups, fixed=metric != "channels")
 
     @property
-    def original(self) -> int:
-        """The cost of the original network."""
+    def original(self) -> float:
+        """The cost of the original network; a whole number but for latency, which is in milliseconds."""
         return self.of(self.sizes)
 
-    def of(self, widths: np.ndarray) -> int:
+    def of(self, widths: np.ndarray) -> float:
         """Return the cost at some widths.
 
         Args:
             widths: (groups,) int64 channels that stay, in the order of ``self.groups``.
         """
-        lengths = self._fixed + self._per_channel @ widths
-        return int((self._coefficients * lengths[self._factors].prod(axis=1)).sum())
+        return (self._coefficients * self._products.of(widths)).sum().item()
 
-    def __call__(self, widths: Mapping[str, int]) -> int:
+    def __call__(self, widths: Mapping[str, int]) -> float:
         """Return the cost at some widths, by group name; groups that are absent are whole."""
         return self.of(np.array([widths.get(name, size) for name, size in zip(self.groups, self.sizes, strict=True)]))
 
 
+class Products:
+    """The products of the lengths of axes, as functions of the widths of the groups.
+
+    Args:
+        axes: The factors of each product.
+        groups: Names of the groups, in the order that widths come in.
+        fixed: Whether positions that no group can lose count.
+    """
+
+    def __init__(self, axes: Sequence[tuple[Axis, ...]], groups: Sequence[str], fixed: bool = True) -> None:
+        rows: dict[Axis, int] = {Axis(1, ()): 0}
+        deepest = max(map(len, axes), default=0)
+        factors = [[rows.setdefault(axis, len(rows)) for axis in each] for each in axes]
+        self._factors = np.array([row + [0] * (deepest - len(row)) for row in factors], dtype=np.int64)
+        self._factors = self._factors.reshape(len(axes), deepest)
+        self._fixed = np.array([axis.fixed for axis in rows], dtype=np.int64)
+        self._per_channel = np.zeros((len(rows), len(groups)), dtype=np.int64)
+        number = {name: i for i, name in enumerate(groups)}
+        for row, axis in enumerate(rows):
+            for name, positions in axis.groups:
+                self._per_channel[row, number[name]] = positions
+        if not fixed:
+            self._fixed[1:] = 0
+
+    def of(self, widths: np.ndarray) -> np.ndarray:
+        """Return the products at some widths.
+
+        Args:
+            widths: (groups,) int64 channels that stay.
+
+        Returns:
+            (products,) int64.
+        """
+        lengths = self._fixed + self._per_channel @ widths
+        return lengths[self._factors].prod(axis=1)
+
+
 def check_metric(metric: str) -> None:
     """Raise a ValueError unless the metric is known."""
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}.")
+    if metric not in (*METRICS, "latency"):
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, latency; got {metric!r}.")

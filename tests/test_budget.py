@@ -52,5 +52,5 @@ def test_held_channels_cost_but_are_not_counted_as_channels():
 
 def test_unknown_metric():
     graph = lp.trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="metric must be one of flops, params, channels; got 'flop'"):
+    with pytest.raises(ValueError, match="metric must be one of flops, params, channels, latency; got 'flop'"):
         CostModel(graph, "flop")

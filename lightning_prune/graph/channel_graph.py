@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class Axis:
 class Term:
     """A cost: a coefficient times the lengths of some axes, spent by a module."""
 
-    coefficient: int
+    coefficient: float
     axes: tuple[Axis, ...]
     module: str
 
@@ -99,7 +100,10 @@ class ChannelGraph:
         groups: The groups that can lose channels, in the order of the forward pass, by name.
         held: The channels that stay whole, by the name of the module that makes them, with the reason.
         shapes: Original shape of every parameter and buffer.
-        terms: What the model costs, by metric ("flops", "params", "channels"), as sums of products of axis lengths.
+        terms: What the model costs, by metric ("flops", "params", "channels"; "latency" once it has been measured), as
+            sums of products of axis lengths.
+        module: Dotted name of the part that was traced; empty for the whole model.
+        example_inputs: What it was traced with.
     """
 
     model: nn.Module
@@ -107,6 +111,8 @@ class ChannelGraph:
     held: dict[str, Held]
     shapes: dict[str, tuple[int, ...]]
     terms: dict[str, list[Term]] = field(repr=False)
+    module: str = ""
+    example_inputs: Any = field(default=None, repr=False)
 
     def plan(self, kept: Mapping[str, Tensor]) -> PruningPlan:
         """Make a plan from the channels that stay.

@@ -54,7 +54,8 @@ def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Se
     forward = Forward(model, module, example_inputs)
     ignored = list(_ignored(forward, ignore))
     coupling, flops = _Search(forward, ignored).settle()
-    return ChannelGraph(model, coupling.groups, coupling.held, forward.shapes, _terms(forward, coupling, flops))
+    terms = _terms(forward, coupling, flops)
+    return ChannelGraph(model, coupling.groups, coupling.held, forward.shapes, terms, module, example_inputs)
 
 
 class _Search:

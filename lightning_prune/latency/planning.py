@@ -1,0 +1,168 @@
+"""Plans that meet a budget of measured time."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from lightning_prune.budget import CostModel
+from lightning_prune.fitting import Limits, fit
+from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.latency.measuring import timed
+from lightning_prune.latency.profiling import at_widths, profile
+from lightning_prune.plan import PruningPlan
+
+__all__ = ["kept_score", "measured_fraction", "plan_for_latency", "timed_plan"]
+
+_CLOSE = 0.97  # of the budget: near enough to stop
+_ATTEMPTS = 8
+_ROUND_TO = (32, 16, 8, 4, 1)  # coarsest first: if not even single channels will do, nothing does
+
+
+def plan_for_latency(
+    graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, round_to: int | str, min_channels: int
+) -> PruningPlan:
+    """Choose the channels that stay so that a forward pass takes at most a fraction of its time, as measured.
+
+    Channels are ranked by their score for each millisecond that removing them saves, as the profile of the network
+    predicts it; see `timed_plan` for how the budget is met.
+
+    Args:
+        graph: The traced model.
+        scores: (channels,) float64 score of each channel of every group, as for `lightning_prune.plan`.
+        keep: Fraction of the original time that may be taken.
+        round_to: Layers that lose channels keep a multiple of this many; ``"auto"`` tries several and keeps the plan
+            with the highest sum of scores.
+        min_channels: Least number of channels of a group.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If no network within the limits is fast enough, with what was measured.
+
+    Note:
+        Ranking by importance for each unit of latency is how a greedy solver treats the knapsack problem of Shen et
+        al., "Structural Pruning via Latency-Saliency Knapsack" (NeurIPS 2022), whose latency comes from a table of
+        layers; predicting it from a fit, and correcting the budget by timing whole networks, is done here.
+    """
+    if "latency" not in graph.terms:
+        profile(graph)
+    steps = _ROUND_TO if round_to == "auto" else (int(round_to),)
+    made: list[PruningPlan] = []
+    for step in steps:
+        limits = Limits(graph, scores, step, min_channels)
+        try:
+            made.append(timed_plan(graph, keep, limits, partial(_ranked_by_time, graph, scores, limits)))
+        except ValueError:
+            if step == steps[-1] and not made:
+                raise
+    return max(made, key=lambda plan: kept_score(plan, scores))
+
+
+def timed_plan(
+    graph: ChannelGraph, keep: float, limits: Limits, planned: Callable[[float], PruningPlan]
+) -> PruningPlan:
+    """Aim at budgets of predicted time until the measured time fits.
+
+    Each plan is timed against the whole network, turn and turn about, and the next one aims at as much less, or more,
+    as the last one was off.
+
+    Args:
+        graph: The traced model, profiled.
+        keep: Fraction of the original time that may be taken.
+        limits: The widths that are allowed.
+        planned: Makes a plan for a fraction of the predicted time.
+
+    Returns:
+        The slowest plan that fits. Its ``budget`` tells the measured fraction as ``achieved`` and what the profile
+        predicted as ``predicted``.
+
+    Raises:
+        ValueError: If no plan that was tried is fast enough.
+    """
+    cost = CostModel(graph, "latency")
+    floor = cost.of(limits.least) / cost.original
+    aimed, tried = keep, dict[tuple[int, ...], tuple[float, PruningPlan]]()
+    for _ in range(_ATTEMPTS):
+        plan = planned(max(aimed, floor))
+        widths = tuple(plan.widths.values())
+        if widths in tried:
+            break
+        measured = measured_fraction(graph, plan.widths)
+        tried[widths] = measured, plan
+        if _CLOSE * keep <= measured <= keep or (measured > keep and aimed <= floor):
+            break
+        aimed = min(1.0, aimed * keep / measured * (0.99 if measured > keep else 1.0))
+    measured, plan = max(
+        (each for each in tried.values() if each[0] <= keep), key=lambda each: each[0], default=(math.inf, plan)
+    )
+    if measured == math.inf:
+        raise ValueError(
+            f"keep={keep} of the latency cannot be reached: the fastest network within round_to={limits.round_to} and "
+            f"min_channels={limits.min_channels} that was timed took {min(taken for taken, _ in tried.values()):.3f} "
+            "of the original time. Raise keep, or lower round_to."
+        )
+    assert plan.budget is not None
+    told = {**plan.budget, "asked": keep, "achieved": measured, "predicted": plan.budget["achieved"]}
+    return PruningPlan(plan.groups, plan.shapes, told)
+
+
+def kept_score(plan: PruningPlan, scores: Mapping[str, Tensor]) -> float:
+    """Return the sum of the scores of the channels that stay, of the groups that are scored."""
+    return sum(
+        float(scores[name][group.channels].sum())
+        for name, group in plan.groups.items()
+        if bool(scores[name][group.channels].isfinite().all())
+    )
+
+
+def measured_fraction(graph: ChannelGraph, widths: Mapping[str, int], rounds: int = 5) -> float:
+    """Time the network at some widths against the whole one, turn and turn about.
+
+    Args:
+        graph: The traced model.
+        widths: Channels by group name.
+        rounds: Number of turns; the median of their ratios counts, which leaves out what else the machine does.
+
+    Returns:
+        The time at these widths as a fraction of that of the whole network.
+    """
+    device = next(graph.model.parameters()).device
+    ratios = []
+    for _ in range(rounds):
+        taken = []
+        for each in ({}, dict(widths)):
+            with at_widths(graph, each) as run:
+                warm = max(timed(run, device), 1e-3)
+                runs = int(min(20, max(3, 200 / warm)))  # enough to trust the median, or a fifth of a second
+                taken.append(statistics.median(timed(run, device) for _ in range(runs)))
+        ratios.append(taken[1] / taken[0])
+    return statistics.median(ratios)
+
+
+def _ranked_by_time(graph: ChannelGraph, scores: Mapping[str, Tensor], limits: Limits, keep: float) -> PruningPlan:
+    """Rank by score for each millisecond saved, at the widths that come out, which takes a few rounds."""
+    cost, widths = CostModel(graph, "latency"), limits.most
+    for _ in range(4):
+        saved = _saved_by_a_channel(cost, widths, limits)
+        ranked = {name: scores[name] / float(time) for name, time in zip(graph.groups, saved, strict=True)}
+        plan = fit(graph, ranked, keep, cost, limits)
+        # Halfway, since two groups that share layers would else take turns.
+        widths = (widths + np.array([plan.widths[name] for name in graph.groups])) // 2
+    return plan
+
+
+def _saved_by_a_channel(cost: CostModel, widths: np.ndarray, limits: Limits) -> np.ndarray:
+    """Return the milliseconds that one channel less of each group saves: (groups,)."""
+    saved = np.empty(len(widths))
+    now = cost.of(widths)
+    for group, width in enumerate(widths):
+        step = max(1, min(int(width) - 1, max(int(limits.step[group]), int(cost.sizes[group]) // 8)))
+        fewer = widths.copy()
+        fewer[group] = max(int(width) - step, 1)
+        saved[group] = (now - cost.of(fewer)) / max(int(width) - int(fewer[group]), 1)
+    return saved.clip(min=saved.max(initial=0) * 1e-6 + 1e-12)
