@@ -2,9 +2,9 @@
 
 from lightning_prune import criteria
 from lightning_prune.allocation import plan
-from lightning_prune.checkpoint import load_pruned, restore_shape
+from lightning_prune.checkpoint import load_pruned
 from lightning_prune.graph import trace
 from lightning_prune.surgery import prune
 
-__all__ = ["criteria", "load_pruned", "plan", "prune", "restore_shape", "trace"]
+__all__ = ["criteria", "load_pruned", "plan", "prune", "trace"]
 __version__ = "0.1.0"

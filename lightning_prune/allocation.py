@@ -3,15 +3,16 @@
 import math
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_prune.budget import CostModel
+from lightning_prune.fitting import Limits, fit
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.latency import plan_for_latency, profile, timed_plan
 from lightning_prune.plan import PruningPlan
 
-__all__ = ["check_keep", "plan", "reachable"]
+__all__ = ["check_keep", "check_reachable", "plan", "plan_by_layer", "reachable"]
 
 
 def plan(
@@ -19,7 +20,7 @@ def plan(
     scores: Mapping[str, Tensor],
     keep: float = 0.5,
     metric: str = "flops",
-    round_to: int = 8,
+    round_to: int | str = 8,
     min_channels: int = 1,
 ) -> PruningPlan:
     """Choose the channels that stay: the best of all groups together that fit the budget.
@@ -32,8 +33,10 @@ def plan(
         scores: (channels,) score of each channel of each group, higher is kept; ``-inf`` for channels that the model
             no longer has. Scores of different groups must be comparable. Groups that are absent stay whole.
         keep: Fraction of the original cost that may stay, in (0, 1].
-        metric: What the fraction is of: ``"flops"``, ``"params"`` or ``"channels"``.
-        round_to: Layers that lose channels keep a multiple of this many; 1 for no rounding.
+        metric: What the fraction is of: ``"flops"``, ``"params"``, ``"channels"``, or ``"latency"``, which is timed on
+            the device where the model is; see `lightning_prune.latency`.
+        round_to: Layers that lose channels keep a multiple of this many; 1 for no rounding; for latency also
+            ``"auto"``, the multiple that keeps most on this device.
         min_channels: Least number of channels of a group.
 
     Returns:
@@ -54,44 +57,94 @@ def plan(
     """
     check_keep(keep)
     known = _scores(graph, scores)
-    limits = _Limits(graph, known, round_to, min_channels)
-    cost = CostModel(graph, metric)
-    target = keep * cost.original
-    least = cost.of(limits.least)
-    if least > target:
-        raise ValueError(
-            f"keep={keep} of the {metric} cannot be reached: with round_to={round_to}, min_channels={min_channels} and "
-            f"what is held, between {least / cost.original:.3f} and 1 can stay. Raise keep, or lower round_to."
-        )
-    ranked = _Ranked(known, list(graph.groups))
-    low, high = 0, len(ranked.group)  # how many of the best channels stay; `low` always fits
-    while low < high:
-        middle = (low + high + 1) // 2
-        if cost.of(limits.rounded(ranked.widths(middle))) <= target:
-            low = middle
-        else:
-            high = middle - 1
-    widths = limits.rounded(ranked.widths(low))
-    rounded = cost.of(widths)
-    widths = _give_back(widths, limits, ranked, cost, target)
-    kept = {
-        name: known[name].argsort(descending=True, stable=True)[: int(width)].sort().values
-        for name, width in zip(graph.groups, widths, strict=True)
-    }
-    budget = {
-        "metric": metric,
-        "asked": keep,
-        "reachable": least / cost.original,
-        "rounded": rounded / cost.original,
-        "achieved": cost.of(widths) / cost.original,
-        "original": cost.original,
-        "round_to": round_to,
-    }
-    made = graph.plan(kept)
-    return PruningPlan(made.groups, made.shapes, budget)
+    if metric == "latency":
+        return plan_for_latency(graph, known, keep, round_to, min_channels)
+    limits = Limits(graph, known, round_to, min_channels)  # type: ignore[arg-type]  # "auto" is refused there
+    return fit(graph, known, keep, CostModel(graph, metric), limits)
 
 
-def reachable(graph: ChannelGraph, metric: str, round_to: int = 8, min_channels: int = 1) -> float:
+def plan_by_layer(
+    graph: ChannelGraph,
+    importance: Mapping[str, float],
+    scores: Mapping[str, Tensor],
+    keep: float = 0.5,
+    metric: str = "flops",
+    round_to: int | str = 8,
+    min_channels: int = 1,
+    cap: float = 0.99,
+) -> PruningPlan:
+    """Give each group a share of the cut by one number, and choose the channels within it by their scores.
+
+    A group loses the fraction ``min(cap, t / importance)`` of its channels, with the same ``t`` for all, found by
+    bisection so that what stays, in whole channels, fits the budget. Equal importances are the uniform allocation. What
+    rounding leaves of the budget goes back, step by step, to the groups that have lost most beyond their share.
+
+    Args:
+        graph: The traced model.
+        importance: One number above 0 per group, larger for groups that lose less. Groups that are absent stay whole.
+        scores: (channels,) score of each channel of each group, compared within the group only, higher is kept;
+            ``-inf`` for channels that the model no longer has. Groups that are absent stay whole.
+        keep: Fraction of the original cost that may stay, in (0, 1].
+        metric: What the fraction is of: ``"flops"``, ``"params"`` or ``"channels"``.
+        round_to: Layers that lose channels keep a multiple of this many; 1 for no rounding.
+        min_channels: Least number of channels of a group.
+        cap: Greatest fraction of its original channels that a group may lose, in (0, 1].
+
+    Returns:
+        The plan, with the same ``budget`` as that of `plan`.
+
+    Raises:
+        ValueError: If a setting is out of range, an importance is not a finite number above 0, the budget cannot be
+            reached, or scores do not fit the groups.
+
+    Note:
+        The rule that a layer loses the inverse of its importance, and the cap of 0.99, are those of Lu et al.,
+        "Entropy Induced Pruning Framework for Convolutional Neural Networks" (AAAI 2024), whose budget counts filters
+        (``metric="channels"``). Solving the budget under the caps is a choice made here.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_prune import criteria, trace
+        >>> layers = [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(1024, 10)]
+        >>> graph = trace(nn.Sequential(*layers), torch.zeros(1, 3, 8, 8))
+        >>> made = plan_by_layer(
+        ...     graph, {"0": 1.0, "2": 2.0}, criteria.magnitude(graph), keep=0.625, metric="channels", round_to=1
+        ... )
+        >>> made.widths  # of 64 channels half are lost by the one, a quarter by the other
+        {'0': 32, '2': 48}
+    """
+    check_keep(keep)
+    known = _scores(graph, scores)
+    for name, value in importance.items():
+        graph.group(name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"The importance of group {name!r} must be a finite number above 0; got {value!r}.")
+    shares = {name: _share_of_each(known[name], importance.get(name, math.inf)) for name in graph.groups}
+    cost = _cost(graph, metric)
+    limits = Limits(graph, shares, round_to, min_channels, cap)  # type: ignore[arg-type]  # "auto" is refused there
+    if metric == "latency":
+        return timed_plan(graph, keep, limits, lambda aimed: fit(graph, shares, aimed, cost, limits))
+    return fit(graph, shares, keep, cost, limits)
+
+
+def _share_of_each(scores: Tensor, importance: float) -> Tensor:
+    """Return the ``t`` at which each channel leaves; the channel that scores lowest leaves first.
+
+    Of n channels the one at rank r, from 0 for the best, leaves when the width asked for falls below r + 1/2, that is
+    beyond ``t = importance * (n - r - 1/2) / n``. Ranking all channels by these numbers is searching for ``t``.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    left = torch.arange(len(scores), 0, -1, dtype=torch.float64).sub(0.5) / len(scores)
+    leaves = torch.empty_like(scores)
+    leaves[order] = left * importance if importance < math.inf else math.inf
+    leaves[scores == math.inf] = math.inf
+    leaves[scores == -math.inf] = -math.inf
+    return leaves
+
+
+def reachable(
+    graph: ChannelGraph, metric: str, round_to: int | str = 8, min_channels: int = 1, cap: float = 1.0
+) -> float:
     """Return the least fraction of the original cost that can stay.
 
     Args:
@@ -99,10 +152,35 @@ def reachable(graph: ChannelGraph, metric: str, round_to: int = 8, min_channels:
         metric: ``"flops"``, ``"params"`` or ``"channels"``.
         round_to: Layers that lose channels keep a multiple of this many.
         min_channels: Least number of channels of a group.
+        cap: Greatest fraction of its original channels that a group may lose, in (0, 1].
     """
-    cost = CostModel(graph, metric)
-    whole = {name: torch.zeros(group.size) for name, group in graph.groups.items()}
-    return cost.of(_Limits(graph, whole, round_to, min_channels).least) / cost.original
+    cost = _cost(graph, metric)
+    return cost.of(_limits_of_all(graph, round_to, min_channels, cap).least) / cost.original
+
+
+def check_reachable(
+    graph: ChannelGraph, keep: float, metric: str, round_to: int | str = 8, min_channels: int = 1, cap: float = 1.0
+) -> None:
+    """Raise a ValueError, with the range that can be reached, if a budget cannot.
+
+    Args:
+        graph: The traced model.
+        keep: Fraction of the original cost that may stay.
+        metric: ``"flops"``, ``"params"`` or ``"channels"``.
+        round_to: Layers that lose channels keep a multiple of this many.
+        min_channels: Least number of channels of a group.
+        cap: Greatest fraction of its original channels that a group may lose, in (0, 1].
+    """
+    cost = _cost(graph, metric)
+    limits = _limits_of_all(graph, round_to, min_channels, cap)
+    if cost.of(limits.least) > keep * cost.original:
+        raise ValueError(limits.sentence(keep, cost))
+
+
+def _cost(graph: ChannelGraph, metric: str) -> CostModel:
+    if metric == "latency" and metric not in graph.terms:
+        profile(graph)
+    return CostModel(graph, metric)
 
 
 def check_keep(keep: float) -> None:
@@ -132,58 +210,6 @@ def _scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Tens
     return known
 
 
-class _Limits:
-    """The widths that rounding and the least number of channels allow."""
-
-    def __init__(self, graph: ChannelGraph, scores: Mapping[str, Tensor], round_to: int, min_channels: int) -> None:
-        for name, value in (("round_to", round_to), ("min_channels", min_channels)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}.")
-        groups = list(graph.groups.values())
-        self.most = np.array([int((scores[g.name] > -math.inf).sum()) for g in groups], dtype=np.int64)
-        whole = np.array([bool((scores[g.name] == math.inf).any()) for g in groups], dtype=bool)
-        self.step = np.array([round_to // math.gcd(round_to, g.width) for g in groups], dtype=np.int64)
-        least = -(-min_channels // self.step) * self.step
-        self.least = np.where(whole, self.most, np.minimum(np.maximum(least, self.step), self.most))
-
-    def rounded(self, widths: np.ndarray) -> np.ndarray:
-        """Round widths down to what is allowed; a group that loses nothing stays as it is."""
-        down = np.maximum(widths // self.step * self.step, self.least)
-        return np.where(widths >= self.most, self.most, down)
-
-    def above(self, width: int, group: int) -> int:
-        """Return the next allowed width of a group."""
-        return int(min(width + self.step[group], self.most[group]))
-
-
-class _Ranked:
-    """All channels, best first; equal scores in the order of groups and channels, the same on every machine."""
-
-    def __init__(self, scores: Mapping[str, Tensor], names: list[str]) -> None:
-        values = [scores[name].numpy() for name in names]
-        group = np.repeat(np.arange(len(names)), [len(v) for v in values])
-        flat = np.concatenate(values) if values else np.zeros(0)
-        order = np.argsort(-flat, kind="stable")
-        order = order[flat[order] > -math.inf]
-        self.group = group[order]
-        self.count = len(names)
-        self.descending = [np.sort(v)[::-1] for v in values]
-
-    def widths(self, best: int) -> np.ndarray:
-        """Return how many channels of each group are among the best."""
-        return np.bincount(self.group[:best], minlength=self.count)
-
-
-def _give_back(widths: np.ndarray, limits: _Limits, ranked: _Ranked, cost: CostModel, target: float) -> np.ndarray:
-    """Widen groups, one rounding step at a time, while the budget allows; best next channels first."""
-    widths = widths.copy()
-    open_groups = {i for i in range(len(widths)) if widths[i] < limits.most[i]}
-    while open_groups:
-        group = max(open_groups, key=lambda i: (ranked.descending[i][widths[i]], -i))
-        wider = widths.copy()
-        wider[group] = limits.above(widths[group], group)
-        if cost.of(wider) <= target:
-            widths = wider
-        if cost.of(wider) > target or widths[group] >= limits.most[group]:
-            open_groups.remove(group)
-    return widths
+def _limits_of_all(graph: ChannelGraph, round_to: int | str, min_channels: int, cap: float) -> Limits:
+    scores = {name: torch.zeros(group.size) for name, group in graph.groups.items()}
+    return Limits(graph, scores, 1 if round_to == "auto" else int(round_to), min_channels, cap)

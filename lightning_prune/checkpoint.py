@@ -1,5 +1,6 @@
 """Checkpoints of pruned models: the plan travels with the weights, and the original class takes its shape from it."""
 
+import copy
 import inspect
 import pickle
 from collections.abc import Mapping
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.graph.modules import named_tensors
 from lightning_prune.plan import PruningPlan
-from lightning_prune.surgery import reshape
+from lightning_prune.surgery import prune, reshape
 
-__all__ = ["CHECKPOINT_KEY", "load_pruned", "restore_shape", "save_plan"]
+__all__ = ["CHECKPOINT_KEY", "load_pruned", "restore_shape", "save_plan", "saved_plan", "widened"]
 
 CHECKPOINT_KEY = "lightning_prune"
 
@@ -33,11 +34,55 @@ def save_plan(model: nn.Module, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = {"plan": plan.to_json()}
 
 
+def saved_plan(checkpoint: Mapping[str, Any]) -> PruningPlan | None:
+    """Return the plan that belongs to the weights in a checkpoint, or None if they were never pruned.
+
+    Raises:
+        ValueError: If the checkpoint is damaged, or of a newer format.
+    """
+    content = checkpoint.get(CHECKPOINT_KEY)
+    if content is None:
+        return None
+    if "plan" not in content:
+        raise ValueError(f"The checkpoint has an entry {CHECKPOINT_KEY!r} without a plan; it is damaged.")
+    return PruningPlan.from_json(content["plan"])
+
+
+def widened(checkpoint: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
+    """Return a checkpoint as if nothing had been pruned: its weights in their original shapes, without a plan.
+
+    Args:
+        checkpoint: The checkpoint of a pruned model; it is not changed.
+        plan: The plan in it.
+
+    Returns:
+        The checkpoint, with zeros where channels were removed.
+
+    Raises:
+        ValueError: If the weights do not have the shapes that the plan says.
+    """
+    weights = copy.copy(checkpoint["state_dict"])  # with the versions that torch notes on it
+    # Names that share a tensor share their numbers in the file too; a plan knows such a tensor by one of them.
+    names = {(tensor.data_ptr(), tensor.shape): name for name, tensor in weights.items() if name in plan.shapes}
+    index, shapes = plan.index(), plan.pruned_shapes()
+    for alias, tensor in weights.items():
+        name = names.get((tensor.data_ptr(), tensor.shape), alias) if isinstance(tensor, Tensor) else alias
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"The checkpoint is damaged: {name!r} has shape {tuple(tensor.shape)}, where its plan says "
+                f"{shapes[name]}."
+            )
+        for axis, stays in index.get(name, {}).items():
+            shape = list(tensor.shape)
+            shape[axis] = plan.shapes[name][axis]
+            tensor = tensor.new_zeros(shape).index_copy(axis, stays.to(tensor.device), tensor)
+        weights[alias] = tensor
+    rest = {key: value for key, value in checkpoint.items() if key != CHECKPOINT_KEY}
+    return {**rest, "state_dict": weights}
+
+
 def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Give a model the shapes that the weights in a checkpoint have, before they are loaded.
-
-    Call it in ``on_load_checkpoint`` of a LightningModule to make ``load_from_checkpoint`` work with pruned
-    checkpoints; a Trainer does so by itself once `lightning_prune.callbacks` is imported.
 
     Args:
         model: The model that the weights go into, of the original architecture, pruned already or not.
@@ -46,19 +91,12 @@ def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If the checkpoint is of another architecture, or of a newer format.
     """
-    content = checkpoint.get(CHECKPOINT_KEY)
-    if content is not None and "plan" not in content:
-        raise ValueError(f"The checkpoint has an entry {CHECKPOINT_KEY!r} without a plan; it is damaged.")
-    plan = None if content is None else PruningPlan.from_json(content["plan"])
-    reshape(model, plan)
-    weights = checkpoint.get("state_dict", {})
-    for name, tensor in named_tensors(model).items():
-        saved = weights.get(name)
-        if isinstance(saved, Tensor) and saved.shape != tensor.shape:
-            raise ValueError(
-                f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
-                f"{tuple(tensor.shape)} in {type(model).__name__}; build it with the settings of the training."
-            )
+    plan = saved_plan(checkpoint)
+    if plan != plan_in_force(model):
+        reshape(model, None)
+        if plan is not None:
+            prune(model, plan)  # buffers that are in no checkpoint keep their numbers
+    _refuse_other_shapes(model, checkpoint.get("state_dict", {}))
 
 
 def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: Any = "cpu", **settings: Any) -> Model:
@@ -96,14 +134,20 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{str(path)!r} is no checkpoint of a Lightning Trainer: it has no 'state_dict'.")
     made = _instantiate(model, checkpoint, settings) if isinstance(model, type) else model
+    plan = saved_plan(checkpoint)
+    if plan is not None:
+        checkpoint = widened(checkpoint, plan)
+    reshape(made, None)
     own = getattr(made, "on_load_checkpoint", None)
     if own is not None:
         own(checkpoint)
-    restore_shape(made, checkpoint)
+    _refuse_other_shapes(made, checkpoint["state_dict"])
     try:
         made.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as raised:
         raise ValueError(f"The checkpoint {str(path)!r} is of another architecture. {raised}") from raised
+    if plan is not None:
+        prune(made, plan)
     return made.eval()
 
 
@@ -120,3 +164,13 @@ def _instantiate(model: type[Model], checkpoint: Mapping[str, Any], settings: Ma
             f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "
             "`self.save_hyperparameters()` in its constructor, or pass the missing arguments or an instance."
         ) from raised
+
+
+def _refuse_other_shapes(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    for name, tensor in named_tensors(model).items():
+        saved = weights.get(name)
+        if isinstance(saved, Tensor) and saved.shape != tensor.shape:
+            raise ValueError(
+                f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
+                f"{tuple(tensor.shape)} in {type(model).__name__}; build it with the settings of the training."
+            )

@@ -1,9 +1,11 @@
 """Drop-in callbacks that prune a network while it trains."""
 
+from lightning_prune.callbacks.afie import AFIEEarlyPruneCallback
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.plan_transport import carry_plans
+from lightning_prune.callbacks.sensitiveness import SensitivenessCallback
 from lightning_prune.callbacks.taylor import TaylorRankCallback
 
-__all__ = ["PruningCallback", "TaylorRankCallback"]
+__all__ = ["AFIEEarlyPruneCallback", "PruningCallback", "SensitivenessCallback", "TaylorRankCallback"]
 
 carry_plans()

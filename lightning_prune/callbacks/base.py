@@ -1,7 +1,8 @@
 """The base of all pruning callbacks: schedule, budget, ranks, surgery, checkpoint and logging."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -9,13 +10,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune import allocation
-from lightning_prune.budget import CostModel, check_metric
+from lightning_prune import allocation, criteria
+from lightning_prune.budget import METRICS, CostModel, check_metric
 from lightning_prune.callbacks import trainer_state
-from lightning_prune.criteria import magnitude
+from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.plan import PruningPlan
+from lightning_prune.reporting.progress import announce
 from lightning_prune.reporting.summary import Measurement, log_prune, summarize, whereabouts
 from lightning_prune.surgery import check, prune
 
@@ -23,27 +25,32 @@ __all__ = ["PruningCallback"]
 
 
 class PruningCallback(Callback):
-    """Prune a network step by step while it trains, by the norm of its filters.
+    """Prune a network step by step while it trains, by the norm of its filters or another criterion.
 
     At the start of every ``every_n_epochs``-th epoch, from ``start_epoch`` on, the channels that matter least leave
     for good, until after ``steps`` prunes the budget is met. Training then goes on: optimizers keep their state,
-    distributed training is wrapped anew, and checkpoints hold the plan, so that a run resumes in the pruned shape.
+    distributed training is wrapped anew, and checkpoints hold the plan, so that a run resumes in the pruned shape. With
+    ``fast_dev_run`` the whole budget goes after the last training batch, to show that all of it works.
 
     Subclasses say how to rank: see `scores`.
 
     Args:
         keep: Fraction of the original cost that stays in the end, in (0, 1].
-        metric: What the fraction is of: ``"flops"``, ``"params"`` or ``"channels"``.
+        metric: What the fraction is of: ``"flops"``, ``"params"``, ``"channels"``, or ``"latency"``: the time of a
+            forward pass of the example inputs in evaluation mode, measured on the device of the first rank.
         start_epoch: Number of epochs to train before the first prune, at least 0.
         every_n_epochs: Number of epochs from one prune to the next, at least 1.
         steps: Number of prunes; the cost goes down by the same amount at each.
-        round_to: Layers that lose channels keep a multiple of this many.
+        round_to: Layers that lose channels keep a multiple of this many; for latency also ``"auto"``, the multiple
+            that keeps most on this device.
         min_channels: Least number of channels of a group.
         ignore: Patterns of module names (``"network.layer1.*"``) whose channels stay whole.
         module: Dotted name of the part to prune; default the whole LightningModule.
         example_inputs: What the ``forward`` of that part takes: a tensor, a tuple, a dictionary, or in YAML the shape
             of one tensor as a list of numbers. Default: ``example_input_array`` of the LightningModule, else the first
             training batch.
+        criterion: What ranks the channels: a name in ``lightning_prune.criteria.CRITERIA`` or the import path of a
+            function, with settings as a mapping such as ``{"name": "magnitude", "p": 2}``; one that needs no data.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -55,6 +62,8 @@ class PruningCallback(Callback):
         [1.0, 0.8333333333333334, 0.6666666666666667, 0.5]
     """
 
+    cap: ClassVar[float] = 1.0  # greatest fraction of its channels that a group may lose
+
     def __init__(
         self,
         keep: float = 0.5,
@@ -62,11 +71,12 @@ class PruningCallback(Callback):
         start_epoch: int = 1,
         every_n_epochs: int = 1,
         steps: int = 1,
-        round_to: int = 8,
+        round_to: int | str = 8,
         min_channels: int = 1,
         ignore: Sequence[str] = (),
         module: str = "",
         example_inputs: Any = None,
+        criterion: str | dict[str, Any] = "l1",
     ) -> None:
         allocation.check_keep(keep)
         check_metric(metric)
@@ -74,7 +84,7 @@ class PruningCallback(Callback):
             ("start_epoch", start_epoch, 0),
             ("every_n_epochs", every_n_epochs, 1),
             ("steps", steps, 1),
-            ("round_to", round_to, 1),
+            ("round_to", 1 if (metric, round_to) == ("latency", "auto") else round_to, 1),
             ("min_channels", min_channels, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -89,10 +99,13 @@ class PruningCallback(Callback):
         self.ignore = [ignore] if isinstance(ignore, str) else list(ignore)
         self.module = module
         self.example_inputs = example_inputs
+        self.criterion = criterion
+        self.check_criterion()
         self.steps_done = 0
         self.before: Measurement | None = None
         self.batch_like: dict[str, Any] | None = None
         self._graph: ChannelGraph | None = None
+        self._costs: list[CostModel] = []
         self._part: trainer_state.Part | None = None
         self._epoch: int | None = None  # the epoch that has begun
         self._after: Measurement | None = None
@@ -109,10 +122,26 @@ class PruningCallback(Callback):
         Returns:
             (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed.
         """
-        return magnitude(graph)
+        return criteria.score(graph, self.criterion)
+
+    def check_criterion(self) -> None:
+        """Raise a ValueError unless `scores` can be worked out by the criterion; called by the constructor."""
+        if needs_data(find(self.criterion)):
+            raise ValueError(
+                f"Criterion {self.criterion!r} needs data, and {type(self).__name__} ranks by the weights alone; use "
+                "TaylorRankCallback, or rank with lightning_prune.criteria.score."
+            )
+
+    def check_budget(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
+        """Raise a ValueError if the budget cannot be reached; called when training starts."""
+        limits = self.round_to, self.min_channels, self.cap
+        with announce(f"Measuring the {self.metric} of {type(graph.model).__name__}"):
+            trainer_state.decided_by_first_rank(
+                trainer, lambda: allocation.check_reachable(graph, self.keep, self.metric, *limits)
+            )
 
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
-        """Make the plan for one prune; by default all channels compete for the budget.
+        """Make the plan for one prune, on the first rank; by default all channels compete for the budget.
 
         Args:
             graph: The traced model.
@@ -160,19 +189,18 @@ class PruningCallback(Callback):
         if self.example_inputs is None and pl_module.example_input_array is None:
             # A resumed run must not look at a batch again: loaders that know their position would lose it.
             self.batch_like = {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
-        self._graph = trace(pl_module, inputs, module=self.module, ignore=self.ignore)
-        least = allocation.reachable(self._graph, self.metric, self.round_to, self.min_channels)
+        with announce(f"Tracing {type(pl_module).__name__}"):
+            self._graph = trace(pl_module, inputs, module=self.module, ignore=self.ignore)
+        trainer_state.refuse_averaged_models(pl_module, self._graph)
         if not self._graph.groups:
             reasons = "; ".join(held.reason for held in self._graph.held.values())
             raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")
-        if least > self.keep:
-            raise ValueError(
-                f"keep={self.keep} of the {self.metric} cannot be reached: between {least:.3f} and 1 can stay with "
-                f"round_to={self.round_to} and min_channels={self.min_channels}. Raise keep, or lower round_to."
-            )
+        self.check_budget(trainer, self._graph)
+        self._costs = [CostModel(self._graph, metric) for metric in METRICS]
         self._part = trainer_state.Part(pl_module, self.module, inputs)
         if self.before is None and trainer.is_global_zero:
-            self.before = self._part.measure(self._graph)
+            with announce(f"Measuring {type(pl_module).__name__}"):
+                self.before = self._part.measure(self._graph)
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -194,6 +222,15 @@ class PruningCallback(Callback):
             self._prune(trainer, pl_module, due)
         for metric, fraction in self._kept().items():
             pl_module.log(f"prune/keep_{metric}", fraction, on_step=False, on_epoch=True, rank_zero_only=True)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # A run of a few batches that is to show whether all works, the prune and validation after it among that.
+        last = batch_idx + 1 == trainer.num_training_batches
+        if trainer.fast_dev_run and last and self.steps_done < self.steps and self.ready():  # type: ignore[attr-defined]
+            self._prune(trainer, pl_module, self.steps)
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -251,10 +288,14 @@ class PruningCallback(Callback):
 
     def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
         assert self._graph is not None
-        scores = self.scores(trainer, self._graph)
-        plan = trainer_state.agree(trainer, self.allocate(self._graph, scores, self.keep_after(step)))
-        report = prune(pl_module, plan, trainer.optimizers)
-        trainer_state.rewrap(trainer)
+        with announce(f"Pruning {type(pl_module).__name__}, step {step} of {self.steps}"):
+            scores = self.scores(trainer, self._graph)
+            keep = self.keep_after(step)
+            plan = trainer_state.agree(trainer, partial(self.allocate, self._graph, scores, keep))
+            report = prune(pl_module, plan, trainer.optimizers)
+            for averaged in trainer_state.averaged_copies(trainer):
+                prune(averaged, plan)
+            trainer_state.rewrap(trainer)
         self.steps_done = step
         if not report.widths:
             rank_zero_warn(
@@ -262,7 +303,9 @@ class PruningCallback(Callback):
                 f"round_to={self.round_to} is below the budget. Lower round_to, or take fewer steps."
             )
         rank_zero_info(f"{self._headline(trainer, plan, step)}\n{report}")
-        log_prune(trainer, self._graph, plan, scores)
+        if trainer.is_global_zero:
+            assert self._part is not None
+            log_prune(trainer, plan, scores, self._part.measure(self._graph))
 
     def _headline(self, trainer: "pl.Trainer", plan: PruningPlan, step: int) -> str:
         budget = plan.budget or {}
@@ -273,12 +316,13 @@ class PruningCallback(Callback):
         assert self._graph is not None
         plan = plan_in_force(self._graph.model)
         widths = plan.widths if plan is not None else {}
-        models = [CostModel(self._graph, metric) for metric in ("flops", "params", "channels")]
-        return {cost.metric: cost(widths) / cost.original for cost in models}
+        return {cost.metric: cost(widths) / cost.original for cost in self._costs}
 
     def _warn_if_short(self, trainer: "pl.Trainer") -> None:
-        kept = self._kept()[self.metric]
-        if getattr(trainer, "fast_dev_run", False) or (self.steps_done >= self.steps and kept <= self.keep):
+        assert self._graph is not None
+        plan = plan_in_force(self._graph.model)
+        kept = plan.budget["achieved"] if plan is not None and plan.budget is not None else 1.0
+        if self.steps_done >= self.steps and kept <= self.keep:
             return
         rank_zero_warn(
             f"Training has ended with {kept:.3f} of the {self.metric} where keep={self.keep} was asked for, after "
@@ -299,4 +343,5 @@ class PruningCallback(Callback):
     def _let_go(self) -> None:
         """Drop every reference to modules."""
         self._graph = self._part = self._epoch = self._after = None
+        self._costs = []
         self.__dict__.pop("log", None)  # Lightning gives every callback the module's bound method

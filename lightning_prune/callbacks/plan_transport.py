@@ -2,29 +2,33 @@
 
 Lightning loads the weights of a checkpoint before any hook of a callback runs, writes checkpoints with weights alone
 without asking callbacks, and loads the weights that spawned ranks hand back into a module of the original shape. No
-public hook is there at these moments, so the four methods that Lightning runs then are extended here, once: the plan is
-saved beside the weights, and the module takes its shape from it before weights are loaded. Modules that were never
-pruned are not touched, and it holds for a Trainer without pruning callbacks too.
+public hook is there at these moments, so what Lightning runs then is extended here, once: the plan is saved beside the
+weights, and the module takes its shape from it before weights are loaded. Modules that were never pruned are not
+touched, and it holds for a Trainer without pruning callbacks and for ``load_from_checkpoint`` too.
 """
 
 from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.core import saving
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from lightning_prune.checkpoint import CHECKPOINT_KEY, restore_shape, save_plan
+from lightning_prune.callbacks.trainer_state import averaged_copies
+from lightning_prune.checkpoint import CHECKPOINT_KEY, restore_shape, save_plan, saved_plan, widened
 from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.surgery import prune
 
 __all__ = ["carry_plans"]
 
 
 def carry_plans() -> None:
-    """Extend Lightning's checkpoint connector and multi-process launcher to carry plans; done once per process."""
+    """Extend what Lightning saves and loads weights with to carry plans; done once per process."""
     if not hasattr(_CheckpointConnector, "_carries_plans"):
         _extend_checkpoints()
         _extend_launcher()
+        _extend_load_from_checkpoint()
         _CheckpointConnector._carries_plans = True  # type: ignore[attr-defined]
 
 
@@ -41,7 +45,8 @@ def _extend_checkpoints() -> None:
     def restore_model(self: _CheckpointConnector) -> None:
         loaded, module = self._loaded_checkpoint, self.trainer.lightning_module
         if loaded and (CHECKPOINT_KEY in loaded or plan_in_force(module) is not None):
-            restore_shape(module, loaded)
+            for model in (module, *averaged_copies(self.trainer)):
+                restore_shape(model, loaded)
         restore(self)
 
     _CheckpointConnector.dump_checkpoint = dump_checkpoint  # type: ignore[method-assign]
@@ -67,3 +72,19 @@ def _extend_launcher() -> None:
 
     _MultiProcessingLauncher.get_extra_results = get_extra_results  # type: ignore[method-assign]
     _MultiProcessingLauncher._recover_results_in_main_process = recover_results  # type: ignore[method-assign]
+
+
+def _extend_load_from_checkpoint() -> None:
+    """Let ``load_from_checkpoint`` make the module in its original shape, as its class expects, and prune it then."""
+    load = saving._load_state
+
+    @wraps(load)
+    def load_state(cls: type, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        plan = saved_plan(checkpoint) if issubclass(cls, pl.LightningModule) else None
+        if plan is None:
+            return load(cls, checkpoint, *args, **kwargs)
+        module = load(cls, widened(checkpoint, plan), *args, **kwargs)
+        prune(module, plan)  # type: ignore[arg-type]
+        return module
+
+    saving._load_state = load_state

@@ -1,18 +1,18 @@
-"""Rank channels by activation times gradient, collected in the training steps themselves."""
+"""Rank channels by a first-order estimate of the loss, collected in the training steps themselves."""
 
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
-from lightning_prune.criteria.taylor import channel_effects, normalize_by_group
+from lightning_prune.criteria.taylor import check_settings, finish
+from lightning_prune.criteria.taylor_sums import GRADIENT_FORMS, Collector, Totals, make_collector
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.graph.channel_graph import Group
+from lightning_prune.graph.modules import named_tensors
 
 __all__ = ["TaylorRankCallback"]
 
@@ -20,23 +20,33 @@ __all__ = ["TaylorRankCallback"]
 class TaylorRankCallback(PruningCallback):
     """Prune by the first-order Taylor criterion, several steps with training in between.
 
-    The score of a channel is the mean over examples of the absolute change of the loss, to first order, when all that
-    is read from the channel is set to zero. It is collected during the epoch before each prune, from the activations
-    and gradients that training computes anyway, and divided by the Euclidean norm of the scores in its group.
+    The score of a channel says how much the loss changes, to first order, when all that is read from the channel is set
+    to zero. It is collected during the epoch before each prune, from the activations and gradients that training
+    computes anyway. Ranks, gradient accumulation and mixed precision make no difference to it; steps with gradients
+    that are not finite are left out.
 
     Args:
         start_epoch: Number of epochs to train before the first prune, at least 1, since ranking takes an epoch.
-        settings: As for `PruningCallback`.
+        variant: ``"a"`` (mean over examples of the absolute effect), ``"b"``, ``"c"``, ``"gate"``,
+            ``"sum_then_square"`` or ``"square_then_sum"``; see `lightning_prune.criteria.taylor`.
+        normalize: Divide the scores of each group by their Euclidean norm; default, as the sources do, for ``"a"``,
+            ``"b"`` and ``"c"`` only.
+        flops_penalty: How much of the cost of a channel, as part of that of one channel of each group, is subtracted
+            from its score.
+        momentum: How much of the scores of the last prune stays in the new ones, in [0, 1).
+        settings: As for `PruningCallback`, without ``criterion``.
 
     Raises:
-        ValueError: As `PruningCallback`; also if ``start_epoch`` is 0.
+        ValueError: As `PruningCallback`; also if ``start_epoch`` is 0 or a setting is out of range.
 
     Note:
         The criterion is that of Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient
         Inference" (ICLR 2017): absolute value of activation times gradient, averaged over the positions of a feature
-        map within an example, then over examples, and normalised by the L2 norm of the layer. Interpretation: where
-        several layers read a channel (residual streams), their contributions are added before the absolute value is
-        taken, since removing the channel takes it away from all of them; and a channel group stands for a layer.
+        map within an example, then over examples, and normalised by the L2 norm of the layer. Gate, weight forms and
+        momentum are those of Molchanov et al., "Importance Estimation for Neural Network Pruning" (CVPR 2019).
+        Interpretation: where several layers read a channel (residual streams), their contributions are added before
+        the absolute value is taken, since removing the channel takes it away from all of them; a channel group stands
+        for a layer; and scores are means over the epoch, while the network learns.
 
     Example:
         >>> callback = TaylorRankCallback(keep=0.5, start_epoch=2, steps=4)
@@ -44,14 +54,33 @@ class TaylorRankCallback(PruningCallback):
         2
     """
 
-    def __init__(self, start_epoch: int = 1, **settings: Any) -> None:
-        super().__init__(start_epoch=start_epoch, **settings)
+    def __init__(
+        self,
+        start_epoch: int = 1,
+        variant: str = "a",
+        normalize: bool | None = None,
+        flops_penalty: float = 0.0,
+        momentum: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(start_epoch=start_epoch, criterion="taylor", **settings)
         if start_epoch < 1:
             raise ValueError("start_epoch must be at least 1: the Taylor criterion ranks during the epoch before.")
-        self.sums: dict[str, Tensor] = {}
-        self._taps: list[RemovableHandle] = []
+        check_settings(variant, flops_penalty)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be the part of the last scores that stays, in [0, 1); got {momentum!r}.")
+        self.variant = variant
+        self.normalize = normalize
+        self.flops_penalty = flops_penalty
+        self.momentum = momentum
+        self.totals = Totals()
         self.listened = False  # to a part of an epoch at least
-        self._effects: dict[int, dict[str, Tensor]] = {}  # by number of examples, then by tensor that reads
+        self.last_scores: dict[str, Tensor] = {}
+        self._collector: Collector | None = None
+
+    @override
+    def check_criterion(self) -> None:
+        """Accept a criterion that needs data, which training collects."""
 
     def collecting(self, epoch: int) -> bool:
         """Tell whether channels are ranked during an epoch, because a prune follows it."""
@@ -61,122 +90,90 @@ class TaylorRankCallback(PruningCallback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         super().on_train_start(trainer, pl_module)
         assert self._graph is not None
-        _refuse_unreadable(self._graph)
+        make_collector(self._graph, self.variant, self.totals)  # which refuses what it cannot watch
+        if self.variant in GRADIENT_FORMS and len(trainer.optimizers) > 1:
+            raise ValueError(
+                f"variant={self.variant!r} reads the gradients of one step with all parameters, and "
+                f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers; use variant 'a', 'b' or 'c'."
+            )
+        if self.steps_done == 0:
+            self.last_scores = {}
 
     @override
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         super().begin_epoch(trainer, pl_module)
-        self._untap()
-        if self.collecting(trainer.current_epoch):
-            self._tap(pl_module)
+        self._stop_listening()
+        if trainer.fast_dev_run or self.collecting(trainer.current_epoch):  # type: ignore[attr-defined]
+            assert self._graph is not None
+            self._collector = make_collector(self._graph, self.variant, self.totals)
+            self._collector.listen()
+            self.listened = True
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not self._effects:
-            return
-        assert self._graph is not None
-        examples = sum(self._effects) * _loss_scale(trainer)
-        means = {
-            name: self._sum_over_examples(group, pl_module.device) / examples
-            for name, group in self._graph.groups.items()
-        }
-        finite = torch.stack([mean.isfinite().all() for mean in means.values()]).all()
-        for name, values in means.items():
-            # A step with non-finite gradients is skipped by the optimizer too; no branch, to spare a synchronisation.
-            mean = torch.where(finite, values, 0.0).double()
-            self.sums[name] = self.sums[name].to(mean.device) + mean if name in self.sums else mean
-        self._effects.clear()
+        if self._collector is not None:
+            # Lightning divides the loss of each batch by the number of batches that a step accumulates.
+            accumulated = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._collector.after_backward(accumulated / _loss_scale(trainer))
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        if self._collector is not None and self.variant in GRADIENT_FORMS:
+            tensors = named_tensors(pl_module)
+            self._collector.before_step({n: t.grad for n, t in tensors.items() if t.is_leaf and t.grad is not None})
 
     @override
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
-        if not self.sums:
+        totals = _sum_of_ranks(trainer, graph, self.totals)
+        unseen = totals.unseen(graph)
+        if unseen:
             raise RuntimeError(
-                f"TaylorRankCallback has seen no gradients of what is to be pruned before epoch "
-                f"{trainer.current_epoch}: the training step does not run these layers, or nothing before them is "
-                "trained. Use PruningCallback."
+                f"TaylorRankCallback has seen no gradients of {', '.join(map(repr, unseen))} before epoch "
+                f"{trainer.current_epoch}: the training step does not run what reads these channels, or it is frozen "
+                "and variant='gate'. Add them to ignore, or use PruningCallback."
             )
-        sums, device = {}, trainer.strategy.root_device
-        for name, group in graph.groups.items():
-            total = torch.zeros(group.size, dtype=torch.float64, device=device)
-            if name in self.sums:
-                total[graph.live(name).to(total.device)] = self.sums[name].to(total.device)
-            sums[name] = trainer.strategy.reduce(total, reduce_op="sum")
-        self.sums, self.listened = {}, False
-        return normalize_by_group(graph, sums)
+        self.totals, self.listened = Totals(), False
+        found = finish(graph, totals, self.variant, self.normalize, self.flops_penalty)
+        if self.momentum and self.last_scores:
+            found = {name: self._mixed(self.last_scores[name], values) for name, values in found.items()}
+        self.last_scores = found if self.momentum else {}
+        return found
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        sums = {name: values.cpu() for name, values in self.sums.items()}
-        return {**super().state_dict(), "sums": sums, "listened": self.listened}
+        kept = {"sums": self.totals.sums, "counts": self.totals.counts, "last_scores": self.last_scores}
+        on_cpu = {key: {name: value.cpu() for name, value in values.items()} for key, values in kept.items()}
+        return {**super().state_dict(), **on_cpu, "listened": self.listened}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.sums, self.listened = dict(state_dict["sums"]), state_dict["listened"]
+        self.totals = Totals(dict(state_dict["sums"]), dict(state_dict["counts"]))
+        self.last_scores, self.listened = dict(state_dict["last_scores"]), state_dict["listened"]
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_taps": [], "_effects": {}}
-
-    # -- collecting ------------------------------------------------------------------------------------------------
+        return {**super().__getstate__(), "_collector": None}
 
     @override
     def ready(self) -> bool:
         return self.listened
 
-    def _tap(self, pl_module: "pl.LightningModule") -> None:
-        assert self._graph is not None
-        self._untap()
-        self.listened = True
-        modules = dict(pl_module.named_modules())
-        readers = {part.tensor for group in self._graph.groups.values() for part in group.readers}
-        for tensor in sorted(readers):
-            reader = modules[tensor.rpartition(".")[0]]
-            self._taps.append(reader.register_forward_pre_hook(partial(self._read, tensor)))
+    def _mixed(self, last: Tensor, new: Tensor) -> Tensor:
+        gone = new.isinf()
+        return torch.where(gone, new, self.momentum * last + (1 - self.momentum) * new)
 
-    def _read(self, tensor: str, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Let the gradient that flows back through one reader pass by."""
-        activation = args[0]
-        if not torch.is_grad_enabled() or not activation.requires_grad:
-            return None
-        tapped = activation.view_as(activation)  # a node of its own: the gradient through this reader alone
-        axis = activation.dim() - 1 if isinstance(reader, nn.Linear) else 1
-        tapped.register_hook(partial(self._collect, tensor, activation.detach(), axis))
-        return (tapped, *args[1:])
-
-    def _collect(self, tensor: str, activation: Tensor, axis: int, gradient: Tensor) -> None:
-        effect = channel_effects(activation, gradient, axis).detach()
-        effects = self._effects.setdefault(len(effect), {})
-        effects[tensor] = effects[tensor] + effect if tensor in effects else effect
-
-    def _sum_over_examples(self, group: Group, device: torch.device) -> Tensor:
-        """Return the absolute effect of each live channel of a group, summed over examples: (channels,)."""
-        assert self._graph is not None
-        channels = self._graph.live(group.name)
-        total = torch.zeros(len(channels), device=device)
-        # Passes over equally many examples are passes over the same ones; others are examples of their own.
-        for effects in self._effects.values():
-            found = [
-                effects[part.tensor][:, self._graph.positions_now(part, channels)]
-                .unflatten(1, (len(channels), -1))
-                .sum(2)
-                for part in group.readers
-                if part.tensor in effects
-            ]
-            if found:
-                total = total + torch.stack(found).sum(0).abs().sum(0)
-        return total
-
-    def _untap(self) -> None:
-        for tap in self._taps:
-            tap.remove()
-        self._taps.clear()
-        self._effects.clear()
+    def _stop_listening(self) -> None:
+        if self._collector is not None:
+            self._collector.stop()
+            self._collector = None
 
     @override
     def _let_go(self) -> None:
         super()._let_go()
-        self._untap()
+        self._stop_listening()
 
 
 def _loss_scale(trainer: "pl.Trainer") -> float:
@@ -184,15 +181,16 @@ def _loss_scale(trainer: "pl.Trainer") -> float:
     return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
-def _refuse_unreadable(graph: ChannelGraph) -> None:
-    """Raise where channels are not read by convolutions or linear layers, whose inputs can be watched."""
-    modules = dict(graph.model.named_modules())
-    for name, group in graph.groups.items():
-        for part in group.readers:
-            module, _, attribute = part.tensor.rpartition(".")
-            kind = modules[module]
-            if attribute != "weight" or not isinstance(kind, nn.Linear | nn.modules.conv._ConvNd):
-                raise ValueError(
-                    f"The Taylor criterion cannot watch what {module or 'the model'!r} ({type(kind).__name__}) reads of "
-                    f"group {name!r}; add {name!r} to ignore, or use PruningCallback."
-                )
+def _sum_of_ranks(trainer: "pl.Trainer", graph: ChannelGraph, totals: Totals) -> Totals:
+    """Add up the totals of all ranks; groups that a rank knows nothing of count as none."""
+    device = trainer.strategy.root_device
+    none = torch.zeros((), dtype=torch.float64, device=device)
+    parts = []
+    for name in graph.groups:
+        live = len(graph.live(name))
+        sums = totals.sums[name].to(device) if name in totals.sums else none.expand(live)
+        parts.append(torch.cat([sums, totals.counts.get(name, none).to(device).view(1)]))
+    flat = trainer.strategy.reduce(torch.cat(parts), reduce_op="sum")
+    split = flat.split([len(part) for part in parts])
+    named = dict(zip(graph.groups, split, strict=True))
+    return Totals({n: part[:-1] for n, part in named.items()}, {n: part[-1] for n, part in named.items()})

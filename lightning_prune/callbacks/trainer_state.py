@@ -1,5 +1,6 @@
 """What the pruning callbacks need of a Trainer: its ranks, its batches, its metrics."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -31,8 +33,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Part",
     "agree",
+    "averaged_copies",
+    "decided_by_first_rank",
     "example_inputs",
     "metrics",
+    "refuse_averaged_models",
     "refuse_other_callbacks",
     "refuse_strategy",
     "rewrap",
@@ -49,6 +54,12 @@ def refuse_strategy(trainer: "pl.Trainer") -> None:
             f"Pruning does not work with {type(trainer.strategy).__name__}, which shards or moves the parameters; use "
             "strategy='ddp' or a single device."
         )
+    memory = getattr(trainer.strategy, "_ddp_comm_state", None)
+    if hasattr(memory, "error_dict"):  # the PowerSGD hooks: what they left out of earlier gradients, by bucket
+        raise ValueError(
+            f"{type(memory).__name__} remembers gradients in the shapes they have now, which does not follow when "
+            "channels are removed; use fp16_compress_hook or bf16_compress_hook."
+        )
 
 
 def refuse_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
@@ -56,7 +67,7 @@ def refuse_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback") -
     from lightning_prune.callbacks.base import PruningCallback
 
     for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(other, WeightAveraging | StochasticWeightAveraging | ModelPruning):
+        if isinstance(other, StochasticWeightAveraging | ModelPruning):
             raise ValueError(
                 f"{type(other).__name__} keeps a copy or a mask of the weights in the shapes they have now, which does "
                 f"not follow when {type(callback).__name__} removes channels; leave one of them out."
@@ -72,13 +83,67 @@ def refuse_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback") -
             )
 
 
-def agree(trainer: "pl.Trainer", plan: PruningPlan) -> PruningPlan:
-    """Return the plan of the first rank, the same on every rank.
+def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
+    """Return the copies of the module whose weights `WeightAveraging` callbacks average."""
+    averaged = [other._average_model for other in trainer.callbacks if isinstance(other, WeightAveraging)]  # type: ignore[attr-defined]
+    return [average.module for average in averaged if average is not None]
+
+
+def refuse_averaged_models(pl_module: "pl.LightningModule", graph: ChannelGraph) -> None:
+    """Raise if the module itself holds an average of weights that can be pruned."""
+    for name, holder in pl_module.named_modules():
+        for attribute, held in (*holder._modules.items(), *vars(holder).items()):
+            for average in tree_leaves(held):
+                if isinstance(average, AveragedModel) and (source := _pruned_source(pl_module, graph, average)):
+                    raise ValueError(
+                        f"{f'{name}.{attribute}'.lstrip('.')!r} of {type(pl_module).__name__} averages the weights of "
+                        f"{source!r} in the shapes they have now, which does not follow when channels are removed; use "
+                        "Lightning's WeightAveraging or EMAWeightAveraging callback, which does."
+                    )
+
+
+def _pruned_source(pl_module: "pl.LightningModule", graph: ChannelGraph, average: AveragedModel) -> str | None:
+    """Name the part that can be pruned and has the tensors of an average, if there is one."""
+    shapes = {name: value.shape for name, value in average.module.state_dict().items()}
+    pruned = {part.tensor for group in graph.groups.values() for part in group.slices}
+    for name, part in pl_module.named_modules():
+        same = {key: value.shape for key, value in part.state_dict().items()} == shapes
+        if same and any(f"{name}.{key}".lstrip(".") in pruned for key in shapes):
+            return name or type(pl_module).__name__
+    return None
+
+
+def decided_by_first_rank(trainer: "pl.Trainer", decide: Callable[[], Any]) -> Any:
+    """Return what a function returns on the first rank, on all ranks; the others do not call it.
 
     Raises:
+        ValueError: On all ranks, if the function raises one on the first.
+    """
+    decided, error = None, ""
+    if trainer.is_global_zero:
+        try:
+            decided = decide()
+        except ValueError as raised:
+            error = str(raised)
+    decided, error = trainer.strategy.broadcast((decided, error))
+    if error:
+        raise ValueError(error)
+    return decided
+
+
+def agree(trainer: "pl.Trainer", make: Callable[[], PruningPlan]) -> PruningPlan:
+    """Return the plan that the first rank makes, the same on every rank.
+
+    Raises:
+        ValueError: If there is no such plan.
         RuntimeError: If what a rank has received is not what the first one has sent.
     """
-    content, digest = trainer.strategy.broadcast((plan.to_json(), plan.digest))
+
+    def decide() -> tuple[dict[str, Any], str]:
+        plan = make()
+        return plan.to_json(), plan.digest
+
+    content, digest = decided_by_first_rank(trainer, decide)
     agreed = PruningPlan.from_json(content)
     if agreed.digest != digest:
         raise RuntimeError(
@@ -130,7 +195,8 @@ def example_inputs(
 
 def _first_batch(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tensor:
     with torch.random.fork_rng():
-        batch = _one_sample(trainer.train_dataloader)
+        # What the model gets: data modules may leave the last steps to the hooks around the transfer to the device.
+        batch = trainer.strategy.batch_to_device(_one_sample(trainer.train_dataloader))
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(first, Tensor):
         raise ValueError(
@@ -143,7 +209,7 @@ def _first_batch(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tens
 def _one_sample(loaders: Any) -> Any:
     """Return a batch, of one sample where a data set can be asked for it without starting the loader."""
     loader = next(iter(tree_leaves(loaders)), None)
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+    if isinstance(loader, DataLoader) and loader.batch_sampler and not isinstance(loader.dataset, IterableDataset):
         return loader.collate_fn([loader.dataset[0]])
     return next(iter(loader), None) if loader is not None else None
 
@@ -168,7 +234,7 @@ class Part:
         widths = plan.widths if plan is not None else {}
         return Measurement(
             params=sum(p.numel() for p in self.pl_module.parameters()),
-            flops=CostModel(graph, "flops")(widths),
+            flops=int(CostModel(graph, "flops")(widths)),
             latency_ms=measure_latency(self.pl_module.get_submodule(self.module), self.inputs),
             metrics=metrics or {},
         )

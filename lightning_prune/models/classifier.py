@@ -2,63 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.wrappers import ClasswiseWrapper
 
-from lightning_prune.checkpoint import restore_shape
-from lightning_prune.models.registry import build_network_for
-from lightning_prune.models.weights import load_weights
+from lightning_prune.callbacks.trainer_state import rewrap
+from lightning_prune.models.distillation import Distillation, Teacher
+from lightning_prune.models.optimization import Optimization
+from lightning_prune.models.registry import TORCHVISION_PREFIX, build_network_for
+from lightning_prune.models.regularization import Regularization
+from lightning_prune.models.transfer import Transfer
+from lightning_prune.models.weights import load_pretrained
 
-SCHEDULES = ("cosine", "steps", "constant")
+Settings = TypeVar("Settings")
 
-
-def learning_rate_factor(
-    epoch: int, max_epochs: int, schedule: str, warmup_epochs: int = 0, milestones: Sequence[int] = ()
-) -> float:
-    """Return what the learning rate is multiplied with in an epoch.
-
-    Args:
-        epoch: The epoch, from 0.
-        max_epochs: Number of epochs of the whole training; only "cosine" needs it.
-        schedule: "cosine" falls to 0 along half a cosine, "steps" divides by 10 at each milestone, "constant" stays.
-        warmup_epochs: Number of epochs at the start in which the factor rises in equal steps, the schedule following.
-        milestones: Epochs of "steps".
-
-    Returns:
-        The factor, in [0, 1].
-
-    Example:
-        >>> from lightning_prune.models.classifier import learning_rate_factor
-        >>> [learning_rate_factor(epoch, 4, "cosine") for epoch in (0, 2)]
-        [1.0, 0.5]
-        >>> [learning_rate_factor(epoch, 4, "constant", warmup_epochs=1) for epoch in (0, 1)]
-        [0.5, 1.0]
-    """
-    if epoch < warmup_epochs:
-        return (epoch + 1) / (warmup_epochs + 1)
-    if schedule == "cosine":
-        progress = (epoch - warmup_epochs) / max(1, max_epochs - warmup_epochs)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    if schedule == "steps":
-        return 0.1 ** sum(epoch >= milestone for milestone in milestones)
-    return 1.0
+# What is needed to train but not to load a checkpoint, on a machine that may not have the files they name.
+FILES = ("weights", "distillation")
 
 
 class ImageClassifier(L.LightningModule):
-    """Train an image classifier with SGD.
+    """Train an image classifier.
 
-    Every argument is a plain value, so that the module can be written in YAML and a checkpoint loads with
-    ``torch.load(..., weights_only=True)``. Logs ``train/loss``, ``train/accuracy``, ``val/loss``, ``val/accuracy``,
-    ``test/loss`` and ``test/accuracy`` (top-1), once per epoch.
+    Every argument is a plain value, or a group of plain values that may be given as a dictionary, so that the module
+    can be written in YAML and a checkpoint loads with ``torch.load(..., weights_only=True)``. Logs the means over each
+    epoch of ``train/loss``, ``train/accuracy`` (top-1), ``val/loss``, ``val/accuracy``, ``test/loss`` and
+    ``test/accuracy``, and where there are more than five classes ``val/accuracy_top5`` and ``test/accuracy_top5``.
 
     Args:
         network: Name of the network, as for :func:`lightning_prune.models.build_network`.
@@ -66,15 +44,14 @@ class ImageClassifier(L.LightningModule):
         input_shape: Shape (c, h, w) of one image.
         network_args: Further arguments of the network; ``num_classes``, ``in_channels`` and ``image_size`` are passed
             on without being named here.
-        weights: File of published weights to start from, as for :func:`lightning_prune.models.load_weights`.
-        lr: Learning rate of SGD, above 0.
-        momentum: Momentum of SGD, in [0, 1).
-        weight_decay: Weight decay of SGD, at least 0.
-        nesterov: Use Nesterov's momentum.
-        schedule: How the learning rate falls from epoch to epoch: "cosine", "steps" or "constant".
-        warmup_epochs: Number of epochs in which the learning rate rises before the schedule begins, at least 0.
-        milestones: Rising epochs at which the schedule "steps" divides the learning rate by 10.
-        label_smoothing: Share of the label that is spread over all classes while training, in [0, 1).
+        weights: Published weights to start from: a file, as for :func:`lightning_prune.models.load_weights`, or for
+            ``torchvision/<name>`` the name of one of torchvision's own, such as "IMAGENET1K_V1".
+        optimization: Optimizer, weight decay and learning rate: see `Optimization`.
+        regularization: Label smoothing, mixup and cutmix: see `Regularization`.
+        transfer: Which part of the weights is not used or not trained, for classes other than theirs: see `Transfer`.
+        distillation: A teacher of the same architecture to learn from: see `Distillation`.
+        per_class: Also log the accuracy of each class, as ``val/accuracy_class_<number>`` and for the test.
+        channels_last: Keep images and weights in this memory format, which is fastest on GPUs with mixed precision.
 
     Raises:
         ValueError: If an argument is outside its range, or if the network or the weights do not fit.
@@ -82,8 +59,8 @@ class ImageClassifier(L.LightningModule):
 
     Example:
         >>> import torch
-        >>> from lightning_prune.models import ImageClassifier
-        >>> module = ImageClassifier(network="digits", num_classes=10, input_shape=(1, 8, 8))
+        >>> from lightning_prune.models import ImageClassifier, Optimization
+        >>> module = ImageClassifier("digits", 10, (1, 8, 8), optimization=Optimization(lr=0.05))
         >>> module(module.example_input_array).shape
         torch.Size([1, 10])
     """
@@ -95,110 +72,156 @@ class ImageClassifier(L.LightningModule):
         input_shape: tuple[int, int, int] = (3, 32, 32),
         network_args: dict[str, Any] | None = None,
         weights: str | None = None,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        nesterov: bool = False,
-        schedule: str = "cosine",
-        warmup_epochs: int = 0,
-        milestones: list[int] | None = None,
-        label_smoothing: float = 0.0,
+        optimization: Optimization | dict[str, Any] = Optimization(),  # noqa: B008  (it cannot be changed)
+        regularization: Regularization | dict[str, Any] = Regularization(),  # noqa: B008
+        transfer: Transfer | dict[str, Any] | None = None,
+        distillation: Distillation | dict[str, Any] | None = None,
+        per_class: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
+        _check_data(num_classes, input_shape)
+        network_args = network_args or {}
+        if network.startswith(TORCHVISION_PREFIX) and "weights" in network_args:
+            raise ValueError("network_args may not name weights, which checkpoints hold: set `weights` instead.")
+        self.optimization = _settings(Optimization, optimization)
+        self.regularization = _settings(Regularization, regularization)
+        self.transfer = _settings(Transfer, {} if transfer is None else transfer)
         # A checkpoint holds every weight, so it does not name the file that training once started from. Together with
         # loading right here, this gives the right weights at every moment:
         # - load_from_checkpoint builds the module with weights=None, on a machine that may not have the file;
         # - what looks at the network before or in a callback's `setup` (scores, a trace without any Trainer) sees the
         #   published weights, whereas the module's own `setup` and `configure_model` run after the callbacks' `setup`;
-        # - when a run resumes, the full network gets the file, the pruner then shrinks it in its `setup`, and Lightning
-        #   restores the checkpoint last, so that it wins. A later hook would load into a shrunken network and fail.
-        self.save_hyperparameters(ignore=["weights"])
-        milestones = milestones or []
-        _check_data(num_classes, input_shape)
-        _check_optimizer(lr, momentum, weight_decay, nesterov)
-        _check_schedule(schedule, warmup_epochs, milestones, label_smoothing)
+        # - when a run resumes, the full network gets the file, and Lightning restores the checkpoint last, in the
+        #   pruned shape. A later hook would load into a shrunken network and fail.
+        groups: dict[str, Any] = {
+            "optimization": asdict(self.optimization),
+            "regularization": asdict(self.regularization),
+            "transfer": transfer and asdict(self.transfer),
+        }
+        self.save_hyperparameters(ignore=[*FILES, *groups])
+        self.save_hyperparameters(groups)
         self.network_name = network
-        self.lr = lr
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.nesterov = nesterov
-        self.schedule = schedule
-        self.warmup_epochs = warmup_epochs
-        self.milestones = milestones
-        self.label_smoothing = label_smoothing
+        self.num_classes = num_classes
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.example_input_array = torch.zeros(1, *input_shape)
-        self.network = build_network_for(network, num_classes, input_shape, network_args or {})
+
+        self.network = build_network_for(network, num_classes, input_shape, network_args)
         if weights is not None:
-            load_weights(self.network, weights)
-        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+            new_head = "" if transfer is None else self.transfer.head_of(self.network)
+            load_pretrained(self.network, network, weights, new_head)
+        self.transfer.freeze(self.network, epoch=0)
+        self.network.to(memory_format=self.memory_format)
+        self.teacher: Teacher | None = None
+        if distillation is not None:
+            wisdom = _settings(Distillation, distillation)
+            taught = build_network_for(network, num_classes, input_shape, network_args)
+            self.teacher = Teacher(load_pretrained(taught, network, wisdom.weights), wisdom)
+
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.val_metrics = _make_metrics(num_classes, per_class).clone(prefix="val/")
+        self.test_metrics = _make_metrics(num_classes, per_class).clone(prefix="test/")
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (n, c, h, w) to logits (n, num_classes)."""
-        return self.network(images)
+        return self.network(images.contiguous(memory_format=self.memory_format))
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the shape of a pruned checkpoint, so that ``load_from_checkpoint`` works with it."""
-        restore_shape(self, checkpoint)
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Train what is to be trained in the epoch that a run starts or resumes in."""
+        # The few batches of fast_dev_run are to show that later epochs work too.
+        last = getattr(self.trainer, "fast_dev_run", False)
+        if self.transfer.freeze(self.network, sys.maxsize if last else self.current_epoch):
+            rewrap(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        """Train what is to be trained from this epoch on."""
+        self.on_train_start()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of a batch of images (n, c, h, w) and labels (n,)."""
-        images, labels = batch
+        """Return the loss of a batch of images (n, c, h, w) and labels (n,), or their probabilities (n, classes)."""
+        images, labels = self.regularization.mix(*batch, self.num_classes)
         logits = self(images)
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"Network {self.network_name!r} returns {type(logits).__name__} while training instead of logits: "
                 "switch its auxiliary heads off, with network_args={'aux_logits': False}."
             )
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        self.train_accuracy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.regularization.label_smoothing)
+        if self.teacher is not None:
+            loss = self.teacher.loss(images, logits, loss)
+        self.train_accuracy(logits, labels.argmax(dim=1) if labels.dim() == 2 else labels)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
 
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimizer, and a schedule that steps once per epoch.
+
+        Raises:
+            ValueError: If the schedule is "cosine" and the Trainer has no number of epochs.
+        """
+        optimizer = self.optimization.make_optimizer(self)
+        schedule = self.optimization.make_schedule(optimizer, self.trainer.max_epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    # -- validation, test and prediction ---------------------------------------------------------------------------
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy of a batch of validation images (n, c, h, w) and labels (n,)."""
-        self._evaluate("val", self.val_accuracy, batch)
+        """Count a batch of validation images (n, c, h, w) and labels (n,)."""
+        self._evaluate("val/loss", self.val_metrics, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracies."""
+        self._log_accuracies(self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy of a batch of test images (n, c, h, w) and labels (n,)."""
-        self._evaluate("test", self.test_accuracy, batch)
+        """Count a batch of test images (n, c, h, w) and labels (n,)."""
+        self._evaluate("test/loss", self.test_metrics, batch)
 
-    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracies."""
+        self._log_accuracies(self.test_metrics)
+
+    def _evaluate(self, name: str, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
         logits = self(images)
-        accuracy(logits, labels)
-        loss = F.cross_entropy(logits, labels)
-        self.log(f"{stage}/loss", loss, batch_size=len(labels), sync_dist=True)
-        self.log(f"{stage}/accuracy", accuracy, batch_size=len(labels), prog_bar=True)
+        metrics.update(logits, labels)
+        self.log(name, F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+
+    def _log_accuracies(self, metrics: MetricCollection) -> None:
+        # Computed here and not by Lightning, which knows no metrics of several values. They are the same on all ranks.
+        values = metrics.compute()
+        metrics.reset()
+        self.log_dict(values, prog_bar=len(values) < 3, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the class probabilities (n, num_classes) of images, or of the images in (images, labels)."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self(images).softmax(dim=1)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return SGD, and a schedule that steps once per epoch.
 
-        Raises:
-            ValueError: If the schedule is "cosine" and the Trainer has no number of epochs.
-        """
-        optimizer = torch.optim.SGD(
-            self.parameters(),
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-        )
-        max_epochs = self.trainer.max_epochs
-        if self.schedule == "cosine" and (max_epochs is None or max_epochs < 1):
-            raise ValueError("schedule='cosine' must know where it ends: set Trainer(max_epochs=...).")
+def _settings(kind: type[Settings], given: Settings | Mapping[str, Any]) -> Settings:
+    """Return a group of settings, made of a dictionary where a checkpoint or a person has given one."""
+    if not isinstance(given, Mapping):
+        return given
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"{kind.__name__} cannot be made of {dict(given)}: {error}.") from error
 
-        def factor(epoch: int) -> float:
-            return learning_rate_factor(epoch, max_epochs or 0, self.schedule, self.warmup_epochs, self.milestones)
 
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "epoch"}}
+def _make_metrics(num_classes: int, per_class: bool) -> MetricCollection:
+    # cross_entropy refuses labels out of range; to look for them here too would make a GPU wait at every batch.
+    metrics: dict[str, Any] = {"accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False)}
+    if num_classes > 5:
+        metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
+    if per_class:
+        each = MulticlassAccuracy(num_classes, average=None, validate_args=False)
+        metrics["classes"] = ClasswiseWrapper(each, prefix="accuracy_class_")
+    # Metrics that agree on the first batch are no groups: top-1 and top-5 may both be perfect there.
+    return MetricCollection(metrics, compute_groups=False)
 
 
 def _check_data(num_classes: int, input_shape: Sequence[int]) -> None:
@@ -208,27 +231,3 @@ def _check_data(num_classes: int, input_shape: Sequence[int]) -> None:
         raise ValueError(
             f"input_shape={tuple(input_shape)} is no image: give (channels, height, width), such as (3, 32, 32)."
         )
-
-
-def _check_optimizer(lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
-    if not lr > 0:
-        raise ValueError(f"lr={lr} would not train: set a learning rate above 0.")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum} is outside [0, 1): set it to 0.9, or to 0 for none.")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay={weight_decay} is negative: set it to 0 or above.")
-    if nesterov and momentum == 0:
-        raise ValueError("nesterov=True needs momentum: set momentum above 0, or nesterov to False.")
-
-
-def _check_schedule(schedule: str, warmup_epochs: int, milestones: Sequence[int], label_smoothing: float) -> None:
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}.")
-    if warmup_epochs < 0:
-        raise ValueError(f"warmup_epochs={warmup_epochs} is negative: set it to 0 for none.")
-    if schedule == "steps" and not milestones:
-        raise ValueError("schedule='steps' needs milestones: list the epochs at which the learning rate falls.")
-    if any(late <= early for early, late in zip([0, *milestones], milestones, strict=False)):
-        raise ValueError(f"milestones={list(milestones)} do not rise: list epochs above 0, each later than the last.")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 1): set it to 0 for none.")

@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from lightning_prune.graph import ChannelGraph
 from lightning_prune.plan import PruningPlan
 
 __all__ = ["Measurement", "log_prune", "summarize", "whereabouts"]
@@ -83,20 +82,19 @@ def whereabouts(trainer: "pl.Trainer") -> list[str]:
     return lines
 
 
-def log_prune(trainer: "pl.Trainer", graph: ChannelGraph, plan: PruningPlan, scores: Mapping[str, Tensor]) -> None:
-    """Log the widths of all groups to every logger and, where a logger draws histograms, the scores.
+def log_prune(trainer: "pl.Trainer", plan: PruningPlan, scores: Mapping[str, Tensor], measured: Measurement) -> None:
+    """Log what a prune has left to every logger and, where a logger draws histograms, the scores; for the first rank.
 
     Args:
         trainer: The trainer.
-        graph: The traced model.
         plan: The plan that has just been applied.
         scores: The scores that led to it.
+        measured: The network that is left.
     """
-    if not trainer.is_global_zero:
-        return
-    widths = {f"prune/channels/{name}": float(width) for name, width in plan.widths.items()}
+    numbers = {f"prune/channels/{name}": float(width) for name, width in plan.widths.items()}
+    numbers["prune/latency_ms"] = measured.latency_ms
     for logger in trainer.loggers:
-        logger.log_metrics(widths, step=trainer.global_step)
+        logger.log_metrics(numbers, step=trainer.global_step)
         if isinstance(logger, TensorBoardLogger):
             for name, values in scores.items():
                 ranked = values[values.isfinite()]

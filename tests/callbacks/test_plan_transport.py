@@ -1,10 +1,16 @@
 """The plan goes wherever the weights go, with the pruning callback in the Trainer or without it."""
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import battery
+import lightning as L
 import pytest
-from torch import Tensor
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_prune as lp
@@ -34,6 +40,96 @@ def test_modules_that_were_never_pruned_are_not_touched(tmp_path: Path) -> None:
     assert plan_in_force(plain) is None
     resumed, _ = battery.train(tmp_path / "on", ckpt_path=trainer.checkpoint_callback.best_model_path, max_epochs=2)
     assert battery.differences(plain, resumed) == []
+    loaded = battery.ResidualClassifier.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    assert battery.differences(plain, loaded) == []
+    assert plan_in_force(loaded) is None
+
+
+# -- load_from_checkpoint of classes that know nothing of pruning ------------------------------------------------------
+
+
+class Careful(battery.ResidualClassifier):
+    """Looks into the checkpoint as people write it: keeps a note, and leaves out what has another shape."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["note"] = "mine"
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.note, own, saved = checkpoint["note"], self.state_dict(), checkpoint["state_dict"]
+        self.left_out = [name for name in own if own[name].shape != saved[name].shape]
+        for name in self.left_out:
+            saved[name] = own[name]
+
+
+class Tied(battery.ResidualClassifier):
+    """Two layers of the same weights, of which both names are in the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Conv2d(24, 12, 3, padding=1)
+        self.again.weight = self.second.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.stem(images))
+        x = F.relu(self.norm(self.first(x)))
+        return self.head(F.adaptive_avg_pool2d(self.second(x) + self.again(x), 2).flatten(1))
+
+
+STRANGERS: dict[str, tuple[type[L.LightningModule], dict[str, Any]]] = {
+    "as it is": (battery.ResidualClassifier, {}),
+    "weights alone": (battery.ResidualClassifier, {"weights_only": True, "map_location": "cpu"}),
+    "not strict": (battery.ResidualClassifier, {"strict": False}),
+    "on_load_checkpoint of its own": (Careful, {}),
+    "tied weights": (Tied, {}),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_load_from_checkpoint(stranger: str, tmp_path: Path) -> None:
+    kind, settings = STRANGERS[stranger]
+    module, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), module=kind())
+    path = trainer.checkpoint_callback.best_model_path
+    loaded = kind.load_from_checkpoint(path, **settings)
+    assert plan_in_force(loaded) == plan_in_force(module) is not None
+    assert battery.differences(module, loaded) == []
+    assert type(loaded) is kind
+    assert loaded.hparams == module.hparams
+    images = battery.images(8).tensors[0]
+    torch.testing.assert_close(loaded.eval()(images), module.eval()(images), rtol=0, atol=0)
+    assert getattr(loaded, "note", "mine") == "mine"
+    assert getattr(loaded, "left_out", []) == []
+
+
+def test_load_from_checkpoint_of_data_beside_a_pruned_module(tmp_path: Path) -> None:
+    class Data(L.LightningDataModule):
+        def __init__(self, size: int = 2) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self) -> Any:
+            return battery.loaders()[0]
+
+    callbacks = [battery.make_callback("magnitude"), ModelCheckpoint(tmp_path, filename="end")]
+    trainer = L.Trainer(
+        max_epochs=battery.EPOCHS, accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=callbacks,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(battery.ResidualClassifier(), datamodule=Data(size=3))
+    assert Data.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True).hparams["size"] == 3
+
+
+def test_load_from_checkpoint_into_another_width_fails_as_it_does_without_us(tmp_path: Path) -> None:
+    _, trainer = battery.train(tmp_path, battery.make_callback("magnitude"))
+    with pytest.raises(RuntimeError, match=r"size mismatch for stem.weight: .*\[12, 1, 3, 3\].*\[10, 1, 3, 3\]"):
+        battery.ResidualClassifier.load_from_checkpoint(trainer.checkpoint_callback.best_model_path, width=10)
+
+
+def test_importing_the_package_alone_does_not_import_lightning() -> None:
+    line = "import lightning_prune, sys; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line], check=False).returncode == 0
+
+
+# -- what a run can be like --------------------------------------------------------------------------------------------
 
 
 class TwoViews(battery.ResidualClassifier):

@@ -20,7 +20,7 @@ from lightning_prune.graph.channel_graph import plan_in_force
         ({"keep": 1.5}, "above 0 and at most 1; got 1.5"),
         ({"keep": "half"}, "above 0 and at most 1; got 'half'"),
         ({"keep": float("nan")}, "above 0 and at most 1; got nan"),
-        ({"metric": "macs"}, "metric must be one of flops, params, channels; got 'macs'"),
+        ({"metric": "macs"}, "metric must be one of flops, params, channels, latency; got 'macs'"),
         ({"start_epoch": -1}, "start_epoch must be a whole number of at least 0; got -1"),
         ({"every_n_epochs": 0}, "every_n_epochs must be a whole number of at least 1; got 0"),
         ({"steps": 0}, "steps must be a whole number of at least 1; got 0"),

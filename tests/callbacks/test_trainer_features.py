@@ -25,15 +25,17 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import lightning_prune as lp
-from lightning_prune.callbacks import PruningCallback
+from lightning_prune.budget import CostModel
 from lightning_prune.graph.channel_graph import plan_in_force
 
 CALLBACKS = pytest.mark.parametrize("name", battery.CALLBACKS)
+NODES = Path(__file__).parents[1] / "nodes.py"
 
 
 class Optimized(battery.ResidualClassifier):
@@ -442,12 +444,27 @@ def test_limits(limit: str, name: str, tmp_path: Path) -> None:
     assert set(standing(module, watch)) <= {"first.bias"}
 
 
-@pytest.mark.parametrize("start_epoch", [0, 1])
-def test_fast_dev_run(start_epoch: int, tmp_path: Path) -> None:
-    callback = PruningCallback(start_epoch=start_epoch, steps=1, round_to=2)
-    module, trainer = battery.train(tmp_path, callback, fast_dev_run=True)
-    assert trainer.global_step == 1
-    assert is_pruned(module) == (start_epoch == 0)  # one epoch is run, whatever max_epochs says
+@CALLBACKS
+@pytest.mark.parametrize("batches", [1, 3])
+def test_fast_dev_run_prunes_to_the_budget_before_it_validates(batches: int, name: str, tmp_path: Path) -> None:
+    """One epoch is run, whatever max_epochs and start_epoch say."""
+    widths: list[int] = []
+
+    class Widths(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            widths.append(pl_module.first.out_channels)
+
+        def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            assert pl_module.first.out_channels < 24
+
+    callback = battery.make_callback(name, start_epoch=2)
+    module, trainer = battery.train(tmp_path, Widths(), callback, fast_dev_run=batches)
+    assert trainer.global_step == batches
+    assert widths == [24] * batches
+    assert is_pruned(module)
+    assert callback.steps_done == callback.steps
+    cost = CostModel(lp.trace(module, torch.zeros(1, 1, 8, 8)), "flops")
+    assert 0.4 < cost(plan_in_force(module).widths) / cost.original <= 0.5
 
 
 @CALLBACKS
@@ -550,7 +567,7 @@ def test_compiled_modules(name: str, how: str, tmp_path: Path) -> None:
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_the_parent_of_spawned_ranks_holds_the_pruned_model(strategy: str, tmp_path: Path) -> None:
     module, trainer = battery.train(
         tmp_path, battery.make_callback("taylor"), strategy=strategy, devices=2, accelerator="cpu"
@@ -562,47 +579,79 @@ def test_the_parent_of_spawned_ranks_holds_the_pruned_model(strategy: str, tmp_p
     assert module(battery.images(4).tensors[0]).shape == (4, 4)
 
 
+def test_synchronized_normalization_loses_the_same_channels(tmp_path: Path) -> None:
+    """What `sync_batchnorm=True` makes of the network before training, and takes back after; it runs on GPUs alone."""
+    plain, sync = battery.ResidualClassifier(), TorchSyncBatchNorm()
+    synchronized = sync.apply(copy.deepcopy(plain))
+    for module in (plain, synchronized):
+        graph = lp.trace(module, torch.zeros(1, 1, 8, 8))
+        lp.prune(module, lp.plan(graph, lp.criteria.magnitude(graph), keep=0.5, round_to=2))
+    assert isinstance(synchronized.norm, nn.SyncBatchNorm)
+    assert plan_in_force(synchronized) == plan_in_force(plain)
+    reverted = sync.revert(synchronized)
+    assert not isinstance(reverted.norm, nn.SyncBatchNorm)
+    assert reverted.norm.num_features == plain.norm.num_features < 24
+    assert battery.differences(plain, reverted) == []
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def _launch(root: Path, nodes: int, per_node: int, *kinds: str) -> list[dict[str, Any]]:
-    """Start torchrun once per node, on loopback; return what each rank wrote."""
-    root.mkdir()
-    script = Path(__file__).parents[1] / "nodes.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent), "GLOO_SOCKET_IFNAME": "lo"}
-    port = _free_port()
+def _launch(root: Path, commands: list[list[str]], environments: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Start a node with each command, on loopback; return what each of two ranks wrote."""
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(NODES.parent), "GLOO_SOCKET_IFNAME": "lo"}
     launched = [
         subprocess.Popen(
-            [
-                sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={per_node}",
-                f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}", str(script), str(root),
-                str(nodes), str(per_node), *kinds,
-            ],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, *command], env={**shared, **own}, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        for rank in range(nodes)
+        for command, own in zip(commands, environments, strict=True)
     ]  # fmt: skip
     try:
         said = [process.communicate(timeout=150)[0] for process in launched]
     finally:
         for process in launched:
             process.kill()
-    assert [process.returncode for process in launched] == [0] * nodes, "\n".join(text[-3000:] for text in said)
-    return [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(nodes * per_node)]
+    assert [process.returncode for process in launched] == [0] * len(launched), "\n".join(t[-3000:] for t in said)
+    return [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def _torchrun(root: Path, nodes: int, *kinds: str) -> list[dict[str, Any]]:
+    root.mkdir()
+    per_node, port = 2 // nodes, _free_port()
+    run = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={per_node}"]
+    run += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    script = [str(NODES), str(root), str(nodes), str(per_node), *kinds]
+    commands = [[*run, f"--node_rank={rank}", *script] for rank in range(nodes)]
+    return _launch(root, commands, [{}] * nodes)
+
+
+def _srun(root: Path, *kinds: str) -> list[dict[str, Any]]:
+    """Two nodes as SLURM's own launcher tells them of each other."""
+    root.mkdir()
+    job = {
+        "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+    }  # fmt: skip
+    tasks = [{**job, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)]
+    return _launch(root, [[str(NODES), str(root), "2", "1", *kinds]] * 2, tasks)
 
 
 def test_two_nodes_equal_one_node_with_two_ranks(tmp_path: Path) -> None:
-    """One node runs every kind of DDP; all of them end in the same bits."""
-    kinds = ("plain", "find_unused", "static_graph", "bucket_view")
-    one, two = _launch(tmp_path / "one", 1, 2, *kinds), _launch(tmp_path / "two", 2, 1, "plain")
+    """One node runs every kind of DDP; those that sum the same numbers end in the same bits."""
+    same, others = ("plain", "find_unused", "static_graph", "bucket_view"), ("compressed", "averaged")
+    one = _torchrun(tmp_path / "one", 1, *same, *others)
+    two, slurm = _torchrun(tmp_path / "two", 2, "plain"), _srun(tmp_path / "slurm", "plain")
     assert [rank.pop("place") for rank in one] == [[0, 0, 0], [1, 0, 1]]  # global rank, node, local rank
-    assert [rank.pop("place") for rank in two] == [[0, 0, 0], [1, 1, 0]]
+    for nodes in (two, slurm):
+        assert [rank.pop("place") for rank in nodes] == [[0, 0, 0], [1, 1, 0]]
+        assert nodes == [{"plain": one[0]["plain"]}] * 2
     assert one[0] == one[1]
-    assert two[0] == two[1]
-    assert list(one[0]) == list(kinds)
-    assert {result["difference"] for result in (*one[0].values(), *two[0].values())} == {0.0}
-    assert two[0]["plain"] == one[0]["plain"] == one[0]["find_unused"]
-    assert one[0]["plain"] == one[0]["static_graph"] == one[0]["bucket_view"]
+    assert list(one[0]) == [*same, *others]
+    assert {result["difference"] for result in one[0].values()} == {0.0}
+    assert all(one[0][kind] == one[0]["plain"] for kind in same)
+    assert len({one[0][kind]["weights"] for kind in ("plain", *others)}) == 3
+    assert one[0]["compressed"]["compressed"] >= battery.EPOCHS * battery.BATCHES  # after each prune too

@@ -12,9 +12,16 @@ import battery
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    XLAStrategy,
+)
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_prune as lp
@@ -36,6 +43,19 @@ class Parts(battery.ResidualClassifier):
 class WithLBFGS(battery.ResidualClassifier):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(self.parameters(), max_iter=1)
+
+
+class Shards(torch.optim.SGD):
+    """Keeps its state as `ZeroRedundancyOptimizer` does, which takes several ranks."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, 0.01)
+        self.optim = torch.optim.AdamW(self.param_groups[0]["params"])
+
+
+class WithShards(battery.ResidualClassifier):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return Shards(self.parameters())
 
 
 class WithOddState(battery.ResidualClassifier):
@@ -97,12 +117,13 @@ def fit_on(data: IterableDataset) -> Callable[[Path], Any]:
     return run
 
 
-def under(strategy: type) -> Callable[[Path], Any]:
+def under(strategy: type, **attributes: Any) -> Callable[[Path], Any]:
     """Set up under a strategy that this machine need not be able to run."""
 
     def run(root: Path) -> None:
         trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=5)
-        trainer._accelerator_connector.strategy = strategy.__new__(strategy)
+        trainer._accelerator_connector.strategy = made = strategy.__new__(strategy)
+        vars(made).update(attributes)
         PruningCallback().setup(trainer, battery.ResidualClassifier(), "fit")
 
     return run
@@ -162,7 +183,7 @@ def body(kind: type[PruningCallback] = PruningCallback, module: str = "body", **
 
 Row = tuple[Callable[[Path], Any], type[Exception], str]
 KEEP = "keep must be the fraction that stays, above 0 and at most 1; got"
-METRIC = "metric must be one of flops, params, channels; got"
+METRIC = "metric must be one of flops, params, channels, latency; got"
 OTHER = "keeps a copy or a mask of the weights in the shapes they have now, which does not follow when"
 INPUTS = "do not fit the forward pass of"
 
@@ -222,8 +243,8 @@ SETTINGS: dict[str, Row] = {
         "The ignore pattern 'model.stem' matches no module; module names look like 'layer1.0'.",
     ),
     "metric of a plan": (
-        lambda _: lp.plan(lp.trace(battery.ResidualClassifier(), EXAMPLE), {}, metric="latency"), ValueError,
-        f"{METRIC} 'latency'.",
+        lambda _: lp.plan(lp.trace(battery.ResidualClassifier(), EXAMPLE), {}, metric="macs"), ValueError,
+        f"{METRIC} 'macs'.",
     ),
     "order of a norm": (
         lambda _: lp.criteria.magnitude(lp.trace(battery.ResidualClassifier(), EXAMPLE), p=0), ValueError,
@@ -239,12 +260,10 @@ COMPANY: dict[str, Row] = {
     ),
     "DeepSpeed": (under(DeepSpeedStrategy), ValueError, "Pruning does not work with DeepSpeedStrategy, which shards"),
     "XLA": (under(XLAStrategy), ValueError, "Pruning does not work with XLAStrategy, which shards or moves the"),
-    "weight averaging": (
-        fit(PruningCallback(), WeightAveraging()), ValueError, f"WeightAveraging {OTHER} PruningCallback removes",
-    ),
-    "EMA": (
-        fit(TaylorRankCallback(), EMAWeightAveraging()), ValueError,
-        f"EMAWeightAveraging {OTHER} TaylorRankCallback removes channels; leave one of them out.",
+    "a gradient compressor with a memory": (
+        under(DDPStrategy, _ddp_comm_state=PowerSGDState(None)), ValueError,
+        "PowerSGDState remembers gradients in the shapes they have now, which does not follow when channels are "
+        "removed; use fp16_compress_hook or bf16_compress_hook.",
     ),
     "SWA": (
         fit(StochasticWeightAveraging(swa_lrs=1e-2), PruningCallback()), ValueError,
@@ -273,6 +292,10 @@ MODELS: dict[str, Row] = {
         "LBFGS keeps its history for all parameters in one vector, which cannot lose channels; use another optimizer, "
         "such as SGD or AdamW.",
     ),
+    "state spread over the ranks": (
+        fit(PruningCallback(), module=WithShards()), TypeError,
+        "Shards spreads its state over the ranks, where it cannot be sliced; use the AdamW in it as it is.",
+    ),
     "state that belongs to no channel": (
         fit(PruningCallback(), module=WithOddState()), TypeError,
         "SGD keeps 'history' of 'stem.weight' in shape (3, 108), where nothing says which numbers belong to which "
@@ -284,8 +307,8 @@ MODELS: dict[str, Row] = {
     ),
     "a reader of its own kind under Taylor": (
         fit(TaylorRankCallback(), module=Mixing()), ValueError,
-        "The Taylor criterion cannot watch what 'mix' (Mix) reads of group 'lift'; add 'lift' to ignore, or use "
-        "PruningCallback.",
+        "The Taylor criterion cannot watch what 'mix' (Mix) reads of group 'lift'; add 'lift' to ignore, or use a "
+        "criterion that needs no activations, such as 'l1', or 'taylor' with variant 'gate'.",
     ),
     "a part that is nothing but output": (
         fit(PruningCallback(module="head", example_inputs=[1, 48])), ValueError,
@@ -342,7 +365,7 @@ CHECKPOINTS: dict[str, Row] = {
     ),
     "another plan than the weights": (
         load_changed(set_kept([0, 1, 2, 3, 4])), ValueError,
-        "The checkpoint is of another architecture: 'stem.weight' has shape (",
+        "The checkpoint is damaged: 'stem.weight' has shape (10, 1, 3, 3), where its plan says (5, 1, 3, 3).",
     ),
     "a weight that is missing": (
         load_changed(lambda checkpoint: checkpoint["state_dict"].pop("stem.bias")), ValueError,

@@ -162,7 +162,7 @@ def test_auto_rounding_keeps_the_highest_score(monkeypatch):
     }
     kept = {step: planning.kept_score(plan, scores) for step, plan in plans.items()}
     assert kept["auto"] == max(kept.values())
-    assert len(set(kept.values())) > 2
+    assert len(set(kept.values())) > 1
     with pytest.raises(ValueError, match="round_to must be a whole number of at least 1; got 'auto'"):
         lp.plan(graph, scores, keep=0.6, metric="flops", round_to="auto")
 

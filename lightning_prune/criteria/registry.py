@@ -1,0 +1,130 @@
+"""Criteria by name, and the one call that runs any of them."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lightning_prune.graph.channel_graph import ChannelGraph
+
+__all__ = ["CRITERIA", "Criterion", "Loss", "find", "needs_data", "register", "score"]
+
+Criterion = Callable[..., dict[str, Tensor]]
+Loss = Callable[[nn.Module, Any], Tensor]
+_Function = TypeVar("_Function", bound=Criterion)
+
+CRITERIA: dict[str, Criterion] = {}
+
+
+def register(name: str) -> Callable[[_Function], _Function]:
+    """Give a criterion a name that `score` and the settings of callbacks know it by.
+
+    Args:
+        name: The name. A name that is taken is given to the new criterion.
+
+    Returns:
+        A decorator for a function whose first parameter is the graph. One that needs data names its next two
+        parameters ``batches`` and ``loss``; all others are settings, and need defaults. It returns the (channels,)
+        score of each group, higher is kept; ``-inf`` for channels that have been removed.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune import criteria, trace
+        >>> @register("first_come")
+        ... def first_come(graph, power=1):
+        ...     return {name: -(torch.arange(group.size) ** power) for name, group in graph.groups.items()}
+        >>> graph = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), torch.zeros(1, 2))
+        >>> score(graph, {"name": "first_come", "power": 2})
+        {'0': tensor([ 0, -1, -4])}
+    """
+
+    def note(function: _Function) -> _Function:
+        CRITERIA[name] = function
+        return function
+
+    return note
+
+
+def score(
+    graph: ChannelGraph,
+    criterion: str | Mapping[str, Any] = "l1",
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> dict[str, Tensor]:
+    """Score the channels by any criterion.
+
+    Args:
+        graph: The traced model.
+        criterion: A name in `CRITERIA`, or the import path of a function; with settings as a mapping such as
+            ``{"name": "magnitude", "p": 2}``.
+        batches: Batches of data, for criteria that need them.
+        loss: Given the model and a batch, returns the loss as a scalar, for criteria that need data.
+
+    Returns:
+        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed.
+
+    Raises:
+        ValueError: If there is no such criterion or setting, or it needs data and there are none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 1.0]]))
+        >>> score(trace(model, torch.zeros(1, 2)), {"name": "magnitude", "p": 1})["0"]
+        tensor([1.0000, 1.5000, 0.5000])
+    """
+    function = find(criterion)
+    if not needs_data(function):
+        return function(graph)
+    if batches is None or loss is None:
+        raise ValueError(f"Criterion {_name(criterion)!r} needs data: give `batches` and `loss`.")
+    return function(graph, batches, loss)
+
+
+def find(criterion: str | Mapping[str, Any]) -> Criterion:
+    """Return the criterion of a setting, with its own settings filled in.
+
+    Args:
+        criterion: As for `score`.
+
+    Raises:
+        ValueError: If there is no such criterion, or it has no such setting.
+    """
+    name = _name(criterion)
+    function = CRITERIA.get(name) or _imported(name)
+    if function is None:
+        raise ValueError(
+            f"There is no criterion {name!r}; those known are {', '.join(sorted(CRITERIA))}. Yours needs "
+            "@lightning_prune.criteria.register(...) in a module that is imported, or is named by its import path."
+        )
+    settings = {} if isinstance(criterion, str) else {key: criterion[key] for key in criterion if key != "name"}
+    known = [key for key in list(inspect.signature(function).parameters)[1:] if key not in ("batches", "loss")]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"Criterion {name!r} has no setting {key!r}; it has {', '.join(known) or 'none'}.")
+    return partial(function, **settings) if settings else function
+
+
+def needs_data(function: Criterion) -> bool:
+    """Tell whether a criterion takes batches of data and a loss."""
+    return "batches" in inspect.signature(function).parameters
+
+
+def _name(criterion: str | Mapping[str, Any]) -> str:
+    name = criterion if isinstance(criterion, str) else criterion.get("name")
+    if not isinstance(name, str):
+        raise ValueError(f"A criterion is a name, or a mapping with a name and settings; got {criterion!r}.")
+    return name
+
+
+def _imported(path: str) -> Criterion | None:
+    module, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute, None) if module else None
+    except ModuleNotFoundError:
+        return None
+    return found if callable(found) else None

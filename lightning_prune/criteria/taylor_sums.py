@@ -1,0 +1,170 @@
+"""Collecting what the Taylor criterion needs, backward pass by backward pass, wherever the passes come from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.criteria.readers import check_readable, sum_positions, watch
+from lightning_prune.graph.channel_graph import ChannelGraph, Group
+from lightning_prune.graph.modules import named_tensors
+
+__all__ = ["GRADIENT_FORMS", "VARIANTS", "Collector", "Totals", "make_collector"]
+
+# Where the absolute value is taken: of each position, of each example, or of the mean over all data.
+_ABSOLUTE = {"a": "example", "b": "position", "c": "data"}
+GRADIENT_FORMS = ("gate", "sum_then_square", "square_then_sum")
+VARIANTS = (*_ABSOLUTE, *GRADIENT_FORMS)
+
+
+@dataclass
+class Totals:
+    """Sums over examples or steps; of several ranks they add up.
+
+    Attributes:
+        sums: (live channels,) float64 by group.
+        counts: () float64 by group: over how many examples or steps.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Tensor], count: int) -> None:
+        """Add the sums of one step, unless one of them is not finite: optimizers leave such steps out as well."""
+        if not values:
+            return
+        # No branch on the outcome, to spare a synchronisation with the device.
+        finite = torch.stack([value.isfinite().all() for value in values.values()]).all()
+        for name, value in values.items():
+            value = torch.where(finite, value, 0.0).double()
+            self.sums[name] = value + self.sums[name].to(value.device) if name in self.sums else value
+            counted = finite.double() * count
+            self.counts[name] = counted + self.counts[name].to(value.device) if name in self.counts else counted
+
+    def unseen(self, graph: ChannelGraph) -> list[str]:
+        """Name the groups of which there is nothing yet."""
+        return [name for name in graph.groups if name not in self.counts or not self.counts[name] > 0]
+
+
+class Collector:
+    """Add to totals what each step tells about the channels.
+
+    Args:
+        graph: The traced model.
+        variant: One of `VARIANTS`.
+        totals: What to add to.
+    """
+
+    def __init__(self, graph: ChannelGraph, variant: str, totals: Totals) -> None:
+        self.graph = graph
+        self.variant = variant
+        self.totals = totals
+
+    def listen(self) -> None:
+        """Start watching the model."""
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+
+    def after_backward(self, scale: float) -> None:
+        """Take what the backward passes since the last call have left.
+
+        Args:
+            scale: What gradients must be multiplied with to be those of the mean loss.
+        """
+
+    def before_step(self, gradients: Mapping[str, Tensor]) -> None:
+        """Take the gradients that a step is made with.
+
+        Args:
+            gradients: The gradient of each parameter that has one, by name.
+        """
+
+
+def make_collector(graph: ChannelGraph, variant: str, totals: Totals) -> Collector:
+    """Return the collector of a variant."""
+    return (_Gradients if variant in GRADIENT_FORMS else _Effects)(graph, variant, totals)
+
+
+class _Effects(Collector):
+    """Variants a, b and c: activation times gradient where layers read, at the moment the gradient passes by."""
+
+    def __init__(self, graph: ChannelGraph, variant: str, totals: Totals) -> None:
+        super().__init__(graph, variant, totals)
+        check_readable(graph, "The Taylor criterion")
+        self._handles: list[RemovableHandle] = []
+        self._passes: dict[int, dict[str, Tensor]] = {}  # by number of examples, then by tensor that reads
+
+    def listen(self) -> None:
+        self._handles = watch(self.graph, self._read)
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._passes.clear()
+
+    def after_backward(self, scale: float) -> None:
+        examples = sum(self._passes)
+        found = {name: self._sum_over_examples(group) for name, group in self.graph.groups.items()}
+        # A mean loss has divided the gradient of each example by their number.
+        self.totals.add(
+            {name: total * (scale * examples) for name, total in found.items() if total is not None}, examples
+        )
+        self._passes.clear()
+
+    def _read(self, tensor: str, activation: Tensor, axis: int) -> Tensor | None:
+        """Let the gradient that flows back through one reader pass by."""
+        if not torch.is_grad_enabled():
+            return None
+        # A node of its own, for the gradient through this reader alone; a leaf where nothing before it is trained.
+        tapped = activation.view_as(activation) if activation.requires_grad else activation.detach().requires_grad_()
+        tapped.register_hook(partial(self._collect, tensor, activation.detach(), axis))
+        return tapped
+
+    def _collect(self, tensor: str, activation: Tensor, axis: int, gradient: Tensor) -> None:
+        effect = sum_positions(self._absolute("position", activation * gradient.detach()), axis)
+        effects = self._passes.setdefault(len(effect), {})
+        effects[tensor] = effects[tensor] + effect if tensor in effects else effect
+
+    def _sum_over_examples(self, group: Group) -> Tensor | None:
+        """Return the effect of each live channel of a group, summed over examples: (live channels,)."""
+        channels = self.graph.live(group.name)
+        sums = []
+        # Passes over equally many examples are passes over the same ones; others are examples of their own.
+        for effects in self._passes.values():
+            found = [
+                effects[part.tensor][:, self.graph.positions_now(part, channels)]
+                .unflatten(1, (len(channels), -1))
+                .sum(2)
+                for part in group.readers
+                if part.tensor in effects
+            ]
+            if found:
+                sums.append(self._absolute("example", torch.stack(found).sum(0)).sum(0))
+        return torch.stack(sums).sum(0) if sums else None
+
+    def _absolute(self, place: str, values: Tensor) -> Tensor:
+        return values.abs() if _ABSOLUTE[self.variant] == place else values
+
+
+class _Gradients(Collector):
+    """The forms of 2019: weight times gradient, squared, once per step."""
+
+    def before_step(self, gradients: Mapping[str, Tensor]) -> None:
+        tensors = named_tensors(self.graph.model)
+        products = {name: tensors[name].detach() * gradient for name, gradient in gradients.items()}
+        found = {}
+        for name, group in self.graph.groups.items():
+            # A gate on a channel multiplies it wherever it is read, as would a factor on the weights that read it.
+            parts = group.readers if self.variant == "gate" else group.producers + group.others
+            if self.variant == "gate" and not all(tensors[part.tensor].requires_grad for part in parts):
+                continue  # what frozen weights pass on is not known from the others
+            rows = [self.graph.rows(name, part, products) for part in parts if part.tensor in products]
+            if rows:
+                row = torch.cat([row.to(rows[0].device, torch.float64) for row in rows], dim=1)
+                found[name] = row.square().sum(1) if self.variant == "square_then_sum" else row.sum(1).square()
+        self.totals.add(found, 1)

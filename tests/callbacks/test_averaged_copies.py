@@ -1,0 +1,112 @@
+"""Averaged copies of the weights lose the same channels and keep their history."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import battery
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from torch import Tensor, nn, optim
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+import lightning_prune as lp
+from lightning_prune.callbacks import PruningCallback
+from lightning_prune.graph.channel_graph import plan_in_force
+
+DECAY = 0.8
+AVERAGES: dict[str, Any] = {
+    "equal": WeightAveraging,
+    "exponential": lambda: EMAWeightAveraging(decay=DECAY),
+    "parameters alone, every other step": lambda: EMAWeightAveraging(
+        decay=DECAY, use_buffers=False, update_every_n_steps=2
+    ),
+}
+
+
+class Naive(L.Callback):
+    """Average the weights in the shapes of the original model; what is removed stands still."""
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        plan = plan_in_force(pl_module)
+        index = plan.index() if plan is not None else {}
+        for name, value in pl_module.state_dict().items():
+            if not value.is_floating_point():
+                continue
+            average = self.average.setdefault(name, value.clone())
+            axes = index.get(name, {})
+            stays = torch.meshgrid(
+                *(axes.get(axis, torch.arange(size)) for axis, size in enumerate(average.shape)), indexing="ij"
+            )
+            average[stays] = average[stays] * DECAY + value * (1 - DECAY)
+        self.index = index
+
+
+@pytest.mark.parametrize("first", ["averaging", "pruning"])
+@pytest.mark.parametrize("name", battery.CALLBACKS)
+def test_the_history_is_kept_through_prunes(name: str, first: str, tmp_path: Path) -> None:
+    naive, pair = Naive(), [AVERAGES["exponential"](), battery.make_callback(name)]
+    module, trainer = battery.train(tmp_path, naive, *(pair if first == "averaging" else pair[::-1]))
+    assert trainer.callback_metrics["prune/keep_flops"] <= 0.5
+    for key, expected in naive.average.items():  # Lightning leaves its average in the module
+        for axis, stays in naive.index.get(key, {}).items():
+            expected = expected.index_select(axis, stays)
+        torch.testing.assert_close(module.state_dict()[key], expected, msg=key)
+    loaded = lp.load_pruned(battery.ResidualClassifier, trainer.checkpoint_callback.best_model_path)
+    assert battery.differences(module, loaded) == []  # Lightning saves the average for use
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_resumes_to_the_same_bits(kind: str, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
+    unbroken, _ = battery.train(tmp_path, battery.make_callback("taylor"), AVERAGES[kind](), saver)
+    paths = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert len(paths) == battery.EPOCHS * battery.BATCHES // 4
+    for path in paths:
+        callbacks = [AVERAGES[kind](), battery.make_callback("taylor")]
+        resumed, _ = battery.train(tmp_path / path.stem, *callbacks, ckpt_path=path)
+        assert battery.differences(unbroken, resumed) == [], path.name
+
+
+class Holding(battery.ResidualClassifier):
+    """Averages a part by its own means; the copy is a part of it, or put away where torch does not look."""
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+        self.other = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+        average = AveragedModel(self.body, avg_fn=get_ema_avg_fn(0.9))
+        self.averages: Any = [average] if hidden else average
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images.flatten(1)) + self.other(images.flatten(1))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        average = self.averages[0] if isinstance(self.averages, list) else self.averages
+        average.update_parameters(self.body)
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.SGD([*self.body.parameters(), *self.other.parameters()], 0.1)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_an_averaged_model_of_what_is_pruned_is_refused(hidden: bool, tmp_path: Path) -> None:
+    said = (
+        "'averages' of Holding averages the weights of 'body' in the shapes they have now, which does not follow when "
+        "channels are removed; use Lightning's WeightAveraging or EMAWeightAveraging callback, which does."
+    )
+    with pytest.raises(ValueError, match="^" + re.escape(said)):
+        battery.train(tmp_path, PruningCallback(round_to=2), module=Holding(hidden))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_an_averaged_model_of_another_part_does_not_matter(hidden: bool, tmp_path: Path) -> None:
+    callback = PruningCallback(round_to=2, module="other", example_inputs=[1, 64])
+    module, _ = battery.train(tmp_path, callback, module=Holding(hidden))
+    assert module.other[0].out_features <= 8
+    assert module.body[0].out_features == 32
