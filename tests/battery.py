@@ -14,12 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
+from lightning_prune.callbacks import AFIEEarlyPruneCallback, PruningCallback, SensitivenessCallback, TaylorRankCallback
 
 # Settings that make each callback prune three times within `EPOCHS` epochs.
 CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
     "magnitude": (PruningCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
     "taylor": (TaylorRankCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
+    "taylor_gate": (
+        TaylorRankCallback,
+        {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "variant": "gate", "momentum": 0.5},
+    ),
+    "afie": (AFIEEarlyPruneCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
+    "sensitiveness": (
+        SensitivenessCallback,
+        {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "levels": [0.5], "draws": 2},
+    ),
 }
 EPOCHS = 5
 BATCHES = 6

@@ -17,8 +17,10 @@ from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.plan import PruningPlan
+from lightning_prune.reporting.history import History, write_history
+from lightning_prune.reporting.loggers import log_end, log_prune
 from lightning_prune.reporting.progress import announce
-from lightning_prune.reporting.summary import Measurement, log_prune, summarize, whereabouts
+from lightning_prune.reporting.summary import Measurement, summarize, whereabouts
 from lightning_prune.surgery import check, prune
 
 __all__ = ["PruningCallback"]
@@ -103,6 +105,7 @@ class PruningCallback(Callback):
         self.check_criterion()
         self.steps_done = 0
         self.before: Measurement | None = None
+        self.history: History | None = None
         self.batch_like: dict[str, Any] | None = None
         self._graph: ChannelGraph | None = None
         self._costs: list[CostModel] = []
@@ -184,7 +187,7 @@ class PruningCallback(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         check(pl_module, trainer.optimizers)
         if plan_in_force(pl_module) is None:  # a callback that has pruned another module starts anew
-            self.steps_done, self.before = 0, None
+            self.steps_done, self.before, self.history = 0, None, None
         inputs = trainer_state.example_inputs(trainer, pl_module, self.module, self.example_inputs, self.batch_like)
         if self.example_inputs is None and pl_module.example_input_array is None:
             # A resumed run must not look at a batch again: loaders that know their position would lose it.
@@ -201,6 +204,8 @@ class PruningCallback(Callback):
         if self.before is None and trainer.is_global_zero:
             with announce(f"Measuring {type(pl_module).__name__}"):
                 self.before = self._part.measure(self._graph)
+        if self.history is None and self.before is not None and trainer.is_global_zero:
+            self.history = History.begin(self, self._graph, self.before)
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -236,6 +241,10 @@ class PruningCallback(Callback):
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self.before is not None and self.steps_done == 0 and not trainer.sanity_checking:
             self.before.metrics = trainer_state.metrics(trainer)
+        # Not before training has started, nor after it.
+        if self.history is not None and self._graph is not None and trainer.is_global_zero:
+            self.history.add_epoch(trainer.current_epoch + 1, self._kept(), trainer_state.metrics(trainer))
+            write_history(trainer, self.history)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -243,6 +252,10 @@ class PruningCallback(Callback):
         # Later hooks find the module on the CPU again, whatever it was trained on.
         if self.steps_done and self.before and self._graph and self._part and trainer.is_global_zero:
             self._after = self._part.measure(self._graph, trainer_state.metrics(trainer))
+            if self.history is not None:
+                self.history.after = self._after
+                write_history(trainer, self.history)
+                log_end(trainer, self.history)
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -268,12 +281,14 @@ class PruningCallback(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         before = None if self.before is None else self.before.to_json()
-        return {"steps_done": self.steps_done, "before": before, "batch_like": self.batch_like}
+        history = None if self.history is None else self.history.to_json()
+        return {"steps_done": self.steps_done, "before": before, "batch_like": self.batch_like, "history": history}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps_done, self.batch_like = state_dict["steps_done"], state_dict["batch_like"]
         self.before = Measurement.from_json(state_dict["before"]) if state_dict["before"] else None
+        self.history = History.from_json(state_dict["history"]) if state_dict.get("history") else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave references to modules out of copies and pickles."""
@@ -305,7 +320,11 @@ class PruningCallback(Callback):
         rank_zero_info(f"{self._headline(trainer, plan, step)}\n{report}")
         if trainer.is_global_zero:
             assert self._part is not None
-            log_prune(trainer, plan, scores, self._part.measure(self._graph))
+            assert self.history is not None
+            left = self._part.measure(self._graph)
+            self.history.add_prune(self._graph, plan, step, trainer.current_epoch, left)
+            write_history(trainer, self.history)
+            log_prune(trainer, self.history, scores)
 
     def _headline(self, trainer: "pl.Trainer", plan: PruningPlan, step: int) -> str:
         budget = plan.budget or {}

@@ -91,11 +91,6 @@ class TaylorRankCallback(PruningCallback):
         super().on_train_start(trainer, pl_module)
         assert self._graph is not None
         make_collector(self._graph, self.variant, self.totals)  # which refuses what it cannot watch
-        if self.variant in GRADIENT_FORMS and len(trainer.optimizers) > 1:
-            raise ValueError(
-                f"variant={self.variant!r} reads the gradients of one step with all parameters, and "
-                f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers; use variant 'a', 'b' or 'c'."
-            )
         if self.steps_done == 0:
             self.last_scores = {}
 
@@ -121,8 +116,17 @@ class TaylorRankCallback(PruningCallback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         if self._collector is not None and self.variant in GRADIENT_FORMS:
-            tensors = named_tensors(pl_module)
-            self._collector.before_step({n: t.grad for n, t in tensors.items() if t.is_leaf and t.grad is not None})
+            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            tensors = {name: tensor for name, tensor in named_tensors(pl_module).items() if id(tensor) in own}
+            self._collector.before_step({name: t.grad for name, t in tensors.items() if t.grad is not None})
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._collector is not None:
+            self._collector.after_batch()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:

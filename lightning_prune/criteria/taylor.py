@@ -89,6 +89,7 @@ def taylor(
                 found = torch.autograd.grad(loss(graph.model, batch), list(parameters.values()), allow_unused=True)
                 collector.after_backward(1.0)
                 collector.before_step({n: g for n, g in zip(parameters, found, strict=True) if g is not None})
+                collector.after_batch()
     finally:
         collector.stop()
     unseen = totals.unseen(graph)

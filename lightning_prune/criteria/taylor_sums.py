@@ -77,11 +77,14 @@ class Collector:
         """
 
     def before_step(self, gradients: Mapping[str, Tensor]) -> None:
-        """Take the gradients that a step is made with.
+        """Take the gradients that an optimizer steps with.
 
         Args:
-            gradients: The gradient of each parameter that has one, by name.
+            gradients: The gradient of each of its parameters that has one, by name.
         """
+
+    def after_batch(self) -> None:
+        """Finish what the optimizers have stepped with since the last call, which together is one step."""
 
 
 def make_collector(graph: ChannelGraph, variant: str, totals: Totals) -> Collector:
@@ -154,17 +157,28 @@ class _Effects(Collector):
 class _Gradients(Collector):
     """The forms of 2019: weight times gradient, squared, once per step."""
 
+    def __init__(self, graph: ChannelGraph, variant: str, totals: Totals) -> None:
+        super().__init__(graph, variant, totals)
+        self._step: dict[str, Tensor] = {}  # what the optimizers have told so far, by group
+
+    def stop(self) -> None:
+        self._step.clear()
+
     def before_step(self, gradients: Mapping[str, Tensor]) -> None:
         tensors = named_tensors(self.graph.model)
         products = {name: tensors[name].detach() * gradient for name, gradient in gradients.items()}
-        found = {}
         for name, group in self.graph.groups.items():
             # A gate on a channel multiplies it wherever it is read, as would a factor on the weights that read it.
             parts = group.readers if self.variant == "gate" else group.producers + group.others
             if self.variant == "gate" and not all(tensors[part.tensor].requires_grad for part in parts):
                 continue  # what frozen weights pass on is not known from the others
-            rows = [self.graph.rows(name, part, products) for part in parts if part.tensor in products]
-            if rows:
-                row = torch.cat([row.to(rows[0].device, torch.float64) for row in rows], dim=1)
-                found[name] = row.square().sum(1) if self.variant == "square_then_sum" else row.sum(1).square()
-        self.totals.add(found, 1)
+            for part in parts:
+                if part.tensor in products:
+                    row = self.graph.rows(name, part, products).double()
+                    value = (row.square() if self.variant == "square_then_sum" else row).sum(1)
+                    self._step[name] = value + self._step[name].to(value.device) if name in self._step else value
+
+    def after_batch(self) -> None:
+        squared = self.variant == "square_then_sum"
+        self.totals.add({name: value if squared else value.square() for name, value in self._step.items()}, 1)
+        self._step.clear()

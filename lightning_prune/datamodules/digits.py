@@ -5,29 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchvision import transforms
 
-from lightning_prune.datamodules.base import ImageDataModule, LabelledImages, Transform, stratified_split
+from lightning_prune.datamodules.augmentation import Augmentation
+from lightning_prune.datamodules.base import ImageDataModule
+from lightning_prune.datamodules.loading import LabelledImages, PixelImages, stratified_split
 
 # The bundled file does not say which images are for the test, so this package fixes a fifth of them, once and for all:
 # `seed` moves the validation split only, and accuracies stay comparable.
 TEST_FRACTION = 0.2
 TEST_SEED = 0
-
-
-class _Digits:
-    """Images (n, 1, 8, 8) with pixels in [0, 1], and their labels (n,)."""
-
-    def __init__(self, images: Tensor, targets: Tensor) -> None:
-        self.images = images
-        self.targets = targets
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.targets[index]
+BRIGHTEST = 16  # of the pixels as they are bundled
 
 
 class DigitsDataModule(ImageDataModule):
@@ -38,7 +25,7 @@ class DigitsDataModule(ImageDataModule):
         num_workers: Processes that load images; 0 is fastest here.
         val_fraction: Share of the other 1,438 images that is kept for validation, in (0, 1).
         augment: Move training images by up to one pixel.
-        seed: Seed of the validation split and of the order.
+        seed: Seed of the validation split, the order and the augmentation, at least 0.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -47,7 +34,7 @@ class DigitsDataModule(ImageDataModule):
         >>> from lightning_prune.datamodules import DigitsDataModule
         >>> data = DigitsDataModule(batch_size=64)
         >>> data.setup("fit")
-        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> images, labels = data.on_after_batch_transfer(next(iter(data.train_dataloader())))
         >>> images.shape, len(data.train_set), len(data.val_set)
         (torch.Size([64, 1, 8, 8]), 1295, 143)
     """
@@ -63,8 +50,8 @@ class DigitsDataModule(ImageDataModule):
         augment: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, val_fraction, seed)
-        self.augment = augment
+        scaling = Augmentation(mean=(0.0,), std=(BRIGHTEST / 255,), crop_padding=1 if augment else 0)
+        super().__init__(batch_size, num_workers, val_fraction, seed, scaling)
 
     def check_files(self) -> None:
         """Refuse an environment without scikit-learn, which bundles the images."""
@@ -73,15 +60,11 @@ class DigitsDataModule(ImageDataModule):
     def load_images(self, train: bool) -> LabelledImages:
         """Return the training or the test images."""
         digits = _bundled_digits()
-        images = torch.as_tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # pixels are 0 ... 16
+        pixels = torch.as_tensor(digits.images, dtype=torch.uint8).unsqueeze(1)
         targets = torch.as_tensor(digits.target)
         train_indices, test_indices = stratified_split(targets, TEST_FRACTION, TEST_SEED)
         indices = train_indices if train else test_indices
-        return _Digits(images[indices], targets[indices])
-
-    def transform(self, train: bool) -> Transform:
-        """Return a random crop for training if asked for, otherwise what leaves the images as they are."""
-        return transforms.RandomCrop(8, padding=1) if train and self.augment else nn.Identity()
+        return PixelImages(pixels[indices], targets[indices])
 
 
 def _bundled_digits() -> Any:

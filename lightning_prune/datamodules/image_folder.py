@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from torchvision import datasets, transforms
+import numpy
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lightning_prune.datamodules.base import ImageDataModule, LabelledImages, Transform, check_normalisation
+from lightning_prune.datamodules.augmentation import Augmentation
+from lightning_prune.datamodules.base import ImageDataModule
+from lightning_prune.datamodules.image_files import ImageFiles, cached_pixels, find_images
+from lightning_prune.datamodules.loading import LabelledImages, PixelImages
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NAMED_CLASSES = 3
 
 
@@ -15,20 +22,23 @@ class ImageFolderDataModule(ImageDataModule):
     """Load images from ``root/train/<class>/`` and ``root/test/<class>/``, normalised.
 
     If there is a folder ``root/val``, it holds the validation images and no training image is kept for validation.
-    Images are read as RGB.
+    Images are read as RGB, grey ones with three equal channels, and of each the central square is taken.
 
     Args:
         root: Folder that holds ``train`` and ``test``, each with one folder per class, the same classes in both.
         image_size: Height and width in pixels that images get: the shorter side is scaled to it, the rest cut off.
         batch_size: Images per batch and process, at least 1.
-        num_workers: Processes that load images.
+        num_workers: Processes that load images; 0 is fastest with ``in_memory``.
         val_fraction: Share of the training images that is kept for validation, in (0, 1).
-        crop_padding: Pixels by which training images are padded before a random crop; 0 leaves only the crop along the
-            longer side.
+        in_memory: Decode all images once, into a cache of n * 3 * image_size**2 bytes that serves them from memory.
+            Without it, every image is decoded each time, in the workers.
+        cache_dir: Folder of that cache; default ``.cache`` in ``root``.
+        crop_padding: Pixels by which training images are padded before a random crop, 0 for none.
         flip: Flip half of the training images from left to right.
+        cutout: Side in pixels of the square that is cut out of each training image, 0 for none.
         mean: Mean of each channel, of pixels in [0, 1]; the default is that of ImageNet.
         std: Standard deviation of each channel.
-        seed: Seed of the validation split and of the order.
+        seed: Seed of the validation split, the order and the augmentation, at least 0.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -44,10 +54,12 @@ class ImageFolderDataModule(ImageDataModule):
         ...         Image.new("RGB", (40, 50)).save(Path(root, name + ".png"))
         ...     data = ImageFolderDataModule(root, image_size=32, batch_size=2)
         ...     data.setup("fit")
-        ...     images, labels = next(iter(data.train_dataloader()))
+        ...     images, labels = data.on_after_batch_transfer(next(iter(data.train_dataloader())))
         ...     data.classes, images.shape
         (['cat', 'dog'], torch.Size([2, 3, 32, 32]))
     """
+
+    test_part = "test"
 
     def __init__(
         self,
@@ -56,71 +68,85 @@ class ImageFolderDataModule(ImageDataModule):
         batch_size: int = 128,
         num_workers: int = 0,
         val_fraction: float = 0.1,
+        in_memory: bool = True,
+        cache_dir: str | None = None,
         crop_padding: int = 4,
         flip: bool = True,
-        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
-        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        cutout: int = 0,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, val_fraction, seed)
-        check_normalisation(mean, std, channels=3)
         if image_size < 1:
             raise ValueError(f"image_size={image_size} is no image: set the height and width in pixels.")
-        if crop_padding < 0:
-            raise ValueError(f"crop_padding={crop_padding} is negative: set it to 0 for none.")
+        self.input_shape = (3, image_size, image_size)
+        augmentation = Augmentation(mean, std, crop_padding, flip, cutout)
+        super().__init__(batch_size, num_workers, val_fraction, seed, augmentation)
         self.root = Path(root)
         self.image_size = image_size
-        self.crop_padding = crop_padding
-        self.flip = flip
-        self.mean = mean
-        self.std = std
-        self.input_shape = (3, image_size, image_size)
+        self.in_memory = in_memory
+        self.cache_dir = Path(cache_dir) if cache_dir else self.root / ".cache"
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of their labels; read from the folder ``train``."""
-        return _read_classes(self.root / "train")
+        return _read_classes(self.root, "train", self.test_part)
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
         """Number of classes; read from the folder ``train``."""
         return len(self.classes)
 
+    @property
+    def _other_parts(self) -> list[str]:
+        return ["val", self.test_part] if self._has_validation_part else [self.test_part]
+
+    @property
+    def _has_validation_part(self) -> bool:
+        return self.test_part != "val" and (self.root / "val").is_dir()
+
+    def prepare_data(self) -> None:
+        """Decode all images, on one process, if they are to be in memory and are not in the cache."""
+        if self.in_memory:
+            self.check_files()
+            for part in ("train", *self._other_parts):
+                self._load_part(part)
+
     def check_files(self) -> None:
         """Refuse a tree in which a folder is missing or empty, or whose parts have different classes."""
         classes = self.classes
-        others = ["test", "val"] if (self.root / "val").is_dir() else ["test"]
-        for part in others:
+        for part in self._other_parts:
             # Labels are positions in the sorted list of classes, so a class that one part lacks would shift them all.
-            _compare_classes(self.root, part, set(_read_classes(self.root / part)), set(classes))
-        for part in ("train", *others):
+            found = _read_classes(self.root, part, self.test_part)
+            _compare_classes(self.root, part, set(found), set(classes))
+        for part in ("train", *self._other_parts):
             _refuse_empty(self.root / part, classes)
 
     def load_images(self, train: bool) -> LabelledImages:
         """Return the training or the test images."""
-        return datasets.ImageFolder(str(self.root / ("train" if train else "test")))
+        return self._load_part("train" if train else self.test_part)
 
     def load_validation_images(self) -> LabelledImages | None:
         """Return the images of the folder ``val``, if there is one."""
-        folder = self.root / "val"
-        return datasets.ImageFolder(str(folder)) if folder.is_dir() else None
+        return self._load_part("val") if self._has_validation_part else None
 
-    def transform(self, train: bool) -> Transform:
-        """Return scaling, crop and normalisation; crop and flip are random for training."""
-        size = self.image_size
-        if train:
-            crop = [transforms.RandomCrop(size, padding=self.crop_padding or None)]
-            crop += [transforms.RandomHorizontalFlip()] if self.flip else []
-        else:
-            crop = [transforms.CenterCrop(size)]
-        normalise = [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
-        return transforms.Compose([transforms.Resize(size), *crop, *normalise])
+    def _load_part(self, part: str) -> LabelledImages:
+        paths, targets = find_images(self.root / part, self.classes)
+        if self.in_memory:
+            return PixelImages(cached_pixels(paths, self.image_size, self.cache_dir, part), targets)
+        return self.files(paths, targets)
+
+    def files(self, paths: numpy.ndarray, targets: Tensor) -> ImageFiles:
+        """Return images that are decoded when they are asked for."""
+        return ImageFiles(paths, targets, self.image_size)
 
 
-def _read_classes(folder: Path) -> list[str]:
+def _read_classes(root: Path, part: str, test_part: str) -> list[str]:
+    folder = root / part
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{str(folder)!r} does not exist: the images must lie in train/<class>/ and test/<class>/ of the root."
+            f"{str(folder)!r} does not exist: the images must lie in train/<class>/ and {test_part}/<class>/ of the "
+            "root."
         )
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not classes:
@@ -150,7 +176,7 @@ def _refuse_empty(folder: Path, classes: list[str]) -> None:
 
 
 def _has_image(folder: Path) -> bool:
-    return any(path.suffix.lower() in datasets.folder.IMG_EXTENSIONS for path in folder.rglob("*"))
+    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))
 
 
 def _first_few(names: list[str]) -> str:

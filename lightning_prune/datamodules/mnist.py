@@ -1,30 +1,27 @@
-"""MNIST, 28x28 pixels, from the files that torchvision uses."""
+"""MNIST and Fashion-MNIST, 28x28 pixels, from the files that torchvision uses."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+import struct
 
-from torchvision import datasets, transforms
+import numpy
+import torch
+from torch import Tensor
+from torchvision import datasets
 
-from lightning_prune.datamodules.base import ImageDataModule, LabelledImages, Transform, require_files
+from lightning_prune.datamodules.augmentation import Augmentation
+from lightning_prune.datamodules.downloaded import DownloadedDataModule
+from lightning_prune.datamodules.loading import LabelledImages, PixelImages
 
-FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-MEAN, STD = (0.1307,), (0.3081,)  # of the pixels of the training images
+UNSIGNED_BYTES = 8  # the element type in the header of an IDX file
 
 
-class MNISTDataModule(ImageDataModule):
+class MNISTDataModule(DownloadedDataModule):
     """Load MNIST: 60,000 training and 10,000 test images, normalised, 1x28x28, ten classes.
 
-    Args:
-        root: Folder in which the four unpacked files lie under ``MNIST/raw``.
-        download: Download the files into ``root`` if they are not there.
-        batch_size: Images per batch and process, at least 1.
-        num_workers: Processes that load images.
-        val_fraction: Share of the training images that is kept for validation, in (0, 1).
-        seed: Seed of the validation split and of the order.
-
-    Raises:
-        ValueError: If an argument is outside its range.
+    The four unpacked files lie under ``MNIST/raw`` in ``root``. There is no augmentation unless it is asked for.
+    Arguments are those of :class:`~lightning_prune.datamodules.downloaded.DownloadedDataModule`.
 
     Example:
         >>> from lightning_prune.datamodules import MNISTDataModule
@@ -35,35 +32,48 @@ class MNISTDataModule(ImageDataModule):
 
     num_classes = 10
     input_shape = (1, 28, 28)
-
-    def __init__(
-        self,
-        root: str = "data",
-        download: bool = False,
-        batch_size: int = 128,
-        num_workers: int = 0,
-        val_fraction: float = 0.1,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, num_workers, val_fraction, seed)
-        self.root = Path(root)
-        self.download = download
-
-    def prepare_data(self) -> None:
-        """Download the files, if asked for, on one process."""
-        if self.download:
-            datasets.MNIST(self.root, download=True)
-
-    def check_files(self) -> None:
-        """Refuse a folder without the four files."""
-        require_files(
-            self.root / "MNIST" / "raw", FILES, "put the unpacked files of MNIST there, or set download=True."
-        )
+    source = datasets.MNIST
+    folder = "MNIST/raw"
+    files = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+    usual = Augmentation(mean=(0.1307,), std=(0.3081,))  # of the pixels of the training images
 
     def load_images(self, train: bool) -> LabelledImages:
         """Return the training or the test images."""
-        return datasets.MNIST(self.root, train=train)
+        images, labels = self.files[:2] if train else self.files[2:]
+        pixels, targets = self._read_idx(images, axes=3), self._read_idx(labels, axes=1)
+        if len(pixels) != len(targets):
+            raise self.damaged(labels, f"{len(targets)} labels for {len(pixels)} images")
+        if pixels.shape[1:] != self.input_shape[1:]:
+            raise self.damaged(images, f"images of {' x '.join(map(str, pixels.shape[1:]))} pixels")
+        return PixelImages(pixels.unsqueeze(1), targets.long())
 
-    def transform(self, train: bool) -> Transform:
-        """Return the normalisation; there is no augmentation."""
-        return transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    def _read_idx(self, name: str, axes: int) -> Tensor:
+        """Return the bytes of an IDX file: a header of type, axes and sizes, then the values."""
+        path = self.path / name
+        start = 4 + 4 * axes
+        with path.open("rb") as file:
+            header = file.read(start)
+        if len(header) < start or header[:4] != bytes([0, 0, UNSIGNED_BYTES, axes]):
+            raise self.damaged(name, "it does not begin as an IDX file of bytes does")
+        sizes = struct.unpack(f">{axes}I", header[4:])
+        expected, found = start + math.prod(sizes), path.stat().st_size
+        if found != expected:
+            raise self.damaged(name, f"{found} bytes instead of {expected}")
+        return torch.from_numpy(numpy.fromfile(path, numpy.uint8, offset=start)).view(sizes)
+
+
+class FashionMNISTDataModule(MNISTDataModule):
+    """Load Fashion-MNIST: 60,000 training and 10,000 test images of clothes, normalised, 1x28x28, ten classes.
+
+    The four unpacked files lie under ``FashionMNIST/raw`` in ``root``. There is no augmentation unless it is asked for.
+    Arguments are those of :class:`~lightning_prune.datamodules.downloaded.DownloadedDataModule`.
+
+    Example:
+        >>> from lightning_prune.datamodules import FashionMNISTDataModule
+        >>> FashionMNISTDataModule(crop_padding=2, flip=True).augmentation
+        Augmentation(mean=(0.286,), std=(0.353,), crop_padding=2, flip=True, cutout=0)
+    """
+
+    source = datasets.FashionMNIST
+    folder = "FashionMNIST/raw"
+    usual = Augmentation(mean=(0.2860,), std=(0.3530,))

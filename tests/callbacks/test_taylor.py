@@ -1,77 +1,154 @@
-"""The Taylor criterion, collected in training steps, against a slow computation of its own."""
+"""The Taylor criterion, collected in training steps, against a slow computation of its own and the pure function."""
 
 import copy
+import math
 from pathlib import Path
+from typing import Any
 
 import battery
 import lightning as L
 import pytest
 import torch
+from taylor_reference import reference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lightning_prune as lp
 from lightning_prune.callbacks import TaylorRankCallback
-from lightning_prune.criteria.taylor import channel_effects
+
+READERS = {"stem": ("first", "head"), "first": ("second",)}
+VARIANTS = ["a", "b", "c", "gate", "sum_then_square", "square_then_sum"]
 
 
 class Keep(TaylorRankCallback):
-    """Remember the sums that led to the first prune."""
+    """Remember the scores of every prune."""
 
-    def scores(self, trainer: L.Trainer, graph: object) -> dict[str, Tensor]:
-        self.seen = {name: values.clone() for name, values in self.sums.items()}
+    def scores(self, trainer: L.Trainer, graph: Any) -> dict[str, Tensor]:
         self.ranked = super().scores(trainer, graph)
+        self.all_ranked = [*getattr(self, "all_ranked", []), self.ranked]
         return self.ranked
-
-
-def naive(model: nn.Module, batch: list[Tensor], loss_of: object) -> dict[str, Tensor]:
-    """Differentiate the loss with respect to a mask on what each layer reads, one example at a time."""
-    readers = {"stem": ("first", "head"), "first": ("second",)}
-    found = {group: [] for group in readers}
-    for group, names in readers.items():
-        width = getattr(model, group).out_channels
-        masks = torch.ones(len(batch[0]), width, dtype=torch.float64, requires_grad=True)
-        handles = []
-        for name in names:
-
-            def mask(
-                module: nn.Module, args: tuple[Tensor], masks: Tensor = masks, width: int = width
-            ) -> tuple[Tensor]:
-                (x,) = args
-                wide = masks if x.dim() == 4 else masks.repeat_interleave(x.shape[1] // width, dim=1)
-                return (x * wide.view(*wide.shape, *[1] * (x.dim() - 2)),)
-
-            handles.append(getattr(model, name).register_forward_pre_hook(mask))
-        (gradient,) = torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), masks)
-        found[group] = gradient.abs().mean(0)
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 class Frozen(battery.ResidualClassifier):
     """Without normalisation the network is the same function in every step; a rate of zero keeps it so."""
 
     def __init__(self) -> None:
+        torch.manual_seed(0)
         super().__init__(norm=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_sums_equal_the_gradient_of_a_mask_on_what_is_read(accumulate: int, tmp_path: Path) -> None:
-    callback, module = Keep(keep=0.5, round_to=1), Frozen()
+def mean_loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def doubled(batch_size: int = 16) -> list[list[Tensor]]:
+    return [[images.double(), labels] for images, labels in battery.loaders(batch_size)[0]]
+
+
+@pytest.mark.parametrize("variant", ["a", "b", "c", "gate"])
+def test_scores_are_those_of_the_definition(variant: str, tmp_path: Path) -> None:
+    callback, module = Keep(keep=0.5, round_to=1, variant=variant, normalize=False), Frozen()
     twin = copy.deepcopy(module).double()
-    battery.train(
-        tmp_path, callback, module=module, max_epochs=2, precision="64-true", accumulate_grad_batches=accumulate
+    battery.train(tmp_path, callback, module=module, max_epochs=2, precision="64-true")
+    expected = reference(
+        twin,
+        doubled(),
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="sum"),
+        READERS,
+        variant,
     )
-    expected: dict[str, Tensor] = {}
-    for images, labels in battery.loaders()[0]:
-        for name, values in naive(twin, [images.double(), labels], F.cross_entropy).items():
-            expected[name] = expected.get(name, 0) + values / accumulate
-    for name, values in callback.seen.items():
-        torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-9)
-    assert callback.ranked["first"].norm() == pytest.approx(1.0)
+    for name, values in callback.ranked.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("normalize", [None, False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_callback_and_function_agree(variant: str, normalize: bool | None, tmp_path: Path) -> None:
+    settings = {"variant": variant, "normalize": normalize, "flops_penalty": 0.01}
+    callback, module = Keep(keep=0.5, round_to=1, **settings), Frozen()
+    twin = copy.deepcopy(module).double()
+    battery.train(tmp_path, callback, module=module, max_epochs=2, precision="64-true")
+    graph = lp.trace(twin, torch.zeros(1, 1, 8, 8, dtype=torch.float64))
+    expected = lp.criteria.taylor(graph, doubled(), mean_loss, **settings)
+    for name, values in callback.ranked.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_accumulation_makes_no_difference(variant: str, tmp_path: Path) -> None:
+    """Six batches of 16 in steps of three, against two batches of 48."""
+    ranked = []
+    for batch_size, accumulate in ((16, 3), (48, 1)):
+        callback = Keep(keep=0.5, round_to=1, variant=variant, normalize=False)
+        runner = L.Trainer(
+            max_epochs=2, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, precision="64-true",
+            enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path, callbacks=[callback],
+            num_sanity_val_steps=0, accumulate_grad_batches=accumulate,
+        )  # fmt: skip
+        L.seed_everything(0, verbose=False)
+        runner.fit(Frozen(), *battery.loaders(batch_size))
+        ranked.append(callback.ranked)
+    for name, values in ranked[0].items():
+        torch.testing.assert_close(values, ranked[1][name], rtol=1e-9, atol=1e-15)
+
+
+class Scaled(L.pytorch.plugins.MixedPrecision):
+    """Mixed precision on the CPU with a loss scale, as 16-mixed has on a GPU; one step overflows."""
+
+    def __init__(self) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+        super().__init__("16-mixed", "cpu", scaler)
+
+    def forward_context(self) -> Any:
+        return torch.autocast("cpu", enabled=False)
+
+
+class Overflowing(Frozen):
+    """The gradients of every third batch are not finite."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.inf if batch_idx % 3 == 2 else loss
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_scales_and_overflows_make_no_difference(variant: str, tmp_path: Path) -> None:
+    callback, module = Keep(keep=0.5, round_to=1, variant=variant, normalize=False), Overflowing()
+    twin = copy.deepcopy(module).double()
+    battery.train(tmp_path, callback, module=module, max_epochs=2, plugins=[Scaled()])
+    graph = lp.trace(twin, torch.zeros(1, 1, 8, 8, dtype=torch.float64))
+    batches = [batch for number, batch in enumerate(doubled()) if number % 3 != 2]
+    expected = lp.criteria.taylor(graph, batches, mean_loss, variant, normalize=False)
+    for name, values in callback.ranked.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-9)
+
+
+def test_momentum_mixes_the_scores_of_two_prunes(tmp_path: Path) -> None:
+    settings = {"keep": 0.4, "round_to": 1, "steps": 2}
+    with_momentum, without = Keep(momentum=0.25, **settings), Keep(**settings)
+    for callback in (with_momentum, without):
+        battery.train(tmp_path, callback, module=Frozen(), max_epochs=3, precision="64-true")
+    for name, last in without.all_ranked[0].items():
+        new, mixed = without.all_ranked[1][name], with_momentum.all_ranked[1][name]
+        torch.testing.assert_close(mixed, torch.where(new.isinf(), new, 0.25 * last + 0.75 * new))
+    assert any(bool(new.isinf().any()) for new in without.all_ranked[1].values())
+
+
+def test_frozen_layers_are_ranked_all_the_same(tmp_path: Path) -> None:
+    """Gradients are computed where layers read, also when nothing before them is trained."""
+    ranked = []
+    for frozen in (False, True):
+        callback, module = Keep(keep=0.5, round_to=1), Frozen()
+        for layer in (module.stem, module.first, module.second):
+            layer.requires_grad_(not frozen)
+        battery.train(tmp_path, callback, module=module, max_epochs=2)
+        ranked.append(callback.ranked)
+        assert all(parameter.requires_grad != frozen for parameter in module.first.parameters())
+    for name, values in ranked[0].items():
+        torch.testing.assert_close(values, ranked[1][name])
 
 
 def test_ranks_the_channel_that_nothing_depends_on_last(tmp_path: Path) -> None:
@@ -84,18 +161,59 @@ def test_ranks_the_channel_that_nothing_depends_on_last(tmp_path: Path) -> None:
     assert float(callback.ranked["first"][5]) == 0.0
 
 
-def test_channel_effects_by_hand() -> None:
-    activation = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
-    gradient = torch.tensor([[[[1.0, -1.0]], [[0.5, 0.0]]]])
-    assert channel_effects(activation, gradient, 1).tolist() == [[-1.0, 1.5]]
-    tokens = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
-    assert channel_effects(tokens, torch.ones(1, 2, 2), 2).tolist() == [[4.0, 6.0]]
-
-
 def test_a_part_that_training_does_not_run_is_reported(tmp_path: Path) -> None:
     class Unused(battery.ResidualClassifier):
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             return sum(p.sum() for p in self.parameters()) * 0.0
 
-    with pytest.raises(RuntimeError, match="has seen no gradients of what is to be pruned before epoch 1"):
+    with pytest.raises(RuntimeError, match="has seen no gradients of 'stem', 'first' before epoch 1"):
         battery.train(tmp_path, TaylorRankCallback(), module=Unused())
+
+
+def test_the_gate_needs_the_weights_that_read(tmp_path: Path) -> None:
+    module = Frozen()
+    module.second.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="has seen no gradients of 'first' before epoch 1"):
+        battery.train(tmp_path, TaylorRankCallback(variant="gate"), module=module)
+
+
+class OneForEachLayer(Frozen):
+    """Every layer has an optimizer of its own; all step with the gradients of one backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(mean_loss(self, batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(layer.parameters(), 0.0) for layer in (self.stem, self.first, self.second, self.head)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_several_optimizers_make_no_difference(variant: str, tmp_path: Path) -> None:
+    callback, module = Keep(keep=0.5, round_to=1, variant=variant), OneForEachLayer()
+    twin = copy.deepcopy(module).double()
+    battery.train(tmp_path, callback, module=module, max_epochs=2, precision="64-true")
+    graph = lp.trace(twin, torch.zeros(1, 1, 8, 8, dtype=torch.float64))
+    expected = lp.criteria.taylor(graph, doubled(), mean_loss, variant)
+    for name, values in callback.ranked.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variant": "d"}, "variant must be one of a, b, c, gate, sum_then_square, square_then_sum; got 'd'"),
+        ({"flops_penalty": -1.0}, "flops_penalty must be a number of at least 0; got -1.0"),
+        ({"momentum": 1.0}, r"momentum must be the part of the last scores that stays, in \[0, 1\); got 1.0"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaylorRankCallback(**settings)

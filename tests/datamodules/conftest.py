@@ -1,6 +1,7 @@
 """Tiny data sets in the layouts that the data modules read."""
 
 import hashlib
+import multiprocessing
 import pickle
 import struct
 
@@ -31,36 +32,46 @@ def write_idx(path, values):
 @pytest.fixture
 def mnist_root(tmp_path):
     """Write 40 training and 10 test images; every pixel of image i is i, its label i modulo 10."""
-    raw = tmp_path / "MNIST" / "raw"
+    write_mnist(tmp_path / "MNIST" / "raw")
+    write_mnist(tmp_path / "FashionMNIST" / "raw")
+    return tmp_path
+
+
+def write_mnist(raw):
     raw.mkdir(parents=True)
     for name, count in (("train", 40), ("t10k", 10)):
         values = numpy.arange(count)
         write_idx(raw / f"{name}-labels-idx1-ubyte", values % 10)
         write_idx(raw / f"{name}-images-idx3-ubyte", numpy.tile(values[:, None, None], (1, 28, 28)))
-    return tmp_path
 
 
 @pytest.fixture
-def cifar10_root(tmp_path, monkeypatch):
-    """Write 20 images per file, grey value = position; torchvision is told the checksums of these files."""
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    checksums = {}
-    for start, name in enumerate([f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]):
-        values = numpy.arange(20 * start, 20 * start + 20, dtype=numpy.uint8)
-        pixels = numpy.tile(values[:, None], (1, 3072))
-        content = pickle.dumps({"data": pixels, "labels": [int(value) % 10 for value in values]})
-        (folder / name).write_bytes(content)
-        checksums[name] = hashlib.md5(content).hexdigest()
-    content = pickle.dumps({"label_names": [f"class{i}" for i in range(10)]})
-    (folder / "batches.meta").write_bytes(content)
-    monkeypatch.setattr(
-        datasets.CIFAR10, "train_list", [[f"data_batch_{i}", checksums[f"data_batch_{i}"]] for i in range(1, 6)]
-    )
-    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", checksums["test_batch"]]])
-    meta = {**datasets.CIFAR10.meta, "md5": hashlib.md5(content).hexdigest()}
-    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+def cifar_root(tmp_path, monkeypatch):
+    """Write both CIFARs, 20 images per file, all of ten classes; every pixel of an image is its position.
+
+    torchvision is told the checksums of these files.
+    """
+    write_cifar(tmp_path, monkeypatch, datasets.CIFAR10, "labels", 10)
+    write_cifar(tmp_path, monkeypatch, datasets.CIFAR100, "fine_labels", 100)
     return tmp_path
+
+
+def write_cifar(root, monkeypatch, source, labels_key, classes):
+    (root / source.base_folder).mkdir()
+    start = 0
+    for part in ("train_list", "test_list"):
+        entries = []
+        for name, _ in getattr(source, part):
+            values = numpy.arange(start, start + 20, dtype=numpy.uint8)
+            labels = [int(value) % 10 * (classes // 10) for value in values]
+            content = pickle.dumps({"data": numpy.tile(values[:, None], (1, 3072)), labels_key: labels}, 2)
+            for key in ("data", labels_key):  # as Python 2 wrote them in the published files: strings of bytes
+                size = len(key).to_bytes(4, "little")
+                content = content.replace(b"X" + size + key.encode(), b"U" + size[:1] + key.encode())
+            (root / source.base_folder / name).write_bytes(content)
+            entries.append([name, hashlib.md5(content).hexdigest()])
+            start += 20
+        monkeypatch.setattr(source, part, entries)
 
 
 @pytest.fixture
@@ -84,3 +95,19 @@ def write_images(folder, count, classes=CLASSES):
 def extra_images():
     """Return the function that writes further parts of an image tree."""
     return write_images
+
+
+@pytest.fixture
+def run_twice():
+    """Return the function that runs another one in two processes at once, and fails if either does."""
+
+    def run(function):
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=function) for _ in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=60)
+        assert [process.exitcode for process in processes] == [0, 0]
+
+    return run

@@ -6,8 +6,6 @@ from PIL import Image
 
 from lightning_prune.datamodules import ImageFolderDataModule
 
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-
 
 def ready(root, **settings):
     data = ImageFolderDataModule(str(root), **settings)
@@ -17,7 +15,7 @@ def ready(root, **settings):
 
 
 def labels_of(part):
-    return [label for _, label in part]
+    return part.images.targets[part.indices].tolist()
 
 
 def test_facts_are_known_before_setup(image_root):
@@ -30,59 +28,59 @@ def test_images_are_split_in_every_class(image_root):
     assert [labels_of(data.train_set).count(label) for label in range(3)] == [8, 8, 8]
     assert [labels_of(data.val_set).count(label) for label in range(3)] == [2, 2, 2]
     assert [labels_of(data.test_set).count(label) for label in range(3)] == [3, 3, 3]
-    assert set(data.train_set.indices).isdisjoint(data.val_set.indices)
+    assert set(data.train_set.indices.tolist()).isdisjoint(data.val_set.indices.tolist())
 
 
-def test_image_gets_its_size_by_scaling_and_cutting(tmp_path, extra_images):
-    extra_images(tmp_path / "train", 2)
-    extra_images(tmp_path / "test", 1)
-    # Left third red, middle third green, right third blue; scaled to half of its size, a third is 8 columns.
-    image = Image.new("RGB", (48, 24), (0, 255, 0))
-    image.paste((255, 0, 0), (0, 0, 16, 24))
-    image.paste((0, 0, 255), (32, 0, 48, 24))
-    shutil.rmtree(tmp_path / "test" / "cat")
-    (tmp_path / "test" / "cat").mkdir()
-    image.save(tmp_path / "test" / "cat" / "flag.png")
-    data = ready(tmp_path, image_size=12, **PLAIN)
-    pixels = data.test_set[0][0]
-    assert pixels.shape == (3, 12, 12)
-    # The cut keeps columns 6 ... 17 of 24: two red, eight green, two blue.
-    assert pixels.argmax(dim=0)[6].tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2]
-
-
-def test_normalisation_is_per_channel(image_root):
-    plain = ready(image_root, **PLAIN).test_set[0][0]
-    image = ready(image_root, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0)).test_set[0][0]
-    expected = (plain - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.25, 1.0]).view(3, 1, 1)
-    assert torch.allclose(image, expected, atol=1e-6)
-
-
-def test_only_training_images_vary(image_root):
-    data = ready(image_root, crop_padding=2)
-    for part, varies in ((data.train_set, True), (data.val_set, False), (data.test_set, False)):
-        draws = [part[0][0] for _ in range(20)]
-        assert any(not torch.equal(draws[0], draw) for draw in draws) is varies
-
-
-def test_flip_and_crop_can_be_switched_off(tmp_path, extra_images):
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_images_belong_to_the_labels_of_their_folders(tmp_path, in_memory):
+    colours = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
     for part in ("train", "test"):
-        extra_images(tmp_path / part, 2)
-        for path in (tmp_path / part).rglob("*.jpg"):
-            Image.open(path).crop((0, 0, 36, 36)).save(path)
-    data = ready(tmp_path, image_size=36, crop_padding=0, flip=False)
-    assert all(torch.equal(data.train_set[0][0], data.train_set[0][0]) for _ in range(20))
-    data = ready(tmp_path, image_size=36, crop_padding=0)
-    first = data.train_set[0][0]
-    draws = [data.train_set[0][0] for _ in range(20)]
-    assert all(torch.equal(draw, first) or torch.equal(draw, first.flip(2)) for draw in draws)
-    assert any(torch.equal(draw, first.flip(2)) for draw in draws)
+        for name, colour in colours.items():
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (9, 8), colour).save(tmp_path / part / name / f"{number}.png")
+    data = ready(tmp_path, image_size=8, in_memory=in_memory)
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        for pixels, labels, *_ in loader:
+            assert torch.equal(pixels[:, :, 4, 4].argmax(dim=1), 2 - labels)
+
+
+def test_memory_and_files_give_the_same_batches(image_root):
+    memory, files = ready(image_root), ready(image_root, in_memory=False)
+    helped = ready(image_root, in_memory=False, num_workers=1)
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        for batches in zip(*(getattr(data, loader)() for data in (memory, files, helped)), strict=True):
+            for parts in zip(*batches, strict=True):
+                assert torch.equal(parts[0], parts[1])
+                assert torch.equal(parts[0], parts[2])
+
+
+def test_only_training_batches_vary(image_root):
+    data = ready(image_root, crop_padding=2)
+    for loader, varies in ((data.train_dataloader(), True), (data.val_dataloader(), False)):
+        epochs = []
+        for epoch in (0, 1):
+            if varies:
+                loader.sampler.set_epoch(epoch)
+            epochs.append(torch.cat([data.on_after_batch_transfer(batch)[0] for batch in loader]))
+        assert (epochs[0].flatten(1).sort(dim=0)[0] != epochs[1].flatten(1).sort(dim=0)[0]).any() == varies
 
 
 def test_folder_val_replaces_the_split(image_root, extra_images):
     extra_images(image_root / "val", 4)
     data = ready(image_root)
     assert (len(data.train_set), len(data.val_set)) == (30, 12)
-    assert torch.equal(data.val_set[0][0], data.val_set[0][0])
+    assert data.val_set.images is not data.train_set.images
+    assert next(iter(data.val_dataloader()))[0].shape == (12, 3, 32, 32)
+
+
+def test_two_class_folder_for_transfer(tmp_path, extra_images):
+    for part, count in (("train", 10), ("test", 2)):
+        extra_images(tmp_path / part, count, classes=["cat", "dog"])
+    data = ready(tmp_path, image_size=224, in_memory=False, batch_size=4)
+    images, labels = data.on_after_batch_transfer(next(iter(data.train_dataloader())))
+    assert images.shape == (4, 3, 224, 224)
+    assert set(labels.tolist()) <= {0, 1}
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -147,6 +145,7 @@ def test_empty_class_folder_is_refused(image_root, extra_images, part):
         ({"image_size": 0}, "image_size=0 is no image: set the height and width"),
         ({"crop_padding": -1}, "crop_padding=-1 is negative: set it to 0"),
         ({"std": (1.0, 0.0, 1.0)}, r"std=\(1.0, 0.0, 1.0\) must be above 0"),
+        ({"cutout": -1}, "cutout=-1 is negative: set it to 0"),
         ({"val_fraction": 2.0}, r"val_fraction=2.0 is outside \(0, 1\)"),
     ],
 )
