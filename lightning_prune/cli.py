@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -13,12 +12,11 @@ from typing_extensions import override
 import lightning_prune.callbacks
 import lightning_prune.datamodules
 import lightning_prune.models  # noqa: F401  so that YAML may name these classes without their path
+from lightning_prune import shipped_configs
 from lightning_prune.graph import trace
 from lightning_prune.reporting.inspect import describe
 
 __all__ = ["PruneCLI", "main"]
-
-_PACKAGE = Path(__file__).parent
 
 
 class PruneCLI(LightningCLI):
@@ -42,15 +40,20 @@ class PruneCLI(LightningCLI):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``lightning-prune``: fit, validate, test or predict, from configs and options of `LightningCLI`, or inspect.
+    """Run ``lightning-prune``: fit, validate, test or predict, from configs and options of `LightningCLI`, and more.
 
     ``lightning-prune inspect --config FILE`` prints what can be pruned in the model of a config, what it costs, and
-    what stays whole and why. A config that is not found is looked for among those that ship with the package.
+    what stays whole and why. ``lightning-prune configs`` lists the configs that ship with the package, and
+    ``lightning-prune configs NAME`` copies one out. A config that is not found is looked for among them.
 
     Args:
         arguments: The command line without the program's name; default that of the process.
     """
-    given = [_shipped(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    if typed[:1] == ["configs"]:
+        shipped_configs.main(typed[1:])
+        return
+    given = [shipped_configs.find(argument) for argument in typed]
     if given[:1] == ["inspect"]:
         _inspect(given[1:])
         return
@@ -78,15 +81,6 @@ def _inspect(arguments: list[str]) -> None:
     if model.example_input_array is None:
         sys.exit(f"{type(model).__name__} has no example_input_array; set it to what its forward takes.")
     print(describe(trace(model, model.example_input_array)))
-
-
-def _shipped(argument: str) -> str:
-    """Return the shipped file for an argument that names a config which is not there."""
-    option, equals, path = argument.rpartition("=")
-    if not path.endswith((".yaml", ".yml")) or Path(path).exists():
-        return argument
-    inside = _PACKAGE / "configs" / path.removeprefix("configs/")
-    return f"{option}{equals}{inside}" if inside.is_file() else argument
 
 
 if __name__ == "__main__":

@@ -65,6 +65,15 @@ def test_every_config_begins_with_what_it_is_and_parses(path: Path, capsys: pyte
     assert "class_path: lightning_prune" in capsys.readouterr().out
 
 
+def test_lightning_may_summarize_the_network_with_its_example_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # It sends the example through the hooks that make network input of the data module's batches.
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", "quickstart.yaml", "--trainer.fast_dev_run=1", "--trainer.enable_model_summary=true"])
+    assert "Total FLOPs" in capsys.readouterr().out  # counted on the example
+
+
 def test_module_and_program_are_the_same_and_find_shipped_configs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_prune", "fit", "--config", "configs/quickstart.yaml", "--print_config"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -125,7 +134,8 @@ def test_the_quickstart_halves_the_flops_and_keeps_its_accuracy(
         path = tmp_path / "logs" / name / "version_0" / "checkpoints" / "last.ckpt"
         model, data = lightning_prune.load_pruned(ImageClassifier, path), DigitsDataModule()
         data.setup("test")
-        right = [(model(images).argmax(1) == labels).float() for images, labels in data.test_dataloader()]
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
+        right = [(model(images).argmax(1) == labels).float() for images, labels in batches]
         accuracy[name] = float(torch.cat(right).mean())
         flops = FlopCountAnalysis(model, torch.zeros(1, 1, 8, 8)).unsupported_ops_warnings(False).total()
         accuracy[f"{name} flops"] = flops

@@ -14,7 +14,9 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from lightning_prune.models.cifar_resnet import DEPTHS, CifarResNet
-from lightning_prune.models.small import AlexNet, CifarMobileNetV2, DigitsNet, LeNet
+from lightning_prune.models.mobilenet import CifarMobileNetV2, MobileNetV1
+from lightning_prune.models.small import AlexNet, Conv4, DigitsNet, LeNet
+from lightning_prune.models.small_image_resnet import BLOCKS, SmallImageResNet
 from lightning_prune.models.vgg import STAGE_CONVOLUTIONS, CifarVGG
 
 NetworkFactory = Callable[..., nn.Module]
@@ -22,9 +24,12 @@ NetworkFactory = Callable[..., nn.Module]
 NETWORKS: dict[str, NetworkFactory] = {
     **{f"resnet{depth}": partial(CifarResNet, depth=depth) for depth in DEPTHS},
     **{f"vgg{depth}_bn": partial(CifarVGG, depth=depth) for depth in STAGE_CONVOLUTIONS},
+    **{f"resnet{depth}": partial(SmallImageResNet, depth=depth) for depth in BLOCKS},
     "lenet": LeNet,
+    "conv4": Conv4,
     "alexnet": AlexNet,
     "digits": DigitsNet,
+    "mobilenet_v1": MobileNetV1,
     "mobilenet_v2": CifarMobileNetV2,
 }
 
@@ -35,7 +40,7 @@ def build_network(name: str, **network_args: Any) -> nn.Module:
     """Build a network from its name.
 
     Args:
-        name: One of ``NETWORKS`` ("resnet20", "vgg16_bn", "lenet", "alexnet", "digits", "mobilenet_v2", ...);
+        name: One of ``NETWORKS`` ("resnet20", "vgg16_bn", "lenet", "conv4", "alexnet", "digits", "mobilenet_v1", ...);
             "torchvision/<name>" for a classification network of torchvision, at ImageNet size; or the dotted path of
             your own ``nn.Module`` class, or of a function annotated to return one, such as "mypackage.MyNet".
         **network_args: Arguments of the network, such as ``num_classes`` and ``in_channels``.

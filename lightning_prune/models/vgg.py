@@ -22,9 +22,10 @@ class CifarVGG(nn.Module):
         depth: 11, 13, 16 or 19, counted as in the paper, that is with three linear layers.
         num_classes: Number of classes, at least 1.
         in_channels: Channels of the images; the images must be at least 32x32, because five stages halve them.
+        width: Factor on the channels of all stages, above 0; a quarter trains in minutes on a CPU.
 
     Raises:
-        ValueError: If ``depth`` is none of the above.
+        ValueError: If ``depth`` is none of the above, or ``width`` leaves a stage without channels.
 
     Example:
         >>> import torch
@@ -33,22 +34,25 @@ class CifarVGG(nn.Module):
         torch.Size([2, 10])
     """
 
-    def __init__(self, depth: int = 16, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(self, depth: int = 16, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
         if depth not in STAGE_CONVOLUTIONS:
             raise ValueError(f"depth={depth} is not a VGG: choose one of {', '.join(map(str, STAGE_CONVOLUTIONS))}.")
+        widths = [int(channels * width) for channels in STAGE_WIDTHS]
+        if min(widths) < 1:
+            raise ValueError(f"width={width} leaves stages without channels: give a factor of at least 1/64.")
         super().__init__()
         layers: list[nn.Module] = []
-        width = in_channels
-        for convolutions, stage_width in zip(STAGE_CONVOLUTIONS[depth], STAGE_WIDTHS, strict=True):
+        channels = in_channels
+        for convolutions, stage_width in zip(STAGE_CONVOLUTIONS[depth], widths, strict=True):
             for _ in range(convolutions):
                 # No bias: the BatchNorm that follows would subtract it again.
-                layers += [nn.Conv2d(width, stage_width, 3, padding=1, bias=False), nn.BatchNorm2d(stage_width)]
+                layers += [nn.Conv2d(channels, stage_width, 3, padding=1, bias=False), nn.BatchNorm2d(stage_width)]
                 layers += [nn.ReLU(inplace=True)]
-                width = stage_width
+                channels = stage_width
             layers += [nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = nn.Linear(channels, num_classes)
         initialize_he(self)
 
     def forward(self, x: Tensor) -> Tensor:

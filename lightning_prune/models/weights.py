@@ -8,23 +8,65 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision import models as torchvision_models
+
+from lightning_prune.models.registry import TORCHVISION_PREFIX
 
 # Names under which training scripts store the state_dict in a larger dictionary, and prefixes that wrappers
 # (DataParallel, a LightningModule) put before every key.
 CONTAINERS = ("state_dict", "model")
 PREFIXES = ("module.", "model.", "network.")
+# What the same layers of residual networks are called in one collection of checkpoints and in another.
+SYNONYMS = {"fc": "linear", "linear": "fc", "downsample": "shortcut", "shortcut": "downsample"}
 NAMED_KEYS = 3
 
 
-def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+def load_pretrained(network: nn.Module, name: str, weights: str, new_head: str = "") -> nn.Module:
+    """Load the weights that torchvision publishes under a name, or those of a file.
+
+    Args:
+        network: The network, changed in place; left as it was where the weights do not fit.
+        name: What the network was built by, as for :func:`lightning_prune.models.build_network`.
+        weights: The file; for ``torchvision/<name>`` also "IMAGENET1K_V1", "DEFAULT" and so on, which torchvision
+            downloads where its cache does not have them.
+        new_head: Dotted name of a module that keeps the weights it has.
+
+    Returns:
+        The same network.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the weights do not fit the network.
+        ConnectionError: If the weights cannot be downloaded; says which file goes where.
+    """
+    kind = name.removeprefix(TORCHVISION_PREFIX)
+    published = torchvision_models.get_model_weights(kind).__members__ if kind != name else {}
+    if weights not in published:
+        return load_weights(network, weights, new_head)
+    try:
+        # Built by torchvision, which knows how to bring older files into today's names.
+        state = torchvision_models.get_model(kind, weights=weights).state_dict()
+    except OSError as error:
+        url = published[weights].url
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise ConnectionError(
+            f"The weights {weights!r} of {name!r} cannot be downloaded ({error}): put the file {url} into "
+            f"{str(folder)!r}, or give `weights` the path of a file."
+        ) from error
+    return _load(network, state, f"Weights {weights!r} of {name!r}", new_head)
+
+
+def load_weights(network: nn.Module, path: str | Path, new_head: str = "") -> nn.Module:
     """Load a published state_dict file into a network, all of it or nothing.
 
     The file may be a plain state_dict, a dictionary that holds one under "state_dict" or "model", or a Lightning
-    checkpoint; key prefixes "module.", "model." and "network." are removed. It is read with ``weights_only=True``.
+    checkpoint; key prefixes "module.", "model." and "network." are removed, and the layers of residual networks may be
+    named "fc" or "linear", "downsample" or "shortcut". It is read with ``weights_only=True``.
 
     Args:
         network: The network, changed in place; left as it was where the file does not fit.
         path: The file.
+        new_head: Dotted name of a module that keeps the weights it has, such as a classifier for other classes.
 
     Returns:
         The same network.
@@ -48,15 +90,21 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no weights file {str(path)!r}: correct the path given as `weights`.")
+    return _load(network, _read(path), f"Weights file {str(path)!r}", new_head)
+
+
+def _load(network: nn.Module, state: Mapping[str, Any], source: str, new_head: str) -> nn.Module:
     expected = network.state_dict()
-    state = _unwrap(_read(path), expected)
+    state = _unwrap(state, expected)
+    if new_head:
+        state, expected = _without(state, new_head), _without(expected, new_head)
     problems = _problems(state, expected)
     if problems:
         raise ValueError(
-            f"Weights file {str(path)!r} does not fit {type(network).__name__} ({problems}): use the network and the "
-            "number of classes that the file was made with."
+            f"{source} does not fit {type(network).__name__} ({problems}): use the network and the number of classes "
+            "that it was made with, or give the network a new head with `transfer`."
         )
-    network.load_state_dict(state)
+    network.load_state_dict(state, strict=False)
     return network
 
 
@@ -88,7 +136,16 @@ def _unwrap(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> dict[st
         if prefix is None:
             break
         state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return {_synonym(key, expected): value for key, value in state.items()}
+
+
+def _synonym(key: str, expected: Mapping[str, Tensor]) -> str:
+    renamed = ".".join(SYNONYMS.get(part, part) for part in key.split("."))
+    return renamed if key not in expected and renamed in expected else key
+
+
+def _without(state: Mapping[str, Any], module: str) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not key.startswith(f"{module}.")}
 
 
 def _problems(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:

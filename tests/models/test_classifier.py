@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune.models import ImageClassifier, build_network
-from lightning_prune.models.classifier import learning_rate_factor
+from lightning_prune.models import ImageClassifier, Optimization, build_network
 
 SHAPE = (1, 8, 8)
 TINY = {"network": "digits", "num_classes": 3, "input_shape": SHAPE, "network_args": {"width": 4}}
@@ -62,7 +61,7 @@ def save_weights(path, fill=0.5, **arguments):
 
 def test_training_learns_and_logs_the_six_names(tmp_path):
     torch.manual_seed(0)
-    module, trainer = ImageClassifier(**TINY, lr=0.05), make_trainer(tmp_path, max_epochs=8)
+    module, trainer = ImageClassifier(**TINY, optimization=Optimization(lr=0.05)), make_trainer(tmp_path, max_epochs=8)
     trainer.fit(module, FirstPixelData())
     assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy"} == set(trainer.logged_metrics)
     assert trainer.logged_metrics["val/accuracy"] == 1
@@ -83,6 +82,53 @@ def test_logged_values_are_means_over_all_images(tmp_path):
     )
 
 
+def test_top_five_and_each_class_are_logged(tmp_path):
+    module = ImageClassifier("digits", 8, SHAPE, {"width": 4}, per_class=True)
+    images, labels = torch.rand(40, *SHAPE), torch.arange(40) % 7
+    with torch.no_grad():
+        order = module.eval()(images).argsort(dim=1, descending=True)
+    labels[0] = order[0, 0]  # the first batch cannot tell the metrics apart
+    trainer = make_trainer(tmp_path)
+    trainer.test(module, DataLoader(TensorDataset(images, labels), batch_size=1), verbose=False)
+    right = (order[:, 0] == labels).float()
+    expected = {f"test/accuracy_class_{k}": right[labels == k].mean().item() if k in labels else 0.0 for k in range(8)}
+    expected["test/accuracy"] = right.mean().item()
+    expected["test/accuracy_top5"] = (order[:, :5] == labels[:, None]).any(dim=1).float().mean().item()
+    logged = {name: value.item() for name, value in trainer.logged_metrics.items()}
+    del logged["test/loss"]
+    assert logged == pytest.approx(expected)
+
+
+def test_metrics_start_anew_with_every_epoch(tmp_path):
+    module = ImageClassifier(**TINY)
+    for labels in (torch.zeros(8).long(), torch.ones(8).long(), torch.full((8,), 2)):
+        trainer = make_trainer(tmp_path)
+        images = torch.rand(8, *SHAPE)
+        trainer.validate(module, DataLoader(TensorDataset(images, labels), batch_size=4), verbose=False)
+        expected = (module.eval()(images).argmax(dim=1) == labels).float().mean().item()
+        assert trainer.logged_metrics["val/accuracy"].item() == pytest.approx(expected)
+
+
+def test_mixed_images_train_and_are_judged_by_their_dominant_label(tmp_path):
+    module = ImageClassifier(**TINY, regularization={"mixup": 0.5, "cutmix": 1.0})
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, FirstPixelData())
+    assert trainer.logged_metrics["train/loss"].isfinite()
+    assert 0 < trainer.logged_metrics["train/accuracy"] < 1
+
+
+def test_channels_last_gives_the_same_outputs_in_the_other_format(tmp_path):
+    module = ImageClassifier(**TINY).eval()
+    other = ImageClassifier(**TINY, channels_last=True).eval()
+    other.load_state_dict(module.state_dict())
+    seen = []
+    other.network.stage3.register_forward_hook(lambda layer, args, output: seen.append(output))
+    images = torch.rand(2, *SHAPE)
+    assert torch.allclose(module(images), other(images), atol=1e-6)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert other.network.stage3[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_prediction_is_probabilities_with_and_without_labels(tmp_path):
     module, trainer = ImageClassifier(**TINY), make_trainer(tmp_path)
     images = torch.rand(4, *SHAPE)
@@ -94,7 +140,7 @@ def test_prediction_is_probabilities_with_and_without_labels(tmp_path):
 
 
 def test_label_smoothing_applies_to_training_only():
-    module = ImageClassifier(**TINY, label_smoothing=0.3).eval()
+    module = ImageClassifier(**TINY, regularization={"label_smoothing": 0.3}).eval()
     batch = torch.rand(4, *SHAPE), torch.tensor([0, 1, 2, 0])
     logged = {}
     module.log = lambda name, value, **settings: logged.update({name: value})
@@ -113,15 +159,6 @@ def test_network_with_auxiliary_outputs_is_refused_with_the_remedy():
 # ---- optimizer and schedule ----
 
 
-def test_optimizer_gets_every_setting(tmp_path):
-    module = ImageClassifier(**TINY, lr=0.3, momentum=0.8, weight_decay=0.01, nesterov=True)
-    module.trainer = make_trainer(tmp_path)
-    optimizer = module.configure_optimizers()["optimizer"]
-    (group,) = optimizer.param_groups
-    assert [group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")] == [0.3, 0.8, 0.01, True]
-    assert len(group["params"]) == len(list(module.parameters()))
-
-
 class LearningRates(L.Callback):
     """Note the learning rate of every batch."""
 
@@ -135,35 +172,17 @@ class LearningRates(L.Callback):
 def test_schedule_steps_once_per_epoch(tmp_path):
     rates = LearningRates()
     trainer = make_trainer(tmp_path, max_epochs=4, callbacks=[rates])
-    trainer.fit(ImageClassifier(**TINY, lr=0.1, warmup_epochs=1), FirstPixelData())
+    trainer.fit(ImageClassifier(**TINY, optimization={"warmup_epochs": 1}), FirstPixelData())
     # Three batches per epoch; half in the warm-up epoch, then a cosine over the other three.
     cosine = [0.05 * (1 + math.cos(math.pi * k / 3)) for k in range(3)]
     assert rates.seen == pytest.approx([rate for rate in (0.05, *cosine) for _ in range(3)])
-
-
-def test_steps_divide_by_ten_at_each_milestone():
-    factors = [learning_rate_factor(epoch, 6, "steps", milestones=[2, 4]) for epoch in range(6)]
-    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-
-
-def test_warmup_rises_in_equal_steps_before_any_schedule():
-    for schedule in ("cosine", "steps", "constant"):
-        factors = [learning_rate_factor(epoch, 8, schedule, 3, [7]) for epoch in range(4)]
-        assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0])
-
-
-def test_cosine_ends_at_zero_and_stays_there():
-    assert [learning_rate_factor(epoch, 4, "cosine") for epoch in (0, 4, 5)] == pytest.approx([1, 0, 0])
-    # Trial runs shorter than or as long as their warm-up: the schedule is asked once more after the last epoch.
-    assert learning_rate_factor(5, 3, "cosine", warmup_epochs=5) == 1
-    assert learning_rate_factor(5, 5, "cosine", warmup_epochs=5) == 1
 
 
 def test_cosine_without_a_number_of_epochs_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"schedule='cosine' must know where it ends: set Trainer\(max_epochs"):
         make_trainer(tmp_path, max_epochs=-1, max_steps=2).fit(ImageClassifier(**TINY), FirstPixelData())
     trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=2)
-    trainer.fit(ImageClassifier(**TINY, schedule="constant"), FirstPixelData())
+    trainer.fit(ImageClassifier(**TINY, optimization={"schedule": "constant"}), FirstPixelData())
     assert trainer.global_step == 2
 
 
@@ -172,7 +191,7 @@ def test_cosine_without_a_number_of_epochs_is_refused(tmp_path):
 
 def test_checkpoint_loads_safely_and_gives_equal_outputs(tmp_path):
     weights = save_weights(tmp_path / "start.th")
-    module = ImageClassifier(**TINY, weights=weights, lr=0.01)
+    module = ImageClassifier(**TINY, weights=weights, optimization=Optimization(lr=0.01))
     trainer = make_trainer(tmp_path, enable_checkpointing=True)
     trainer.fit(module, FirstPixelData())
     path = trainer.checkpoint_callback.best_model_path
@@ -183,7 +202,7 @@ def test_checkpoint_loads_safely_and_gives_equal_outputs(tmp_path):
     images = torch.rand(4, *SHAPE)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(images), module.eval()(images))
-    assert loaded.lr == 0.01
+    assert loaded.optimization == Optimization(lr=0.01)
 
 
 def test_weights_are_there_before_any_trainer(tmp_path):
@@ -275,6 +294,21 @@ def test_command_line_trains_and_its_checkpoint_loads(tmp_path):
     assert torch.equal(loaded.network.linear.weight, cli.model.network.linear.weight.cpu())
 
 
+def test_command_line_sets_single_values_of_a_group(tmp_path):
+    cli = run_cli(
+        tmp_path, "--model.optimization.optimizer=AdamW", "--model.optimization.lr=0.02",
+        "--model.regularization.mixup=0.2", "--model.transfer.frozen=[stage1.*]",
+    )  # fmt: skip
+    (optimizer,) = cli.trainer.optimizers
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["initial_lr"] == 0.02
+    assert cli.model.regularization.mixup == 0.2
+    path = cli.trainer.checkpoint_callback.best_model_path
+    loaded = ImageClassifier.load_from_checkpoint(path)
+    assert loaded.transfer == cli.model.transfer
+    assert not loaded.network.stage1[0][0].weight.requires_grad
+
+
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers.*will be overridden.*")
 def test_command_line_may_replace_optimizer_and_schedule(tmp_path):
     cli = run_cli(
@@ -294,17 +328,12 @@ def test_command_line_may_replace_optimizer_and_schedule(tmp_path):
         ({"num_classes": 1}, "num_classes=1 leaves nothing to classify: set the number of classes"),
         ({"input_shape": (8, 8)}, r"input_shape=\(8, 8\) is no image: give \(channels, height, width\)"),
         ({"input_shape": (1, 8, 0)}, r"input_shape=\(1, 8, 0\) is no image"),
-        ({"lr": 0.0}, "lr=0.0 would not train: set a learning rate above 0"),
-        ({"lr": math.nan}, "lr=nan would not train"),
-        ({"momentum": 1.0}, r"momentum=1.0 is outside \[0, 1\): set it to 0.9"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 is negative: set it to 0"),
-        ({"nesterov": True, "momentum": 0.0}, "nesterov=True needs momentum: set momentum above 0"),
-        ({"schedule": "cosin"}, "schedule='cosin' is unknown: choose one of cosine, steps, constant"),
-        ({"warmup_epochs": -1}, "warmup_epochs=-1 is negative: set it to 0"),
-        ({"schedule": "steps"}, "schedule='steps' needs milestones: list the epochs"),
-        ({"schedule": "steps", "milestones": [5, 5]}, r"milestones=\[5, 5\] do not rise: list epochs above 0"),
-        ({"schedule": "steps", "milestones": [0]}, r"milestones=\[0\] do not rise"),
-        ({"label_smoothing": 1.0}, r"label_smoothing=1.0 is outside \[0, 1\): set it to 0"),
+        ({"optimization": {"lr": 0.0}}, "lr=0.0 would not train: set a learning rate above 0"),
+        ({"regularization": {"label_smoothing": 1.0}}, r"label_smoothing=1.0 is outside \[0, 1\): set it to 0"),
+        ({"transfer": {"unfreeze_epoch": 0}}, "unfreeze_epoch=0 freezes nothing: set it to 1"),
+        ({"distillation": {"weights": "w", "share": 0}}, r"share=0 is outside \(0, 1\]: leave `distillation` out"),
+        ({"optimization": {"rate": 1}}, r"Optimization cannot be made of \{'rate': 1\}: .*'rate'"),
+        ({"network": "torchvision/resnet18", "network_args": {"weights": "DEFAULT"}}, "set `weights` instead"),
         ({"network": "digit"}, "Unknown network 'digit': choose one of resnet20"),
         ({"network_args": {"depth": 3}}, "'digits' cannot be built .*its arguments are"),
     ],

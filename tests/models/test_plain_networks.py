@@ -1,8 +1,18 @@
 import pytest
 import torch
+from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-from lightning_prune.models import AlexNet, CifarMobileNetV2, CifarVGG, DigitsNet, LeNet
+from lightning_prune.models import (
+    AlexNet,
+    CifarMobileNetV2,
+    CifarVGG,
+    Conv4,
+    DigitsNet,
+    LeNet,
+    MobileNetV1,
+    SmallImageResNet,
+)
 from lightning_prune.models.initialization import initialize_he
 
 
@@ -52,9 +62,17 @@ def test_alexnet_has_five_convolutions_three_linear_layers_and_dropout():
     assert [kinds.count(kind) for kind in (nn.Conv2d, nn.Linear, nn.Dropout)] == [5, 3, 2]
 
 
-@pytest.mark.parametrize(("network", "smallest"), [(LeNet, 12), (AlexNet, 8)])
+def test_conv4_has_the_layers_of_the_lottery_ticket_paper():
+    # 3x3 convolutions of 1-64-64-128-128 with biases, then 7 * 7 * 128 - 256 - 256 - 10.
+    convolutions = (9 * 1 + 1) * 64 + (9 * 64 + 1) * 64 + (9 * 64 + 1) * 128 + (9 * 128 + 1) * 128
+    linear = (6272 + 1) * 256 + (256 + 1) * 256 + (256 + 1) * 10
+    assert count_parameters(Conv4()) == convolutions + linear
+    assert Conv4(num_classes=7, in_channels=3, image_size=33)(torch.zeros(2, 3, 33, 33)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("network", "smallest"), [(LeNet, 12), (AlexNet, 8), (Conv4, 4)])
 def test_images_that_would_vanish_are_refused(network, smallest):
-    with pytest.raises(ValueError, match=f"image_size={smallest - 1} is too small for .*Net: use images of at least"):
+    with pytest.raises(ValueError, match=f"image_size={smallest - 1} is too small for \\w+: use images of at least"):
         network(image_size=smallest - 1)
     network(image_size=smallest)
 
@@ -79,6 +97,38 @@ def test_mobilenet_has_the_parameters_of_the_paper_and_ends_at_4x4():
     assert count_parameters(network) == 3_504_872 - 1_281_000 + 12_810
     assert network.features(torch.zeros(1, 3, 32, 32)).shape == (1, 1280, 4, 4)
     assert CifarMobileNetV2(num_classes=7, in_channels=1).eval()(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_mobilenet_v1_has_the_size_of_the_paper():
+    # Table 4 of Howard et al.: 4.2 million parameters and 569 million multiply-adds for 224x224 images.
+    network = MobileNetV1(num_classes=1000, image_size=224).eval()
+    assert count_parameters(network) == 4_231_976
+    flops = FlopCountAnalysis(network, torch.zeros(1, 3, 224, 224)).unsupported_ops_warnings(False).by_operator()
+    assert round((flops["conv"] + flops["linear"]) / 1e6) == 569
+    assert network.features(torch.zeros(1, 3, 224, 224)).shape == (1, 1024, 7, 7)
+
+
+def test_mobilenet_v1_ends_at_4x4_for_small_images_and_scales():
+    assert MobileNetV1(image_size=32).eval().features(torch.zeros(1, 3, 32, 32)).shape == (1, 1024, 4, 4)
+    assert MobileNetV1(width=0.25, in_channels=1).eval().features(torch.zeros(1, 1, 32, 32)).shape == (1, 256, 4, 4)
+    with pytest.raises(ValueError, match=r"width=0.01 leaves no channels: set it to 1/32 or more"):
+        MobileNetV1(width=0.01)
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(18, 11.22), (34, 21.33), (50, 23.71)])
+def test_small_image_resnets_have_the_known_sizes(depth, millions):
+    # As reported for CIFAR-100 wherever such networks are trained, in millions.
+    network = SmallImageResNet(depth, num_classes=100).eval()
+    assert round(count_parameters(network) / 1e6, 2) == millions
+    seen = []
+    network.layer4.register_forward_hook(lambda layer, args, output: seen.append(tuple(output.shape[2:])))
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
+    assert seen == [(4, 4)]
+
+
+def test_small_image_resnet_of_another_depth_is_refused():
+    with pytest.raises(ValueError, match="depth=19 is not one of these ResNets: choose 18, 34, 50"):
+        SmallImageResNet(19)
 
 
 def test_initialization_has_the_spread_of_he_and_no_bias():

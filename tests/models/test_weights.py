@@ -1,10 +1,13 @@
 import pickle
+from urllib.error import URLError
 
 import pytest
 import torch
 from torch import nn
+from torchvision.models import WeightsEnum
 
-from lightning_prune.models import load_weights
+from lightning_prune.models import build_network, load_weights
+from lightning_prune.models.weights import load_pretrained
 
 
 def make_network(classes=3):
@@ -113,3 +116,81 @@ def test_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.th")
     with pytest.raises(ValueError, match=r"holds no state_dict: save network.state_dict\(\)"):
         load_weights(make_network(), tmp_path / "w.th")
+
+
+# ---- names of other collections, new heads, torchvision's own ----
+
+
+@pytest.mark.parametrize(
+    ("name", "renamed"),
+    [
+        ("resnet20", {"linear.": "fc.", ".shortcut.": ".downsample."}),
+        ("resnet18", {"fc.": "linear.", ".downsample.": ".shortcut."}),
+    ],
+)
+def test_residual_networks_load_from_both_usual_layouts(tmp_path, name, renamed):
+    arguments = {"shortcut": "B"} if name == "resnet20" else {}
+    trained = build_network(name, **arguments)
+    state = trained.state_dict()
+    for ours, theirs in renamed.items():
+        state = {("." + key).replace("." + ours.lstrip("."), "." + theirs.lstrip("."))[1:]: state[key] for key in state}
+    assert state.keys() != trained.state_dict().keys()
+    torch.save({"state_dict": {"module." + key: value for key, value in state.items()}}, tmp_path / "w.th")
+    loaded = load_weights(build_network(name, **arguments), tmp_path / "w.th")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in trained.state_dict().items())
+
+
+def test_new_head_keeps_its_weights_and_all_else_is_loaded(tmp_path):
+    trained, network = make_network(classes=7), make_network(classes=3)
+    torch.save(trained.state_dict(), tmp_path / "w.th")
+    head = network[2].weight.clone()
+    load_weights(network, tmp_path / "w.th", new_head="2")
+    assert torch.equal(network[0].weight, trained[0].weight)
+    assert torch.equal(network[2].weight, head)
+
+
+def test_only_the_head_may_differ(tmp_path):
+    torch.save(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(2, 3)).state_dict(), tmp_path / "w.th")
+    with pytest.raises(ValueError, match=r"of another shape: 0.weight"):
+        load_weights(make_network(), tmp_path / "w.th", new_head="2")
+
+
+@pytest.fixture
+def ones_published(monkeypatch):
+    """Let torchvision have published ones, for whatever is asked for."""
+
+    def ones(self, *args, **kwargs):
+        with torch.device("meta"):
+            state = build_network("torchvision/resnet18").state_dict()
+        return {key: torch.ones(value.shape, dtype=value.dtype) for key, value in state.items()}
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", ones)
+
+
+@pytest.mark.parametrize("weights", ["IMAGENET1K_V1", "DEFAULT"])
+def test_torchvisions_own_weights_load_by_name(ones_published, weights):
+    network = load_pretrained(build_network("torchvision/resnet18"), "torchvision/resnet18", weights)
+    assert all((value == 1).all() for value in network.state_dict().values())
+    small = build_network("torchvision/resnet18", num_classes=5)
+    load_pretrained(small, "torchvision/resnet18", weights, new_head="fc")
+    assert (small.conv1.weight == 1).all()
+    assert small.fc.weight.std() > 0
+
+
+def test_torchvisions_weights_for_other_classes_need_a_new_head(ones_published):
+    with pytest.raises(ValueError, match=r"Weights 'DEFAULT' of 'torchvision/resnet18' .* a new head with `transfer`"):
+        load_pretrained(build_network("torchvision/resnet18", num_classes=5), "torchvision/resnet18", "DEFAULT")
+
+
+def test_name_that_torchvision_does_not_know_is_a_file():
+    with pytest.raises(FileNotFoundError, match="There is no weights file 'IMAGENET'"):
+        load_pretrained(build_network("torchvision/resnet18"), "torchvision/resnet18", "IMAGENET")
+
+
+def test_without_a_network_the_file_and_its_place_are_named(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", unreachable)
+    with pytest.raises(ConnectionError, match=r"put the file https://\S+resnet18\S+.pth into '.*checkpoints'"):
+        load_pretrained(build_network("torchvision/resnet18"), "torchvision/resnet18", "IMAGENET1K_V1")

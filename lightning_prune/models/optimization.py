@@ -1,0 +1,140 @@
+"""How a classifier's weights are trained: optimizer, weight decay, and the learning rate from epoch to epoch."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+SCHEDULES = ("cosine", "steps", "constant")
+OPTIMIZER_DEFAULTS = {"SGD": {"momentum": 0.9}}
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Say how weights are trained.
+
+    Weight decay applies to the weights of convolutions and linear layers; biases and the scales and shifts of
+    normalisation layers (all parameters of one dimension) are spared.
+
+    Args:
+        lr: Learning rate, above 0.
+        weight_decay: Weight decay, at least 0.
+        optimizer: Name of a class of ``torch.optim``, such as "SGD" or "AdamW", or the dotted path of another.
+        optimizer_args: Further arguments of the optimizer; SGD has momentum 0.9 unless they say otherwise.
+        schedule: How the learning rate falls from epoch to epoch: "cosine" to 0 along half a cosine, "steps" by a
+            factor of 10 at each milestone, "constant" not at all.
+        warmup_epochs: Number of epochs at the start in which the learning rate rises in equal steps, at least 0.
+        milestones: Rising epochs of the schedule "steps".
+
+    Raises:
+        ValueError: If a setting is outside its range, or if the optimizer does not take them.
+
+    Example:
+        >>> from lightning_prune.models import Optimization
+        >>> settings = Optimization(lr=0.1, warmup_epochs=1)
+        >>> [settings.factor(epoch, max_epochs=3) for epoch in range(4)]
+        [0.5, 1.0, 0.5, 0.0]
+    """
+
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    optimizer: str = "SGD"
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    schedule: str = "cosine"
+    warmup_epochs: int = 0
+    milestones: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr} would not train: set a learning rate above 0.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay={self.weight_decay} is negative: set it to 0 or above.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}.")
+        if self.warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} is negative: set it to 0 for none.")
+        if self.schedule == "steps" and not self.milestones:
+            raise ValueError("schedule='steps' needs milestones: list the epochs at which the learning rate falls.")
+        if any(late <= early for early, late in zip([0, *self.milestones], self.milestones, strict=False)):
+            raise ValueError(
+                f"milestones={self.milestones} do not rise: list epochs above 0, each later than the last."
+            )
+        # Made once for nothing, so that arguments that the optimizer refuses are refused before any data is loaded.
+        self.make_optimizer(nn.Linear(1, 1))
+
+    def make_optimizer(self, module: nn.Module) -> Optimizer:
+        """Return the optimizer of a module's parameters, frozen ones included.
+
+        Args:
+            module: The module.
+
+        Returns:
+            The optimizer, with one group of parameters that decay and one of those that are spared.
+        """
+        parameters = list(module.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        arguments = OPTIMIZER_DEFAULTS.get(self.optimizer, {}) | self.optimizer_args
+        kind = _find_optimizer(self.optimizer)
+        try:
+            return kind([group for group in groups if group["params"]], lr=self.lr, **arguments)  # type: ignore[call-arg]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"optimizer={self.optimizer!r} refuses lr={self.lr} and optimizer_args={arguments} ({error}): correct "
+                "them."
+            ) from error
+
+    def make_schedule(self, optimizer: Optimizer, max_epochs: int | None) -> LRScheduler:
+        """Return the schedule of the learning rate, to be stepped once per epoch.
+
+        Args:
+            optimizer: The optimizer.
+            max_epochs: Number of epochs of the whole training, if known; "cosine" needs it.
+
+        Raises:
+            ValueError: If the schedule is "cosine" and the number of epochs is not known.
+        """
+        if self.schedule == "cosine" and (max_epochs is None or max_epochs < 1):
+            raise ValueError("schedule='cosine' must know where it ends: set Trainer(max_epochs=...).")
+        return LambdaLR(optimizer, lambda epoch: self.factor(epoch, max_epochs or 0))
+
+    def factor(self, epoch: int, max_epochs: int) -> float:
+        """Return what the learning rate is multiplied with in an epoch.
+
+        Args:
+            epoch: The epoch, from 0.
+            max_epochs: Number of epochs of the whole training; only "cosine" needs it.
+
+        Returns:
+            The factor, in [0, 1].
+        """
+        if epoch < self.warmup_epochs:
+            return (epoch + 1) / (self.warmup_epochs + 1)
+        if self.schedule == "cosine":
+            progress = (epoch - self.warmup_epochs) / max(1, max_epochs - self.warmup_epochs)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return 0.1 ** sum(epoch >= milestone for milestone in self.milestones) if self.schedule == "steps" else 1.0
+
+
+def _find_optimizer(name: str) -> type[Optimizer]:
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module or torch.optim.__name__), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"optimizer={name!r} cannot be found ({error}): give the name of a class of torch.optim, such as 'SGD' or "
+            "'AdamW', or the dotted path of another."
+        ) from error
+    if not (inspect.isclass(found) and issubclass(found, Optimizer)):
+        raise ValueError(f"optimizer={name!r} is no optimizer: give a subclass of torch.optim.Optimizer.")
+    return found
