@@ -118,6 +118,22 @@ def _marked(count: int, marks: list[Labels]) -> np.ndarray:
     return found
 
 
+def _not_masked_alone(slots: list[Slot], ties: list[Tie], produced: np.ndarray, read: np.ndarray) -> list[Note]:
+    """Note what is read by a weight that also makes channels, or that is computed from more than one."""
+    together = _components(len(read), [tie for tie in ties if tie.of_weights])
+    found = _marked(len(read), [torch.from_numpy(together[read])])[together]
+    found = (found & ~read) | (produced & read)
+    found[FIXED] = False
+    notes = []
+    for slot in slots if found.any() else []:
+        labels = slot.start + np.flatnonzero(found[slot.start : slot.start + slot.size])
+        if len(labels):
+            module = slot.tensor.rpartition(".")[0] or slot.tensor
+            why = "reads channels by a weight that cannot be masked alone"
+            notes.append(Note(torch.from_numpy(labels), module, why))
+    return notes
+
+
 def _reasons(component: np.ndarray, noted: list[Note]) -> np.ndarray:
     """Return, per component, the index of the first note about it, -1 for none."""
     reason = np.full(len(component), -1)
@@ -156,6 +172,7 @@ def couple(slots: list[Slot], record: Record) -> Coupling:
     component = _components(count, record.ties)
     produced, read = _marked(count, record.produced), _marked(count, record.read)
     produced[FIXED] = False
+    record.inexact = [*record.inexact, *_not_masked_alone(slots, record.ties, produced, read)]
     held, inexact = _reasons(component, record.holds), _reasons(component, record.inexact)
     signature = _signatures(slots, component, record.costs)
 

@@ -69,9 +69,10 @@ class Forward:
         return self._whole.get(name, {})
 
     def maker(self, labels: Labels) -> str:
-        """Name the module that some labels belong to."""
+        """Name the module that some labels belong to, or the parameter where that is the model's own."""
         at = bisect_right(self.slots, int(labels.max()), key=lambda slot: slot.start) - 1
-        return self.slots[at].tensor.rpartition(".")[0]
+        name = self.slots[at].tensor
+        return name.rpartition(".")[0] or name
 
     def run(self, tracer: Tracer, stays: Index, training: bool) -> None:
         """Run with only some positions of some tensors left; the tracer's record tells what that showed.

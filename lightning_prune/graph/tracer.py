@@ -110,12 +110,16 @@ class Note:
 
 @dataclass(frozen=True)
 class Tie:
-    """Positions of two axes that leave together; ``why`` is said when one side cannot leave."""
+    """Positions of two axes that leave together; ``why`` is said when one side cannot leave.
+
+    ``of_weights`` tells whether nothing but weights met there, to make another weight.
+    """
 
     first: Labels
     second: Labels
     module: str
     why: str
+    of_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,7 @@ class Tracer(TorchDispatchMode):
         self.entered: Counter[str] = Counter()  # how often each module has been run
         self.failed_in = ""  # name of the innermost module that raised
         self.running: Call | None = None  # the operator that failed, after an exception
+        self.of_weights = False  # the operator that runs is given weights only
         self.muted = False  # inside a module that has a rule of its own
         self.in_attention = False  # between the two matrix products of attention written as one operator
         self.unsure: set[str] = set()  # names of modules that looked at values
@@ -284,7 +289,7 @@ class Tracer(TorchDispatchMode):
         if first is None or second is None:
             self.hold(second if first is None else first, why)
             return
-        self.record.ties.append(Tie(first, second, self.where(), why))
+        self.record.ties.append(Tie(first, second, self.where(), why, self.of_weights))
 
     def hold(self, labels: Labels | None, why: str) -> None:
         """Keep channels whole, with the reason; the name of the module that runs is put before it."""
@@ -396,6 +401,7 @@ class Tracer(TorchDispatchMode):
             if not outer:
                 call = Call(module, args, kwargs, output)
                 self.record.course.append((rule,))
+                self.of_weights = False
                 self._apply(rule, call, [*call.given, *module.parameters()])
             return output
 
@@ -422,7 +428,8 @@ class Tracer(TorchDispatchMode):
         if output is NotImplemented:
             output = func(*args, **kwargs)
         tensors = tensors_in(args) if not kwargs else tensors_in([*args, *kwargs.values()])
-        if tensors and all(map(self.is_weight, tensors)):
+        self.of_weights = bool(tensors) and all(map(self.is_weight, tensors))
+        if self.of_weights:
             for made in tensors_in(output):
                 made._is_weight = True  # type: ignore[attr-defined]
         if self.muted:

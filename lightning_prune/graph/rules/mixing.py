@@ -103,6 +103,7 @@ def matrix_vector_product(tracer: Tracer, call: Call) -> None:
         tracer.read(tracer.labels(vector, 0))
     elif tracer.is_weight(matrix):
         tracer.read(tracer.labels(matrix, 1))
+        tracer.produce(tracer.labels(matrix, 0))
     else:
         tracer.inexact(tracer.labels(matrix, 1), "sums over the product of two activations")
     tracer.set_labels(call.output, {0: tracer.labels(matrix, 0)})

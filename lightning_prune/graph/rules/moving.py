@@ -81,14 +81,19 @@ def move(tracer: Tracer, call: Call) -> None:
 
 @rule("aten.permute", "aten.transpose", "aten.t", "aten.squeeze", "aten.unsqueeze", "aten.numpy_T", "aten.movedim")
 def rearrange(tracer: Tracer, call: Call) -> None:
-    """Find out where each axis goes by calling the operator on an empty tensor whose strides tell its axes apart."""
+    """Find out where each axis goes by calling the operator on an empty tensor whose strides tell its axes apart.
+
+    An axis that is squeezed away held a single channel.
+    """
     x = call.args[0]
     known = tracer.all_labels(x)
     strides = [1000 + axis for axis in range(x.dim())]
     numbered = torch.empty_strided([2 if size > 1 else 1 for size in x.shape], strides, device="meta")
     moved = call.operator(numbered, *call.args[1:], **call.kwargs)
     to = {stride: axis for axis, stride in enumerate(moved.stride())}
-    tracer.set_labels(call.output, {to[1000 + axis]: labels for axis, labels in known.items()})
+    for axis in known.keys() - {stride - 1000 for stride in to}:
+        tracer.hold(known[axis], "has one of its channels picked out")
+    tracer.set_labels(call.output, {to[1000 + axis]: known[axis] for axis in known if 1000 + axis in to})
 
 
 @rule("aten.view", "aten._unsafe_view", "aten.reshape")
@@ -104,16 +109,24 @@ def reshape(tracer: Tracer, call: Call) -> None:
                 _give(tracer, output, after[0], labels)
                 continue
             spread = _spread(labels, axis - before[0], tuple(x.shape[a] for a in before))
-            found = _one_axis(tracer, spread.reshape([output.shape[a] for a in after]))
+            found = _reshaped(tracer, spread.reshape([output.shape[a] for a in after]))
             if found is not None:
                 _give(tracer, output, after[found[0]], found[1])
 
 
+def _reshaped(tracer: Tracer, moved: Tensor) -> tuple[int, Labels] | None:
+    """Return the axis that has the labels; all of a single channel goes along an axis of size one, or the only one."""
+    short = [axis for axis, size in enumerate(moved.shape) if size == 1]
+    if (short or moved.dim() == 1) and not _varying(moved):
+        axis = short[0] if short else 0
+        return axis, _line(moved, axis)
+    return _one_axis(tracer, moved)
+
+
 def _blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Pair up runs of axes of equal product; axes of size one are in none."""
-    left = [axis for axis, size in enumerate(before) if size != 1]
-    right = [axis for axis, size in enumerate(after) if size != 1]
-    found = []
+    """Pair up runs of axes of equal product; axes of size one that are left over at the end are in the last."""
+    left, right = list(range(len(before))), list(range(len(after)))
+    found: list[tuple[list[int], list[int]]] = []
     while left and right:
         ours, theirs = [left.pop(0)], [right.pop(0)]
         product, other = before[ours[0]], after[theirs[0]]
@@ -125,6 +138,9 @@ def _blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
                 theirs.append(right.pop(0))
                 other *= after[theirs[-1]]
         found.append((ours, theirs))
+    if found:
+        found[-1][0].extend(left)
+        found[-1][1].extend(right)
     return found
 
 
@@ -132,10 +148,13 @@ def _blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
 def restride(tracer: Tracer, call: Call) -> None:
     """Keep the labels of a tensor that only gets other strides, as adaptive pooling does to its output."""
     x = call.output
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+    known = tracer.all_labels(x)
+    same = all(axis < x.dim() and len(labels) == x.shape[axis] for axis, labels in known.items())
+    if same and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return
-    for labels in tracer.all_labels(x).values():
+    for labels in known.values():
         tracer.hold(labels, "is given strides by hand")
+    tracer.set_labels(x, {})
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -222,8 +241,9 @@ def _axes_picked(call: Call) -> set[int]:
     dimensions = call.args[0].dim()
     if call.name == "aten.index":
         return {axis for axis, index in enumerate(call.args[1]) if index is not None}
-    axes = call.argument(2 if call.name == "aten.roll" else 1, "dims" if call.name == "aten.roll" else "dim", 0)
-    return {axis % dimensions for axis in (axes if isinstance(axes, list | tuple) else [axes])}
+    if call.name == "aten.roll":  # without axes as one long row
+        return {axis % dimensions for axis in call.argument(2, "dims") or range(dimensions)}
+    return {call.argument(1, "dim", 0) % dimensions}
 
 
 def _indexed(tracer: Tracer, call: Call, taken: set[int]) -> None:

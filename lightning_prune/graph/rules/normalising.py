@@ -47,10 +47,21 @@ def group_norm(tracer: Tracer, call: Call) -> None:
     tracer.set_labels(call.outputs[0], tracer.all_labels(x))
 
 
+@rule("aten._weight_norm_interface")
+def weight_norm(tracer: Tracer, call: Call) -> None:
+    """Scale the slices of a weight along one axis to given lengths; a length is over all the other axes."""
+    direction, length = call.args[:2]
+    own = call.argument(2, "dim", 0) % direction.dim()
+    for axis, labels in tracer.all_labels(direction).items():
+        if axis != own:
+            tracer.inexact(labels, "is part of the length that a weight is normalised by")
+    combine(tracer, [direction, length], call.outputs[0])
+
+
 @rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.cumsum", "aten.cumprod", "aten.sort")
 def along_one_axis(tracer: Tracer, call: Call) -> None:
     """Keep the labels; channels along the axis that is normalised or summed up stay whole."""
     x, axis = call.args[0], call.argument(1, "dim", -1)
-    tracer.hold(tracer.labels(x, axis), f"runs {call.name.removeprefix('aten._')} along its channels")
+    tracer.hold(tracer.labels(x, axis), f"runs {call.name.removeprefix('aten.').lstrip('_')} along its channels")
     for output in call.outputs:
         tracer.set_labels(output, tracer.all_labels(x))

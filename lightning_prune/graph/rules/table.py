@@ -47,6 +47,8 @@ def unknown(tracer: Tracer, call: Call) -> None:
     for tensor in torch.utils._pytree.tree_leaves((call.args, call.kwargs)):
         for labels in tracer.all_labels(tensor).values():
             tracer.hold(labels, f"runs {call.name}, which has no rule")
+    for output in call.outputs:  # an input again, where that is changed in place
+        tracer.set_labels(output, {})
 
 
 @rule(

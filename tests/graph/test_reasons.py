@@ -1,0 +1,497 @@
+"""What the rules say of one operator each: held, inexact or free, with the exact reason or positions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine import assert_pruned, difference, random_plan, randomised
+from torch import Tensor, nn
+
+import lightning_prune as lp
+
+IMAGE = torch.zeros(2, 3, 8, 8)
+ROWS = torch.zeros(5, 3)
+TOKENS = torch.zeros(2, 5, 3)
+NUMBERS = torch.tensor([[0, 1, 2], [3, 4, 5]])
+
+
+class Network(nn.Module):
+    """Named layers and parameters, and a function of them and the inputs."""
+
+    def __init__(self, run: Callable[..., Tensor], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.run(self, *inputs)
+
+
+class Peek(nn.Module):
+    """Looks at values, so that the network is traced on real tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not bool(x.isfinite().all()):
+            raise ValueError("not finite")
+        return x
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape))
+
+
+def around(between: Callable[[Tensor], Tensor], read: int = 8, channels: int = 8) -> Network:
+    """Put a function between a convolution that makes channels and one that reads them."""
+    layers = {"stem": nn.Conv2d(3, channels, 1), "head": nn.Conv2d(read, 2, 1)}
+    return Network(lambda net, x: net.head(between(net.stem(x))), **layers)
+
+
+def before_linear(between: Callable[[Tensor], Tensor], read: int = 8) -> Network:
+    """Put a function between a convolution that makes eight channels and a linear layer that reads them."""
+    layers = {"stem": nn.Conv2d(3, 8, 1), "head": nn.Linear(read, 2)}
+    return Network(lambda net, x: net.head(between(net.stem(x))), **layers)
+
+
+def of_rows(between: Callable[..., Tensor], read: int = 8) -> Network:
+    """Put a function between two linear layers; it may take more inputs."""
+    layers = {"stem": nn.Linear(3, 8), "head": nn.Linear(read, 2)}
+    return Network(lambda net, x, *more: net.head(between(net.stem(x), *more)), **layers)
+
+
+def attending(arrange: Callable[[Tensor], Tensor]) -> Network:
+    """Attend with queries, keys and values that are arranged in some way, on real tensors."""
+
+    def run(net: Network, x: Tensor) -> Tensor:
+        x = net.peek(x)
+        return F.scaled_dot_product_attention(*(arrange(layer(x)) for layer in (net.q, net.k, net.v))).mean((1, 2, 3))
+
+    return Network(run, peek=Peek(), q=nn.Linear(3, 8), k=nn.Linear(3, 8), v=nn.Linear(3, 8))
+
+
+def gated(shape: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Let the first channel gate the others."""
+
+    def gate(x: Tensor) -> Tensor:
+        first, others = x.split([1, x.shape[1] - 1], 1)
+        return torch.cat([first, others * shape(first).sigmoid()], 1)
+
+    return gate
+
+
+def efficient_channel_attention(net: Network, x: Tensor) -> Tensor:
+    x = net.stem(x)
+    gate = net.across(x.mean((2, 3)).unsqueeze(1)).squeeze(1).sigmoid()
+    return net.head(x * gate[:, :, None, None])
+
+
+def fixed_blur(net: Network, x: Tensor) -> Tensor:
+    x = net.stem(x)
+    kernel = torch.ones(1, 1, 3, 3, device=x.device).expand(x.shape[1], 1, 3, 3)
+    return F.conv2d(x, kernel, groups=x.shape[1]).flatten(1).mean(1)
+
+
+def class_token(x: Tensor) -> Tensor:
+    return torch.cat([torch.zeros(2, 1, 8, device=x.device), x], 1)
+
+
+def by_other_strides(x: Tensor) -> Tensor:
+    return x.as_strided_(x.shape, (512, 64, 1, 8))
+
+
+def first_half_by_strides(x: Tensor) -> Tensor:
+    return x.as_strided_((2, 4, 8, 8), (256, 64, 8, 1))
+
+
+def surplus(x: Tensor) -> Tensor:
+    return torch.cat([x, x[:, 8:]], 1)
+
+
+def at_points(x: Tensor) -> Tensor:
+    return x[torch.arange(2, device=x.device), :, torch.tensor([1, 3], device=x.device)].mean(2)
+
+
+# -- held --------------------------------------------------------------------------------------------------------------
+
+HELD: dict[str, tuple[Network, Any, str, str]] = {
+    "rows of a table that is also the output layer": (
+        Network(
+            lambda net, i: net.head(F.linear(net.table(i), net.table.weight)),
+            table=nn.Embedding(6, 4),
+            head=nn.Linear(6, 2),
+        ),
+        NUMBERS,
+        "table",
+        "table: is looked up by number",
+    ),
+    "plus an input": (of_rows(torch.add), (ROWS, torch.zeros(8)), "stem", "is combined with a tensor of fixed size"),
+    "one channel that gates the others": (
+        around(gated(lambda gate: gate)),
+        IMAGE,
+        "stem",
+        "is repeated over a tensor of fixed size",
+    ),
+    "the gate, reshaped": (
+        around(gated(lambda gate: gate.reshape(2, 1, -1).view(2, 1, 8, 8))),
+        IMAGE,
+        "stem",
+        "is repeated over a tensor of fixed size",
+    ),
+    "the gate, without its axis": (
+        around(gated(lambda gate: gate.squeeze(1).unsqueeze(1))),
+        IMAGE,
+        "stem",
+        "has one of its channels picked out",
+    ),
+    "the gate, expanded": (
+        around(gated(lambda gate: gate.expand(-1, 7, -1, -1))),
+        IMAGE,
+        "stem",
+        "has one of its channels picked out",
+    ),
+    "inner side of a factorised grouped kernel": (
+        Network(
+            lambda net, x: net.head(F.conv2d(x, (net.left @ net.right)[:, :, None, None], groups=3)),
+            left=weight(6, 3),
+            right=weight(3, 2),
+            head=nn.Conv2d(6, 2, 1),
+        ),
+        torch.zeros(2, 6, 8, 8),
+        "right",
+        "is the inner side of a grouped convolution",
+    ),
+    "length of a factorised kernel": (
+        Network(
+            lambda net, x: net.head(F.conv1d(x, (net.left @ net.right).unsqueeze(1)).mean(2)),
+            left=weight(6, 3),
+            right=weight(3, 5),
+            head=nn.Linear(6, 2),
+        ),
+        torch.zeros(2, 1, 16),
+        "right",
+        "is the kernel size of a convolution",
+    ),
+    "a blur that has no weights": (
+        Network(fixed_blur, stem=nn.Conv2d(3, 8, 1)),
+        IMAGE,
+        "stem",
+        "is read by a grouped convolution of fixed size",
+    ),
+    "a convolution over channels": (
+        Network(
+            efficient_channel_attention,
+            stem=nn.Conv2d(3, 8, 1),
+            across=nn.Conv1d(1, 1, 3, padding=1),
+            head=nn.Conv2d(8, 2, 1),
+        ),
+        IMAGE,
+        "stem",
+        "across: is a spatial axis of a convolution",
+    ),
+    "times a vector that is given": (
+        Network(lambda net, x, v: net.stem(x) @ v, stem=nn.Linear(3, 8)),
+        (ROWS, torch.zeros(8)),
+        "stem",
+        "multiplies a vector of fixed size",
+    ),
+    "as many matrices as channels": (
+        Network(lambda net, x, m: torch.bmm(net.stem(x).transpose(0, 1), m).mean(0), stem=nn.Conv1d(3, 6, 1)),
+        (torch.zeros(2, 3, 5), torch.zeros(6, 5, 4)),
+        "stem",
+        "is a batch of matrices of fixed number",
+    ),
+    "one number of all channels": (
+        Network(lambda net, x: torch.dot(net.stem(x)[0], net.stem(x)[1]), stem=nn.Linear(3, 8)),
+        ROWS,
+        "stem",
+        "is summed up to one number",
+    ),
+    "width of attention": (
+        attending(lambda x: x.unsqueeze(1)),
+        TOKENS,
+        "q",
+        "is the width of an attention head",
+    ),
+    "attention over channels": (
+        attending(lambda x: x.transpose(1, 2).unsqueeze(1).contiguous()),
+        TOKENS,
+        "q",
+        "is a sequence that attention runs over",
+    ),
+    "heads that are given": (
+        Network(
+            lambda net, x, k: F.scaled_dot_product_attention(net.q(net.peek(x)), k, k).mean(1),
+            peek=Peek(),
+            q=nn.Conv2d(3, 4, 1),
+        ),
+        (IMAGE, torch.zeros(2, 4, 8, 8)),
+        "q",
+        "attends to a fixed number of heads",
+    ),
+    "other strides": (around(by_other_strides), IMAGE, "stem", "is given strides by hand"),
+    "another shape by strides": (around(first_half_by_strides, 4), IMAGE, "stem", "is given strides by hand"),
+    "beside zeros": (
+        Network(lambda net, x: net.head(class_token(net.stem(x))), stem=nn.Linear(3, 8), head=nn.Linear(8, 2)),
+        TOKENS,
+        "stem",
+        "is put beside a tensor of fixed size",
+    ),
+    "stacked with an input": (
+        of_rows(lambda x, other: torch.stack((x, other), dim=-2)),
+        (ROWS, torch.zeros(5, 8)),
+        "stem",
+        "is put beside a tensor of fixed size",
+    ),
+    "bilinear pooling": (
+        Network(
+            lambda net, x: net.head((net.one(x)[:, :, None] * net.other(x)[:, None]).flatten(1)),
+            one=nn.Linear(3, 4),
+            other=nn.Linear(3, 5),
+            head=nn.Linear(20, 2),
+        ),
+        ROWS,
+        "one",
+        "holds two kinds of channels along one axis",
+    ),
+    "channels beyond those there are": (around(surplus), IMAGE, "stem", "has none of its channels taken"),
+    "points picked before and behind the channels": (
+        before_linear(at_points),
+        IMAGE,
+        "stem",
+        "is indexed along several axes",
+    ),
+    "pooled over channels": (
+        of_rows(lambda x: F.adaptive_avg_pool1d(x.unsqueeze(1), 4).squeeze(1), 4),
+        ROWS,
+        "stem",
+        "is a spatial axis that is pooled or resized",
+    ),
+    "rolled as one long row": (around(lambda x: torch.roll(x, 3)), IMAGE, "stem", "has its channels picked by roll"),
+    "sorted along channels": (
+        around(lambda x: torch.sort(x, stable=True, dim=-3).values),
+        IMAGE,
+        "stem",
+        "runs sort along its channels",
+    ),
+    "summed up along channels": (around(lambda x: x.cumsum(dim=1)), IMAGE, "stem", "runs cumsum along its channels"),
+    "an axis added in place": (
+        of_rows(lambda x: x.unsqueeze_(1)),
+        ROWS,
+        "stem",
+        "runs aten.unsqueeze_, which has no rule",
+    ),
+    "a parameter that is an output": (
+        Network(lambda net, x: net.bias + net.stem(x), stem=nn.Linear(3, 8), bias=weight(8)),
+        ROWS,
+        "stem",
+        "bias: is an output of the network",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_held_for_exactly_this_reason(case: str):
+    model, inputs, name, why = HELD[case]
+    graph = lp.trace(model, inputs)
+    assert graph.held[name].reason == (why if ": " in why else f"Network: {why}")
+
+
+def test_the_other_channels_are_free_when_one_is_held():
+    graph = lp.trace(around(gated(lambda gate: gate.reshape(2, 1, -1).view(2, 1, 8, 8))), IMAGE)
+    assert graph.held["stem"].channels == 1
+    assert_pruned(
+        randomised(around(gated(torch.clone))),
+        IMAGE,
+        {"stem": [1, 4]},
+        {"stem.weight": {0: [0, 2, 5]}, "stem.bias": {0: [0, 2, 5]}, "head.weight": {1: [0, 2, 5]}},
+    )
+
+
+# -- inexact -----------------------------------------------------------------------------------------------------------
+
+TWO_ACTIVATIONS = "Network: sums over the product of two activations"
+NOT_ALONE = "reads channels by a weight that cannot be masked alone"
+INEXACT: dict[str, tuple[Network, Any, str, str, dict[str, int]]] = {
+    "queries times keys": (
+        Network(lambda net, x: net.q(x) @ net.k(x).transpose(1, 2), q=nn.Linear(3, 8), k=nn.Linear(3, 8)),
+        TOKENS,
+        "q",
+        TWO_ACTIVATIONS,
+        {"q.weight": 0, "q.bias": 0, "k.weight": 0, "k.bias": 0},
+    ),
+    "rows times a vector": (
+        Network(lambda net, x: net.q(x) @ net.k(x).mean(0), q=nn.Linear(3, 8), k=nn.Linear(3, 8)),
+        ROWS,
+        "q",
+        TWO_ACTIVATIONS,
+        {"q.weight": 0, "q.bias": 0, "k.weight": 0, "k.bias": 0},
+    ),
+    "a table that is also the output layer": (
+        Network(lambda net, i: F.linear(net.table(i), net.table.weight), table=nn.Embedding(6, 8)),
+        NUMBERS,
+        "table",
+        f"table: {NOT_ALONE}",
+        {"table.weight": 1},
+    ),
+    "an autoencoder with one matrix": (
+        Network(lambda net, x: F.linear(F.linear(x, net.matrix).relu(), net.matrix.t()), matrix=weight(8, 3)),
+        ROWS,
+        "matrix",
+        f"matrix: {NOT_ALONE}",
+        {"matrix": 0},
+    ),
+    "a matrix and its correction of low rank": (
+        Network(
+            lambda net, x: F.linear(net.stem(x), net.head.weight + net.left @ net.right),
+            stem=nn.Linear(3, 8),
+            head=nn.Linear(8, 2, bias=False),
+            left=weight(2, 3),
+            right=weight(3, 8),
+        ),
+        ROWS,
+        "right",
+        f"right: {NOT_ALONE}",
+        {"stem.weight": 0, "stem.bias": 0, "head.weight": 1, "right": 1},
+    ),
+    "queries that are learned": (
+        Network(
+            lambda net, x: net.q(net.queries) @ net.k(x).transpose(1, 2),
+            q=nn.Linear(4, 8),
+            k=nn.Linear(3, 8),
+            queries=weight(7, 4),
+        ),
+        TOKENS,
+        "q",
+        f"q: {NOT_ALONE}",
+        {"q.weight": 0, "q.bias": 0, "k.weight": 0, "k.bias": 0},
+    ),
+    "read by a normalised weight": (
+        Network(
+            lambda net, x: net.head(net.stem(x)),
+            stem=nn.Conv2d(3, 8, 1),
+            head=nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 2, 1)),
+        ),
+        IMAGE,
+        "stem",
+        "head.parametrizations.weight.0: is part of the length that a weight is normalised by",
+        {"stem.weight": 0, "stem.bias": 0, "head.parametrizations.weight.original1": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INEXACT)
+def test_inexact_for_exactly_this_reason(case: str):
+    model, inputs, name, why, axes = INEXACT[case]
+    assert lp.trace(model, inputs).groups[name].inexact == why
+    assert_pruned(randomised(model), inputs, {name: [2, 5]}, {tensor: {axis: [2, 5]} for tensor, axis in axes.items()})
+
+
+# -- free --------------------------------------------------------------------------------------------------------------
+
+STEM = {"stem.weight": {0: [1, 4]}, "stem.bias": {0: [1, 4]}}
+FREE: dict[str, tuple[nn.Module, Any, str, dict[str, dict[int, list[int]]]]] = {
+    "columns of a table": (
+        Network(lambda net, i: net.head(net.table(i)), table=nn.Embedding(6, 8), head=nn.Linear(8, 2)),
+        NUMBERS,
+        "table",
+        {"table.weight": {1: [1, 4]}, "head.weight": {1: [1, 4]}},
+    ),
+    "rows times a vector of weights": (
+        Network(lambda net, x: net.stem(x) @ net.vector, stem=nn.Linear(3, 8), vector=weight(8)),
+        ROWS,
+        "stem",
+        STEM | {"vector": {0: [1, 4]}},
+    ),
+    "read by a matrix of weights from a vector": (
+        Network(lambda net, x: net.matrix @ net.stem(x).mean(0), stem=nn.Linear(3, 8), matrix=weight(6, 8)),
+        ROWS,
+        "stem",
+        STEM | {"matrix": {1: [1, 4]}},
+    ),
+    "made by a matrix of weights from a vector": (
+        Network(lambda net, x: net.head(net.stem @ x), stem=weight(8, 3), head=nn.Linear(8, 2)),
+        torch.zeros(3),
+        "stem",
+        {"stem": {0: [1, 4]}, "head.weight": {1: [1, 4]}},
+    ),
+    "made by a normalised weight": (
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), nn.ReLU(), nn.Conv2d(8, 2, 1)),
+        IMAGE,
+        "0.parametrizations.weight",
+        {f"0.parametrizations.weight.original{i}": {0: [1, 4]} for i in (0, 1)}
+        | {"0.bias": {0: [1, 4]}, "2.weight": {1: [1, 4]}},
+    ),
+    "one matrix a channel": (
+        Network(
+            lambda net, x: net.head(torch.bmm(net.stem(x).transpose(0, 1), net.matrices).mean(2).t()),
+            stem=nn.Conv1d(3, 8, 1),
+            matrices=weight(8, 5, 4),
+            head=nn.Linear(8, 2),
+        ),
+        torch.zeros(2, 3, 5),
+        "stem",
+        STEM | {"matrices": {0: [1, 4]}, "head.weight": {1: [1, 4]}},
+    ),
+    "heads": (
+        Network(
+            lambda net, x: net.head(F.scaled_dot_product_attention(*(part(net.peek(x)) for part in net.parts))),
+            peek=Peek(),
+            parts=nn.ModuleList(nn.Conv2d(3, 8, 1, bias=False) for _ in range(3)),
+            head=nn.Conv2d(8, 2, 1),
+        ),
+        IMAGE,
+        "parts.0",
+        {f"parts.{i}.weight": {0: [1, 4]} for i in range(3)} | {"head.weight": {1: [1, 4]}},
+    ),
+}
+BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
+    "mean, one axis after the other": (lambda x: x.mean(dim=-1).mean(-1), [1, 4]),
+    "sum over a list of axes": (lambda x: x.sum([-1, -2]), [1, 4]),
+    "maximum over named axes": (lambda x: x.amax(dim=(-2, 3)), [1, 4]),
+    "maximum with its place": (lambda x: x.max(-1).values.max(dim=2, keepdim=True).values.flatten(1), [1, 4]),
+    "deviation": (lambda x: torch.std(x, (2, 3), correction=0), [1, 4]),
+    "variance, biased by position": (lambda x: torch.var(x.flatten(2), -1, False), [1, 4]),
+    "variance and mean": (lambda x: torch.var_mean(x, dim=[2, 3])[0], [1, 4]),
+    "norm of named axes": (lambda x: torch.linalg.vector_norm(x, dim=(-1, -2)), [1, 4]),
+    "norm, kept": (lambda x: x.norm(dim=(2, 3), keepdim=True).flatten(1), [1, 4]),
+    "smallest and largest": (lambda x: torch.aminmax(x.flatten(2), dim=-1)[1], [1, 4]),
+    "softmax over pixels": (lambda x: x.flatten(2).softmax(dim=-1).square().sum(-1), [1, 4]),
+    "sorted pixels": (lambda x: torch.sort(x.flatten(2), stable=True, dim=2).values[..., 0], [1, 4]),
+    "roll by named axes": (lambda x: torch.roll(x, shifts=(1,), dims=(-1,))[..., 0, 0], [1, 4]),
+    "flipped": (lambda x: x.flip(-3).mean((2, 3)), [3, 6]),
+    "tiled": (lambda x: torch.tile(x, (2, 1, 1)).mean((2, 3)), [1, 4, 9, 12]),
+    "repeated": (lambda x: x.mean((2, 3)).repeat_interleave(2, dim=-1), [2, 3, 8, 9]),
+    "an axis moved": (lambda x: x.movedim(1, -1).mean((1, 2)), [1, 4]),
+    "squeezed": (lambda x: F.adaptive_max_pool2d(x, 1).squeeze((2, -1)), [1, 4]),
+    "axes of one added": (lambda x: x.mean((2, 3)).view(2, 1, x.shape[1], 1).flatten(-3), [1, 4]),
+    "unbound": (lambda x: torch.stack(x.unbind(-1), dim=1).mean((1, 3)), [1, 4]),
+    "indexed in front": (lambda x: x[[1, 0]].mean((2, 3)), [1, 4]),
+    "indexed behind": (lambda x: x[:, :, [0, 1], [2, 3]].mean(2), [1, 4]),
+}
+FREE |= {
+    name: (before_linear(between, 8 * len(reads) // 2), IMAGE, "stem", STEM | {"head.weight": {1: reads}})
+    for name, (between, reads) in BETWEEN.items()
+}
+
+
+@pytest.mark.parametrize("case", FREE)
+def test_free_at_these_positions(case: str):
+    model, inputs, name, kept = FREE[case]
+    model = randomised(model).double().eval()
+    inputs = torch.randn(inputs.shape, dtype=torch.float64) if inputs.is_floating_point() else inputs
+    assert_pruned(model, inputs, {name: [1, 4]}, kept)
+    graph = lp.trace(model, inputs)
+    assert not graph.groups[name].inexact
+    for _ in range(2):
+        assert difference(model, graph, random_plan(graph), inputs) <= 1e-9
+
+
+@pytest.mark.parametrize("between", [nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Unflatten(1, (-1, 8, 8)))])
+def test_two_channels_may_become_one(between: nn.Module):
+    read = nn.Linear(128, 4) if isinstance(between, nn.Flatten) else nn.Conv2d(2, 4, 1)
+    model = randomised(nn.Sequential(nn.Conv2d(3, 2, 1), between, read))
+    columns = list(range(64, 128)) if isinstance(read, nn.Linear) else [1]
+    kept = {"0.weight": {0: [1]}, "0.bias": {0: [1]}, "2.weight": {1: columns}}
+    assert_pruned(model, IMAGE, {"0": [1]}, kept)
