@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_prune.candidates.jobs import Job, Planner
 from lightning_prune.candidates.measures import (
@@ -51,6 +52,7 @@ class Runner:
         self.evaluate, self.recalibration = evaluate, recalibration
         self.tensors = named_tensors(graph.model)
         self._works: dict[tuple[str, int], bool] = {}  # by way and boundary
+        self._statistics: dict[int, list[Tensor]] = {}  # of batch normalisation, by candidate
 
     def jobs(self, batch: Any) -> list[Job]:
         """Decide how to run the candidates, from what the model does on a first batch."""
@@ -122,8 +124,16 @@ class Runner:
         inexact = isinstance(candidate, PruningPlan) and any(self.graph.group(n).inexact for n in candidate.groups)
         with self._standing_in("sliced" if inexact or self.recalibration else "masked", candidate):
             if self.recalibration:
-                recalibrate(model, self.recalibration, self.evaluate)
+                self._recalibrate(member)
             return as_numbers(self.evaluate(model, self.batch))
+
+    def _recalibrate(self, member: int) -> None:
+        """Estimate the statistics of batch normalisation; those of a candidate serve for all batches."""
+        if member not in self._statistics:
+            recalibrate(self.graph.model, self.recalibration, self.evaluate)
+            self._statistics[member] = [buffer.clone() for buffer in _statistics(self.graph.model)]
+        for buffer, known in zip(_statistics(self.graph.model), self._statistics[member], strict=True):
+            buffer.copy_(known)
 
     def _short(self, job: Job) -> list[Numbers]:
         self._replay.advance(job.boundary)
@@ -161,6 +171,12 @@ class Runner:
         stand_ins = {id(self.tensors[name]): tensor for name, tensor in found.items()}
         with substituted(self.graph.model, stand_ins, training=False, watched=lambda module, forward: forward):
             yield
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    """Return the running statistics of all normalisations, as they are now."""
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
 
 
 def _masking(mask: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

@@ -1,0 +1,146 @@
+"""Candidates per second of the evaluator against a loop that masks and runs: the oracle of VGG-16 at CIFAR size.
+
+Each filter is removed alone and the loss measured. The evaluator measures every `--every`-th filter; the loop takes the
+same time for each candidate, so it measures every eighth of those. They take turns in one process; the ratio is the
+median of the rounds. Then two ranks (gloo) against one, in turns as well::
+
+    python benchmarks/candidate_evaluator.py [--every 16] [--rounds 3] [--batch-size 32] [--device cuda]
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, multiprocessing
+from torch.nn import functional as F
+
+import lightning_prune as lp
+from lightning_prune.candidates import evaluate_candidates
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.modules import named_tensors
+from lightning_prune.masking import read_from_removed
+from lightning_prune.models import build_network
+
+GOAL, GOAL_OF_TWO = 2.5, 1.8
+
+Batch = tuple[Tensor, Tensor]
+
+
+def make(settings: argparse.Namespace) -> tuple[ChannelGraph, list[dict[str, Tensor]], list[Batch]]:
+    """Return the network, the removals of single filters, and one batch."""
+    torch.manual_seed(0)
+    model = build_network(settings.network).to(settings.device).eval()
+    graph = lp.trace(model, torch.zeros(1, 3, 32, 32, device=settings.device))
+    filters = [(name, channel) for name, group in graph.groups.items() for channel in range(group.size)]
+    candidates = []
+    for name, channel in filters[:: settings.every]:
+        channels = torch.arange(graph.groups[name].size)
+        candidates.append({name: channels[channels != channel]})
+    count = settings.batch_size
+    images, labels = torch.randn(count, 3, 32, 32), torch.randint(10, (count,))
+    return graph, candidates, [(images.to(settings.device), labels.to(settings.device))]
+
+
+@torch.no_grad()
+def mask_and_run(graph: ChannelGraph, candidates: list[dict[str, Tensor]], batches: list[Batch]) -> list[float]:
+    """Return the loss of each candidate, in the way everybody would write it."""
+    tensors, losses = named_tensors(graph.model), []
+    for candidate in candidates:
+        with zeros(graph, candidate, tensors):
+            losses.append(sum(F.cross_entropy(graph.model(x), y).item() for x, y in batches) / len(batches))
+    return losses
+
+
+@contextmanager
+def zeros(graph: ChannelGraph, candidate: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Zero what is read from removed channels, and give it back."""
+    places = list(read_from_removed(graph, graph.plan(candidate)))
+    before = [tensors[name].index_select(axis, positions.to(tensors[name].device)) for name, axis, positions in places]
+    for name, axis, positions in places:
+        tensors[name].index_fill_(axis, positions.to(tensors[name].device), 0)
+    yield
+    for (name, axis, positions), values in zip(places, before, strict=True):
+        tensors[name].index_copy_(axis, positions.to(tensors[name].device), values)
+
+
+def against_the_loop(settings: argparse.Namespace) -> None:
+    graph, candidates, batches = make(settings)
+    mask_and_run(graph, candidates[:2], batches)  # warms up
+    rates: dict[str, list[float]] = {"mask and run": [], "evaluator": []}
+    worst = 0.0
+    for _ in range(settings.rounds):
+        start = time.perf_counter()
+        expected = mask_and_run(graph, candidates[::8], batches)
+        middle = time.perf_counter()
+        measured = evaluate_candidates(graph, candidates, batches)
+        rates["mask and run"].append(len(expected) / (middle - start))
+        rates["evaluator"].append(len(candidates) / (time.perf_counter() - middle))
+        worst = max(worst, float((measured.loss[::8] - torch.tensor(expected)).abs().max()))
+    ratio = statistics.median(two / one for one, two in zip(*rates.values(), strict=True))
+    print(f"{settings.network}, {len(candidates)} candidates, {settings.batch_size} images, {settings.device}")
+    print("| way | candidates per second |\n|---|---|")
+    for name, found in rates.items():
+        print(f"| {name} | {statistics.median(found):.2f} |")
+    verdict = "met" if ratio >= GOAL else "MISSED"
+    print(f"ratio {ratio:.2f} (goal {GOAL}: {verdict}), greatest difference of a loss {worst:.1e}\n", flush=True)
+
+
+def rank(number: int, settings: argparse.Namespace, folder: str, turn: Any, result: Any) -> None:
+    """Measure alone, then together, round after round; what is not at work waits."""
+    torch.set_num_threads(1)
+    graph, candidates, batches = make(settings)
+    ratios, of_cpu = [], []
+    for count in range(settings.rounds):
+        turn.wait()
+        start, used = time.perf_counter(), time.process_time()
+        if number == 0:
+            evaluate_candidates(graph, candidates, batches)
+        used = time.process_time() - used
+        turn.wait()
+        alone = time.perf_counter() - start
+        distributed.init_process_group("gloo", f"file://{folder}/{count}", rank=number, world_size=2)
+        turn.wait()
+        start, each = time.perf_counter(), time.process_time()
+        evaluate_candidates(graph, candidates, batches)
+        ratios.append(alone / (time.perf_counter() - start))
+        spent = torch.tensor([time.process_time() - each, 0.0]).roll(number)
+        distributed.all_reduce(spent)
+        of_cpu.append(used / float(spent.max()))
+        distributed.destroy_process_group()
+    if number == 0:
+        result.put((statistics.median(ratios), statistics.median(of_cpu)))
+
+
+def two_ranks(settings: argparse.Namespace) -> None:
+    context = multiprocessing.get_context("spawn")
+    turn, result = context.Barrier(2), context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(rank, (settings, folder, turn, result), nprocs=2)
+    ratio, of_cpu = result.get()
+    verdict = "met" if ratio >= GOAL_OF_TWO else "MISSED"
+    print(f"two ranks against one: {ratio:.2f} (goal {GOAL_OF_TWO}: {verdict}); by CPU seconds, which other processes")
+    print(f"on the machine disturb less: {of_cpu:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="vgg16_bn")
+    parser.add_argument("--every", type=int, default=16, help="measure every n-th filter")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--one-rank", action="store_true", help="leave out the comparison of two ranks with one")
+    settings = parser.parse_args()
+    torch.set_num_threads(1)
+    against_the_loop(settings)
+    if settings.device == "cpu" and not settings.one_rank:
+        two_ranks(settings)
+
+
+if __name__ == "__main__":
+    main()
