@@ -55,8 +55,12 @@ def trained(network: str, seed: int, settings: argparse.Namespace) -> ImageClass
     L.seed_everything(seed, verbose=False)
     published = settings.weights if network == "resnet20" else None
     optimization = Optimization(lr=settings.lr / (10 if published else 1))
-    module = ImageClassifier(network, 10, (3, 32, 32), weights=published, optimization=optimization)
-    path = Path(settings.work) / f"{network}-{seed}-{settings.epochs}.pt"
+    name, _, divisor = network.partition("/")  # "vgg11_bn/4" is a quarter as wide
+    arguments = {"width": 1 / int(divisor)} if divisor else {}
+    module = ImageClassifier(
+        name, 10, (3, 32, 32), network_args=arguments, weights=published, optimization=optimization
+    )
+    path = Path(settings.work) / f"{network.replace('/', '-')}-{seed}-{settings.epochs}.pt"
     if not path.exists():
         trainer = L.Trainer(
             max_epochs=settings.epochs, devices=1, logger=False, enable_checkpointing=False, limit_val_batches=0,
@@ -112,7 +116,9 @@ def measure(network: str, seed: int, done: dict[str, Any], settings: argparse.Na
         return
     module, batches = trained(network, seed, settings), batches_of(settings, seed)
     graph = lp.trace(module, module.example_input_array.to(settings.device))
-    oracle = lp.criteria.oracle(graph, batches, resume=Path(settings.work) / f"oracle-{network}-{seed}")
+    oracle = lp.criteria.oracle(
+        graph, batches, resume=Path(settings.work) / f"oracle-{network.replace('/', '-')}-{seed}"
+    )
     for name, form in missing.items():
         done[name] = compare(graph, lp.criteria.score(graph, form, batches, classification_loss), oracle)
     with torch.no_grad():
@@ -155,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder that holds cifar10-jpeg/train and cifar10-jpeg/test")
     parser.add_argument("--weights", help="published weights that ResNet-20 starts from, with a tenth of the rate")
-    parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg11_bn"])
+    parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg11_bn/4"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batches", type=int, default=0, help="training batches per epoch; 0 for all")

@@ -1,0 +1,132 @@
+"""Ask for a speed-up in measured time: is it met, and what is kept compared with a budget of FLOPs?
+
+For each network, batch size and speed-up: a plan with ``metric="latency"`` is made and applied to a copy, and the copy
+timed against the original, turn and turn about. Then budgets of FLOPs are tried until one gives a network that is as
+fast, and the sums of the magnitude scores that the two plans keep are compared. Last, the network at half the FLOPs is
+timed. Results are added to a file as they come, and a run that is started again goes on where it stopped::
+
+    python benchmarks/latency_budget.py [--networks mobilenet_v2] [--batch 1 8] [--threads 2] [--table]
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+import lightning_prune as lp
+from lightning_prune.latency import measure_latency
+from lightning_prune.latency.planning import kept_score
+from lightning_prune.plan import PruningPlan
+
+NETWORKS = ["mobilenet_v2", "resnet18", "resnet50", "vgg16_bn"]
+SPEED_UPS = (1.5, 2.0, 3.0)
+CLOSE, MORE, HALF_FLOPS = 0.95, 1.10, 1.25  # the goals: of the speed-up, of the score, MobileNetV2 at half the FLOPs
+
+
+def speed_up(model: nn.Module, plan: PruningPlan, x: torch.Tensor, rounds: int = 5) -> float:
+    """Time a pruned copy against the model."""
+    pruned = copy.deepcopy(model)
+    lp.prune(pruned, plan)
+    ratios = [measure_latency(model, x, 7, 2) / measure_latency(pruned, x, 7, 2) for _ in range(rounds)]
+    return statistics.median(ratios)
+
+
+def as_fast_by_flops(
+    graph: lp.graph.ChannelGraph, scores: dict[str, torch.Tensor], x: torch.Tensor, wanted: float
+) -> tuple[PruningPlan, float]:
+    """Find the largest budget of FLOPs that gives a network as fast, by halving."""
+    low, high = 0.02, 1.0
+    best = None
+    for _ in range(6):
+        keep = (low + high) / 2
+        plan = lp.plan(graph, scores, keep=keep, metric="flops", round_to=8)
+        reached = speed_up(graph.model, plan, x, rounds=3)
+        if reached >= wanted:
+            low, best = keep, (plan, reached)
+        else:
+            high = keep
+    return best or (plan, reached)
+
+
+def measure(name: str, batch: int, wanted: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    x = torch.randn(batch, 3, 224, 224)
+    graph = lp.trace(model, x)
+    scores = lp.criteria.magnitude(graph)
+    plan = lp.plan(graph, scores, keep=1 / wanted, metric="latency", round_to=8)
+    reached = speed_up(model, plan, x)
+    other, other_reached = as_fast_by_flops(graph, scores, x, reached)
+    return {
+        "asked": wanted,
+        "reached": reached,
+        "told": 1 / plan.budget["achieved"],
+        "kept score": kept_score(plan, scores) / kept_score(other, scores),
+        "other speed-up": other_reached,
+        "other keep": other.budget["achieved"],
+    }
+
+
+def half_flops(name: str, batch: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    x = torch.randn(batch, 3, 224, 224)
+    graph = lp.trace(model, x)
+    plan = lp.plan(graph, lp.criteria.magnitude(graph), keep=0.5, round_to=8)
+    return {"reached": speed_up(model, plan, x)}
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        f"goals: speed-up at least {CLOSE} of what was asked; {MORE} times the score of a FLOPs plan as fast",
+        "",
+        "| network | batch | asked | measured | score kept, against a FLOPs plan as fast (its speed-up, FLOPs kept) |",
+        "|---|---|---|---|---|",
+    ]
+    halves = []
+    for key, row in results.items():
+        name, batch, _ = key.split(" | ")
+        if "asked" not in row:
+            halves.append(f"{name}, batch {batch}, half the FLOPs: {row['reached']:.2f}x")
+            continue
+        met = "" if row["reached"] >= CLOSE * row["asked"] else " (short)"
+        lines.append(
+            f"| {name} | {batch} | {row['asked']:.1f}x | {row['reached']:.2f}x{met} | {row['kept score']:.2f} "
+            f"({row['other speed-up']:.2f}x, {row['other keep']:.2f}) |"
+        )
+    return "\n".join([*lines, "", *halves])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "latency_budget.json")
+    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    settings = parser.parse_args()
+    torch.set_num_threads(settings.threads)
+    results = json.loads(settings.results.read_text()) if settings.results.exists() else {}
+    rows = [
+        (name, batch, goal) for batch in settings.batch for name in settings.networks for goal in (*SPEED_UPS, None)
+    ]
+    for name, batch, goal in [] if settings.table else rows:
+        key = f"{name} | {batch} | {goal or 'half'}"
+        if key not in results:
+            results[key] = measure(name, batch, goal) if goal else half_flops(name, batch)
+            print(key, results[key], flush=True)
+            temporary = settings.results.with_suffix(".part")
+            temporary.write_text(json.dumps(results, indent=1))
+            os.replace(temporary, settings.results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
