@@ -13,10 +13,13 @@ import lightning_prune.callbacks
 import lightning_prune.datamodules
 import lightning_prune.models  # noqa: F401  so that YAML may name these classes without their path
 from lightning_prune import shipped_configs
+from lightning_prune.commands import COMMANDS
 from lightning_prune.graph import trace
 from lightning_prune.reporting.inspect import describe
 
 __all__ = ["PruneCLI", "main"]
+
+_EPILOG = f"Besides these: inspect, configs, {', '.join(COMMANDS)}. Each has a --help of its own."
 
 
 class PruneCLI(LightningCLI):
@@ -44,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     ``lightning-prune inspect --config FILE`` prints what can be pruned in the model of a config, what it costs, and
     what stays whole and why. ``lightning-prune configs`` lists the configs that ship with the package, and
-    ``lightning-prune configs NAME`` copies one out. A config that is not found is looked for among them.
+    ``lightning-prune configs NAME`` copies one out. A config that is not found is looked for among them. What comes
+    after training is in `lightning_prune.commands`: ``report``, ``export``, ``benchmark`` and ``compare``.
 
     Args:
         arguments: The command line without the program's name; default that of the process.
@@ -52,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     if typed[:1] == ["configs"]:
         shipped_configs.main(typed[1:])
+        return
+    if typed and typed[0] in COMMANDS:
+        COMMANDS[typed[0]](typed[1:])
         return
     given = [shipped_configs.find(argument) for argument in typed]
     if given[:1] == ["inspect"]:
@@ -71,7 +78,7 @@ def _command_line(arguments: list[str] | None, run: bool = True) -> PruneCLI:
         args=arguments,
         run=run,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "lightning-prune"},
+        parser_kwargs={"prog": "lightning-prune", "epilog": _EPILOG},
     )
 
 

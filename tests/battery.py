@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune.callbacks import AFIEEarlyPruneCallback, PruningCallback, SensitivenessCallback, TaylorRankCallback
+from lightning_prune.callbacks import (
+    AFIEEarlyPruneCallback,
+    LearnToPruneCallback,
+    PruningCallback,
+    RLJointPruneCallback,
+    SensitivenessCallback,
+    TaylorRankCallback,
+)
 
 # Settings that make each callback prune three times within `EPOCHS` epochs.
 CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
@@ -28,6 +35,22 @@ CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
     "sensitiveness": (
         SensitivenessCallback,
         {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "levels": [0.5], "draws": 2},
+    ),
+    "rl_joint": (
+        RLJointPruneCallback,
+        {
+            "keep": 0.5,
+            "start_epoch": 1,
+            "warmup_epochs": 0,
+            "round_to": 2,
+            "episodes": 4,
+            "strength": 1e-2,
+            "search_settings": {"agent_updates": 2, "environment_updates": 2, "environment_size": 4},
+        },
+    ),
+    "learn_to_prune": (
+        LearnToPruneCallback,
+        {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "updates": 3, "samples": 3},
     ),
 }
 EPOCHS = 5

@@ -155,10 +155,12 @@ class PolicySearch:
 
 
 def _defaults(agent: str, steps: int, episodes: int, rewarded: str) -> dict[str, Any]:
-    """Return the settings that suit pruning: policies learn from the episodes of one round."""
+    """Return the settings that suit some hundreds of episodes, where policies learn from those of one round."""
     if agent == "random":
         return {}
     if agent == "reinforce":
-        return {"policy": "gaussian", "samples": episodes}
+        return {"policy": "gaussian", "samples": episodes, "learning_rate": 1e-2}
     discount = {"discount": 0.0} if rewarded == "every_step" else {}
-    return {**discount, "rollout": steps * episodes} if agent.startswith("ppo") else discount
+    if agent.startswith("ppo"):
+        return {**discount, "rollout": steps * episodes, "learning_rate": 3e-3}
+    return discount

@@ -85,8 +85,6 @@ class PruningProblem:
         cap: float = 0.8,
     ) -> None:
         self.graph = graph
-        self.keep = keep
-        self.round_to = round_to
         self.cost = CostModel(graph, metric)
         self.bounds = WidthBounds(graph, self.cost, keep, round_to, min_channels, cap)
         self.sizes = self.cost.sizes
@@ -103,23 +101,12 @@ class PruningProblem:
         Args:
             widths: (groups,) channels that stay.
         """
-        counts = dict(zip(self.graph.groups, map(int, widths), strict=True))
         kept = {
-            name: self.scores[name].cpu().argsort(descending=True, stable=True)[:count]
-            for name, count in counts.items()
-        }
-        achieved = self.cost(counts) / self.cost.original
-        budget = {
-            "metric": self.cost.metric,
-            "asked": self.keep,
-            "reachable": self.cost.of(self.bounds.least) / self.cost.original,
-            "rounded": achieved,
-            "achieved": achieved,
-            "original": self.cost.original,
-            "round_to": self.round_to,
+            name: self.scores[name].cpu().argsort(descending=True, stable=True)[: int(width)]
+            for name, width in zip(self.graph.groups, widths, strict=True)
         }
         made = self.graph.plan(kept)
-        return PruningPlan(made.groups, made.shapes, budget)
+        return PruningPlan(made.groups, made.shapes, self.bounds.report(np.asarray(widths)))
 
 
 class Episodes:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ class WidthBounds:
             scores[graph.live(name)] = 0
         limits = Limits(graph, live, round_to, min_channels, cap)
         self.cost = cost
+        self.keep, self.round_to = keep, round_to
         self.budget = keep * cost.original
         self.least, self.most = limits.least, limits.most
         if cost.of(self.least) > self.budget:
@@ -86,6 +88,23 @@ class WidthBounds:
             widest: Greatest width.
         """
         return min((w for w in self.allowed[group] if narrowest <= w <= widest), key=lambda w: abs(w - width))
+
+    def report(self, widths: np.ndarray) -> dict[str, Any]:
+        """Return what plans tell of their budget.
+
+        Args:
+            widths: (groups,) channels that stay.
+        """
+        achieved = self.cost.of(widths) / self.cost.original
+        return {
+            "metric": self.cost.metric,
+            "asked": self.keep,
+            "reachable": self.cost.of(self.least) / self.cost.original,
+            "rounded": achieved,
+            "achieved": achieved,
+            "original": self.cost.original,
+            "round_to": self.round_to,
+        }
 
     def _widest(self, decided: Sequence[int] | np.ndarray, later: np.ndarray) -> int:
         """Return the widest that fits with later groups as given; the least allowed width if none fits."""

@@ -2,10 +2,19 @@
 
 from lightning_prune.callbacks.afie import AFIEEarlyPruneCallback
 from lightning_prune.callbacks.base import PruningCallback
+from lightning_prune.callbacks.learn_to_prune import LearnToPruneCallback
 from lightning_prune.callbacks.plan_transport import carry_plans
+from lightning_prune.callbacks.rl_joint import RLJointPruneCallback
 from lightning_prune.callbacks.sensitiveness import SensitivenessCallback
 from lightning_prune.callbacks.taylor import TaylorRankCallback
 
-__all__ = ["AFIEEarlyPruneCallback", "PruningCallback", "SensitivenessCallback", "TaylorRankCallback"]
+__all__ = [
+    "AFIEEarlyPruneCallback",
+    "LearnToPruneCallback",
+    "PruningCallback",
+    "RLJointPruneCallback",
+    "SensitivenessCallback",
+    "TaylorRankCallback",
+]
 
 carry_plans()

@@ -1,18 +1,15 @@
 """Prune layers by the accuracy that they cost when they are damaged."""
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
 from lightning_prune.allocation import plan_by_layer
 from lightning_prune.callbacks.base import PruningCallback
+from lightning_prune.callbacks.batches import ValidationBatches
 from lightning_prune.candidates import classification, evaluate_candidates
 from lightning_prune.criteria.sensitiveness import LEVELS, RATIOS, check_settings, layer_importance, sensitiveness
 from lightning_prune.graph import ChannelGraph
@@ -98,13 +95,13 @@ class SensitivenessCallback(PruningCallback):
         if self.steps_done == 0:
             self.sensitiveness = {}
         if self.steps_done < self.steps:  # refuse now what would fail at the first prune
-            first = _ValidationBatches(trainer, 1)
+            first = ValidationBatches(trainer, 1, type(self).__name__)
             evaluate_candidates(self._graph, [{}], first, evaluate=self.evaluate or classification, own_data=True)
 
     @override
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
         if self.remeasure or not self.sensitiveness:
-            batches = _ValidationBatches(trainer, self.limit_batches)
+            batches = ValidationBatches(trainer, self.limit_batches, type(self).__name__)
             self.sensitiveness = sensitiveness(
                 graph, batches, self.damage, self.levels, self.draws, self.seed, self.evaluate or classification,
                 own_data=batches.differ_by_rank,
@@ -124,53 +121,3 @@ class SensitivenessCallback(PruningCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.sensitiveness = dict(state_dict["sensitiveness"])
-
-
-class _ValidationBatches:
-    """The batches of the validation split, as validation would get them; drawing them leaves no trace.
-
-    Args:
-        trainer: The trainer.
-        limit: Greatest number of batches.
-
-    Raises:
-        ValueError: If the run has no validation split.
-    """
-
-    def __init__(self, trainer: "pl.Trainer", limit: int | None) -> None:
-        loaders = tree_leaves(trainer.val_dataloaders)
-        counts = tree_leaves(trainer.num_val_batches)
-        if not loaders or loaders[0] is None or not counts or counts[0] == 0:
-            raise ValueError(
-                "SensitivenessCallback measures on the validation split, and this run has none; give the Trainer "
-                "validation data, and see that limit_val_batches is not 0."
-            )
-        self.trainer, self.loader = trainer, loaders[0]
-        self.count = counts[0] if limit is None else min(limit, counts[0])
-
-    @property
-    def differ_by_rank(self) -> bool:
-        """Whether each rank gets a part of the data."""
-        return isinstance(getattr(self.loader, "sampler", None), DistributedSampler)
-
-    def __length_hint__(self) -> int:
-        return 0 if self.count == float("inf") else int(self.count)
-
-    def __iter__(self) -> Iterator[Any]:
-        generator = getattr(self.loader, "generator", None)
-        state = generator.get_state() if generator is not None else None
-        # Data modules may augment what is trained on, and ask the trainer what it is doing.
-        training, self.trainer.validating = self.trainer.training, True
-        try:
-            with isolate_rng():
-                for batch in islice(self.loader, self.__length_hint__() or None):
-                    yield self._moved(batch)
-        finally:
-            self.trainer.training = training
-            if generator is not None:
-                generator.set_state(state)
-
-    def _moved(self, batch: Any) -> Any:
-        batch = self.trainer.precision_plugin.convert_input(batch)
-        batch = self.trainer.lightning_module._on_before_batch_transfer(batch)
-        return self.trainer.strategy.batch_to_device(batch)

@@ -36,6 +36,7 @@ __all__ = [
     "averaged_copies",
     "decided_by_first_rank",
     "example_inputs",
+    "loss_scale",
     "metrics",
     "refuse_averaged_models",
     "refuse_other_callbacks",
@@ -159,6 +160,12 @@ def rewrap(trainer: "pl.Trainer") -> None:
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel):
         strategy.model = strategy.model.module
         strategy.configure_ddp()
+
+
+def loss_scale(trainer: "pl.Trainer") -> float:
+    """Return what mixed precision multiplies losses by before their gradients are computed."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
 # -- example inputs and measurements -----------------------------------------------------------------------------------

@@ -56,6 +56,9 @@ class Runner:
 
     def jobs(self, batch: Any) -> list[Job]:
         """Decide how to run the candidates, from what the model does on a first batch."""
+        if self.recalibration:  # statistics of each candidate's own: nothing that candidates have in common
+            self.operations = []
+            return [Job("plain", 0, (member,)) for member in range(len(self.candidates))]
         course = observe(lambda: self.evaluate(self.graph.model, batch), self.tensors)
         self._loss = as_numbers(course.result)[0]
         planner = Planner(self.graph, course.first_read, len(course.operations))
@@ -73,7 +76,7 @@ class Runner:
 
     def measure(self, job: Job) -> list[Numbers]:
         """Return loss and accuracy of the members of a job on the batch."""
-        if job.way == "plain" or self.recalibration:
+        if job.way == "plain":
             return [self._plain(member) for member in job.members]
         short = self._attempt(job) if self._works.get((job.way, job.boundary), True) else None
         if short is not None:

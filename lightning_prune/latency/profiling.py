@@ -21,7 +21,7 @@ from lightning_prune.graph.channel_graph import Axis, ChannelGraph, Term
 from lightning_prune.graph.modules import named_tensors, substituted
 from lightning_prune.latency.measuring import placed, wait
 
-__all__ = ["at_widths", "profile"]
+__all__ = ["at_widths", "profile", "time_by_layer"]
 
 _VERSION = 1  # of the files in the cache
 Segment = tuple[str, int]  # a module that has tensors or costs, and how often it had run before
@@ -65,6 +65,24 @@ def profile(graph: ChannelGraph, samples: int = 32, runs: int = 3) -> None:
     ]
     graph.terms["latency"] = terms
     _store(stored, terms)
+
+
+def time_by_layer(graph: ChannelGraph, widths: dict[str, int], runs: int = 5) -> dict[str, float]:
+    """Measure how long each layer of a network takes at some widths.
+
+    Args:
+        graph: The traced model.
+        widths: Channels by group name; groups that are absent are whole.
+        runs: Number of timed runs; the fastest of each layer counts.
+
+    Returns:
+        Milliseconds from the start of a layer to the start of the next one, by module name, in the order of the forward
+        pass; under ``""`` what comes before the first.
+    """
+    times: dict[str, float] = {}
+    for (name, _), taken in _segments(graph, widths, runs).items():
+        times[name] = times.get(name, 0.0) + taken
+    return times
 
 
 @contextmanager

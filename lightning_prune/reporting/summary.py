@@ -1,16 +1,13 @@
-"""What pruning changed, as a table in the terminal and as scalars in the logger."""
+"""What pruning changed, as a table in the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
-from lightning_prune.plan import PruningPlan
-
-__all__ = ["Measurement", "log_prune", "summarize", "whereabouts"]
+__all__ = ["Measurement", "aligned", "summarize", "whereabouts"]
 
 
 @dataclass
@@ -39,22 +36,35 @@ class Measurement:
         return cls(**content)
 
 
-def summarize(before: Measurement, after: Measurement) -> list[str]:
+def summarize(before: Measurement, after: Measurement, names: tuple[str, str] = ("before", "after")) -> list[str]:
     """Write a table of a network before and after, line by line.
 
     Args:
         before: The network before the first prune.
         after: The network at the end.
+        names: What to call them.
     """
     rows = [
-        ("", "before", "after", "ratio"),
+        ("", *names, "ratio"),
         _row("parameters", before.params, after.params, "{:,.0f}"),
         _row("FLOPs", before.flops, after.flops, "{:,.0f}"),
         _row("latency (ms)", before.latency_ms, after.latency_ms, "{:.2f}"),
     ]
     both = sorted(before.metrics.keys() & after.metrics.keys())
     rows += [_row(name, before.metrics[name], after.metrics[name], "{:.4f}") for name in both]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    r"""Write rows of cells as lines of equal length, with a rule under the first.
+
+    Example:
+        >>> print("\n".join(aligned([("batch", "ms"), ("1", "2.50")])))
+        batch    ms
+        -----------
+            1  2.50
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     return lines
@@ -71,6 +81,8 @@ def whereabouts(trainer: "pl.Trainer") -> list[str]:
     log_dir = trainer.log_dir
     if log_dir:
         lines.append(f"logs:       {log_dir}")
+        if any(Path(log_dir).glob("pruning*.json")):
+            lines.append(f"report:     lightning-prune report {log_dir}")
     callback = trainer.checkpoint_callback
     path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
     if path:
@@ -80,23 +92,3 @@ def whereabouts(trainer: "pl.Trainer") -> list[str]:
         lines.append(f"            from {module.__module__} import {module.__name__}")
         lines.append(f"            model = load_pruned({module.__name__}, {path!r})")
     return lines
-
-
-def log_prune(trainer: "pl.Trainer", plan: PruningPlan, scores: Mapping[str, Tensor], measured: Measurement) -> None:
-    """Log what a prune has left to every logger and, where a logger draws histograms, the scores; for the first rank.
-
-    Args:
-        trainer: The trainer.
-        plan: The plan that has just been applied.
-        scores: The scores that led to it.
-        measured: The network that is left.
-    """
-    numbers = {f"prune/channels/{name}": float(width) for name, width in plan.widths.items()}
-    numbers["prune/latency_ms"] = measured.latency_ms
-    for logger in trainer.loggers:
-        logger.log_metrics(numbers, step=trainer.global_step)
-        if isinstance(logger, TensorBoardLogger):
-            for name, values in scores.items():
-                ranked = values[values.isfinite()]
-                if len(ranked):
-                    logger.experiment.add_histogram(f"prune/scores/{name}", ranked, trainer.global_step)

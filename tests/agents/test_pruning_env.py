@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.agents import make_agent
+from lightning_prune.agents.policy_search import PolicySearch
 from lightning_prune.agents.pruning_env import PruningEnv
 from lightning_prune.agents.pruning_problem import OBSERVATION_SIZE, Episodes, PruningProblem, accuracy_of, play
 from lightning_prune.budget import CostModel
@@ -228,3 +229,41 @@ def test_stable_baselines_trains_on_it() -> None:
     action, _ = agent.predict(env.reset()[0], deterministic=True)
     assert env.action_space.contains(action)
     assert len(env.return_queue) == 64 // 3
+
+
+def closeness(problem: PruningProblem, widths: np.ndarray) -> Tensor:
+    """Reward episodes that take from the late groups what the budget asks for."""
+    wanted = np.where(np.arange(len(problem)) < len(problem) // 2, 1.0, 0.3)
+    return torch.from_numpy(-np.square(widths / problem.sizes - wanted).sum(1))
+
+
+@pytest.mark.parametrize("name", ["sac", "ppo-clip", "ppo-kl", "ppo-cim", "reinforce"])
+def test_agents_beat_random_search(name: str) -> None:
+    problem = PruningProblem(traced("residual"), keep=0.5)
+
+    def last(agent: str, **settings: Any) -> float:
+        search = PolicySearch(agent, steps=len(problem), episodes=10, agent_updates=60, **settings)
+        rewards = []
+        for _ in range(16):
+            widths = search.explore(problem)
+            rewards.append(closeness(problem, widths))
+            search.learn(rewards[-1])
+        return float(torch.cat(rewards[-4:]).mean())
+
+    small = {"agent_settings": {"hidden_sizes": (64, 64), "actor_learning_rate": 1e-3}} if name == "sac" else {}
+    found, random = last(name, **small), last("random")
+    assert found > 0.6 * random  # both are below 0
+
+
+def test_episodes_earn_at_the_end_or_at_every_step() -> None:
+    problem, given = PruningProblem(traced("vgg"), keep=0.5), torch.tensor([0.2, 0.4])
+    for rewarded, expected in (("every_step", [1, 1, 1]), ("last_step", [0, 0, 1])):
+        search = PolicySearch("sac", steps=3, episodes=2, rewarded=rewarded, environment_size=2)
+        search.explore(problem)
+        search.learn(given)
+        rows = search.agent.memory.layout.unpack(search.agent.memory._rows[:6])
+        standard = (given - given.mean()) / given.std()
+        torch.testing.assert_close(rows.reward, torch.cat([flag * standard for flag in expected]))
+        rows = search.environment.memory.layout.unpack(search.environment.memory._rows[:6])
+        torch.testing.assert_close(rows.reward, given.repeat(3))
+        assert rows.terminated.tolist() == [0, 0, 0, 0, 1, 1]

@@ -45,4 +45,4 @@ def test_tracing_measuring_and_every_prune_are_announced(monkeypatch: pytest.Mon
     battery.train(tmp_path, battery.make_callback("magnitude"))
     name = "ResidualClassifier"
     prunes = [f"Pruning {name}, step {step} of 3" for step in (1, 2, 3)]
-    assert works == [f"Tracing {name}", f"Measuring {name}", *prunes]
+    assert works == [f"Tracing {name}", f"Measuring the flops of {name}", f"Measuring {name}", *prunes]

@@ -1,0 +1,103 @@
+"""Batches that callbacks measure on: drawing them leaves no trace in training."""
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+__all__ = ["ValidationBatches", "training_batches"]
+
+
+class ValidationBatches:
+    """The batches of the validation split, as validation would get them; drawing them leaves no trace.
+
+    Args:
+        trainer: The trainer.
+        limit: Greatest number of batches.
+        who: Name of the callback, for messages.
+
+    Raises:
+        ValueError: If the run has no validation split.
+    """
+
+    def __init__(self, trainer: "pl.Trainer", limit: int | None, who: str) -> None:
+        loaders = tree_leaves(trainer.val_dataloaders)
+        counts = tree_leaves(trainer.num_val_batches)
+        if not loaders or loaders[0] is None or not counts or counts[0] == 0:
+            raise ValueError(
+                f"{who} measures on the validation split, and this run has none; give the Trainer "
+                "validation data, and see that limit_val_batches is not 0."
+            )
+        self.trainer, self.loader = trainer, loaders[0]
+        self.count = counts[0] if limit is None else min(limit, counts[0])
+
+    @property
+    def differ_by_rank(self) -> bool:
+        """Whether each rank gets a part of the data."""
+        return isinstance(getattr(self.loader, "sampler", None), DistributedSampler)
+
+    def __length_hint__(self) -> int:
+        return 0 if self.count == float("inf") else int(self.count)
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = getattr(self.loader, "generator", None)
+        state = generator.get_state() if generator is not None else None
+        # Data modules may augment what is trained on, and ask the trainer what it is doing.
+        training, self.trainer.validating = self.trainer.training, True
+        try:
+            with isolate_rng():
+                for batch in islice(self.loader, self.__length_hint__() or None):
+                    yield _moved(self.trainer, batch)
+        finally:
+            self.trainer.training = training
+            if generator is not None:
+                generator.set_state(state)
+
+
+def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
+    """Return some batches of the training split, the same ones on every rank and after a resume.
+
+    They are drawn from the data set itself: a loader that knows its position would lose it. Where there is no data set
+    that can be asked for samples, validation batches stand in.
+
+    Args:
+        trainer: The trainer.
+        count: Number of batches; fewer if there are not so many.
+        seed: Decides which samples, and how they are augmented.
+    """
+    loader = next(iter(tree_leaves(trainer.train_dataloader)), None)
+    if not isinstance(loader, DataLoader) or not _gives_samples(loader):
+        return list(ValidationBatches(trainer, count, "The callback")) if count else []
+    dataset: Any = loader.dataset
+    size = min(loader.batch_size or 128, len(dataset))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [order[start : start + size] for start in range(0, len(order) - size + 1, size)][:count]
+    with isolate_rng():
+        for seeded in (random.seed, np.random.seed, torch.manual_seed):
+            seeded(seed)
+        return [_moved(trainer, loader.collate_fn(_samples(dataset, positions))) for positions in chosen]
+
+
+def _gives_samples(loader: "DataLoader[Any]") -> bool:
+    """Tell whether the data set of a loader can be asked for samples, which the loader then makes batches of."""
+    if isinstance(loader.dataset, IterableDataset):
+        return False
+    return loader.batch_sampler is not None or hasattr(loader.dataset, "__getitems__")
+
+
+def _samples(dataset: Any, positions: list[int]) -> Any:
+    """Return samples as a loader would ask for them."""
+    return dataset.__getitems__(positions) if hasattr(dataset, "__getitems__") else [dataset[i] for i in positions]
+
+
+def _moved(trainer: "pl.Trainer", batch: Any) -> Any:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch)

@@ -1,0 +1,108 @@
+"""Checkpoints as the subcommands take them: with the class found, and example inputs."""
+
+import importlib
+import pickle
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from lightning_prune.checkpoint import load_pruned
+from lightning_prune.models import ImageClassifier
+from lightning_prune.reporting.history import History
+
+__all__ = ["Loaded", "add_loading_options", "load"]
+
+
+@dataclass
+class Loaded:
+    """A checkpoint.
+
+    Attributes:
+        model: The model with its weights, pruned or not, in evaluation mode.
+        inputs: What its forward takes.
+        histories: What pruning callbacks have noted until then.
+    """
+
+    model: LightningModule
+    inputs: Any
+    histories: list[History]
+
+
+def add_loading_options(parser: ArgumentParser) -> None:
+    """Add the options that say what a checkpoint does not."""
+    parser.add_argument("--model", metavar="CLASS_PATH", help="import path of the LightningModule, if it is not found")
+    parser.add_argument(
+        "--input_shape", type=int, nargs="+", metavar="N",
+        help="shape of the input with its batch, such as 1 3 224 224 (default: the model's example_input_array)",
+    )  # fmt: skip
+
+
+def load(path: Path, class_path: str | None = None, input_shape: list[int] | None = None) -> Loaded:
+    """Load a checkpoint onto its class.
+
+    Args:
+        path: The checkpoint file.
+        class_path: Import path of the LightningModule; default what the checkpoint says, which `LightningCLI` and the
+            pruning callbacks note there.
+        input_shape: Shape of the input with its batch; default the model's ``example_input_array``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no checkpoint, its class is not found, or there are no inputs.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as raised:
+        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint.") from raised
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{str(path)!r} is no checkpoint of a Lightning Trainer: it has no 'state_dict'.")
+    histories = _histories(checkpoint)
+    model = load_pruned(_find_class(class_path or _noted_class(checkpoint, histories, path)), path)
+    inputs = torch.zeros(input_shape) if input_shape else model.example_input_array
+    if inputs is None:
+        raise ValueError(
+            f"{type(model).__name__} has no example_input_array; say what its forward takes with --input_shape, such "
+            "as --input_shape 1 3 224 224."
+        )
+    return Loaded(model, inputs, histories)
+
+
+def _histories(checkpoint: Mapping[str, Any]) -> list[History]:
+    states = checkpoint.get("callbacks", {}).values()
+    found = [state["history"] for state in states if isinstance(state, dict) and state.get("history")]
+    return [History.from_json(content) for content in found]
+
+
+def _noted_class(checkpoint: Mapping[str, Any], histories: list[History], path: Path) -> str:
+    settings = checkpoint.get("hyper_parameters", {})
+    if "_class_path" in settings:  # of LightningCLI
+        return settings["_class_path"]
+    if histories:
+        return histories[0].model
+    if {"network", "num_classes", "input_shape"} <= settings.keys():
+        return f"{ImageClassifier.__module__}.{ImageClassifier.__qualname__}"
+    raise ValueError(
+        f"{str(path)!r} does not say of which class it is: give --model, such as --model mypackage.MyModel."
+    )
+
+
+def _find_class(class_path: str) -> type[LightningModule]:
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as raised:
+        raise ValueError(
+            f"{class_path!r} cannot be imported ({raised}); give the import path of the class with --model, and see "
+            "that it is on the PYTHONPATH."
+        ) from raised
+    # The name may come from somebody's checkpoint: nothing but a class of modules is called.
+    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+        raise ValueError(f"{class_path!r} is no LightningModule.")
+    return found

@@ -1,0 +1,196 @@
+"""The history of a run: what is in it, where it is written, and that it survives a resume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import battery
+import lightning as L
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from lightning_prune.callbacks import TaylorRankCallback
+from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.reporting.history import FORMAT_VERSION, History, read_histories, run_folder, write_history
+from lightning_prune.reporting.summary import Measurement
+
+TIMES = ("latency_ms", "ms")
+
+
+def flops(module: torch.nn.Module) -> int:
+    """Count with fvcore."""
+    counted = FlopCountAnalysis(module.eval(), torch.zeros(1, 1, 8, 8))
+    return int(counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
+
+
+def without_times(value: Any) -> Any:
+    """Return nested values without what a clock has measured."""
+    if isinstance(value, dict):
+        return {key: without_times(each) for key, each in value.items() if key not in TIMES}
+    return [without_times(each) for each in value] if isinstance(value, list) else value
+
+
+def test_the_file_tells_what_happened(tmp_path: Path) -> None:
+    module, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), logger=CSVLogger(tmp_path))
+    (history,) = read_histories(trainer.log_dir)
+    plan = plan_in_force(module)
+    assert history.model == "battery.ResidualClassifier"
+    assert (history.callback, history.settings["keep"], history.settings["round_to"]) == ("PruningCallback", 0.5, 2)
+    assert history.groups == {"stem": 12, "first": 24}
+    assert history.widths == plan.widths
+    assert [(prune.step, prune.epoch) for prune in history.prunes] == [(1, 1), (2, 2), (3, 3)]
+    assert [prune.budget["asked"] for prune in history.prunes] == pytest.approx([5 / 6, 4 / 6, 0.5])
+    assert all(prune.budget["achieved"] <= prune.budget["asked"] for prune in history.prunes)
+    assert (history.before.flops, history.after.flops) == (flops(battery.ResidualClassifier()), flops(module))
+    assert history.before.params == sum(p.numel() for p in battery.ResidualClassifier().parameters())
+    assert history.after.params == history.prunes[-1].left.params == sum(p.numel() for p in module.parameters())
+    assert history.held == {"head": (4, "head: is an output of the network")}
+
+
+def test_layers_add_up_and_are_counted_right(tmp_path: Path) -> None:
+    module, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), logger=CSVLogger(tmp_path))
+    (history,) = read_histories(trainer.log_dir)
+    for layers, measured in ((history.layers_before, history.before), (history.layers_after, history.after)):
+        assert sum(layer.flops for layer in layers) == measured.flops
+        assert sum(layer.params for layer in layers) == measured.params
+        assert [layer.name for layer in layers][:3] == ["stem", "first", "norm"]
+        assert all(layer.ms > 0 for layer in layers if layer.flops)
+    # 8 x 8 positions, 3 x 3 weights, 12 inputs, 24 outputs.
+    assert {layer.name: layer.flops for layer in history.layers_before}["first"] == 64 * 9 * 12 * 24
+    width = module.first.out_channels * module.first.in_channels
+    assert {layer.name: layer.flops for layer in history.layers_after}["first"] == 64 * 9 * width
+
+
+def test_every_validation_is_in_it_with_what_was_kept_then(tmp_path: Path) -> None:
+    callback = battery.make_callback("magnitude")
+    _, trainer = battery.train(tmp_path, callback, logger=CSVLogger(tmp_path), num_sanity_val_steps=2)
+    history = callback.history
+    assert [each["epoch"] for each in history.epochs] == [1, 2, 3, 4, 5]
+    whole = history.before.flops
+    left = [whole, *(prune.left.flops for prune in history.prunes)]
+    assert [each["keep_flops"] for each in history.epochs] == [flops / whole for flops in [*left, left[-1]]]
+    assert history.metrics == ["val/accuracy"]
+    assert history.epochs[-1]["val/accuracy"] == float(trainer.callback_metrics["val/accuracy"])
+    trainer.validate(trainer.lightning_module, battery.loaders()[1], verbose=False)
+    assert len(history.epochs) == 5  # a validation after training is none of the schedule
+
+
+def test_of_several_validations_in_an_epoch_the_last_counts(tmp_path: Path) -> None:
+    callback = battery.make_callback("magnitude")
+    _, trainer = battery.train(tmp_path, callback, val_check_interval=0.5)
+    assert [each["epoch"] for each in callback.history.epochs] == [1, 2, 3, 4, 5]
+    assert callback.history.last.metrics == {"val/accuracy": float(trainer.callback_metrics["val/accuracy"])}
+
+
+def test_a_resumed_run_goes_on_with_the_history_of_its_checkpoint(tmp_path: Path) -> None:
+    unbroken, stopped = battery.make_callback("magnitude"), battery.make_callback("magnitude")
+    battery.train(tmp_path / "a", unbroken, logger=CSVLogger(tmp_path / "a"))
+    battery.train(tmp_path / "b", stopped, logger=CSVLogger(tmp_path / "b"))
+    checkpoint = next((tmp_path / "b" / "checkpoints").glob("epoch=2-*"))
+    resumed = battery.make_callback("magnitude")
+    _, trainer = battery.train(tmp_path / "c", resumed, logger=CSVLogger(tmp_path / "c"), ckpt_path=checkpoint)
+    (written,) = read_histories(trainer.log_dir)
+    assert without_times(written.to_json()) == without_times(unbroken.history.to_json())
+    assert written.prunes[:2] == stopped.history.prunes[:2]  # what was measured before the stop is kept
+
+
+def test_of_two_ranks_the_first_writes(tmp_path: Path) -> None:
+    callback, logger = battery.make_callback("magnitude"), CSVLogger(tmp_path, version=0)
+    module, _ = battery.train(tmp_path, callback, logger=logger, strategy="ddp_spawn", devices=2)
+    assert [path.name for path in tmp_path.rglob("*pruning*")] == ["pruning.json"]
+    (history,) = read_histories(logger.log_dir)
+    assert history.widths == plan_in_force(module).widths
+    assert [prune.step for prune in history.prunes] == [1, 2, 3]
+    assert [each["epoch"] for each in history.epochs] == [1, 2, 3, 4, 5]
+
+
+def test_a_second_fit_of_another_module_starts_anew(tmp_path: Path) -> None:
+    callback = battery.make_callback("magnitude")
+    battery.train(tmp_path / "a", callback)
+    battery.train(tmp_path / "b", callback)
+    assert [prune.step for prune in callback.history.prunes] == [1, 2, 3]
+    assert len(callback.history.epochs) == battery.EPOCHS
+
+
+def test_nothing_is_written_without_a_logger(tmp_path: Path) -> None:
+    battery.train(tmp_path, battery.make_callback("magnitude"))
+    assert not list(tmp_path.rglob("pruning*"))
+
+
+def test_the_history_is_in_checkpoints_as_plain_values(tmp_path: Path) -> None:
+    battery.train(tmp_path, TaylorRankCallback(keep=0.5, round_to=2, example_inputs=[1, 1, 8, 8]))
+    path = max((tmp_path / "checkpoints").iterdir())
+    (state,) = (s for s in torch.load(path, weights_only=True)["callbacks"].values() if "history" in s)
+    assert state["history"]["settings"]["example_inputs"] == [1, 1, 8, 8]
+    assert json.loads(json.dumps(state["history"]))["callback"] == "TaylorRankCallback"
+    assert History.from_json(state["history"]).to_json() == state["history"]
+
+
+def test_settings_that_are_no_plain_values_are_named(tmp_path: Path) -> None:
+    callback = TaylorRankCallback(keep=0.5, round_to=2, example_inputs=torch.zeros(1, 1, 8, 8))
+    battery.train(tmp_path, callback)
+    assert callback.history.settings["example_inputs"] == "Tensor"
+
+
+class FolderLogger(Logger):
+    """A logger with a folder for all of its runs."""
+
+    def __init__(self, folder: str | None) -> None:
+        super().__init__()
+        self.folder = folder
+
+    name, version, save_dir = "project", 3, property(lambda self: self.folder)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+
+def test_the_folder_is_that_of_the_run(tmp_path: Path) -> None:
+    def trainer(logger: Any) -> L.Trainer:
+        return L.Trainer(logger=logger, default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
+
+    assert run_folder(trainer(CSVLogger(tmp_path, "runs", version=7))) == tmp_path / "runs" / "version_7"
+    assert run_folder(trainer(FolderLogger(str(tmp_path)))) == tmp_path / "project" / "version_3"
+    assert run_folder(trainer(FolderLogger(None))) is None
+    assert run_folder(trainer([FolderLogger(None), CSVLogger(tmp_path, "x", version=0)])) == tmp_path / "x/version_0"
+    assert run_folder(trainer(False)) is None
+
+
+def some_history(module: str = "") -> History:
+    before = Measurement(100, 1000, 2.0)
+    return History("m.M", "C", {}, module, {"a": 8}, {}, before, [])
+
+
+def test_parts_of_a_model_have_files_of_their_own(tmp_path: Path) -> None:
+    trainer = L.Trainer(logger=CSVLogger(tmp_path, version=0), accelerator="cpu", enable_progress_bar=False)
+    for module in ("backbone", "head"):
+        write_history(trainer, some_history(module))
+    folder = Path(trainer.loggers[0].log_dir)
+    assert sorted(path.name for path in folder.iterdir()) == ["pruning.backbone.json", "pruning.head.json"]
+    assert [history.module for history in read_histories(folder)] == ["backbone", "head"]
+
+
+def test_wrong_runs_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no run at .*nowhere"):
+        read_histories(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no pruning.json, so no pruning callback has logged there\.$"):
+        read_histories(tmp_path)
+    run = tmp_path / "version_0"
+    run.mkdir()
+    path = run / "pruning.json"
+    path.write_text('{"version": 1')
+    with pytest.raises(FileNotFoundError, match=r"there are runs in .*version_0"):
+        read_histories(tmp_path)
+    with pytest.raises(ValueError, match=r"pruning.json' is damaged"):
+        read_histories(run)
+    path.write_text(json.dumps({**some_history().to_json(), "version": FORMAT_VERSION + 1}))
+    with pytest.raises(ValueError, match="install a newer lightning-prune"):
+        read_histories(run)
+    path.write_text(json.dumps({"version": FORMAT_VERSION}))
+    with pytest.raises(ValueError, match=r"pruning.json' is damaged"):
+        read_histories(run)

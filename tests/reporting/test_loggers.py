@@ -1,0 +1,83 @@
+"""What the loggers get: numbers in all of them, pictures and text in TensorBoard."""
+
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import battery
+import numpy as np
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_prune.reporting import loggers
+from lightning_prune.reporting.history import History
+
+
+def logged(folder: str) -> EventAccumulator:
+    events = EventAccumulator(folder, size_guidance={"images": 0, "scalars": 0, "histograms": 0, "tensors": 0})
+    return events.Reload()
+
+
+def test_tensorboard_gets_numbers_histograms_figures_and_the_summary(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    callback = battery.make_callback("magnitude")
+    _, trainer = battery.train(tmp_path, callback, logger=TensorBoardLogger(tmp_path), log_every_n_steps=1)
+    events = logged(trainer.log_dir)
+    assert {"prune/scores/stem", "prune/scores/first"} <= set(events.Tags()["histograms"])
+    prunes = [battery.BATCHES * epoch for epoch in (1, 2, 3)]
+    for group in ("stem", "first"):
+        widths = [prune.widths[group] for prune in callback.history.prunes]
+        assert [(event.step, event.value) for event in events.Scalars(f"prune/channels/{group}")] == list(
+            zip(prunes, widths, strict=True)
+        )
+    for figure in ("prune/widths", "prune/metric_against_flops"):
+        images = events.Images(figure)
+        assert [image.step for image in images] == [*prunes, battery.BATCHES * battery.EPOCHS]
+        pixels = np.asarray(Image.open(BytesIO(images[-1].encoded_image_string)))
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 10  # something is drawn
+    (text,) = events.Tensors("prune/summary/text_summary")
+    told = text.tensor_proto.string_val[0].decode()
+    for number in (callback.history.before.flops, callback.history.after.flops):
+        assert f"{number:,}" in told
+
+
+def test_figures_draw_every_group_and_every_validation() -> None:
+    pytest.importorskip("matplotlib")
+    from lightning_prune.reporting import figures
+    from lightning_prune.reporting.history import Prune
+    from lightning_prune.reporting.summary import Measurement
+
+    small = Measurement(1, 1, 1.0)
+    prunes = [Prune(1, 1, {}, {"b": 3}, small)]
+    epochs = [{"epoch": 1, "keep_flops": 1.0, "acc": 0.5}, {"epoch": 2, "keep_flops": 0.5}]
+    epochs.append({"epoch": 3, "keep_flops": 0.5, "acc": 0.75})
+    history = History("m.M", "C", {}, "", {"a": 8, "b": 6}, {}, small, [], prunes, [], epochs)
+    (axes,) = figures.widths(history).axes
+    assert [bar.get_width() for bar in axes.patches] == [8, 6, 8, 3]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a  8/8", "b  3/6"]
+    axes, _ = figures.metric_against_flops(history, "acc").axes
+    assert axes.lines[0].get_xydata().tolist() == [[1.0, 0.5], [0.5, 0.75]]  # the validation without it is left out
+
+
+def test_a_logger_without_figures_gets_the_numbers(tmp_path: Path) -> None:
+    _, trainer = battery.train(
+        tmp_path, battery.make_callback("magnitude"), logger=CSVLogger(tmp_path), log_every_n_steps=1
+    )
+    head = Path(trainer.log_dir, "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"prune/channels/stem", "prune/channels/first", "prune/latency_ms", "prune/keep_flops"} <= set(head)
+
+
+def test_without_matplotlib_figures_are_left_out_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    loggers._can_draw.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), logger=TensorBoardLogger(tmp_path))
+    loggers._can_draw.cache_clear()
+    assert sum("matplotlib" in str(warning.message) for warning in told) == 1
+    assert logged(trainer.log_dir).Tags()["images"] == []
+    assert "prune/channels/stem" in logged(trainer.log_dir).Tags()["scalars"]

@@ -1,0 +1,161 @@
+"""The HTML report: well formed, complete, safe, and in need of nothing else."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import battery
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_prune.reporting import report
+from lightning_prune.reporting.charts import HEIGHT, LEFT, WIDTH, line_chart
+from lightning_prune.reporting.history import History, Layer, Prune, read_histories
+from lightning_prune.reporting.report import render, write_report
+from lightning_prune.reporting.summary import Measurement
+
+VOID = {"meta", "br", "!doctype"}
+
+
+class Page(HTMLParser):
+    """Reads a page: its text, its attributes, and whether every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def history(**changes: object) -> History:
+    """Return the history of a run with one prune."""
+    layers = [Layer("a", 800.0, 80.0, 1.0), Layer("b", 200.0, 20.0, 0.5)], [Layer("a", 400.0, 40.0, 0.5)]
+    content = {
+        "model": "mine.Net", "callback": "PruningCallback", "settings": {"keep": 0.5}, "module": "",
+        "groups": {"a": 8, "b": 16}, "held": {"head": (10, "is an output"), "neck": (4, "is an output")},
+        "before": Measurement(100, 1000, 2.0, {"val/acc": 0.75}), "layers_before": layers[0],
+        "prunes": [Prune(1, 2, {"metric": "flops", "asked": 0.5, "achieved": 0.484375}, {"a": 4, "b": 12},
+                         Measurement(60, 600, 1.25))],
+        "layers_after": layers[1],
+        "epochs": [{"epoch": 1, "keep_flops": 1.0, "val/acc": 0.75}, {"epoch": 3, "keep_flops": 0.6, "val/acc": 0.875}],
+    }  # fmt: skip
+    return History(**{**content, **changes})
+
+
+def test_the_report_of_a_run_tells_all_of_it(tmp_path: Path) -> None:
+    _, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), logger=CSVLogger(tmp_path))
+    folder = Path(trainer.log_dir)
+    (folder / "config.yaml").write_text("seed: 7 # <the config>\n")
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    (told,) = read_histories(folder)
+    text = "\n".join(Page(path.read_text()).text)
+    for words in (
+        "ResidualClassifier pruned by PruningCallback", "battery.ResidualClassifier", "val/accuracy", "seed: 7 # <the",
+        "head: is an output of the network", '"round_to": 2',
+        *told.groups, *(layer.name for layer in told.layers_before),
+        *(f"{told.widths[name]} of {size}" for name, size in told.groups.items()),
+        *(f"{prune.left.flops:,}" for prune in told.prunes), *(f"{p.budget['achieved']:.3f}" for p in told.prunes),
+    ):  # fmt: skip
+        assert words in text, words
+    assert [each.name for each in folder.iterdir() if "report" in each.name] == ["report.html"]
+
+
+def test_numbers_and_bars_by_hand() -> None:
+    text = render([history()], "runs/1")
+    page = Page(text)
+    words = " ".join(page.text)
+    assert "60.0%" in words  # of the FLOPs and of the parameters
+    assert "1.60x" in words  # 2 ms to 1.25 ms
+    assert "0.8750" in words  # the metric of the last validation
+    assert re.search(r"head \(10\).*neck \(4\).*is an output", words)
+    assert words.count("is an output") == 1  # one row for all of the same reason
+    for group, outer, inner in (("a", "50.0", "25.0"), ("b", "100.0", "75.0")):
+        row = re.search(rf'title="{group}: \d+ of.*?</div>', text)
+        assert row is not None
+        assert re.findall(r"width:([\d.]+)%", row[0]) == [outer, inner]
+
+
+def test_the_page_needs_no_network_and_no_script() -> None:
+    text = render([history()], "runs/1", "a: 1")
+    page = Page(text)
+    assert "://" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    assert not {name for _, name, _ in page.attributes} & {"src", "href", "onload", "onclick"}
+    assert "<script" not in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_names_are_text_and_never_markup() -> None:
+    nasty = '<script>alert("1")</script>&'
+    changed = history(
+        model=f"mine.{nasty}", groups={nasty: 8}, held={nasty: (1, nasty)}, prunes=[], layers_before=[
+            Layer(nasty, 1.0, 1.0, 1.0)], layers_after=[], epochs=[{"epoch": 1, "keep_flops": 1.0, nasty: 0.5}],
+        settings={"ignore": [nasty]},
+    )  # fmt: skip
+    text = render([changed], nasty, nasty)
+    Page(text)
+    assert "<script" not in text
+
+
+def test_a_run_that_has_only_begun_has_a_report() -> None:
+    bare = history(prunes=[], epochs=[], layers_after=[], held={}, before=Measurement(100, 1000, 2.0))
+    words = " ".join(Page(render([bare], "runs/1")).text)
+    assert "Nothing has been pruned yet." in words
+    assert "What stays whole" not in words
+
+
+def test_a_run_with_two_callbacks_has_both_in_its_report() -> None:
+    words = " ".join(Page(render([history(module="backbone"), history(module="head")], "runs/1")).text)
+    assert "backbone pruned by PruningCallback" in words
+    assert "head pruned by PruningCallback" in words
+
+
+def test_a_report_that_cannot_be_written_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), logger=CSVLogger(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere': make it first"):
+        write_report(trainer.log_dir, tmp_path / "nowhere" / "report.html")
+    monkeypatch.setattr(report.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="disk full"):
+        write_report(trainer.log_dir)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=st.lists(NUMBERS, min_size=1, max_size=8), start=st.integers(0, 50), mark=st.integers(0, 80))
+def test_all_points_lie_within_the_chart_in_order(values: list[float], start: int, mark: int) -> None:
+    points = [(float(start + number), value) for number, value in enumerate(values)]
+    drawn = ElementTree.fromstring(line_chart("a & b", points, [(float(mark), "<prune>")]))
+    circles = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in drawn.iter("circle")]
+    assert len(circles) == len(points)
+    assert all(LEFT <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in circles)
+    assert circles == sorted(circles, key=lambda circle: circle[0])
+    for (_, one), (_, other), (_, y), (_, z) in zip(points, points[1:], circles, circles[1:], strict=False):
+        assert one == other or (one < other) == (y > z) or abs(y - z) <= 0.1  # higher values stand higher
+    (line,) = (each for each in drawn.iter("line") if each.get("class") == "mark")
+    assert LEFT <= float(line.attrib["x1"]) <= WIDTH
