@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_prune.budget import CostModel
 from lightning_prune.fitting import Limits, fit
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.latency import plan_for_latency, profile, timed_plan
+from lightning_prune.latency import plan_for_latency, profile, timed_plan, with_best_rounding
 from lightning_prune.plan import PruningPlan
 
 __all__ = ["check_keep", "check_reachable", "plan", "plan_by_layer", "reachable"]
@@ -85,8 +85,8 @@ def plan_by_layer(
         scores: (channels,) score of each channel of each group, compared within the group only, higher is kept;
             ``-inf`` for channels that the model no longer has. Groups that are absent stay whole.
         keep: Fraction of the original cost that may stay, in (0, 1].
-        metric: What the fraction is of: ``"flops"``, ``"params"`` or ``"channels"``.
-        round_to: Layers that lose channels keep a multiple of this many; 1 for no rounding.
+        metric: As for `plan`.
+        round_to: As for `plan`.
         min_channels: Least number of channels of a group.
         cap: Greatest fraction of its original channels that a group may lose, in (0, 1].
 
@@ -121,10 +121,14 @@ def plan_by_layer(
             raise ValueError(f"The importance of group {name!r} must be a finite number above 0; got {value!r}.")
     shares = {name: _share_of_each(known[name], importance.get(name, math.inf)) for name in graph.groups}
     cost = _cost(graph, metric)
-    limits = Limits(graph, shares, round_to, min_channels, cap)  # type: ignore[arg-type]  # "auto" is refused there
-    if metric == "latency":
-        return timed_plan(graph, keep, limits, lambda aimed: fit(graph, shares, aimed, cost, limits))
-    return fit(graph, shares, keep, cost, limits)
+
+    def make(step: int) -> PruningPlan:
+        limits = Limits(graph, shares, step, min_channels, cap)
+        if metric == "latency":
+            return timed_plan(graph, keep, limits, lambda aimed: fit(graph, shares, aimed, cost, limits))
+        return fit(graph, shares, keep, cost, limits)
+
+    return with_best_rounding(round_to, known, make) if metric == "latency" else make(round_to)  # type: ignore[arg-type]
 
 
 def _share_of_each(scores: Tensor, importance: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The configs that ship with the package: found by name, listed, and copied out for an installed user.
 
-A config may take its model and its data from files beside it (``data: datasets/imagenet.yaml``), which LightningCLI reads
-as they stand. A copy holds all of it in one file.
+A config may take its model and its data from files beside it (``data: datasets/imagenet.yaml``), which LightningCLI
+reads as they stand. A copy holds all of it in one file.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ from lightning_prune.latency.measuring import timed
 from lightning_prune.latency.profiling import at_widths, profile
 from lightning_prune.plan import PruningPlan
 
-__all__ = ["kept_score", "measured_fraction", "plan_for_latency", "timed_plan"]
+__all__ = ["kept_score", "measured_fraction", "plan_for_latency", "timed_plan", "with_best_rounding"]
 
 _CLOSE = 0.97  # of the budget: near enough to stop
 _ATTEMPTS = 8
@@ -51,16 +52,35 @@ def plan_for_latency(
     """
     if "latency" not in graph.terms:
         profile(graph)
-    steps = _ROUND_TO if round_to == "auto" else (int(round_to),)
-    made: list[PruningPlan] = []
-    for step in steps:
+
+    def make(step: int) -> PruningPlan:
         limits = Limits(graph, scores, step, min_channels)
-        try:
-            made.append(timed_plan(graph, keep, limits, partial(_ranked_by_time, graph, scores, limits)))
-        except ValueError:
-            if step == steps[-1] and not made:
-                raise
-    return max(made, key=lambda plan: kept_score(plan, scores))
+        return timed_plan(graph, keep, limits, partial(_ranked_by_time, graph, scores, limits))
+
+    return with_best_rounding(round_to, scores, make)
+
+
+def with_best_rounding(
+    round_to: int | str, scores: Mapping[str, Tensor], make: Callable[[int], PruningPlan]
+) -> PruningPlan:
+    """Make a plan; for ``"auto"`` several, of which the one stays that keeps the highest sum of scores.
+
+    Args:
+        round_to: What layers keep a multiple of, or ``"auto"``.
+        scores: (channels,) score of each channel of every group.
+        make: Makes a plan for a multiple.
+
+    Raises:
+        ValueError: If there is no such plan for any multiple.
+    """
+    if round_to != "auto":
+        return make(int(round_to))
+    made: list[PruningPlan] = []
+    for step in _ROUND_TO:
+        with suppress(ValueError):
+            made.append(make(step))
+    # If there is none, the last says what can be reached.
+    return max(made, key=lambda plan: kept_score(plan, scores)) if made else make(_ROUND_TO[-1])
 
 
 def timed_plan(

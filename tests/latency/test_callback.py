@@ -17,7 +17,7 @@ def own_cache(tmp_path, monkeypatch):
     "callback",
     [
         PruningCallback(keep=0.8, metric="latency", steps=2, round_to="auto"),
-        AFIEEarlyPruneCallback(keep=0.8, metric="latency", round_to=1),
+        AFIEEarlyPruneCallback(keep=0.8, metric="latency", round_to="auto"),
     ],
     ids=["all channels compete", "by layer"],
 )
