@@ -15,6 +15,7 @@ from lightning_prune.graph import ChannelGraph
 __all__ = ["FilterNetwork", "FilterSearch", "make_filter_agent"]
 
 LONG = 24  # numbers in a filter, beyond which convolutions look at the filters
+LARGEST = (64, 256)  # filters and numbers of each that convolutions look at; larger matrices are averaged down to that
 CHANNELS = (32, 64, 64, 64)
 HIDDEN = 24
 LAST_GAIN = 0.01
@@ -41,6 +42,9 @@ class FilterNetwork(nn.Module):
         self.shape = (1, filters, length)
         layers: list[nn.Module] = []
         inputs, height, width = 1, filters, length
+        if length > LONG:
+            height, width = min(filters, LARGEST[0]), min(length, LARGEST[1])
+            layers.append(nn.AdaptiveAvgPool2d((height, width)))
         for outputs in CHANNELS if length > LONG else ():
             layers += [nn.Conv2d(inputs, outputs, 7, padding=3), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
             inputs, height, width = outputs, -(-height // 2), -(-width // 2)
@@ -72,7 +76,9 @@ def make_filter_agent(filters: Tensor, seed: int, samples: int = 5, keep: float 
 
     Note:
         Huang et al., "Learning to Prune Filters in Convolutional Neural Networks" (WACV 2018), as reimplementations
-        have it. That filters of more than 24 numbers count as many, and how wide layers are, is not known for sure.
+        have it. That filters of more than 24 numbers count as long, and how wide layers are, is not known for sure;
+        that large matrices are averaged down first, so that an agent costs less than the network it prunes, is a choice
+        made here.
 
     Example:
         >>> agent = make_filter_agent(torch.eye(4), seed=0)

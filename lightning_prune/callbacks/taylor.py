@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.criteria.taylor import check_settings, finish
 from lightning_prune.criteria.taylor_sums import GRADIENT_FORMS, Collector, Totals, make_collector
@@ -109,7 +110,7 @@ class TaylorRankCallback(PruningCallback):
         if self._collector is not None:
             # Lightning divides the loss of each batch by the number of batches that a step accumulates.
             accumulated = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._collector.after_backward(accumulated / _loss_scale(trainer))
+            self._collector.after_backward(accumulated / trainer_state.loss_scale(trainer))
 
     @override
     def on_before_optimizer_step(
@@ -178,11 +179,6 @@ class TaylorRankCallback(PruningCallback):
     def _let_go(self) -> None:
         super()._let_go()
         self._stop_listening()
-
-
-def _loss_scale(trainer: "pl.Trainer") -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
 def _sum_of_ranks(trainer: "pl.Trainer", graph: ChannelGraph, totals: Totals) -> Totals:

@@ -163,12 +163,12 @@ def test_what_is_seen_by_hand() -> None:
     # least: 1 and 2 channels, 9 x (9 + 2) + 18 x 2 = 135
     first = [0, 1 / 4, 4 / 8, 2 / 2, 3 / 3, 612 / 756, 135 / 756, 621 / 756, 0]
     torch.testing.assert_close(episodes.observation, torch.tensor([first]))
-    episodes.step(torch.tensor([[0.5]]))
-    # 2 channels are left: 9 x (18 + 4) + 36 = 234 at least, 9 x (18 + 16) + 144 = 450 at most
-    second = [1 / 2, 4 / 4, 8 / 8, 1 / 2, 1 / 3, 432 / 756, 234 / 756, 216 / 756, 0.5]
+    episodes.step(torch.tensor([[0.25]]))
+    # 3 channels are left: 9 x (27 + 6) + 36 = 333 at least, 9 x (27 + 24) + 144 = 603 at most
+    second = [1 / 2, 4 / 4, 8 / 8, 1 / 2, 1 / 3, 432 / 756, 333 / 756, 270 / 756, 0.25]
     torch.testing.assert_close(episodes.observation, torch.tensor([second]))
-    # 162 + 34 n of 378 may be spent: 6 of 8 channels; to remove more is not asked for
-    assert (float(episodes.low), float(episodes.high)) == (0.25, 0.25)
+    # 243 + 45 n of 378 may be spent: 3 of 8 channels; to remove more is not asked for
+    assert (float(episodes.low), float(episodes.high)) == (0.625, 0.625)
 
 
 def test_observations_stay_in_range_and_actions_are_those_executed() -> None:

@@ -135,7 +135,7 @@ def test_the_gradient_on_two_ranks_is_that_of_the_explicit_loss_on_one(tmp_path:
     aligned, explicit = Stochastic(norm=False), Explicit(norm=False)
     explicit.load_state_dict(aligned.state_dict())
     trainer = L.Trainer(
-        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp_fork", use_distributed_sampler=False, precision="64-true", callbacks=[callback],
+        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp_fork", precision="64-true", callbacks=[callback],
         logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         default_root_dir=tmp_path, accumulate_grad_batches=2, gradient_clip_val=0.5, num_sanity_val_steps=0,
     )  # fmt: skip
@@ -282,3 +282,29 @@ def test_settings_are_plain_values() -> None:
     given = {"agent": "ppo-kl", "episodes": 8, "search_settings": {"agent_settings": {"passes": 4}}}
     callback = parser.instantiate_classes(parser.parse_object({"callback": given})).callback
     assert (callback.agent, callback.episodes) == ("ppo-kl", 8)
+
+
+def test_batches_of_the_training_split_are_taken_without_touching_its_loader(tmp_path: Path) -> None:
+    """The data modules of this package read whole batches at a time."""
+    pytest.importorskip("sklearn")
+    from lightning_prune.datamodules import DigitsDataModule
+
+    found = []
+
+    class Watch(RLJointPruneCallback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            before = trainer.train_dataloader.state_dict()
+            super().on_train_start(trainer, pl_module)
+            assert trainer.train_dataloader.state_dict() == before
+            found.extend(self._recalibration)
+
+    data = DigitsDataModule(batch_size=64)
+    module = battery.ResidualClassifier()
+    module.head, module.example_input_array = nn.Linear(48, 10), torch.zeros(1, 1, 8, 8)
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cpu", callbacks=[Watch(start_epoch=1, warmup_epochs=0, recalibrate_batches=3)],
+        logger=False, enable_progress_bar=False, enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    assert [images.shape for images, _ in found] == [(128, 1, 8, 8)] * 3
+    assert plan_in_force(module).budget["achieved"] <= 0.5
