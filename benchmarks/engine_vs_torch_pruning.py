@@ -58,16 +58,22 @@ def seconds(
     return time.perf_counter() - start
 
 
-def compare(name: str, rounds: int, steps: int) -> tuple[float, float]:
+def compare(name: str, rounds: int, steps: int) -> tuple[float, float, str]:
+    """Return the seconds that either takes, and what Torch-Pruning raises, if it does."""
     torch.manual_seed(0)
     size = 299 if name == "inception_v3" else 224
     model = torchvision.models.get_model(name, weights=None, **({"init_weights": False} if size == 299 else {})).eval()
     x = torch.randn(1, 3, size, size)
     times: dict[Callable[..., None], list[float]] = {ours: [], theirs: []}
+    failure = ""
     for _ in range(rounds):
-        for run, taken in times.items():
-            taken.append(seconds(run, model, x, steps))
-    return statistics.median(times[ours]), statistics.median(times[theirs])
+        times[ours].append(seconds(ours, model, x, steps))
+        try:
+            times[theirs].append(seconds(theirs, model, x, steps))
+        except Exception as raised:
+            failure = repr(raised)
+            break
+    return statistics.median(times[ours]), statistics.median(times[theirs] or [float("nan")]), failure
 
 
 def main() -> None:
@@ -83,7 +89,10 @@ def main() -> None:
     )
     ratios = []
     for name in settings.networks:
-        mine, other = compare(name, settings.rounds, settings.steps)
+        mine, other, failure = compare(name, settings.rounds, settings.steps)
+        if failure:
+            print(f"| {name} | {mine:.3f} | fails: {failure} | - |", flush=True)
+            continue
         ratios.append(mine / other)
         print(f"| {name} | {mine:.3f} | {other:.3f} | {mine / other:.3f} |", flush=True)
     limits = (LIMIT, MEAN_LIMIT) if settings.steps == 1 else (ITERATIVE_LIMIT, ITERATIVE_LIMIT)
