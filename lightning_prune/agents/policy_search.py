@@ -155,12 +155,20 @@ class PolicySearch:
 
 
 def _defaults(agent: str, steps: int, episodes: int, rewarded: str) -> dict[str, Any]:
-    """Return the settings that suit some hundreds of episodes, where policies learn from those of one round."""
+    """Return the settings that suit some hundreds of episodes, where policies learn from those of one round.
+
+    Gaussian policies start narrow: with the usual deviation of 1, a third of the draws lie beyond the range of actions
+    and many more beyond the bounds of a step, and a draw that is clipped hardly says which way to go. Actions are at
+    most 1 here and policies narrower still, where a kernel of the width 1 hardly tells two of them apart. REINFORCE
+    makes a single step of the optimizer in each round, hence its great learning rate.
+    """
+    discount = {"discount": 0.0} if rewarded == "every_step" else {}
+    policy = {"policy": {"name": "gaussian", "initial_std": 0.3}}
     if agent == "random":
         return {}
+    if agent == "sac":
+        return discount
     if agent == "reinforce":
-        return {"policy": "gaussian", "samples": episodes, "learning_rate": 1e-2}
-    discount = {"discount": 0.0} if rewarded == "every_step" else {}
-    if agent.startswith("ppo"):
-        return {**discount, "rollout": steps * episodes, "learning_rate": 3e-3}
-    return discount
+        return {**policy, "samples": episodes, "learning_rate": 2e-2}
+    kernel = {"trust_region": {"sigma": 0.3}} if agent.startswith("ppo-cim") else {}
+    return {**policy, **kernel, **discount, "rollout": steps * episodes, "learning_rate": 3e-3}

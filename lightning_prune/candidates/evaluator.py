@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from tqdm import tqdm
 
 from lightning_prune.candidates.jobs import Job, share
 from lightning_prune.candidates.journal import Entry, Journal, digest_of
@@ -19,10 +18,9 @@ from lightning_prune.candidates.variants import Candidate, Noise, digest
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.modules import named_tensors, substituted
 from lightning_prune.plan import PruningPlan
+from lightning_prune.progress import progress
 
 __all__ = ["Measured", "evaluate_candidates"]
-
-_QUIET_SECONDS = 1.0  # evaluations that take less show no progress
 
 
 @dataclass(frozen=True)
@@ -90,19 +88,19 @@ def evaluate_candidates(
     notes = _Notes(resume, rank, plans)
     sums = torch.zeros(3, len(plans), dtype=torch.float64)  # of losses, of accuracies, of examples
     jobs: list[Job] | None = None
-    with _undisturbed(graph.model), _progress(rank) as bar:
+    with _undisturbed(graph.model), progress(f"Measuring {len(plans)} sub-networks") as work:
         runner = Runner(graph, plans, evaluate, recalibrate)
         notes.about(graph.model, evaluate, recalibrate)
         for batch in batches:
             if jobs is None:
                 jobs = runner.jobs(batch)
                 jobs = jobs if own_data else share(jobs, rank, world)
-                bar.total = len(jobs) * length_hint(batches) or None
+                work.total = len(jobs) * length_hint(batches) or None
             runner.begin(batch)
             notes.turn_to(batch)
             for job in jobs:
                 sums[:, list(job.members)] += _measured(runner, job, notes, examples_in(batch))
-                bar.update()
+                work.advance()
     if jobs is None:
         raise ValueError("There are no batches to measure the candidates on.")
     sums = _over_ranks(sums, graph.model)
@@ -164,14 +162,6 @@ def _over_ranks(sums: Tensor, model: nn.Module) -> Tensor:
     shared = sums.to(next(iter(named_tensors(model).values())).device)
     distributed.all_reduce(shared)
     return shared.cpu()
-
-
-@contextmanager
-def _progress(rank: int) -> "Iterator[tqdm[Any]]":
-    """Show progress on the first rank, on a terminal, if it takes long."""
-    disable = True if rank else None  # None: shown on terminals only
-    with tqdm(desc="Candidates", unit="job", delay=_QUIET_SECONDS, leave=False, disable=disable) as bar:
-        yield bar
 
 
 @contextmanager

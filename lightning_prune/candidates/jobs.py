@@ -22,7 +22,8 @@ class Job:
     """Candidates that run together.
 
     Attributes:
-        way: ``"plain"``, ``"masked"``, ``"sliced"``, ``"noisy"``, or ``"stacked"`` for several masked ones in a batch.
+        way: ``"plain"``, ``"masked"``, ``"sliced"``, ``"noisy"``, ``"stacked"`` for several masked ones in a batch, or
+            ``"folded"`` for sliced ones with statistics of their own.
         boundary: Number of operations before the first one that differs from the model.
         members: Their numbers.
         cost: FLOPs, about.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_prune.candidates.jobs import Job, Planner
+from lightning_prune.candidates.layout import fold, foldable, put_channels_last
 from lightning_prune.candidates.measures import (
     Evaluate,
     as_numbers,
@@ -50,23 +51,28 @@ class Runner:
     ) -> None:
         self.graph, self.candidates = graph, candidates
         self.evaluate, self.recalibration = evaluate, recalibration
-        self.tensors = named_tensors(graph.model)
         self._works: dict[tuple[str, int], bool] = {}  # by way and boundary
         self._statistics: dict[int, list[Tensor]] = {}  # of batch normalisation, by candidate
 
     def jobs(self, batch: Any) -> list[Job]:
         """Decide how to run the candidates, from what the model does on a first batch."""
+        self.batch, model = batch, self.graph.model
         if self.recalibration:  # statistics of each candidate's own: nothing that candidates have in common
-            self.operations = []
-            return [Job("plain", 0, (member,)) for member in range(len(self.candidates))]
-        course = observe(lambda: self.evaluate(self.graph.model, batch), self.tensors)
-        self._loss = as_numbers(course.result)[0]
-        planner = Planner(self.graph, course.first_read, len(course.operations))
+            self.operations: list[Any] = []
+            result, self._pairs = put_channels_last(model, lambda: foldable(model, self._unchanged))
+            self._know(result)
+            return [Job("folded", 0, (member,)) for member in range(len(self.candidates))]
+        course = observe(self._unchanged, named_tensors(model))
         self.operations = course.operations
+        self._know(course.result)
+        planner = Planner(self.graph, course.first_read, len(course.operations))
         self.readers = planner.readers
         stack = _FULL.get(next(iter(self.tensors.values())).device.type, 1) // examples_in(batch)
-        may_stack = self.evaluate is classification and not self.recalibration
-        return planner.jobs(self.candidates, max(1, stack) if may_stack else 1)
+        return planner.jobs(self.candidates, max(1, stack) if self.evaluate is classification else 1)
+
+    def _know(self, result: Any) -> None:
+        """Note what the model itself reaches, and its tensors as they are laid out now."""
+        self._loss, self.tensors = as_numbers(result)[0], named_tensors(self.graph.model)
 
     def begin(self, batch: Any) -> None:
         """Turn to a batch."""
@@ -94,7 +100,7 @@ class Runner:
             works = key in self._works or self._agrees(job, short)
         except Exception:  # whatever a model may raise that does not do the same each time; the plain run raises again
             works = False
-        if not works and job.way != "stacked":
+        if not works and job.way not in ("folded", "stacked"):
             warnings.warn(
                 f"{type(self.graph.model).__name__} does not repeat the same operations, so that nothing can be reused "
                 "from one candidate to the next; they are measured one by one, which takes longer.",
@@ -123,12 +129,19 @@ class Runner:
     # -- the ways ---------------------------------------------------------------------------------------------------
 
     def _plain(self, member: int) -> Numbers:
-        candidate, model = self.candidates[member], self.graph.model
+        candidate = self.candidates[member]
         inexact = isinstance(candidate, PruningPlan) and any(self.graph.group(n).inexact for n in candidate.groups)
         with self._standing_in("sliced" if inexact or self.recalibration else "masked", candidate):
             if self.recalibration:
                 self._recalibrate(member)
-            return as_numbers(self.evaluate(model, self.batch))
+            return as_numbers(self._unchanged())
+
+    def _folded(self, member: int) -> Numbers:
+        """Run a candidate with its normalisations as part of its convolutions, once their statistics are known."""
+        with self._standing_in("sliced", self.candidates[member]):
+            self._recalibrate(member)
+            fold(self._pairs)
+            return as_numbers(self._unchanged())
 
     def _recalibrate(self, member: int) -> None:
         """Estimate the statistics of batch normalisation; those of a candidate serve for all batches."""
@@ -139,6 +152,8 @@ class Runner:
             buffer.copy_(known)
 
     def _short(self, job: Job) -> list[Numbers]:
+        if job.way == "folded":
+            return [self._folded(job.members[0])]
         self._replay.advance(job.boundary)
         if job.way == "stacked":
             return self._stacked(job)

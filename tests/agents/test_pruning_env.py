@@ -17,6 +17,7 @@ from lightning_prune.agents.pruning_env import PruningEnv
 from lightning_prune.agents.pruning_problem import OBSERVATION_SIZE, Episodes, PruningProblem, accuracy_of, play
 from lightning_prune.budget import CostModel
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.models import build_network
 from lightning_prune.plan import PruningPlan
 
 
@@ -253,6 +254,23 @@ def test_agents_beat_random_search(name: str) -> None:
     small = {"agent_settings": {"hidden_sizes": (64, 64), "actor_learning_rate": 1e-3}} if name == "sac" else {}
     found, random = last(name, **small), last("random")
     assert found > 0.6 * random  # both are below 0
+
+
+@pytest.mark.parametrize("name", ["ppo-clip", "ppo-kl", "ppo-cim", "reinforce"])
+def test_defaults_find_the_one_group_that_matters_in_a_deep_network(name: str) -> None:
+    """As on a trained ResNet-20, where the first group does most of the damage; draws that are clipped hide it."""
+    problem = PruningProblem(lp.trace(build_network("resnet20").eval(), torch.zeros(1, 3, 32, 32)), keep=0.5)
+    harm = np.where(np.arange(len(problem)) == 0, 4.0, 0.5)
+
+    def last(agent: str) -> float:
+        search, rewards = PolicySearch(agent, steps=len(problem), episodes=10), []
+        for _ in range(16):
+            damage = np.square(1 - search.explore(problem) / problem.sizes) @ harm
+            rewards.append(torch.from_numpy(1 / (1 + np.exp(damage - 2))))
+            search.learn(rewards[-1])
+        return float(torch.cat(rewards[-4:]).mean())
+
+    assert last(name) > last("random") + 0.03
 
 
 def test_episodes_earn_at_the_end_or_at_every_step() -> None:
