@@ -1,5 +1,6 @@
 """The command line: ``lightning-prune fit --config configs/quickstart.yaml``."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name; default that of the process.
     """
+    if os.getcwd() not in sys.path:
+        sys.path.append(
+            os.getcwd()
+        )  # classes of the project at hand are found, as `python -m lightning_prune` finds them
     typed = list(sys.argv[1:] if arguments is None else arguments)
     if typed[:1] == ["configs"]:
         shipped_configs.main(typed[1:])

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.graph.tracing import as_call
 from lightning_prune.plan import PruningPlan
+from lightning_prune.progress import progress
 from lightning_prune.surgery import prune, reshape
 
 __all__ = ["BATCH_SIZES", "FORMATS", "export", "random_inputs"]
@@ -72,7 +73,7 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path, tolerance: f
     trainer = getattr(model, "_trainer", None)  # of a LightningModule after training; it is not copied along
     model = copy.deepcopy(model, {id(trainer): None}).cpu().eval()
     example = as_call(random_inputs(example_inputs, 2))  # of one sample, the exporters would take the 1 to be fixed
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, progress(f"Writing {path.name}"):
         made = Path(folder) / path.name
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # about the insides of the exporters

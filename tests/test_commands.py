@@ -49,6 +49,16 @@ def test_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "There is no run at" in fails(capsys, "report", tmp_path / "nowhere")
 
 
+def test_classes_of_the_current_folder_are_found(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_network.py").write_text("from battery import ResidualClassifier as Network\n")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    monkeypatch.chdir(tmp_path)
+    main(["export", str(run / "last.ckpt"), "model.pt", "--model", "own_network.Network", *SHAPE])
+    assert "Written to model.pt" in capsys.readouterr().out
+
+
 def test_export_finds_the_class_that_the_callback_has_noted(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +168,8 @@ def test_compare_shows_two_checkpoints_or_two_runs(
     assert "latency (ms)" in told
     assert "val/accuracy" in told
     main(["compare", str(run), str(run)])
-    rows = capsys.readouterr().out.splitlines()[5:]
+    *rows, _, note = capsys.readouterr().out.splitlines()[5:]
+    assert "checkpoints are timed turn and turn about" in note
     assert [row.split()[-1] for row in rows] == ["1.000"] * 4  # parameters, FLOPs, latency, accuracy
     assert "give two runs, or two checkpoints" in fails(capsys, "compare", run, run / "last.ckpt")
     assert "There is no checkpoint at" in fails(capsys, "compare", tmp_path / "a", tmp_path / "b")

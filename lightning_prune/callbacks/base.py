@@ -6,21 +6,21 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune import allocation, criteria
-from lightning_prune.budget import METRICS, CostModel, check_metric
+from lightning_prune.budget import check_metric
 from lightning_prune.callbacks import trainer_state
+from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.criteria.registry import find, needs_data
+from lightning_prune.ddp import rewrap
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.plan import PruningPlan
-from lightning_prune.reporting.history import History, write_history
-from lightning_prune.reporting.loggers import log_end, log_prune
-from lightning_prune.reporting.progress import announce
-from lightning_prune.reporting.summary import Measurement, summarize, whereabouts
+from lightning_prune.progress import progress, show_with
+from lightning_prune.reporting.history import History
+from lightning_prune.reporting.progress import follow, say, warn
 from lightning_prune.surgery import check, prune
 
 __all__ = ["PruningCallback"]
@@ -104,14 +104,11 @@ class PruningCallback(Callback):
         self.criterion = criterion
         self.check_criterion()
         self.steps_done = 0
-        self.before: Measurement | None = None
         self.history: History | None = None
         self.batch_like: dict[str, Any] | None = None
         self._graph: ChannelGraph | None = None
-        self._costs: list[CostModel] = []
-        self._part: trainer_state.Part | None = None
+        self._recorder: Recorder | None = None
         self._epoch: int | None = None  # the epoch that has begun
-        self._after: Measurement | None = None
 
     # -- what subclasses say ---------------------------------------------------------------------------------------
 
@@ -138,7 +135,7 @@ class PruningCallback(Callback):
     def check_budget(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         """Raise a ValueError if the budget cannot be reached; called when training starts."""
         limits = self.round_to, self.min_channels, self.cap
-        with announce(f"Measuring the {self.metric} of {type(graph.model).__name__}"):
+        with progress(f"Measuring the {self.metric} of {type(graph.model).__name__}"):
             trainer_state.decided_by_first_rank(
                 trainer, lambda: allocation.check_reachable(graph, self.keep, self.metric, *limits)
             )
@@ -180,6 +177,7 @@ class PruningCallback(Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         trainer_state.refuse_strategy(trainer)
         trainer_state.refuse_other_callbacks(trainer, self)
+        follow(trainer)
         if stage == "fit":
             self._refuse_short_run(trainer)
 
@@ -187,25 +185,20 @@ class PruningCallback(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         check(pl_module, trainer.optimizers)
         if plan_in_force(pl_module) is None:  # a callback that has pruned another module starts anew
-            self.steps_done, self.before, self.history = 0, None, None
+            self.steps_done, self.history = 0, None
         inputs = trainer_state.example_inputs(trainer, pl_module, self.module, self.example_inputs, self.batch_like)
         if self.example_inputs is None and pl_module.example_input_array is None:
             # A resumed run must not look at a batch again: loaders that know their position would lose it.
             self.batch_like = {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
-        with announce(f"Tracing {type(pl_module).__name__}"):
-            self._graph = trace(pl_module, inputs, module=self.module, ignore=self.ignore)
+        self._graph = trace(pl_module, inputs, module=self.module, ignore=self.ignore)
         trainer_state.refuse_averaged_models(pl_module, self._graph)
         if not self._graph.groups:
             reasons = "; ".join(held.reason for held in self._graph.held.values())
             raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")
         self.check_budget(trainer, self._graph)
-        self._costs = [CostModel(self._graph, metric) for metric in METRICS]
-        self._part = trainer_state.Part(pl_module, self.module, inputs)
-        if self.before is None and trainer.is_global_zero:
-            with announce(f"Measuring {type(pl_module).__name__}"):
-                self.before = self._part.measure(self._graph)
-        if self.history is None and self.before is not None and trainer.is_global_zero:
-            self.history = History.begin(self, self._graph, self.before)
+        self._recorder = Recorder(trainer, self._graph, self.history)
+        self._recorder.begin(self)
+        self.history = self._recorder.history
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -225,7 +218,8 @@ class PruningCallback(Callback):
         due = self.steps_due(trainer.current_epoch)
         if due > self.steps_done and self.ready():
             self._prune(trainer, pl_module, due)
-        for metric, fraction in self._kept().items():
+        assert self._recorder is not None
+        for metric, fraction in self._recorder.kept.items():
             pl_module.log(f"prune/keep_{metric}", fraction, on_step=False, on_epoch=True, rank_zero_only=True)
 
     @override
@@ -239,29 +233,19 @@ class PruningCallback(Callback):
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self.before is not None and self.steps_done == 0 and not trainer.sanity_checking:
-            self.before.metrics = trainer_state.metrics(trainer)
-        # Not before training has started, nor after it.
-        if self.history is not None and self._graph is not None and trainer.is_global_zero:
-            self.history.add_epoch(trainer.current_epoch + 1, self._kept(), trainer_state.metrics(trainer))
-            write_history(trainer, self.history)
+        if self._recorder is not None:  # not before training has started, nor after it
+            self._recorder.add_validation()
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._warn_if_short(trainer)
-        # Later hooks find the module on the CPU again, whatever it was trained on.
-        if self.steps_done and self.before and self._graph and self._part and trainer.is_global_zero:
-            self._after = self._part.measure(self._graph, trainer_state.metrics(trainer))
-            if self.history is not None:
-                self.history.after = self._after
-                write_history(trainer, self.history)
-                log_end(trainer, self.history)
+        assert self._recorder is not None
+        self._recorder.end()  # later hooks find the module on the CPU again, whatever it was trained on
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        places = whereabouts(trainer)  # asks all ranks
-        if self.before and self._after:
-            rank_zero_info("\n".join(["", *summarize(self.before, self._after), "", *places]))
+        if self._recorder is not None:  # a run that is resumed after its end does not train
+            self._recorder.tell()
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -280,19 +264,18 @@ class PruningCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        before = None if self.before is None else self.before.to_json()
         history = None if self.history is None else self.history.to_json()
-        return {"steps_done": self.steps_done, "before": before, "batch_like": self.batch_like, "history": history}
+        return {"steps_done": self.steps_done, "batch_like": self.batch_like, "history": history}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps_done, self.batch_like = state_dict["steps_done"], state_dict["batch_like"]
-        self.before = Measurement.from_json(state_dict["before"]) if state_dict["before"] else None
-        self.history = History.from_json(state_dict["history"]) if state_dict.get("history") else None
+        self.history = History.from_json(state_dict["history"]) if state_dict["history"] else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave references to modules out of copies and pickles."""
-        return {name: value for name, value in self.__dict__.items() if name != "log"} | {"_graph": None, "_part": None}
+        state = {name: value for name, value in self.__dict__.items() if name != "log"}
+        return state | {"_graph": None, "_recorder": None}
 
     def _begin_once(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._epoch != trainer.current_epoch:
@@ -303,39 +286,28 @@ class PruningCallback(Callback):
 
     def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
         assert self._graph is not None
-        with announce(f"Pruning {type(pl_module).__name__}, step {step} of {self.steps}"):
+        with progress(f"Pruning {type(pl_module).__name__}, step {step} of {self.steps}"):
             scores = self.scores(trainer, self._graph)
             keep = self.keep_after(step)
             plan = trainer_state.agree(trainer, partial(self.allocate, self._graph, scores, keep))
             report = prune(pl_module, plan, trainer.optimizers)
             for averaged in trainer_state.averaged_copies(trainer):
                 prune(averaged, plan)
-            trainer_state.rewrap(trainer)
+            rewrap(trainer)
         self.steps_done = step
         if not report.widths:
-            rank_zero_warn(
+            warn(
                 f"Prune {step} of {self.steps} removed nothing: the next smaller network in steps of "
                 f"round_to={self.round_to} is below the budget. Lower round_to, or take fewer steps."
             )
-        rank_zero_info(f"{self._headline(trainer, plan, step)}\n{report}")
-        if trainer.is_global_zero:
-            assert self._part is not None
-            assert self.history is not None
-            left = self._part.measure(self._graph)
-            self.history.add_prune(self._graph, plan, step, trainer.current_epoch, left)
-            write_history(trainer, self.history)
-            log_prune(trainer, self.history, scores)
+        say(f"{self._headline(trainer, plan, step)}\n{report}")
+        assert self._recorder is not None
+        self._recorder.add_prune(plan, step, scores)
 
     def _headline(self, trainer: "pl.Trainer", plan: PruningPlan, step: int) -> str:
         budget = plan.budget or {}
         told = ", ".join(f"{budget[name]:.3f} {name}" for name in ("asked", "rounded", "achieved") if name in budget)
         return f"Prune {step} of {self.steps} before epoch {trainer.current_epoch}: {self.metric} {told}"
-
-    def _kept(self) -> dict[str, float]:
-        assert self._graph is not None
-        plan = plan_in_force(self._graph.model)
-        widths = plan.widths if plan is not None else {}
-        return {cost.metric: cost(widths) / cost.original for cost in self._costs}
 
     def _warn_if_short(self, trainer: "pl.Trainer") -> None:
         assert self._graph is not None
@@ -343,7 +315,7 @@ class PruningCallback(Callback):
         kept = plan.budget["achieved"] if plan is not None and plan.budget is not None else 1.0
         if self.steps_done >= self.steps and kept <= self.keep:
             return
-        rank_zero_warn(
+        warn(
             f"Training has ended with {kept:.3f} of the {self.metric} where keep={self.keep} was asked for, after "
             f"{self.steps_done} of {self.steps} prunes: prunes happen before epochs {self.start_epoch} to "
             f"{self.last_prune_epoch} (counted from 0), once each."
@@ -361,6 +333,6 @@ class PruningCallback(Callback):
 
     def _let_go(self) -> None:
         """Drop every reference to modules."""
-        self._graph = self._part = self._epoch = self._after = None
-        self._costs = []
+        self._graph = self._recorder = self._epoch = None
+        show_with(None)
         self.__dict__.pop("log", None)  # Lightning gives every callback the module's bound method

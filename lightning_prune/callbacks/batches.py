@@ -2,17 +2,18 @@
 
 import random
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Subset
 
-__all__ = ["ValidationBatches", "training_batches"]
+__all__ = ["ValidationBatches", "gives_samples", "samples", "training_batches"]
 
 
 class ValidationBatches:
@@ -20,7 +21,8 @@ class ValidationBatches:
 
     Args:
         trainer: The trainer.
-        limit: Greatest number of batches.
+        limit: Greatest number of batches. If validation runs on more, they are made of samples chosen at random, the
+            same ones each time: many a validation split is sorted by class.
         who: Name of the callback, for messages.
 
     Raises:
@@ -28,6 +30,7 @@ class ValidationBatches:
     """
 
     def __init__(self, trainer: "pl.Trainer", limit: int | None, who: str) -> None:
+        _load_validation_split(trainer)
         loaders = tree_leaves(trainer.val_dataloaders)
         counts = tree_leaves(trainer.num_val_batches)
         if not loaders or loaders[0] is None or not counts or counts[0] == 0:
@@ -35,8 +38,8 @@ class ValidationBatches:
                 f"{who} measures on the validation split, and this run has none; give the Trainer "
                 "validation data, and see that limit_val_batches is not 0."
             )
-        self.trainer, self.loader = trainer, loaders[0]
-        self.count = counts[0] if limit is None else min(limit, counts[0])
+        self.trainer, self.loader, self.all = trainer, loaders[0], counts[0]
+        self.count = self.all if limit is None else min(limit, self.all)
 
     @property
     def differ_by_rank(self) -> bool:
@@ -53,12 +56,38 @@ class ValidationBatches:
         training, self.trainer.validating = self.trainer.training, True
         try:
             with isolate_rng():
-                for batch in islice(self.loader, self.__length_hint__() or None):
+                some = self.count < self.all < float("inf") and _takes_samples(self.loader)
+                loader = self._chosen if some else islice(self.loader, self.__length_hint__() or None)
+                for batch in loader:
                     yield _moved(self.trainer, batch)
         finally:
             self.trainer.training = training
             if generator is not None:
                 generator.set_state(state)
+
+    @cached_property
+    def _chosen(self) -> "DataLoader[Any]":
+        """A loader of some of the samples that validation runs on."""
+        loader, size = self.loader, self.loader.batch_size
+        positions = list(islice(loader.sampler, int(self.all) * size))
+        order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0)).tolist()
+        chosen = Subset(loader.dataset, [positions[at] for at in order[: int(self.count) * size]])
+        workers = {"num_workers": loader.num_workers, "persistent_workers": loader.persistent_workers}
+        return DataLoader(chosen, size, collate_fn=loader.collate_fn, **workers)
+
+
+def _takes_samples(loader: Any) -> bool:
+    """Tell whether a loader makes its batches of the samples that a sampler names."""
+    return gives_samples(loader) and type(loader.batch_sampler) is BatchSampler
+
+
+def _load_validation_split(trainer: "pl.Trainer") -> None:
+    """Have Lightning ask for the validation split now, which it may leave until the first validation."""
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        training, trainer.validating = trainer.training, True
+        with isolate_rng():
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = training
 
 
 def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
@@ -73,7 +102,7 @@ def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
         seed: Decides which samples, and how they are augmented.
     """
     loader = next(iter(tree_leaves(trainer.train_dataloader)), None)
-    if not isinstance(loader, DataLoader) or not _gives_samples(loader):
+    if not gives_samples(loader):
         return list(ValidationBatches(trainer, count, "The callback")) if count else []
     dataset: Any = loader.dataset
     size = min(loader.batch_size or 128, len(dataset))
@@ -82,19 +111,21 @@ def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
     with isolate_rng():
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(seed)
-        return [_moved(trainer, loader.collate_fn(_samples(dataset, positions))) for positions in chosen]
+        return [_moved(trainer, samples(loader, positions)) for positions in chosen]
 
 
-def _gives_samples(loader: "DataLoader[Any]") -> bool:
+def gives_samples(loader: Any) -> "TypeGuard[DataLoader[Any]]":
     """Tell whether the data set of a loader can be asked for samples, which the loader then makes batches of."""
-    if isinstance(loader.dataset, IterableDataset):
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False
     return loader.batch_sampler is not None or hasattr(loader.dataset, "__getitems__")
 
 
-def _samples(dataset: Any, positions: list[int]) -> Any:
-    """Return samples as a loader would ask for them."""
-    return dataset.__getitems__(positions) if hasattr(dataset, "__getitems__") else [dataset[i] for i in positions]
+def samples(loader: "DataLoader[Any]", positions: list[int]) -> Any:
+    """Return a batch of some samples, without starting the loader: one that knows its position would lose it."""
+    dataset: Any = loader.dataset
+    asked = dataset.__getitems__(positions) if hasattr(dataset, "__getitems__") else [dataset[i] for i in positions]
+    return loader.collate_fn(asked)
 
 
 def _moved(trainer: "pl.Trainer", batch: Any) -> Any:

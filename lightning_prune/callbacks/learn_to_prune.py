@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
@@ -23,6 +22,8 @@ from lightning_prune.candidates import classification
 from lightning_prune.candidates.measures import examples_in
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.plan import PruningPlan
+from lightning_prune.progress import progress
+from lightning_prune.reporting.progress import say
 from lightning_prune.surgery import prune
 
 __all__ = ["LearnToPruneCallback", "reward"]
@@ -66,14 +67,16 @@ class LearnToPruneCallback(PruningCallback):
         start_epoch: Number of epochs to train before the first prune, at least 0.
         steps: Number of prunes that the layers are dealt out to, in order; with as many as there are channel groups,
             or more, each has its own.
-        accepted_drop: The drop of accuracy at which a choice earns nothing, in points (hundredths).
+        accepted_drop: The drop of accuracy at which a choice earns nothing, in points (hundredths). If it is so small
+            that the first layers keep nearly all, the last ones have to make up for it.
         samples: Number of choices that an agent learns from at once, at least 2.
         updates: How often it learns.
         finetune_steps: Training steps that a copy of the network gets after a choice, before it is measured; 0 to
             estimate the statistics of batch normalisation anew instead.
         finetune_lr: Learning rate of these steps of plain gradient descent.
         recalibrate_batches: Number of training batches to fine-tune or to estimate the statistics on.
-        limit_batches: Number of validation batches to measure on; default all that validation runs on.
+        limit_batches: Number of validation batches to measure on, of samples drawn at random, the same ones each time;
+            default all that validation runs on.
         evaluate: Given the LightningModule and a batch, returns loss and accuracy (from 0 to 1) as means over its
             examples, the loss with gradients where they are enabled; in YAML the import path of a function.
         seed: Seed of the agents.
@@ -134,6 +137,7 @@ class LearnToPruneCallback(PruningCallback):
         self.figures: dict[str, float] = {}
         self._due: list[str] = []
         self._batches: list[Any] = []
+        self._validation: ValidationBatches | None = None
 
     def layers(self, names: list[str], done: int, step: int) -> list[str]:
         """Return the groups whose turn it is.
@@ -153,7 +157,8 @@ class LearnToPruneCallback(PruningCallback):
         super().on_train_start(trainer, pl_module)
         if self.steps_done < self.steps:
             self._batches = training_batches(trainer, self.recalibrate_batches, self.seed)
-            self._measure(trainer, [PruningPlan()], limit=1)  # refuses now what would fail later
+            self._validation = ValidationBatches(trainer, 1, type(self).__name__)
+            self._measure(trainer, [PruningPlan()])  # refuses now what would fail later
 
     @override
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -173,11 +178,14 @@ class LearnToPruneCallback(PruningCallback):
         cost = CostModel(graph, self.metric)
         bounds = WidthBounds(graph, cost, self.keep, int(self.round_to), self.min_channels, self.cap)
         widths = np.array([len(graph.live(name)) for name in graph.groups])
+        # Made once for all measurements, which share the workers that load it.
+        self._validation = ValidationBatches(trainer, self.limit_batches, type(self).__name__)
         kept: dict[str, Tensor] = {}
         for name in self._due:
             search = FilterSearch(graph, name, bounds, widths, self.seed, samples=self.samples, **self.agent_settings)
             kept[name] = self._decide(trainer, search, name, kept)
             widths[list(graph.groups).index(name)] = len(kept[name])
+        self._validation = None
         made = graph.plan(kept)
         self._chosen = PruningPlan(made.groups, made.shapes, bounds.report(widths))
         return super().scores(trainer, graph)
@@ -199,12 +207,12 @@ class LearnToPruneCallback(PruningCallback):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_batches": []}
+        return {**super().__getstate__(), "_batches": [], "_validation": None}
 
     @override
     def _let_go(self) -> None:
         super()._let_go()
-        self._batches = []
+        self._batches, self._validation = [], None
 
     # -- one layer -------------------------------------------------------------------------------------------------
 
@@ -220,21 +228,26 @@ class LearnToPruneCallback(PruningCallback):
         assert self._graph is not None
         graph = self._graph
         before = float(self._measure(trainer, [graph.plan(kept)])[0])
-        for _ in range(1 if trainer.fast_dev_run else self.updates):  # type: ignore[attr-defined]
-            drawn, tried = trainer_state.decided_by_first_rank(trainer, lambda: search.draw(self.samples))
-            accuracy = self._measure(trainer, [graph.plan({**kept, name: channels}) for channels in tried])
-            counts = torch.tensor([len(channels) for channels in tried])
-            earned = reward(accuracy, before, self.accepted_drop, len(search.live), counts)
-            self.figures = {"reward": float(earned.mean()), **search.learn(drawn, earned)}
+        updates = 1 if trainer.fast_dev_run else self.updates  # type: ignore[attr-defined]
+        with progress(name, updates) as work:
+            for _ in range(updates):
+                drawn, tried = trainer_state.decided_by_first_rank(trainer, lambda: search.draw(self.samples))
+                accuracy = self._measure(trainer, [graph.plan({**kept, name: channels}) for channels in tried])
+                counts = torch.tensor([len(channels) for channels in tried])
+                earned = reward(accuracy, before, self.accepted_drop, len(search.live), counts)
+                self.figures = {"reward": float(earned.mean()), **search.learn(drawn, earned)}
+                work.advance(note=f"reward {self.figures['reward']:.3f}")
         _, (best,) = trainer_state.decided_by_first_rank(trainer, lambda: search.draw(1, explore=False))
         told = ", ".join(f"{figure} {value:.3f}" for figure, value in self.figures.items())
-        rank_zero_info(f"{name}: {len(best)} of {len(search.live)} channels stay; {told}")
+        least, most = search.limits
+        say(f"{name}: {len(best)} of {len(search.live)} channels stay (between {least} and {most} are allowed); {told}")
         return best
 
-    def _measure(self, trainer: "pl.Trainer", plans: list[PruningPlan], limit: int | None = None) -> Tensor:
+    def _measure(self, trainer: "pl.Trainer", plans: list[PruningPlan]) -> Tensor:
         """Return the accuracy with each plan."""
         assert self._graph is not None
-        batches = ValidationBatches(trainer, limit or self.limit_batches, type(self).__name__)
+        assert self._validation is not None
+        batches = self._validation
         own_data = batches.differ_by_rank
         if not self.finetune_steps:
             settings = {"recalibrate": self._batches, "own_data": own_data}

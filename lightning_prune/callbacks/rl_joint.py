@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -20,6 +19,8 @@ from lightning_prune.callbacks.batches import ValidationBatches, training_batche
 from lightning_prune.candidates import classification
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.plan import PruningPlan
+from lightning_prune.progress import progress
+from lightning_prune.reporting.progress import say
 
 __all__ = ["RLJointPruneCallback"]
 
@@ -39,12 +40,14 @@ class RLJointPruneCallback(PruningCallback):
         warmup_epochs: Number of epochs of plain training at first, below ``start_epoch``.
         search_epochs: Number of epochs with episodes after that; the choice then stays. Default: all up to the removal.
         episodes: Number of episodes in each of them, at least 2.
-        strength: Weight of the penalty.
+        strength: Weight of the penalty. By itself, under SGD, it takes ``strength`` times the sum of the learning rates
+            of all steps, over 1 - momentum, off each norm: short schedules need more than the default.
         squared: Whether the norms that make up the penalty are squared.
         finalists: How many of the best choices of an epoch are measured again in the next one.
         recalibrate_batches: Number of training batches from which the statistics of batch normalisation are estimated
             anew for each choice; 0 to keep those of the whole network.
-        limit_batches: Number of validation batches to measure on; default all that validation runs on.
+        limit_batches: Number of validation batches to measure on, of samples drawn at random, the same ones each time;
+            default all that validation runs on.
         within: What chooses the channels within a group: a criterion that needs no data.
         evaluate: Given the LightningModule and a batch, returns loss and accuracy (any score; higher is better) as
             means over its examples; in YAML the import path of a function.
@@ -217,7 +220,8 @@ class RLJointPruneCallback(PruningCallback):
             trainer, lambda: _rows(search.explore(problem, epoch), search.settle(problem, epoch), self.best)
         )
         plans = [problem.plan(each) for each in widths]
-        rewards = self._measure(trainer, plans)
+        with progress(f"Episodes before epoch {epoch}"):
+            rewards = self._measure(trainer, plans)
         explored = rewards[: search.episodes]
         losses = trainer_state.decided_by_first_rank(trainer, lambda: search.learn(explored))
         order = rewards.argsort(descending=True, stable=True).tolist()
@@ -227,7 +231,7 @@ class RLJointPruneCallback(PruningCallback):
         self.searched_epoch = epoch
         self.figures = {"reward": float(explored.mean()), "best_reward": float(rewards.max()), **losses}
         left = sum(self.searches(later) for later in range(epoch + 1, self.start_epoch))
-        rank_zero_info(
+        say(
             f"Episodes before epoch {epoch}: reward {explored.mean():.4f} on average, {rewards.max():.4f} in force; "
             f"{left} rounds left, {left * (time.monotonic() - start):.0f} s"
         )

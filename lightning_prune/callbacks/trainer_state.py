@@ -1,7 +1,6 @@
 """What the pruning callbacks need of a Trainer: its ranks, its batches, its metrics."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -18,20 +17,15 @@ from lightning.pytorch.strategies import (
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_prune.budget import CostModel
+from lightning_prune.callbacks.batches import gives_samples, samples
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.graph.channel_graph import plan_in_force
-from lightning_prune.latency import measure_latency
 from lightning_prune.plan import PruningPlan
-from lightning_prune.reporting.summary import Measurement
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks.base import PruningCallback
 
 __all__ = [
-    "Part",
     "agree",
     "averaged_copies",
     "decided_by_first_rank",
@@ -41,7 +35,6 @@ __all__ = [
     "refuse_averaged_models",
     "refuse_other_callbacks",
     "refuse_strategy",
-    "rewrap",
 ]
 
 # -- strategies and ranks ----------------------------------------------------------------------------------------------
@@ -154,21 +147,13 @@ def agree(trainer: "pl.Trainer", make: Callable[[], PruningPlan]) -> PruningPlan
     return agreed
 
 
-def rewrap(trainer: "pl.Trainer") -> None:
-    """Wrap the model for distributed training anew: the wrapper knows only the parameters it was made with."""
-    strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel):
-        strategy.model = strategy.model.module
-        strategy.configure_ddp()
-
-
 def loss_scale(trainer: "pl.Trainer") -> float:
     """Return what mixed precision multiplies losses by before their gradients are computed."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
-# -- example inputs and measurements -----------------------------------------------------------------------------------
+# -- example inputs and metrics ----------------------------------------------------------------------------------------
 
 
 def example_inputs(
@@ -195,15 +180,18 @@ def example_inputs(
     elif seen is not None:
         inputs = torch.zeros(seen["shape"], dtype=getattr(torch, seen["dtype"]))
     else:
-        inputs = _first_batch(trainer, pl_module)
+        inputs = _first_sample(trainer, pl_module)
     # As Lightning does with batches: the type for precisions such as 64-true, and the device.
     return move_data_to_device(trainer.precision_plugin.convert_input(inputs), pl_module.device)
 
 
-def _first_batch(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tensor:
+def _first_sample(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tensor:
+    """Return the inputs of one sample, or of a batch where the loader has no data set that can be asked for one."""
+    loader = next(iter(tree_leaves(trainer.train_dataloader)), None)
     with torch.random.fork_rng():
+        batch = samples(loader, [0]) if gives_samples(loader) else next(iter([] if loader is None else loader), None)
         # What the model gets: data modules may leave the last steps to the hooks around the transfer to the device.
-        batch = trainer.strategy.batch_to_device(_one_sample(trainer.train_dataloader))
+        batch = trainer.strategy.batch_to_device(batch)
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(first, Tensor):
         raise ValueError(
@@ -213,35 +201,7 @@ def _first_batch(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tens
     return first[:1]
 
 
-def _one_sample(loaders: Any) -> Any:
-    """Return a batch, of one sample where a data set can be asked for it without starting the loader."""
-    loader = next(iter(tree_leaves(loaders)), None)
-    if isinstance(loader, DataLoader) and loader.batch_sampler and not isinstance(loader.dataset, IterableDataset):
-        return loader.collate_fn([loader.dataset[0]])
-    return next(iter(loader), None) if loader is not None else None
-
-
 def metrics(trainer: "pl.Trainer") -> dict[str, float]:
     """Return the metrics of the last validation."""
     found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
     return {name: value for name, value in sorted(found.items()) if not name.endswith(("_step", "_epoch"))}
-
-
-@dataclass
-class Part:
-    """The part of a LightningModule that is pruned, with what its ``forward`` takes."""
-
-    pl_module: "pl.LightningModule"
-    module: str
-    inputs: Any
-
-    def measure(self, graph: ChannelGraph, metrics: dict[str, float] | None = None) -> Measurement:
-        """Count and time the network as it is now."""
-        plan = plan_in_force(self.pl_module)
-        widths = plan.widths if plan is not None else {}
-        return Measurement(
-            params=sum(p.numel() for p in self.pl_module.parameters()),
-            flops=int(CostModel(graph, "flops")(widths)),
-            latency_ms=measure_latency(self.pl_module.get_submodule(self.module), self.inputs),
-            metrics=metrics or {},
-        )

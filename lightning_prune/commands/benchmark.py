@@ -17,6 +17,7 @@ from lightning_prune.export import random_inputs
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.graph.modules import named_tensors
 from lightning_prune.latency.measuring import placed, timed
+from lightning_prune.progress import progress
 from lightning_prune.reporting.summary import aligned
 from lightning_prune.surgery import reshape
 
@@ -94,13 +95,14 @@ def times(models: Sequence[nn.Module], example_inputs: Any, rounds: int) -> list
         For each model and turn the median time of one forward pass, in milliseconds.
     """
     taken: list[list[float]] = [[] for _ in models]
-    for _ in range(rounds):
-        for model, turns in zip(models, taken, strict=True):
+    with progress("Timing, turn and turn about", rounds * len(models)) as work:
+        for model, turns in [*zip(models, taken, strict=True)] * rounds:
             args, kwargs = placed(example_inputs, model)
             device = next(model.parameters()).device
             run = partial(model.eval(), *args, **kwargs)
             warm = max(timed(run, device), 1e-3)
             turns.append(statistics.median(timed(run, device) for _ in range(int(min(50, max(3, 100 / warm))))))
+            work.advance()
     return taken
 
 

@@ -35,14 +35,16 @@ def main(arguments: Sequence[str]) -> None:
     try:
         if given.a.is_dir() != given.b.is_dir():
             raise ValueError("A run and a checkpoint were not timed side by side: give two runs, or two checkpoints.")
+        note = ""
         if given.a.is_dir():
+            note = "\nEach run measured its latency by itself, at its end; checkpoints are timed turn and turn about."
             first, second = (read_histories(run)[0].last for run in (given.a, given.b))
         else:
             first, second = _measured([load(path, given.model, given.input_shape) for path in (given.a, given.b)])
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     print(f"A: {given.a}\nB: {given.b}\n")
-    print("\n".join(summarize(first, second, ("A", "B"))))
+    print("\n".join([*summarize(first, second, ("A", "B")), note]).rstrip())
 
 
 def _measured(checkpoints: list[Loaded]) -> list[Measurement]:

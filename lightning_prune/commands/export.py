@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lightning_prune.commands.loading import add_loading_options, load
 from lightning_prune.export import BATCH_SIZES, export
-from lightning_prune.reporting.progress import announce
 
 __all__ = ["main"]
 
@@ -31,8 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     try:
         loaded = load(given.checkpoint, given.model, given.input_shape)
-        with announce(f"Exporting {type(loaded.model).__name__}"):
-            apart = export(loaded.model, loaded.inputs, given.out, given.tolerance)
+        apart = export(loaded.model, loaded.inputs, given.out, given.tolerance)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
     sizes = ", ".join(map(str, BATCH_SIZES))

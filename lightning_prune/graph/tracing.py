@@ -16,6 +16,7 @@ from lightning_prune.graph.forward import Forward, as_call
 from lightning_prune.graph.probing import Finding, Prober
 from lightning_prune.graph.rules import RULES
 from lightning_prune.graph.tracer import CostTerm, Known, Note, Record, Tables, Tracer
+from lightning_prune.progress import progress
 
 __all__ = ["Held", "as_call", "trace"]
 
@@ -51,10 +52,11 @@ def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Se
         >>> graph.held
         {'3': Held(channels=10, reason='3: is an output of the network')}
     """
-    forward = Forward(model, module, example_inputs)
-    ignored = list(_ignored(forward, ignore))
-    coupling, flops = _Search(forward, ignored).settle()
-    terms = _terms(forward, coupling, flops)
+    with progress(f"Tracing {type(model).__name__}"):
+        forward = Forward(model, module, example_inputs)
+        ignored = list(_ignored(forward, ignore))
+        coupling, flops = _Search(forward, ignored).settle()
+        terms = _terms(forward, coupling, flops)
     return ChannelGraph(model, coupling.groups, coupling.held, forward.shapes, terms, module, example_inputs)
 
 

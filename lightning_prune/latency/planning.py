@@ -15,6 +15,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.latency.measuring import timed
 from lightning_prune.latency.profiling import at_widths, profile
 from lightning_prune.plan import PruningPlan
+from lightning_prune.progress import progress
 
 __all__ = ["kept_score", "measured_fraction", "plan_for_latency", "timed_plan", "with_best_rounding"]
 
@@ -57,7 +58,8 @@ def plan_for_latency(
         limits = Limits(graph, scores, step, min_channels)
         return timed_plan(graph, keep, limits, partial(_ranked_by_time, graph, scores, limits))
 
-    return with_best_rounding(round_to, scores, make)
+    with progress("Timing smaller networks"):
+        return with_best_rounding(round_to, scores, make)
 
 
 def with_best_rounding(

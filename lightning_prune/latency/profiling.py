@@ -20,6 +20,7 @@ from lightning_prune.budget import Products
 from lightning_prune.graph.channel_graph import Axis, ChannelGraph, Term
 from lightning_prune.graph.modules import named_tensors, substituted
 from lightning_prune.latency.measuring import placed, wait
+from lightning_prune.progress import progress
 
 __all__ = ["at_widths", "profile", "time_by_layer"]
 
@@ -57,7 +58,11 @@ def profile(graph: ChannelGraph, samples: int = 32, runs: int = 3) -> None:
     sizes = np.array([graph.groups[name].size for name in groups], dtype=np.int64)
     generator = np.random.default_rng(0)
     widths = [sizes, *(_random_widths(sizes, generator) for _ in range(samples))]
-    measured = [_segments(graph, dict(zip(groups, map(int, each), strict=True)), runs) for each in widths]
+    measured = []
+    with progress(f"Timing {type(graph.model).__name__} at random widths", len(widths)) as work:
+        for each in widths:
+            measured.append(_segments(graph, dict(zip(groups, map(int, each), strict=True)), runs))
+            work.advance()
     terms = [
         term
         for segment in measured[0]

@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers import ClasswiseWrapper
 
-from lightning_prune.callbacks.trainer_state import rewrap
+from lightning_prune.ddp import rewrap
 from lightning_prune.models.distillation import Distillation, Teacher
 from lightning_prune.models.optimization import Optimization
 from lightning_prune.models.registry import TORCHVISION_PREFIX, build_network_for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,8 @@ class Optimization:
             factor of 10 at each milestone, "constant" not at all.
         warmup_epochs: Number of epochs at the start in which the learning rate rises in equal steps, at least 0.
         milestones: Rising epochs of the schedule "steps".
+        restarts: Rising epochs at which the schedule "cosine" starts anew from the full learning rate; it then falls
+            towards 0 until the next one (Loshchilov and Hutter, "SGDR", 2017).
 
     Raises:
         ValueError: If a setting is outside its range, or if the optimizer does not take them.
@@ -42,6 +45,8 @@ class Optimization:
         >>> settings = Optimization(lr=0.1, warmup_epochs=1)
         >>> [settings.factor(epoch, max_epochs=3) for epoch in range(4)]
         [0.5, 1.0, 0.5, 0.0]
+        >>> [round(Optimization(restarts=[2]).factor(epoch, max_epochs=4), 3) for epoch in range(4)]
+        [1.0, 0.5, 1.0, 0.5]
     """
 
     lr: float = 0.1
@@ -51,6 +56,7 @@ class Optimization:
     schedule: str = "cosine"
     warmup_epochs: int = 0
     milestones: list[int] = field(default_factory=list)
+    restarts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -63,10 +69,13 @@ class Optimization:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is negative: set it to 0 for none.")
         if self.schedule == "steps" and not self.milestones:
             raise ValueError("schedule='steps' needs milestones: list the epochs at which the learning rate falls.")
-        if any(late <= early for early, late in zip([0, *self.milestones], self.milestones, strict=False)):
-            raise ValueError(
-                f"milestones={self.milestones} do not rise: list epochs above 0, each later than the last."
-            )
+        if self.restarts and self.schedule != "cosine":
+            raise ValueError(f"schedule={self.schedule!r} has no restarts: choose 'cosine', or leave restarts empty.")
+        if self.restarts and self.restarts[0] <= self.warmup_epochs:
+            raise ValueError(f"restarts={self.restarts} begin within the warm-up: list epochs after warmup_epochs.")
+        for name, epochs in {"milestones": self.milestones, "restarts": self.restarts}.items():
+            if any(late <= early for early, late in zip([0, *epochs], epochs, strict=False)):
+                raise ValueError(f"{name}={epochs} do not rise: list epochs above 0, each later than the last.")
         # Made once for nothing, so that arguments that the optimizer refuses are refused before any data is loaded.
         self.make_optimizer(nn.Linear(1, 1))
 
@@ -121,7 +130,10 @@ class Optimization:
         if epoch < self.warmup_epochs:
             return (epoch + 1) / (self.warmup_epochs + 1)
         if self.schedule == "cosine":
-            progress = (epoch - self.warmup_epochs) / max(1, max_epochs - self.warmup_epochs)
+            passed = bisect_right(self.restarts, epoch)
+            start = [self.warmup_epochs, *self.restarts][passed]
+            end = [*self.restarts, max_epochs][passed]
+            progress = (epoch - start) / max(1, end - start)
             return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return 0.1 ** sum(epoch >= milestone for milestone in self.milestones) if self.schedule == "steps" else 1.0
 

@@ -9,6 +9,7 @@ __all__ = ["metric_against_flops", "widths"]
 
 ORIGINAL, KEPT = "#c9ced6", "#2f6fdb"
 _MOST_ROWS = 60  # of more, names can no longer be read
+_WIDTH = 4.5  # inches: TensorBoard shows figures small at first, and text is to be read even then
 
 
 def widths(history: History) -> Figure:
@@ -19,19 +20,18 @@ def widths(history: History) -> Figure:
     """
     now = history.widths
     rows = list(history.groups.items())[:_MOST_ROWS]
-    figure = Figure(figsize=(8, 1 + 0.22 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.2 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
-    axes.barh(places, [size for _, size in rows], color=ORIGINAL, label="original")
-    axes.barh(places, [now[name] for name, _ in rows], color=KEPT, height=0.5, label="kept")
-    axes.set_yticks(places, [f"{name}  {now[name]}/{size}" for name, size in rows], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("channels")
+    axes.barh(places, [size for _, size in rows], height=0.4, color=ORIGINAL, label="original")
+    axes.barh(places, [now[name] for name, _ in rows], height=0.4, color=KEPT, label="kept")
+    for place, (name, size) in enumerate(rows):  # above the bar: beside it, long names would leave it no room
+        axes.text(0, place - 0.26, f"{name}  {now[name]}/{size}", fontsize=9, verticalalignment="bottom")
+    axes.set_yticks([])
+    axes.set_ylim(len(rows) - 0.6, -0.9)
     left_out = len(history.groups) - len(rows)
-    axes.set_title(
-        f"the first {len(rows)} of {len(history.groups)} groups" if left_out else "channels of each group", loc="left"
-    )
-    figure.legend(loc="outside upper right", ncols=2, fontsize=8, frameon=False)
+    axes.set_xlabel(f"channels of the first {len(rows)} of {len(history.groups)} groups" if left_out else "channels")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -45,7 +45,7 @@ def metric_against_flops(history: History, metric: str) -> Figure:
     """
     epochs = [each for each in history.epochs if metric in each]
     left, values = ([each[name] for each in epochs] for name in ("keep_flops", metric))
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 3.3), layout="constrained")
     axes = figure.subplots()
     axes.plot(left, values, color=ORIGINAL, linewidth=1, zorder=1)
     drawn = axes.scatter(left, values, c=[each["epoch"] for each in epochs], cmap="viridis", s=22, zorder=2)
@@ -55,4 +55,5 @@ def metric_against_flops(history: History, metric: str) -> Figure:
     axes.set_xlabel("FLOPs left")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -1,16 +1,22 @@
 """What pruning changed, in the loggers of the Trainer: numbers in all of them, pictures where a logger shows them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from PIL import Image
 from torch import Tensor
 
 from lightning_prune.reporting.history import History
+from lightning_prune.reporting.progress import warn
 from lightning_prune.reporting.summary import summarize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["log_end", "log_prune"]
 
@@ -18,8 +24,9 @@ __all__ = ["log_end", "log_prune"]
 def log_prune(trainer: "pl.Trainer", history: History, scores: Mapping[str, Tensor]) -> None:
     """Log what the last prune has left; for the first rank.
 
-    Every logger gets the widths and the time. TensorBoard also gets a histogram of the scores of each group, and as
-    figures the widths and the metric against the FLOPs so far.
+    Every logger gets the widths and the time. TensorBoard, MLflow and loggers with ``log_image``, such as that of
+    Weights & Biases, also get two figures, the widths and the metric against the FLOPs so far, and TensorBoard a
+    histogram of the scores of each group.
 
     Args:
         trainer: The trainer.
@@ -36,7 +43,7 @@ def log_prune(trainer: "pl.Trainer", history: History, scores: Mapping[str, Tens
                 ranked = values[values.isfinite()]
                 if len(ranked):
                     logger.experiment.add_histogram(f"prune/scores/{name}", ranked, trainer.global_step)
-            _log_figures(trainer, logger, history)
+    _log_figures(trainer, history)
 
 
 def log_end(trainer: "pl.Trainer", history: History) -> None:
@@ -51,27 +58,46 @@ def log_end(trainer: "pl.Trainer", history: History) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("prune/summary", table, trainer.global_step)
-            _log_figures(trainer, logger, history)
+    _log_figures(trainer, history)
 
 
-def _log_figures(trainer: "pl.Trainer", logger: TensorBoardLogger, history: History) -> None:
-    if not _can_draw():
+def _log_figures(trainer: "pl.Trainer", history: History) -> None:
+    shows = [show for logger in trainer.loggers if (show := _shows_figures(logger, trainer.global_step)) is not None]
+    if not shows or not _can_draw():
         return
     from lightning_prune.reporting import figures
 
-    logger.experiment.add_figure("prune/widths", figures.widths(history), trainer.global_step)
-    metric = history.shown_metric
-    if metric:
-        drawn = figures.metric_against_flops(history, metric)
-        logger.experiment.add_figure("prune/metric_against_flops", drawn, trainer.global_step)
+    drawn = {"prune/widths": figures.widths(history)}
+    if history.shown_metric:
+        drawn["prune/metric_against_flops"] = figures.metric_against_flops(history, history.shown_metric)
+    for show in shows:
+        for name, figure in drawn.items():
+            show(name, figure)
+
+
+def _shows_figures(logger: Logger, step: int) -> "Callable[[str, Figure], Any] | None":
+    """Return what shows a figure under a name in a logger, or None if it shows no figures."""
+    if isinstance(logger, TensorBoardLogger):
+        return lambda name, figure: logger.experiment.add_figure(name, figure, step, close=False)
+    if isinstance(logger, MLFlowLogger):
+        return lambda name, figure: logger.experiment.log_figure(logger.run_id, figure, f"{name}/{step}.png")
+    if hasattr(logger, "log_image"):  # that of Weights & Biases, and others after its example
+        return lambda name, figure: logger.log_image(key=name, images=[_picture(figure)], step=step)
+    return None
+
+
+def _picture(figure: "Figure") -> Image.Image:
+    stream = BytesIO()
+    figure.savefig(stream, format="png")
+    return Image.open(stream)
 
 
 @cache  # so that it warns once
 def _can_draw() -> bool:
     found = find_spec("matplotlib") is not None
     if not found:
-        rank_zero_warn(
-            "The figures are left out of TensorBoard: matplotlib draws them, which `pip install "
+        warn(
+            "The figures are left out of the logs: matplotlib draws them, which `pip install "
             '"lightning-prune[report]"` installs.'
         )
     return found

@@ -75,14 +75,19 @@ def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, s
     return name, form.format(before), form.format(after), ratio
 
 
-def whereabouts(trainer: "pl.Trainer") -> list[str]:
-    """Say where the logs and the checkpoint are and how to load it; to be called on all ranks."""
+def whereabouts(trainer: "pl.Trainer", run: Path | None) -> list[str]:
+    """Say where the logs and the checkpoint are and how to load it; to be called on all ranks.
+
+    Args:
+        trainer: The trainer.
+        run: Folder with the history of the run, if there is one.
+    """
     lines = []
     log_dir = trainer.log_dir
     if log_dir:
         lines.append(f"logs:       {log_dir}")
-        if any(Path(log_dir).glob("pruning*.json")):
-            lines.append(f"report:     lightning-prune report {log_dir}")
+    if run is not None:
+        lines.append(f"report:     lightning-prune report {run}")
     callback = trainer.checkpoint_callback
     path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
     if path:

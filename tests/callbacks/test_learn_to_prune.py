@@ -119,7 +119,8 @@ def test_a_copy_is_trained_for_some_steps(tmp_path: Path) -> None:
     found = []
 
     class Compare(LearnToPruneCallback):
-        def scores(self, trainer: L.Trainer, graph: ChannelGraph) -> dict[str, Tensor]:
+        def _decide(self, trainer: L.Trainer, *which: Any) -> Tensor:
+            graph = self._graph
             plan = graph.plan({"first": torch.arange(0, 24, 2)})
             twin = battery.ResidualClassifier().to(torch.float64)
             twin.load_state_dict(graph.model.state_dict())
@@ -131,7 +132,7 @@ def test_a_copy_is_trained_for_some_steps(tmp_path: Path) -> None:
             images, labels = battery.images(64).tensors
             expected = (twin.eval()(images.double()).argmax(1) == labels).double().mean()
             found.append((float(self._measure(trainer, [plan])[0]), float(expected)))
-            return super().scores(trainer, graph)
+            return super()._decide(trainer, *which)
 
     callback = Compare(keep=0.5, updates=1, samples=2, finetune_steps=1, finetune_lr=0.3, recalibrate_batches=1)
     battery.train(tmp_path, callback, max_epochs=2, precision="64-true")

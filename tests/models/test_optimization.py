@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from lightning_prune.models import Optimization
 
@@ -65,6 +66,28 @@ def test_cosine_ends_at_zero_and_stays_there():
     assert Optimization(warmup_epochs=5).factor(5, 5) == 1
 
 
+def test_cosine_starts_anew_at_each_restart():
+    """As torch's own schedule with restarts, where periods are equal."""
+    settings = Optimization(lr=0.3, restarts=[3, 6])
+    optimizer = settings.make_optimizer(network())
+    schedule = settings.make_schedule(optimizer, max_epochs=9)
+    reference = CosineAnnealingWarmRestarts(settings.make_optimizer(network()), T_0=3)
+    for _ in range(9):
+        assert schedule.get_last_lr() == pytest.approx(reference.get_last_lr())
+        optimizer.step()
+        schedule.step()
+        reference.step()
+    assert schedule.get_last_lr() == pytest.approx([0, 0])
+
+
+def test_periods_between_restarts_may_differ_and_follow_the_warmup():
+    settings = Optimization(warmup_epochs=1, restarts=[3, 7])
+    half = 0.5 + 0.5 * math.cos(math.pi / 4)
+    expected = [0.5, 1, 0.5, 1, half, 0.5, 1 - half, 1, 0.5]
+    assert [settings.factor(epoch, 9) for epoch in range(9)] == pytest.approx(expected)
+    assert settings.factor(8, 5) == 0  # a trial run that is shorter than the restarts
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -76,6 +99,9 @@ def test_cosine_ends_at_zero_and_stays_there():
         ({"schedule": "steps"}, "schedule='steps' needs milestones: list the epochs"),
         ({"schedule": "steps", "milestones": [5, 5]}, r"milestones=\[5, 5\] do not rise: list epochs above 0"),
         ({"schedule": "steps", "milestones": [0]}, r"milestones=\[0\] do not rise"),
+        ({"restarts": [5, 5]}, r"restarts=\[5, 5\] do not rise"),
+        ({"restarts": [2], "warmup_epochs": 2}, "begin within the warm-up: list epochs after warmup_epochs"),
+        ({"restarts": [2], "schedule": "constant"}, "'constant' has no restarts: choose 'cosine'"),
         ({"optimizer": "Sgd"}, "optimizer='Sgd' cannot be found .* give the name of a class of torch.optim"),
         ({"optimizer": "no_such_package.SGD"}, "optimizer='no_such_package.SGD' cannot be found"),
         ({"optimizer": "os.system"}, "optimizer='os.system' is no optimizer"),

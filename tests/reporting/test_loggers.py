@@ -3,11 +3,12 @@
 import warnings
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import battery
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -56,7 +57,8 @@ def test_figures_draw_every_group_and_every_validation() -> None:
     history = History("m.M", "C", {}, "", {"a": 8, "b": 6}, {}, small, [], prunes, [], epochs)
     (axes,) = figures.widths(history).axes
     assert [bar.get_width() for bar in axes.patches] == [8, 6, 8, 3]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a  8/8", "b  3/6"]
+    assert [text.get_text() for text in axes.texts] == ["a  8/8", "b  3/6"]
+    assert [text.get_position()[1] < bar.get_y() for text, bar in zip(axes.texts, axes.patches[:2], strict=True)]
     axes, _ = figures.metric_against_flops(history, "acc").axes
     assert axes.lines[0].get_xydata().tolist() == [[1.0, 0.5], [0.5, 0.75]]  # the validation without it is left out
 
@@ -67,6 +69,62 @@ def test_a_logger_without_figures_gets_the_numbers(tmp_path: Path) -> None:
     )
     head = Path(trainer.log_dir, "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"prune/channels/stem", "prune/channels/first", "prune/latency_ms", "prune/keep_flops"} <= set(head)
+
+
+class Numbers(Logger):
+    """A logger that keeps what it gets."""
+
+    name, version = "kept", 0
+
+    def __init__(self) -> None:  # not those of other loggers, which want libraries
+        self.numbers: dict[str, list[float]] = {}
+        self.figures: list[tuple[str, int, tuple[int, int]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.numbers.setdefault(name, []).append(value)
+
+    def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+
+class Pictures(Numbers):
+    """A logger that shows pictures, after the example of Weights & Biases."""
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        self.figures += [(key, step, image.size) for image in images]
+
+
+class Files(Pictures, MLFlowLogger):
+    """A logger that keeps figures as MLflow's does, without MLflow."""
+
+    run_id, save_dir = "run", None
+    experiment = property(lambda self: self)
+    after_save_checkpoint, finalize = Logger.after_save_checkpoint, Logger.finalize
+
+    def log_figure(self, run: str, figure: Any, file: str) -> None:
+        name, _, step = file.removesuffix(".png").rpartition("/")
+        self.figures.append((name, int(step), tuple(int(100 * inches) for inches in figure.get_size_inches())))
+
+
+def test_several_loggers_get_the_same_and_figures_where_they_show_them(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plain, pictures, files = Numbers(), Pictures(), Files()
+    callback = battery.make_callback("magnitude")
+    others = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "board")]
+    battery.train(tmp_path, callback, logger=[plain, *others, pictures, files], log_every_n_steps=1)
+    assert plain.numbers == pictures.numbers == files.numbers
+    assert plain.numbers["prune/channels/stem"] == [prune.widths["stem"] for prune in callback.history.prunes]
+    assert len(plain.numbers["prune/keep_flops"]) == battery.EPOCHS
+    assert plain.figures == []
+    steps = [*(battery.BATCHES * epoch for epoch in (1, 2, 3)), battery.BATCHES * battery.EPOCHS]
+    expected = [(name, step) for step in steps for name in ("prune/widths", "prune/metric_against_flops")]
+    for logger in (pictures, files):
+        assert [(name, step) for name, step, _ in logger.figures] == expected
+        assert all(min(size) > 150 for *_, size in logger.figures)
+    images = logged(others[1].log_dir).Images("prune/widths")
+    assert [image.step for image in images] == steps
+    assert Path(others[0].log_dir, "pruning.json").is_file()  # the first logger has no folder
 
 
 def test_without_matplotlib_figures_are_left_out_with_one_warning(

@@ -1,0 +1,195 @@
+"""The filters that agents of single layers choose, against those of least L1 norm and random ones at the same widths.
+
+The layers of a trained network are pruned one after the other, with some steps of training after each, until half of
+the FLOPs have left; then training goes on. First `LearnToPruneCallback` does so. The other rows then prune each layer
+at the same step and to the same width, by another choice of its filters. All rows of a seed start from the same trained
+network, and have images in the same order with the same augmentation, steps and learning rate. Accuracy is that on the
+test images after the last step; nothing is chosen by it. A network that is trained on just as long without being pruned
+is the baseline. Seconds are of processor time.
+
+Results are added to a file as they come, and a run that is started again goes on where it stopped::
+
+    python benchmarks/learn_to_prune.py --root data/cifar10-jpeg [--network vgg16_bn] [--seeds 3] [--table]
+"""
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import stored
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune import criteria
+from lightning_prune.agents.filter_agent import FilterSearch
+from lightning_prune.callbacks import LearnToPruneCallback
+from lightning_prune.datamodules import ImageFolderDataModule
+from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.models import ImageClassifier, Optimization
+
+# Network, its settings, and its number of layers that are pruned.
+NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "vgg11_bn/4": ("vgg11_bn", {"width": 0.25}, 8),
+    "vgg16_bn": ("vgg16_bn", {}, 13),
+}
+ROWS = AGENTS, L1, _, WHOLE = "agents", "L1, same widths", "random channels, same widths", "not pruned"
+TRAINING_LR, LR = 0.05, 0.01
+Settings = argparse.Namespace
+
+
+class Chosen(LearnToPruneCallback):
+    """Prune the same layers at the same time to given widths, by a criterion.
+
+    Args:
+        criterion: The criterion.
+        widths: Channels that stay of each layer.
+        settings: As for `LearnToPruneCallback`.
+    """
+
+    def __init__(self, criterion: str | dict[str, Any], widths: dict[str, int], **settings: Any) -> None:
+        super().__init__(criterion=criterion, **settings)
+        self.widths = widths
+
+    @override
+    def _decide(self, trainer: L.Trainer, search: FilterSearch, name: str, kept: dict[str, Tensor]) -> Tensor:
+        assert self._graph is not None
+        scores = criteria.score(self._graph, self.criterion)[name]
+        return scores.topk(self.widths[name]).indices.sort().values
+
+
+def make_callback(row: str, seed: int, settings: Settings, widths: dict[str, int]) -> LearnToPruneCallback | None:
+    """Make what prunes one layer before each epoch, from the first on."""
+    common: dict[str, Any] = {
+        "keep": settings.keep, "round_to": 1, "start_epoch": 0, "steps": NETWORKS[settings.network][2],
+        "accepted_drop": settings.accepted_drop,
+        "samples": settings.samples, "updates": settings.updates, "limit_batches": settings.batches,
+        "recalibrate_batches": settings.recalibrate, "seed": seed,
+    }  # fmt: skip
+    if row == WHOLE:
+        return None
+    if row == AGENTS:
+        return LearnToPruneCallback(**common)
+    return Chosen("l1" if row == L1 else {"name": "random", "seed": seed}, widths, **common)
+
+
+def run(row: str, seed: int, settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
+    """Prune the trained network by one row, and train it on."""
+    module, data = make_module(seed, settings, Optimization(LR)), make_data(seed, settings)
+    module.network.load_state_dict(torch.load(trained(seed, settings), weights_only=True))
+    callback = make_callback(row, seed, settings, results.get(key(AGENTS, seed, settings), {}).get("widths", {}))
+    trainer = make_trainer(settings, settings.epochs, settings.steps, [] if callback is None else [callback])
+    began = time.process_time()
+    trainer.fit(module, datamodule=data)
+    seconds, plan = time.process_time() - began, plan_in_force(module)
+    return {
+        "accuracy": trainer.test(module, datamodule=data, verbose=False)[0]["test/accuracy"],
+        "flops": plan.budget["achieved"] if plan is not None and plan.budget is not None else 1.0,
+        "widths": plan.widths if plan is not None else {},
+        "seconds": seconds,
+    }
+
+
+def trained(seed: int, settings: Settings) -> Path:
+    """Return the weights of the trained network, made now or before."""
+    file = settings.work / f"{settings.network.replace('/', '-')}-{seed}.pt"
+    if not file.exists():
+        module = make_module(seed, settings, Optimization(TRAINING_LR))
+        make_trainer(settings, settings.training_epochs, 1.0).fit(module, datamodule=make_data(seed, settings))
+        settings.work.mkdir(parents=True, exist_ok=True)
+        torch.save(module.network.state_dict(), file.with_suffix(".part"))
+        os.replace(file.with_suffix(".part"), file)
+    return file
+
+
+def make_module(seed: int, settings: Settings, optimization: Optimization) -> ImageClassifier:
+    L.seed_everything(seed, verbose=False)
+    network, arguments, _ = NETWORKS[settings.network]
+    return ImageClassifier(network, network_args=arguments, optimization=optimization)
+
+
+def make_data(seed: int, settings: Settings) -> ImageFolderDataModule:
+    return ImageFolderDataModule(settings.root, batch_size=128, seed=seed)
+
+
+def make_trainer(settings: Settings, epochs: int, steps: int | float, callbacks: list[L.Callback] = []) -> L.Trainer:  # noqa: B006
+    return L.Trainer(
+        max_epochs=epochs, limit_train_batches=steps, callbacks=callbacks, accelerator=settings.accelerator, devices=1,
+        check_val_every_n_epoch=epochs + 1, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=settings.work,
+    )  # fmt: skip
+
+
+def key(row: str, seed: int, settings: Settings) -> str:
+    return f"{settings.network}, keep {settings.keep} | {row} | {seed}"
+
+
+def run_all(settings: Settings, results: dict[str, Any]) -> None:
+    made = stored.made_with(settings, settings.accelerator)
+    for seed in range(settings.seeds):
+        for row in ROWS:
+            name = key(row, seed, settings)
+            if name not in results:
+                results[name] = {**run(row, seed, settings, results), "made": made}
+                stored.save(settings.results, results)
+                print(f"{name}: {results[name]['accuracy']:.4f} in {results[name]['seconds']:.0f} s", flush=True)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the means over the seeds, and the leads of the agents, seed by seed."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, record in results.items():
+        setting, row, seed = name.split(" | ")
+        found.setdefault(setting, {}).setdefault(row, {})[seed] = record
+    lines = []
+    for setting, rows in found.items():
+        lines += [
+            f"\n{setting}, CIFAR-10 (JPEG copy):\n",
+            "| filters chosen by | seeds | FLOPs kept | test accuracy, last step (%) | agents are ahead by |",
+            "|---|---|---|---|---|",
+        ]
+        for row, seeds in rows.items():
+            ours = {seed: record["accuracy"] for seed, record in rows.get(AGENTS, {}).items()}
+            accuracies = {seed: record["accuracy"] for seed, record in seeds.items()}
+            leads = [ours[seed] - accuracy for seed, accuracy in accuracies.items() if seed in ours]
+            flops = statistics.mean(record["flops"] for record in seeds.values())
+            cells = [row, len(seeds), f"{flops:.3f}", percent(list(accuracies.values())), percent(leads)]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def percent(values: list[float]) -> str:
+    return stored.spread([100 * value for value in values], 2) if values else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data/cifar10-jpeg", help="folder with train/ and test/, a folder per class")
+    parser.add_argument("--network", default="vgg11_bn/4", choices=list(NETWORKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=float, default=0.5, help="share of the FLOPs")
+    parser.add_argument("--training_epochs", type=int, default=4, help="whole epochs before; kept in --work")
+    parser.add_argument("--epochs", type=int, default=16, help="so called; a layer is pruned before each of the first")
+    parser.add_argument("--steps", type=int, default=16, help="of training in each of them, with 128 images")
+    parser.add_argument("--accepted_drop", type=float, default=8.0, help="in points, before the network recovers")
+    parser.add_argument("--samples", type=int, default=5, help="choices that an agent learns from at once")
+    parser.add_argument("--updates", type=int, default=80, help="how often an agent learns")
+    parser.add_argument("--batches", type=int, default=2, help="of 128 validation images that choices are measured on")
+    parser.add_argument("--recalibrate", type=int, default=1, help="batches that statistics are estimated from")
+    parser.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--work", type=Path, default=Path("logs/criteria_finetune"), help="where networks are kept")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "learn_to_prune.json")
+    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    settings = parser.parse_args()
+    results = stored.load(settings.results)
+    if not settings.table:
+        run_all(settings, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

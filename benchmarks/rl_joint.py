@@ -1,0 +1,260 @@
+"""Joint training and pruning of ResNet-20 against pruning between two phases of training, with equal training in all.
+
+Half of the FLOPs leave after half of the training. All arms of a seed have the same initial weights, images in the
+same order with the same augmentation, steps, and learning rate, which falls along a cosine in each half. Accuracy is
+that on the test images after the last step; nothing is chosen by it.
+
+- joint: `RLJointPruneCallback`; the same with an agent that acts at random, and without the penalty;
+- fixed weights: the same agent with as many episodes, on the network as it is after the first half (as AMC does);
+- L1: the filters of least norm leave, over the whole network or the same share of each layer;
+- not pruned.
+
+Trained from scratch, or from published weights. The strength of the penalty is such that it would take ``--pull`` off
+the norm of the weights that are to leave, if nothing else acted on them: schedules of different lengths need different
+ones. Seconds are of processor time; a first half that several arms have in common counts for the first of them.
+
+Results are added to a file as they come, and a run that is started again goes on where it stopped::
+
+    python benchmarks/rl_joint.py --root data/cifar10-jpeg [--weights resnet20.pt --lr 0.02] [--seeds 3] [--table]
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import stored
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.allocation import plan_by_layer
+from lightning_prune.callbacks import PruningCallback, RLJointPruneCallback
+from lightning_prune.datamodules import ImageFolderDataModule
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.models import ImageClassifier, Optimization
+from lightning_prune.plan import PruningPlan
+
+KEEP = 0.5
+BUDGET: dict[str, Any] = {"keep": KEEP, "round_to": 1, "min_channels": 4}
+MOMENTUM = 0.9
+Settings = argparse.Namespace
+
+
+class Joint(RLJointPruneCallback):
+    """The callback as it is, and a note of rewards and of where the time goes."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.rewards: list[list[float]] = []  # of each round: mean of the episodes, and that of the choice in force
+        self.penalties: list[float] = []  # before each epoch, the last one aside
+        self.seconds = {"measuring": 0.0, "learning": 0.0}
+
+    @override
+    def begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().begin_epoch(trainer, pl_module)
+        if "alignment" in self.figures:
+            self.penalties.append(self.figures["alignment"])
+
+    @override
+    def _play_and_learn(self, trainer: L.Trainer) -> None:
+        began = time.process_time() - self.seconds["measuring"]
+        super()._play_and_learn(trainer)
+        self.seconds["learning"] += time.process_time() - self.seconds["measuring"] - began
+        self.rewards.append([self.figures["reward"], self.figures["best_reward"]])
+
+    @override
+    def _measure(self, *args: Any, **settings: Any) -> Tensor:
+        began = time.process_time()
+        found = super()._measure(*args, **settings)
+        self.seconds["measuring"] += time.process_time() - began
+        return found
+
+
+class FixedWeights(Joint):
+    """Play all rounds right before the prune, on weights that have been trained without it."""
+
+    @override
+    def searches(self, epoch: int) -> bool:
+        return False
+
+    @override
+    def begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == self.start_epoch:
+            for _ in range(self.warmup_epochs, self.start_epoch):
+                self._play_and_learn(trainer)
+        super().begin_epoch(trainer, pl_module)
+
+
+class Uniform(PruningCallback):
+    """Keep the same share of each layer."""
+
+    @override
+    def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
+        importance = dict.fromkeys(graph.groups, 1.0)
+        return plan_by_layer(graph, importance, scores, keep, self.metric, self.round_to, self.min_channels)
+
+
+def joint(kind: type[Joint], settings: Settings, seed: int, **changes: Any) -> Joint:
+    """Make the callback of an arm with an agent."""
+    common: dict[str, Any] = {
+        "agent": settings.agent, "start_epoch": settings.epochs // 2, "warmup_epochs": settings.warmup,
+        "episodes": settings.episodes, "strength": strength(settings), "limit_batches": settings.batches,
+        "recalibrate_batches": settings.recalibrate, "seed": seed,
+    }  # fmt: skip
+    return kind(**{**BUDGET, **common, **changes})
+
+
+def strength(settings: Settings) -> float:
+    """Return the strength with which the penalty, alone, takes ``settings.pull`` off a norm until the prune."""
+    half, schedule = settings.epochs // 2, optimization(settings)
+    factors = sum(schedule.factor(epoch, settings.epochs) for epoch in range(settings.warmup, half))
+    return settings.pull * (1 - MOMENTUM) / (settings.lr * factors * settings.steps)
+
+
+def optimization(settings: Settings) -> Optimization:
+    return Optimization(settings.lr, optimizer_args={"momentum": MOMENTUM}, restarts=[settings.epochs // 2])
+
+
+ARMS: dict[str, Callable[[Settings, int], PruningCallback | None]] = {
+    "joint": lambda settings, seed: joint(Joint, settings, seed),
+    "L1": lambda settings, seed: PruningCallback(start_epoch=settings.epochs // 2, **BUDGET),
+    "uniform L1": lambda settings, seed: Uniform(start_epoch=settings.epochs // 2, **BUDGET),
+    "fixed weights": lambda settings, seed: joint(FixedWeights, settings, seed),
+    "not pruned": lambda settings, seed: None,
+    "joint, random agent": lambda settings, seed: joint(Joint, settings, seed, agent="random"),
+    "joint, no penalty": lambda settings, seed: joint(Joint, settings, seed, strength=0.0),
+}
+
+
+def run(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
+    """Train one arm, the first half only once for those that have it in common."""
+    callback, began = ARMS[arm](settings, seed), time.process_time()
+    common = None if type(callback) is Joint else first_half(seed, settings)
+    module, data = make_module(seed, settings), make_data(seed, settings)
+    trainer = make_trainer(settings, settings.epochs, [] if callback is None else [callback])
+    trainer.fit(module, datamodule=data, ckpt_path=common)
+    total = time.process_time() - began
+    plan = plan_in_force(module)
+    record: dict[str, Any] = {
+        "accuracy": trainer.test(module, datamodule=data, verbose=False)[0]["test/accuracy"],
+        "flops": plan.budget["achieved"] if plan is not None and plan.budget is not None else 1.0,
+        "widths": plan.widths if plan is not None else {},
+        "seconds": {"training": total},
+    }
+    if isinstance(callback, Joint):
+        record |= {"rewards": callback.rewards, "strength": callback.strength, "penalties": callback.penalties}
+        record["seconds"] = {"training": total - sum(callback.seconds.values()), **callback.seconds}
+    return record
+
+
+def first_half(seed: int, settings: Settings) -> Path:
+    """Return the checkpoint after the first half without pruning, made now or before."""
+    file = settings.work / f"{title(settings)}, seed {seed}.ckpt"
+    if not file.exists():
+        trainer = make_trainer(settings, settings.epochs // 2, [])
+        trainer.fit(make_module(seed, settings), datamodule=make_data(seed, settings))
+        trainer.save_checkpoint(file.with_suffix(".part"))
+        os.replace(file.with_suffix(".part"), file)
+    return file
+
+
+def make_module(seed: int, settings: Settings) -> ImageClassifier:
+    L.seed_everything(seed, verbose=False)
+    shape = (3, settings.image_size, settings.image_size)
+    return ImageClassifier("resnet20", 10, shape, weights=settings.weights, optimization=optimization(settings))
+
+
+def make_data(seed: int, settings: Settings) -> ImageFolderDataModule:
+    return ImageFolderDataModule(
+        settings.root, settings.image_size, batch_size=128, crop_padding=settings.image_size // 8, seed=seed
+    )
+
+
+def make_trainer(settings: Settings, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=epochs, limit_train_batches=settings.steps, callbacks=callbacks, accelerator=settings.accelerator,
+        devices=1, check_val_every_n_epoch=settings.epochs + 1, num_sanity_val_steps=0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=settings.work,
+    )  # fmt: skip
+
+
+def title(settings: Settings) -> str:
+    start = f"from {Path(settings.weights).stem}" if settings.weights else "from scratch"
+    size = "" if settings.image_size == 32 else f", {settings.image_size} pixels"
+    return f"ResNet-20 {start}, {settings.epochs * settings.steps} steps{size}"
+
+
+def run_all(settings: Settings, results: dict[str, Any]) -> None:
+    made = stored.made_with(settings, settings.accelerator)
+    for seed in range(settings.seeds):
+        for arm in settings.rows:
+            key = f"{title(settings)} | {arm} | {seed}"
+            if key not in results:
+                results[key] = {**run(arm, seed, settings), "made": made}
+                stored.save(settings.results, results)
+                print(f"{key}: {results[key]['accuracy']:.4f}; seconds {results[key]['seconds']}", flush=True)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the means over the seeds, and the leads of the joint arm, seed by seed."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, record in results.items():
+        setting, arm, seed = key.split(" | ")
+        found.setdefault(setting, {}).setdefault(arm, {})[seed] = record
+    lines = []
+    for setting, arms in found.items():
+        lines += [
+            f"\n{setting}, CIFAR-10 (JPEG copy):\n",
+            "| arm | seeds | FLOPs kept | test accuracy, last step (%) | joint is ahead by |",
+            "|---|---|---|---|---|",
+        ]
+        for arm, seeds in arms.items():
+            ours = {seed: record["accuracy"] for seed, record in arms.get("joint", {}).items()}
+            accuracies = {seed: record["accuracy"] for seed, record in seeds.items()}
+            leads = [ours[seed] - accuracy for seed, accuracy in accuracies.items() if seed in ours]
+            flops = statistics.mean(record["flops"] for record in seeds.values())
+            row = [arm, len(seeds), f"{flops:.3f}", percent(list(accuracies.values())), percent(leads)]
+            lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
+
+
+def percent(values: list[float]) -> str:
+    return stored.spread([100 * value for value in values], 2) if values else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data/cifar10-jpeg", help="folder with train/ and test/, a folder per class")
+    parser.add_argument("--image_size", type=int, default=32, help="smaller for a quick trial")
+    parser.add_argument("--weights", help="published ResNet-20 to start from")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), dest="rows")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20, help="so called; an even number")
+    parser.add_argument("--steps", type=int, default=24, help="of training in each of them, with 128 images")
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--warmup", type=int, default=2, help="epochs before the first episodes")
+    parser.add_argument("--agent", default="sac")
+    parser.add_argument("--episodes", type=int, default=10, help="in each epoch with episodes")
+    parser.add_argument("--batches", type=int, default=8, help="of 128 validation images that rewards are measured on")
+    parser.add_argument("--recalibrate", type=int, default=3, help="batches that statistics are estimated from")
+    parser.add_argument("--pull", type=float, default=5.0, help="what the penalty takes off a norm")
+    parser.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--work", type=Path, default=Path("logs/rl_joint"), help="where first halves are kept")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "rl_joint.json")
+    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    settings = parser.parse_args()
+    results = stored.load(settings.results)
+    if not settings.table:
+        settings.work.mkdir(parents=True, exist_ok=True)
+        run_all(settings, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What a pruning callback records of a run: for its checkpoints, the loggers, and the table at the end."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_prune.budget import METRICS, CostModel
+from lightning_prune.callbacks.trainer_state import metrics
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.latency import measure_latency
+from lightning_prune.plan import PruningPlan
+from lightning_prune.progress import progress
+from lightning_prune.reporting.history import History, run_folder, write_history
+from lightning_prune.reporting.loggers import log_end, log_prune
+from lightning_prune.reporting.progress import say
+from lightning_prune.reporting.summary import Measurement, summarize, whereabouts
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks.base import PruningCallback
+
+__all__ = ["Recorder"]
+
+
+@dataclass
+class Recorder:
+    """Measure a network while it is pruned, and write its history.
+
+    The first rank alone measures and writes; all ranks call the methods alike.
+
+    Args:
+        trainer: The trainer.
+        graph: The traced model.
+        history: What has been recorded in a run that is resumed.
+    """
+
+    trainer: "pl.Trainer"
+    graph: ChannelGraph
+    history: History | None = None
+
+    def __post_init__(self) -> None:
+        self._costs = [CostModel(self.graph, metric) for metric in METRICS]
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """What is left now, as a fraction of the original, by metric."""
+        widths = self._widths
+        return {cost.metric: cost(widths) / cost.original for cost in self._costs}
+
+    def begin(self, callback: "PruningCallback") -> None:
+        """Measure the network before the first prune, unless that is known."""
+        if self.history is None and self.trainer.is_global_zero:
+            with progress(f"Measuring {type(self.graph.model).__name__}"):
+                self.history = History.begin(callback, self.graph, self._measure())
+
+    def add_prune(self, plan: PruningPlan, step: int, scores: dict[str, Tensor]) -> None:
+        """Measure what a prune has left, and log it."""
+        if self.history is None or not self.trainer.is_global_zero:
+            return
+        self.history.add_prune(self.graph, plan, step, self.trainer.current_epoch, self._measure())
+        write_history(self.trainer, self.history)
+        log_prune(self.trainer, self.history, scores)
+
+    def add_validation(self) -> None:
+        """Note the metrics of a validation."""
+        if self.history is None or not self.trainer.is_global_zero or self.trainer.sanity_checking:
+            return
+        found = metrics(self.trainer)
+        if not self.history.prunes:
+            self.history.before.metrics = found
+        self.history.add_epoch(self.trainer.current_epoch + 1, self.kept, found)
+        write_history(self.trainer, self.history)
+
+    def end(self) -> None:
+        """Measure the network at the end of training, if it was pruned, and log it."""
+        if self.history is None or not self.history.prunes or not self.trainer.is_global_zero:
+            return
+        self.history.after = self._measure()
+        self.history.after.metrics = metrics(self.trainer)
+        write_history(self.trainer, self.history)
+        log_end(self.trainer, self.history)
+
+    def tell(self) -> None:
+        """Print the network before and after, and where its files are; to be called on all ranks."""
+        places = whereabouts(self.trainer, run_folder(self.trainer))  # asks all ranks
+        if self.history is not None and self.history.after is not None:
+            say("\n".join(["", *summarize(self.history.before, self.history.after), "", *places]))
+
+    @property
+    def _widths(self) -> dict[str, int]:
+        plan = plan_in_force(self.graph.model)
+        return plan.widths if plan is not None else {}
+
+    def _measure(self) -> Measurement:
+        """Count and time the network as it is now."""
+        model = self.graph.model
+        return Measurement(
+            params=sum(parameter.numel() for parameter in model.parameters()),
+            flops=int(CostModel(self.graph, "flops")(self._widths)),
+            latency_ms=measure_latency(model.get_submodule(self.graph.module), self.graph.example_inputs),
+        )
