@@ -8,19 +8,17 @@ trained one, by the control, or uniformly; test accuracy is that of the last epo
 
 Results are added to a file as they come, and a run that is started again goes on where it stopped::
 
-    python benchmarks/afie_epochs.py --root data [--networks alexnet_mnist vgg16_cifar10] [--epochs 10] [--seeds 3]
+    python benchmarks/afie_epochs.py --root data [--networks alexnet_mnist vgg16_cifar10/4] [--epochs 10] [--seeds 3]
 """
 
 import argparse
-import json
-import os
-import statistics
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import stored
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -33,11 +31,12 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.models import ImageClassifier, Optimization
 from lightning_prune.plan import PruningPlan
 
-# Network, its images, and a learning rate that trains it.
-NETWORKS: dict[str, tuple[str, str, float]] = {
-    "alexnet_mnist": ("alexnet", "MNIST", 0.01),
-    "vgg11_cifar10": ("vgg11_bn", "CIFAR-10 (JPEG copy)", 0.05),
-    "vgg16_cifar10": ("vgg16_bn", "CIFAR-10 (JPEG copy)", 0.05),
+# Network, its settings, its images, and a learning rate that trains it; "/4" is a quarter as wide.
+NETWORKS: dict[str, tuple[str, dict[str, float], str, float]] = {
+    "alexnet_mnist": ("alexnet", {}, "MNIST", 0.01),
+    "vgg11_cifar10": ("vgg11_bn", {}, "CIFAR-10 (JPEG copy)", 0.05),
+    "vgg16_cifar10": ("vgg16_bn", {}, "CIFAR-10 (JPEG copy)", 0.05),
+    "vgg16_cifar10/4": ("vgg16_bn", {"width": 0.25}, "CIFAR-10 (JPEG copy)", 0.05),
 }
 ALLOCATIONS = ("entropy, first epoch", "entropy, trained", "control", "uniform")
 Results = dict[str, dict[str, Any]]
@@ -84,10 +83,10 @@ def data_of(images: str, settings: argparse.Namespace, seed: int) -> ImageDataMo
 
 def train(name: str, seed: int, settings: argparse.Namespace, *callbacks: L.Callback) -> float:
     """Return the test accuracy after the last epoch."""
-    network, images, lr = NETWORKS[name]
+    network, arguments, images, lr = NETWORKS[name]
     L.seed_everything(seed, verbose=False)
     data = data_of(images, settings, seed)
-    module = ImageClassifier(network, 10, data.input_shape, optimization=Optimization(lr=lr))
+    module = ImageClassifier(network, 10, data.input_shape, network_args=arguments, optimization=Optimization(lr=lr))
     trainer = L.Trainer(
         max_epochs=settings.epochs, devices=1, callbacks=list(callbacks), logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
@@ -131,18 +130,6 @@ def pruned(
     return {"accuracy": accuracy, "widths": callback.plan.widths, "achieved": callback.plan.budget["achieved"]}
 
 
-def save(results: Results, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial, path)
-
-
-def mean(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
 def setting_of(name: str, settings: argparse.Namespace) -> str:
     part = f"{settings.batches} batches of " if settings.batches else "batches of "
     return f"{name}; {settings.epochs} epochs of {part}{settings.batch_size}; keep {settings.keep} {settings.metric}"
@@ -152,23 +139,22 @@ def show(results: Results) -> None:
     """Print the tables of what is there, mean and standard deviation over the seeds of each setting."""
     settings = sorted({key.rsplit("; seed", 1)[0] for key in results})
     print("| network | untrained | first epoch | control | largest change | seeds |\n|---|---|---|---|---|---|")
+    columns = ("untrained against last", "first against last", "control against last", "largest change")
     for setting in settings:
         found = [record["unpruned"] for key, record in results.items() if key.startswith(setting + "; seed")]
-        columns = ("untrained against last", "first against last", "control against last", "largest change")
-        print(
-            f"| {setting} | {' | '.join(mean([one[column] for one in found]) for column in columns)} | {len(found)} |"
-        )
+        cells = [stored.spread([one[column] for one in found], 3) for column in columns]
+        print(f"| {setting} | {' | '.join(cells)} | {len(found)} |")
     print(f"\n| network | unpruned | {' | '.join(ALLOCATIONS)} |\n|---|---|{'---|' * len(ALLOCATIONS)}")
     for setting in settings:
         found = [record for key, record in results.items() if key.startswith(setting + "; seed")]
-        columns = [[one[column]["accuracy"] for one in found if column in one] for column in ("unpruned", *ALLOCATIONS)]
-        print(f"| {setting} | {' | '.join(mean(column) if column else '' for column in columns)} |")
+        accuracies = [[one[row]["accuracy"] for one in found if row in one] for row in ("unpruned", *ALLOCATIONS)]
+        print(f"| {setting} | {' | '.join(stored.spread(values, 3) if values else '' for values in accuracies)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder of MNIST/raw and cifar10-jpeg")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["alexnet_mnist", "vgg16_cifar10"])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["alexnet_mnist", "vgg16_cifar10/4"])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=0, help="training batches per epoch; 0 for all")
@@ -178,21 +164,23 @@ def main() -> None:
     parser.add_argument("--metric", default="flops")
     parser.add_argument("--round_to", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "afie_epochs.json")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "afie_epochs.json")
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(settings.threads)
-    results: Results = json.loads(settings.out.read_text()) if settings.out.exists() else {}
+    results: Results = stored.load(settings.results)
     for name in settings.networks:
         for seed in range(settings.seeds):
             record = results.setdefault(f"{setting_of(name, settings)}; seed {seed}", {})
+            stored.sign(record, stored.made_with(settings))
             if "unpruned" not in record:
                 record["unpruned"] = unpruned(name, seed, settings)
-                save(results, settings.out)
+                stored.save(settings.results, results)
             for allocation in ALLOCATIONS:
                 if allocation not in record:
                     record[allocation] = pruned(name, seed, allocation, record["unpruned"], settings)
-                    save(results, settings.out)
+                    stored.save(settings.results, results)
+            print(f"{name}, seed {seed}: done", flush=True)
     show(results)
 
 

@@ -12,7 +12,6 @@ again goes on where it stopped::
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import stored
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -114,6 +114,7 @@ def measure(network: str, seed: int, done: dict[str, Any], settings: argparse.Na
     missing = {name: form for name, form in criteria_to_compare().items() if name not in done}
     if not missing:
         return
+    stored.sign(done, stored.made_with(settings, settings.device))
     module, batches = trained(network, seed, settings), batches_of(settings, seed)
     graph = lp.trace(module, module.example_input_array.to(settings.device))
     oracle = lp.criteria.oracle(
@@ -132,7 +133,7 @@ def table(results: Results) -> str:
         accuracy = statistics.mean(found["accuracy"] for found in seeds.values())
         lines += [
             "",
-            f"{network}, {len(seeds)} seeds, {accuracy:.1%} of these images right; mean +- spread of Spearman",
+            f"{network}, {len(seeds)} seeds, {accuracy:.1%} of these images right; Spearman, mean ± spread",
         ]
         lines += ["", f"| criterion | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
         rows = {
@@ -141,7 +142,7 @@ def table(results: Results) -> str:
         }
         best = max(rows, key=lambda name: max(map(statistics.mean, rows[name][1:])))
         for name, columns in sorted(rows.items(), key=lambda row: -max(map(statistics.mean, row[1][1:]))):
-            cells = [f"{statistics.mean(values):.3f} +- {statistics.pstdev(values):.3f}" for values in columns]
+            cells = [stored.spread(values, 3) for values in columns]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         reached = {name: max(map(statistics.mean, columns[1:])) for name, columns in rows.items()}
         taylor = max(value for name, value in reached.items() if name.startswith("taylor"))
@@ -149,12 +150,6 @@ def table(results: Results) -> str:
         verdict = "met" if taylor >= GOAL else f"missed by {GOAL - taylor:.3f}"
         lines += ["", f"Taylor comes {first}; over all layers it reaches {taylor:.3f} (goal {GOAL}: {verdict})."]
     return "\n".join(lines)
-
-
-def save(results: Results, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".partial").write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(path.with_suffix(".partial"), path)
 
 
 def main() -> None:
@@ -173,12 +168,11 @@ def main() -> None:
     parser.add_argument("--results", default="benchmarks/results/oracle_correlation.json")
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
-    path = Path(settings.results)
-    results: Results = json.loads(path.read_text()) if path.exists() else {}
+    results: Results = stored.load(settings.results)
     for network in settings.networks:
         for seed in range(settings.seeds):
             measure(network, seed, results.setdefault(network, {}).setdefault(str(seed), {}), settings)
-            save(results, path)
+            stored.save(settings.results, results)
             print(f"{network}, seed {seed}: done", flush=True)
     print(table(results))
 

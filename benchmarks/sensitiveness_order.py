@@ -12,17 +12,17 @@ on where it stopped::
 """
 
 import argparse
-import json
 import math
 import os
-import statistics
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import stored
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -57,7 +57,7 @@ def fit(module: ImageClassifier, data: ImageDataModule, epochs: int, settings: a
     trainer = L.Trainer(
         max_epochs=epochs, devices=1, callbacks=list(more), logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
-        limit_train_batches=settings.batches or 1.0, limit_test_batches=settings.batches or 1.0,
+        limit_train_batches=settings.batches or 1.0, limit_test_batches=settings.test_batches or 1.0,
     )  # fmt: skip
     if epochs:
         trainer.fit(module, data)
@@ -123,6 +123,7 @@ def pruned_accuracy(
 
 def measure(network: str, seed: int, done: dict[str, Any], settings: argparse.Namespace, save: Any) -> None:
     """Add what is missing of one network and seed."""
+    stored.sign(done, stored.made_with(settings))
     weights = trained(network, seed, settings)
     done["accuracy"] = weights["accuracy"]
     data = data_of(network, seed, settings)
@@ -148,7 +149,7 @@ def measure(network: str, seed: int, done: dict[str, Any], settings: argparse.Na
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} +- {statistics.pstdev(values):.3f}"
+    return stored.spread(values, 3)
 
 
 def table(results: Results) -> str:
@@ -177,7 +178,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--early", type=int, default=2, help="the epoch whose order is compared with the last")
     parser.add_argument("--finetune", type=int, default=2, help="epochs after the prune, at a tenth of the rate")
-    parser.add_argument("--batches", type=int, default=0, help="training and test batches per epoch; 0 for all")
+    parser.add_argument("--batches", type=int, default=0, help="training batches per epoch; 0 for all")
+    parser.add_argument("--test-batches", type=int, default=0, help="test batches; 0 for all")
     parser.add_argument("--images", type=int, default=1024, help="on which sensitiveness is measured")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--levels", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])
@@ -189,14 +191,8 @@ def main() -> None:
     parser.add_argument("--results", default="benchmarks/results/sensitiveness_order.json")
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
-    path = Path(settings.results)
-    results: Results = json.loads(path.read_text()) if path.exists() else {}
-
-    def save() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".partial").write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(path.with_suffix(".partial"), path)
-
+    results: Results = stored.load(settings.results)
+    save = partial(stored.save, settings.results, results)
     for network in settings.networks:
         for seed in range(settings.seeds):
             measure(network, seed, results.setdefault(network, {}).setdefault(str(seed), {}), settings, save)

@@ -1,10 +1,12 @@
 """The page of results says what the files of results say, and each claim can be run."""
 
+import argparse
 import json
+import os
 import re
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,22 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "render_results.py"
+sys.path.append(str(SCRIPT.parent))  # scripts import what is beside them
+script, files, plotting, stored = map(import_module, ("render_results", "result_files", "result_plots", "stored"))
 CONTENT = yaml.safe_load((ROOT / "benchmarks" / "claims.yaml").read_text())
 CLAIMS, FILES = CONTENT["claims"], CONTENT["files"]
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a file of each kind, and what it says
     "oracle_correlation.json": (
-        {"vgg": {"0": {"l1": {"per layer": 0.1, "all layers": 0.2, "all layers, L2": 0.3}, "accuracy": 0.7}}},
+        {
+            "vgg": {
+                "0": {
+                    "l1": {"per layer": 0.1, "all layers": 0.2, "all layers, L2": 0.3},
+                    "accuracy": 0.7,
+                    "made": {"settings": {}, "hardware": "a CPU"},
+                }
+            }
+        },
         [
             ("vgg", "l1", "per layer", "0", 0.1),
             ("vgg", "l1", "all layers", "0", 0.2),
@@ -26,22 +38,56 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
         ],
     ),
     "criteria_finetune.json": (
-        {"vgg | L1 | 2": {"flops": 0.5, "pruned": 0.25, "accuracy": 0.5}, "vgg | not pruned | 2": {"accuracy": 0.75}},
+        {
+            "vgg | L1 | 2": {"flops": 0.5, "pruned": 0.25, "accuracy": 0.5, "validation": 0.625, "time": 0.75},
+            "vgg, keep 0.7 | not pruned | 2": {"accuracy": 0.75, "made": {"settings": {}, "hardware": "a CPU"}},
+        },
         [
             ("vgg", "L1", "fine-tuned (%)", "2", 50.0),
             ("vgg", "L1", "when pruned (%)", "2", 25.0),
-            ("vgg", "not pruned", "fine-tuned (%)", "2", 75.0),
+            ("vgg", "L1", "validation (%)", "2", 62.5),
+            ("vgg", "L1", "FLOPs kept (%)", "2", 50.0),
+            ("vgg", "L1", "time kept (%)", "2", 75.0),
+            ("vgg, keep 0.7", "not pruned", "fine-tuned (%)", "2", 75.0),
         ],
     ),
+    "two_classes.json": (
+        {"vgg | pruned | 0": {"accuracy": 0.5, "filters": 0.25, "widths": {}, "speed_1": 2.0, "speed_32": 3.0}},
+        [
+            ("vgg", "pruned", "accuracy (%)", "0", 50.0),
+            ("vgg", "pruned", "filters kept", "0", 0.25),
+            ("vgg", "pruned", "speed-up, batch 1", "0", 2.0),
+            ("vgg", "pruned", "speed-up, batch 32", "0", 3.0),
+        ],
+    ),
+    **{
+        name: (
+            {"net, 9 steps | joint | 1": {"accuracy": 0.5, "flops": 0.25, "seconds": {}}},
+            [
+                ("net, 9 steps", "joint", "accuracy (%)", "1", 50.0),
+                ("net, 9 steps", "joint", "FLOPs kept (%)", "1", 25.0),
+            ],
+        )
+        for name in ("rl_joint.json", "learn_to_prune.json")
+    },
     "afie_epochs.json": (
-        {"vgg; 3 epochs; seed 1": {"unpruned": {"accuracy": 0.5, "first against last": 0.9}}},
+        {"vgg; 3 epochs; seed 1": {"unpruned": {"accuracy": 0.5, "first against last": 0.9}, "made": {"settings": {}}}},
         [
             ("vgg; 3 epochs", "unpruned", "accuracy (%)", "1", 50.0),
             ("vgg; 3 epochs", "first", "order against last", "1", 0.9),
         ],
     ),
     "sensitiveness_order.json": (
-        {"conv4": {"0": {"accuracy": 0.9, "noise": {"order": 0.8}, "pruned": {"uniform": {"accuracy": 0.5}}}}},
+        {
+            "conv4": {
+                "0": {
+                    "accuracy": 0.9,
+                    "noise": {"order": 0.8},
+                    "pruned": {"uniform": {"accuracy": 0.5}},
+                    "made": {"settings": {}, "hardware": "a CPU"},
+                }
+            }
+        },
         [
             ("conv4", "noise", "order, early against last", "0", 0.8),
             ("conv4", "uniform", "accuracy (%)", "0", 50.0),
@@ -74,19 +120,6 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
 }
 
 
-def load() -> Any:
-    spec = spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert spec
-    assert spec.loader
-    module = module_from_spec(spec)
-    sys.modules[SCRIPT.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load()
-
-
 def test_the_page_is_what_the_script_renders():
     done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -99,7 +132,7 @@ def test_a_page_that_was_changed_by_hand_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--check"])
     script.main()
     (tmp_path / "results.md").write_text(script.PAGE.read_text().replace("not run", "holds", 1))
-    with pytest.raises(SystemExit, match="not what the files give"):
+    with pytest.raises(SystemExit, match=r"not what the files give: results\.md;"):
         script.main()
 
 
@@ -120,15 +153,15 @@ def test_every_claim_can_be_judged_or_says_why_not(claim: dict[str, Any]):
     assert ("result" in claim) != ("because" in claim)
     if "result" in claim:
         _, entries = EXAMPLES[claim["result"]]
-        assert claim["column"] in {column for _, _, column, _, _ in entries}
+        assert {claim["column"], claim.get("by", claim["column"])} <= {column for _, _, column, _, _ in entries}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_are_read_as_their_scripts_write_them(name: str, tmp_path: Path):
     content, entries = EXAMPLES[name]
-    assert script.read(name, tmp_path) == {}
+    assert files.read(name, FILES[name], tmp_path) == {}
     (tmp_path / name).write_text(json.dumps(content))
-    found = script.read(name, tmp_path)
+    found = files.read(name, FILES[name], tmp_path)
     for setting, row, column, seed, value in entries:
         assert found[setting][row][column].pop(seed) == pytest.approx(value)
     assert [values for rows in found.values() for row in rows.values() for values in row.values() if values] == []
@@ -141,7 +174,7 @@ def test_files_are_read_as_their_scripts_write_them(name: str, tmp_path: Path):
         ([[1.0, 2.0, 3.0], [0.0, 1.0, 2.0]], "**holds partly**"),  # 1 less 1 is not
         ([[0.5, 0.5, 0.5], [-1.0, -1.0, -1.0]], "**does not hold**"),  # to reach the goal is not to pass it
         ([[1.0, 2.0, 3.0], [9.0, 9.0]], "**holds** (1 parts not judged)"),
-        ([[9.0, 9.0], [9.0]], "not run, because there are 2 of 3 seeds"),
+        ([[9.0, 9.0], [9.0]], "not judged, because there are 2 of 3 seeds"),
         ([], "not run, because there are 0 of 3 seeds"),
     ],
 )
@@ -159,8 +192,159 @@ def test_leads_are_taken_seed_by_seed():
     assert alone.values == [1.0, 5.0, 7.0]
 
 
+def test_the_row_that_is_best_by_another_column_is_compared():
+    """Test accuracy, in `x`, says that the other is best."""
+    rows = {
+        "ours": {"x": {"0": 5.0}, "validation": {"0": 3.0, "1": 3.0}},
+        "better": {"x": {"0": 4.0}, "validation": {"0": 1.0, "1": 6.0}},
+        "never validated": {"x": {"0": 9.0}},
+        "theirs": {"x": {"0": 1.0}},
+    }
+    claim = {"column": "x", "by": "validation", "of": ["ours", "better", "never validated"], "over": ["theirs"]}
+    (part,) = script.parts({**claim, "above": 0.0, "in": ["net", "not there"]}, {"net": rows, "other net": rows})
+    assert (part.name, part.values) == ("net: `better` over `theirs`", [3.0])
+    assert script.parts({**claim, "above": 0.0, "of": ["never validated"]}, {"net": rows}) == []
+
+
+def test_hardware_is_what_the_records_say(tmp_path: Path):
+    made = [{"hardware": name} for name in ("one CPU", "a GPU", "one CPU")]
+    (tmp_path / "some.json").write_text(json.dumps([{"made": made[0]}, {"a": {"made": made[1]}, "made": made[2]}]))
+    assert files.hardware_of("some.json", {}, tmp_path) == "a GPU; one CPU"
+    assert (
+        files.hardware_of("some.json", {"hardware": "earlier rows, CPU"}, tmp_path)
+        == "a GPU; one CPU; earlier rows, CPU"
+    )
+    assert files.hardware_of("not there.json", {}, tmp_path) == "-"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_say_what_all_their_records_were_made_on(name: str):
+    """A file without one record that says so has it in `claims.yaml`."""
+    if (files.RESULTS / name).exists():
+        assert files.hardware_of(name, FILES[name]) != "-"
+
+
+# -- plots -------------------------------------------------------------------------------------------------------------
+
+
+def columns(flops: float, time: float, *accuracies: float) -> dict[str, dict[str, float]]:
+    seeds = [str(seed) for seed in range(len(accuracies))]
+    return {
+        plotting.FLOPS: dict.fromkeys(seeds, flops),
+        plotting.TIME: dict.fromkeys(seeds, time),
+        plotting.ACCURACY: dict(zip(seeds, accuracies, strict=True)),
+    }
+
+
+@pytest.fixture
+def figures() -> dict[str, Any]:
+    timeless = {name: values for name, values in columns(50, 60, 80).items() if name != plotting.TIME}
+    return {
+        "net/4, keep 0.7": {"ours": columns(70, 75, 86, 88)},
+        "net/4": {"ours": columns(50, 60, 80, 84), "theirs": timeless, plotting.WHOLE: columns(100, 100, 91, 89)},
+        "net/4, keep 0.3": {"ours": columns(30, 45, 70)},
+        "no baseline": {"ours": columns(50, 60, 80)},
+    }
+
+
+def test_plots_show_each_budget_and_only_what_was_measured(figures: dict[str, Any]):
+    (plot,) = plotting.plots(figures, ["ours", "theirs"])
+    assert (plot.network, plot.file, plot.whole) == ("net/4", "accuracy_net-4.svg", 90.0)
+    ours = [
+        (30, 45, 70, 0.0),
+        (50, 60, 82, pytest.approx(8**0.5, abs=1e-6)),
+        (70, 75, 87, pytest.approx(2**0.5, abs=1e-6)),
+    ]
+    assert plot.points == {"ours": ours, "theirs": []}
+
+
+def test_figures_are_the_same_bytes_for_the_same_points(figures: dict[str, Any]):
+    pytest.importorskip("matplotlib")
+    (plot,) = plotting.plots(figures, ["ours"])
+    drawn = plotting.draw(plot)
+    assert plotting.draw(plot) == drawn
+    assert plot.digest in drawn.decode()
+    figures["net/4"]["ours"][plotting.ACCURACY]["0"] += 0.01
+    (other,) = plotting.plots(figures, ["ours"])
+    assert other.digest not in drawn.decode()
+
+
+def test_a_figure_of_other_points_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: dict[str, Any]):
+    (plot,) = plotting.plots(figures, ["ours"])
+    monkeypatch.setattr(script, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(script, "all_plots", lambda: [plot])
+    script.write(script.PAGE, script.render().encode())
+    assert script.outdated() == [plot.file]
+    script.write(tmp_path / script.FOLDER / plot.file, b"of other points")
+    assert script.outdated() == [plot.file]
+    script.write(tmp_path / script.FOLDER / plot.file, f"<svg>{plot.digest}</svg>".encode())
+    assert script.outdated() == []
+
+
+# -- files of results --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "new folder" / "results.json"
+    assert stored.load(path) == {}
+    stored.save(path, {"a": [0.5, None]})
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        stored.save(path, {"a": 1})
+    assert stored.load(path) == {"a": [0.5, None]}
+
+
+def test_how_a_result_comes_about_names_settings_and_no_places():
+    options = argparse.Namespace(root="/some/where", work="/else/where", seeds=3, lr=0.5, levels=(1, 2))
+    made = stored.made_with(options, keep=0.25)
+    assert made["settings"] == {"lr": 0.5, "levels": [1, 2], "keep": 0.25}
+    assert made == json.loads(json.dumps(made))
+    assert re.fullmatch(r".+, \d+ threads?", made["hardware"])
+
+
+def test_a_record_that_was_begun_with_other_settings_is_not_gone_on_with():
+    record: dict[str, Any] = {}
+    made = {"settings": {"lr": 0.5, "epochs": 2}, "hardware": "one"}
+    stored.sign(record, made)
+    stored.sign(record, {**made, "hardware": "another"})
+    assert record["made"] == made
+    with pytest.raises(SystemExit, match=r"other settings \(epochs\)"):
+        stored.sign(record, {"settings": {"lr": 0.5, "epochs": 3}})
+
+
+def test_the_name_of_a_processor_is_read_from_the_system(tmp_path: Path):
+    described = tmp_path / "cpuinfo"
+    described.write_text(
+        "processor\t: 0\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Intel(R) Xeon(R) 8480\n\nmodel\t: 9\n"
+    )
+    assert stored.cpu_model(described) == "Intel Xeon 8480 (family 6, model 143)"
+    described.write_text("processor\t: 0\nmodel name\t: Some ARM\n")
+    assert stored.cpu_model(described) == "Some ARM"
+    assert stored.cpu_model(tmp_path / "not there")
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+def test_anchors_of_the_page_are_its_own():
+    anchors = re.findall(r"\{ #(\w+) \}", (ROOT / "docs" / "results.md").read_text())
+    assert len(anchors) == len(set(anchors))
+    assert set(script.METHODS) < set(anchors)
+
+
+def test_every_method_with_claims_has_a_page_that_links_them():
+    linked = {anchor for page in METHOD_PAGES for anchor in anchors_of(page)}
+    assert {claim["method"] for claim in CLAIMS} <= linked | {"best"}  # which is of all methods
+
+
+def anchors_of(page: Path) -> list[str]:
+    return re.findall(r"\]\(\.\./results\.md#(\w+)\)", page.read_text())
+
+
 @pytest.mark.parametrize("page", METHOD_PAGES, ids=lambda page: page.stem)
 def test_every_method_links_its_rows(page: Path):
-    anchors = re.findall(r"\]\(\.\./results\.md#(\w+)\)", page.read_text())
+    anchors = anchors_of(page)
     assert anchors
     assert set(anchors) <= set(re.findall(r"\{ #(\w+) \}", (ROOT / "docs" / "results.md").read_text()))
+    if page.stem in script.METHODS:
+        assert page.stem in anchors

@@ -1,0 +1,176 @@
+"""The rows of `criteria_finetune.py`: what each does to a network that is to be pruned."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+import lightning_prune as lp
+from lightning_prune import criteria
+from lightning_prune.allocation import plan_by_layer
+from lightning_prune.models.cifar_resnet import PadShortcut
+from lightning_prune.plan import PruningPlan
+
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+STEPS = 8  # of the rows that prune in several
+NEAR = 0.1  # of the FLOPs: so close to the budget, Torch-Pruning is watched after each layer
+Batches = list[tuple[Tensor, Tensor]]
+Graph = lp.graph.ChannelGraph
+Planned = Callable[[Graph, Batches, float], PruningPlan]
+Prune = Callable[[float, list[Optimizer]], dict[str, Any]]  # to a fraction of the FLOPs; returns FLOPs and widths
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class Ours:
+    """Prune by a plan of this package, in one step or several."""
+
+    def __init__(self, planned: Planned, times: int = 1) -> None:
+        self.planned, self.times = planned, times
+
+    def begin(self, model: nn.Module, batches: Batches) -> Prune:
+        """Return what prunes the model, further at each call."""
+        graph = lp.trace(model.eval(), EXAMPLE)
+
+        def prune(keep: float, optimizers: list[Optimizer]) -> dict[str, Any]:
+            model.eval()
+            plan = self.planned(graph, batches, keep)
+            lp.prune(model, plan, optimizers)
+            return {"flops": plan.budget["achieved"], "widths": plan.widths}
+
+        return prune
+
+
+class TorchPruning:
+    """Prune by the group norm of Torch-Pruning, a little at a time until the FLOPs are within the budget."""
+
+    times = 1
+
+    def __init__(self, over_all_layers: bool) -> None:
+        self.over_all_layers = over_all_layers
+
+    def begin(self, model: nn.Module, batches: Batches) -> Prune:
+        """Return what prunes the model, once."""
+        try:
+            import torch_pruning
+        except ImportError:
+            raise SystemExit("This row needs Torch-Pruning: pip install 'lightning-prune[benchmark]'.") from None
+        norm = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+        pruner = torch_pruning.pruner.GroupNormPruner(
+            model.eval(), EXAMPLE, norm, global_pruning=self.over_all_layers, iterative_steps=200, pruning_ratio=1.0,
+            ignored_layers=_kept_whole(model),
+        )  # fmt: skip
+        original = _flops(model)
+
+        def prune(keep: float, optimizers: list[Optimizer]) -> dict[str, Any]:
+            while (left := _flops(model) / original) > keep:
+                for group in pruner.step(interactive=True):
+                    group.prune()
+                    # A channel of every layer is a coarse step where layers are narrow.
+                    if left < keep + NEAR and _flops(model) <= keep * original:
+                        break
+            widths = {name: m.out_channels for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+            return {"flops": _flops(model) / original, "widths": widths}
+
+        return prune
+
+
+@torch.no_grad()
+def _flops(model: nn.Module) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(EXAMPLE)
+    return counter.get_total_flops()
+
+
+def _kept_whole(model: nn.Module) -> list[nn.Module]:
+    """Return the classifier and, where shortcuts pad with zeros, what makes the residual stream.
+
+    Torch-Pruning 1.6.1 removes channels of such a stream, and the network then fails.
+    """
+    padded = any(isinstance(module, PadShortcut) for module in model.modules())
+    stream = [module for name, module in model.named_modules() if name == "conv1" or name.endswith(".conv2")]
+    return [*(module for module in model.modules() if isinstance(module, nn.Linear)), *(stream if padded else ())]
+
+
+def by_score(criterion: Any, graph: Graph, batches: Batches, keep: float) -> PruningPlan:
+    return lp.plan(graph, criteria.score(graph, criterion, batches, loss_of), keep, round_to=1)
+
+
+def with_a_quarter(criterion: Any, graph: Graph, batches: Batches, keep: float) -> PruningPlan:
+    """Rank over all layers, with the best quarter of each layer before all others, so that none gets too narrow."""
+    scores = criteria.score(graph, criterion, batches, loss_of)
+    live = torch.cat([each[each.isfinite()] for each in scores.values()])
+    for each in scores.values():
+        each[each.topk(max(1, len(each) // 4)).indices] += 2 * (live.max() - live.min())
+    return lp.plan(graph, scores, keep, round_to=1)
+
+
+def by_layer(
+    importance: Callable[..., dict[str, float]], criterion: Any, graph: Graph, batches: Batches, keep: float
+) -> PruningPlan:
+    scores = criteria.score(graph, criterion, batches, loss_of)
+    return plan_by_layer(graph, importance(graph, batches), scores, keep, round_to=1)
+
+
+def uniform(graph: Graph, batches: Batches) -> dict[str, float]:
+    return dict.fromkeys(graph.groups, 1.0)
+
+
+def entropy(graph: Graph, batches: Batches) -> dict[str, float]:
+    return criteria.afie(graph)
+
+
+def shapes(graph: Graph, batches: Batches) -> dict[str, float]:
+    return criteria.afie_of_shapes(graph)
+
+
+def sensitiveness(graph: Graph, batches: Batches) -> dict[str, float]:
+    return criteria.layer_importance(criteria.sensitiveness(graph, batches[:2], draws=2))
+
+
+def taylor(variant: str, **more: Any) -> dict[str, Any]:
+    return {"name": "taylor", "variant": variant, **more}
+
+
+A, GATE = taylor("a"), taylor("gate")
+ROWS: dict[str, Ours | TorchPruning] = {
+    "random channels": Ours(partial(by_score, "random")),
+    "uniform, L1": Ours(partial(by_layer, uniform, "l1")),
+    "AFIE, L1": Ours(partial(by_layer, entropy, "l1")),
+    "AFIE's control (shapes alone), L1": Ours(partial(by_layer, shapes, "l1")),
+    "sensitiveness, L1": Ours(partial(by_layer, sensitiveness, "l1")),
+    "L1": Ours(partial(by_score, "l1")),
+    "L2": Ours(partial(by_score, "l2")),
+    "BatchNorm scale": Ours(partial(by_score, "batch_norm_scale")),
+    "FPGM": Ours(partial(by_score, "fpgm")),
+    "LAMP": Ours(partial(by_score, "lamp")),
+    "mean activation": Ours(partial(by_score, "mean_activation")),
+    "APoZ": Ours(partial(by_score, "apoz")),
+    "Taylor A": Ours(partial(by_score, A)),
+    "Taylor A, FLOPs term 0.1": Ours(partial(by_score, taylor("a", flops_penalty=0.1))),
+    "Taylor A, FLOPs term 1": Ours(partial(by_score, taylor("a", flops_penalty=1.0))),
+    "Taylor B": Ours(partial(by_score, taylor("b"))),
+    "Taylor C": Ours(partial(by_score, taylor("c"))),
+    "Taylor gate (2019)": Ours(partial(by_score, GATE)),
+    "Taylor weights, sum then square (2019)": Ours(partial(by_score, taylor("sum_then_square"))),
+    "Taylor weights, square then sum (2019)": Ours(partial(by_score, taylor("square_then_sum"))),
+    "oracle, absolute": Ours(partial(by_score, "oracle")),
+    "Torch-Pruning, group norm": TorchPruning(over_all_layers=True),
+    "Torch-Pruning, group norm, uniform": TorchPruning(over_all_layers=False),
+    "uniform, FPGM": Ours(partial(by_layer, uniform, "fpgm")),
+    "uniform, Taylor gate": Ours(partial(by_layer, uniform, GATE)),
+    "AFIE, Taylor A": Ours(partial(by_layer, entropy, A)),
+    "sensitiveness, Taylor gate": Ours(partial(by_layer, sensitiveness, GATE)),
+    "Taylor gate, a quarter of each layer stays": Ours(partial(with_a_quarter, GATE)),
+    f"Taylor A, {STEPS} steps": Ours(partial(by_score, A), STEPS),
+    f"Taylor gate, {STEPS} steps": Ours(partial(by_score, GATE), STEPS),
+    f"Taylor gate, a quarter of each layer stays, {STEPS} steps": Ours(partial(with_a_quarter, GATE), STEPS),
+    f"AFIE, Taylor A, {STEPS} steps": Ours(partial(by_layer, entropy, A), STEPS),
+}

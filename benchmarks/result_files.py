@@ -1,0 +1,115 @@
+"""Read the files of results: each as figures by setting, row and column, with a value for each seed."""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import stored
+
+RESULTS = Path(__file__).parent / "results"
+Values = dict[str, float]  # by seed
+Figures = dict[str, dict[str, dict[str, Values]]]  # by setting, row and column
+Entry = tuple[str, str, str, str, float]  # setting, row, column, seed, value
+
+
+def by_key(content: Any, columns: Mapping[str, str]) -> Iterator[Entry]:
+    """Read records whose keys are ``setting | row | seed``.
+
+    Args:
+        content: The records.
+        columns: By the name of what a record holds, the column that it is shown in. A column that ends on ``(%)`` is
+            for fractions.
+    """
+    for key, record in content.items():
+        setting, row, seed = key.split(" | ")
+        for name, column in columns.items():
+            if name in record:
+                yield setting, row, column, seed, record[name] * (100 if column.endswith("(%)") else 1)
+
+
+def oracle_correlation(content: Any) -> Iterator[Entry]:
+    for network, seeds in content.items():
+        for seed, rows in seeds.items():
+            for row, columns in rows.items():
+                if row not in ("accuracy", "made"):
+                    for column, value in columns.items():
+                        yield network, row, column, seed, value
+
+
+def afie_epochs(content: Any) -> Iterator[Entry]:
+    for key, record in content.items():
+        setting, seed = key.rsplit("; seed ", 1)
+        for row, result in record.items():
+            if row != "made":
+                yield setting, row, "accuracy (%)", seed, 100 * result["accuracy"]
+        for name, value in record.get("unpruned", {}).items():
+            if name.endswith(" against last"):
+                yield setting, name.removesuffix(" against last"), "order against last", seed, value
+
+
+def sensitiveness_order(content: Any) -> Iterator[Entry]:
+    for network, seeds in content.items():
+        for seed, record in seeds.items():
+            for row, result in record.items():
+                if isinstance(result, dict) and "order" in result:
+                    yield network, row, "order, early against last", seed, result["order"]
+            for row, result in record.get("pruned", {}).items():
+                yield network, row, "accuracy (%)", seed, 100 * result["accuracy"]
+
+
+def agents_vs_sb3(content: Any) -> Iterator[Entry]:
+    for row in content:
+        setting = f"{row['env']}, {row['steps']:,} steps"
+        for name, column in {"return": "return", "steps_per_second": "steps per second"}.items():
+            yield setting, row["agent"], column, str(row["seed"]), row[name]
+
+
+def agents_vs_random_search(content: Any) -> Iterator[Entry]:
+    setting = f"ResNet-20, {content['settings']['episodes']} episodes, keep {content['settings']['keep']}"
+    for key, rewards in content["rewards"].items():
+        agent, seed = key.split("/")
+        last = rewards[-max(1, round(len(rewards) / 5)) :]
+        yield setting, agent, "best reward (%)", seed, 100 * max(rewards)
+        yield setting, agent, "mean reward of the last fifth (%)", seed, 100 * statistics.fmean(last)
+
+
+def latency_budget(content: Any) -> Iterator[Entry]:
+    """Read each network and batch size as one repeat, as a seed is elsewhere."""
+    for key, result in content.items():
+        network, batch, _ = key.split(" | ")
+        if "asked" in result:
+            row, repeat = f"{result['asked']}x asked", f"{network}, batch {batch}"
+            yield "all networks and batch sizes", row, "reached / asked", repeat, result["reached"] / result["asked"]
+            yield "all networks and batch sizes", row, "score kept / that by FLOPs", repeat, result["kept score"]
+
+
+READERS: dict[str, Callable[[Any], Iterator[Entry]]] = {
+    f"{reader.__name__}.json": reader
+    for reader in (
+        oracle_correlation, afie_epochs, sensitiveness_order, agents_vs_sb3, agents_vs_random_search, latency_budget,
+    )
+}  # fmt: skip
+
+
+def read(name: str, about: Mapping[str, Any], folder: Path = RESULTS) -> Figures:
+    """Return what a file holds; nothing if it is not there.
+
+    Args:
+        name: The file.
+        about: What ``claims.yaml`` says of it; with ``columns`` for `by_key`, if it has no reader of its own.
+        folder: Where it lies.
+    """
+    content = stored.load(folder / name)
+    figures: Figures = {}
+    if content:
+        entries = by_key(content, about["columns"]) if "columns" in about else READERS[name](content)
+        for setting, row, column, seed, value in entries:
+            figures.setdefault(setting, {}).setdefault(row, {}).setdefault(column, {})[seed] = value
+    return figures
+
+
+def hardware_of(name: str, about: Mapping[str, Any], folder: Path = RESULTS) -> str:
+    """Return what a file was made on; of records that do not say so, what ``claims.yaml`` says."""
+    known = sorted({made["hardware"] for made in stored.records_of(stored.load(folder / name))})
+    return "; ".join([*known, *([about["hardware"]] if "hardware" in about else [])]) or "-"

@@ -1,0 +1,109 @@
+"""Draw accuracy against FLOPs and against measured time, one figure for each network of `criteria_finetune.json`."""
+
+import hashlib
+import io
+import json
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from result_files import Figures
+
+FLOPS, TIME, ACCURACY, WHOLE = "FLOPs kept (%)", "time kept (%)", "fine-tuned (%)", "not pruned"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f4fc9", "#4d4d4d", "#9c7a00", "#c0303c")
+MARKERS = "osD^vP*Xph"
+Point = tuple[float, float, float, float]  # FLOPs, time, mean and standard deviation of the accuracy
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What is drawn of a network.
+
+    Attributes:
+        network: Its name.
+        points: By row of the table, a point for each budget that it was measured at, the smallest first.
+        whole: Accuracy in percent of the network that is not pruned.
+    """
+
+    network: str
+    points: dict[str, list[Point]]
+    whole: float
+
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return f"accuracy_{self.network.replace('/', '-')}.svg"
+
+    @property
+    def digest(self) -> str:
+        """What a file that shows these points holds, and no other; the same for all versions of Matplotlib."""
+        return hashlib.sha256(json.dumps([self.points, self.whole]).encode()).hexdigest()
+
+
+def plots(figures: Figures, rows: list[str]) -> list[Plot]:
+    """Return what is to be drawn: networks of which the whole network and some of the rows have been measured."""
+    networks = dict.fromkeys(setting.partition(", keep ")[0] for setting in figures)
+    found = []
+    for network in networks:
+        settings = [each for each in figures if each.partition(", keep ")[0] == network]
+        points = {
+            row: sorted(_point(figures[each][row]) for each in settings if _drawable(figures[each], row))
+            for row in rows
+        }
+        if any(points.values()) and WHOLE in figures.get(network, {}):
+            whole = statistics.fmean(figures[network][WHOLE][ACCURACY].values())
+            found.append(Plot(network, points, whole))
+    return found
+
+
+def _drawable(rows: dict[str, dict[str, dict[str, float]]], row: str) -> bool:
+    return {FLOPS, TIME, ACCURACY} <= set(rows.get(row, {}))
+
+
+def _point(columns: dict[str, dict[str, float]]) -> Point:
+    flops, time, accuracy = (list(columns[column].values()) for column in (FLOPS, TIME, ACCURACY))
+    deviation = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
+    rounded = (statistics.fmean(flops), statistics.fmean(time), statistics.fmean(accuracy), deviation)
+    return tuple(round(value, 6) for value in rounded)  # type: ignore[return-value]
+
+
+def draw(plot: Plot) -> bytes:
+    """Return the figure as SVG, the same bytes for the same points and version of Matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {"svg.hashsalt": plot.network, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9, 5.4), layout="constrained", facecolor="white")
+        panels = figure.subplots(1, 2, sharey=True)
+        for place, title in enumerate(("FLOPs kept", "time of a forward pass kept")):
+            _panel(panels[place], plot, place)
+            panels[place].set_xlabel(title)
+        panels[0].set_ylabel("test accuracy after fine-tuning (%)")
+        figure.suptitle(f"{plot.network}, CIFAR-10 (JPEG copy); mean and standard deviation over seeds", fontsize=10)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Description": plot.digest})
+        return drawn.getvalue()
+
+
+def _panel(panel: Any, plot: Plot, place: int) -> None:
+    """Draw accuracy against what stands at one place of the points."""
+    from matplotlib.ticker import PercentFormatter
+
+    panel.axhline(plot.whole, color="#888888", linestyle="--", linewidth=1)
+    panel.annotate(
+        WHOLE, (0.01, plot.whole), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+        color="#666666", fontsize=8,
+    )  # fmt: skip
+    for number, (row, points) in enumerate(plot.points.items()):
+        if points:  # a row that is left out keeps its colour for other figures
+            panel.errorbar(
+                [point[place] for point in points], [point[2] for point in points], [point[3] for point in points],
+                label=row, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], markersize=5,
+                linewidth=1, capsize=2, elinewidth=0.8,
+            )  # fmt: skip
+    panel.set_xlim(0, max(100, 1.05 * max(point[place] for points in plot.points.values() for point in points)))
+    panel.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+    panel.grid(color="#e6e6e6", linewidth=0.6)
+    panel.set_axisbelow(True)

@@ -1,0 +1,98 @@
+"""Results that a benchmark keeps in a JSON file: added to as they come, each with what it was made with and on.
+
+A script loads the file, adds what is missing of it, and saves it after each addition, so that a run that is stopped
+goes on where it was. A record that is added holds, under ``made``, what `made_with` returns.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Options that say where things lie or what is to be run, and not how.
+_NOT_SETTINGS = {"root", "work", "results", "weights", "networks", "rows", "seeds", "table"}
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Return what a file holds; nothing if it is not there."""
+    path = Path(path)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(path: str | Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def made_with(settings: argparse.Namespace, device: str = "cpu", **more: Any) -> dict[str, Any]:
+    """Return how a result comes about.
+
+    Args:
+        settings: The options of the script; those that name places are left out.
+        device: Where it runs, ``"cpu"`` or ``"cuda"``.
+        more: Settings that are no options.
+
+    Returns:
+        ``settings``, ``hardware`` and the version of ``torch``.
+    """
+    options = {name: value for name, value in vars(settings).items() if name not in _NOT_SETTINGS}
+    versions = {"hardware": hardware(device), "torch": torch.__version__}
+    return json.loads(json.dumps({"settings": {**options, **more}, **versions}))  # as it is read again
+
+
+def sign(record: dict[str, Any], made: dict[str, Any]) -> None:
+    """Note in a record how it comes about, and end the script if it was begun with other settings."""
+    before = record.setdefault("made", made)["settings"]
+    other = [name for name, value in made["settings"].items() if before.get(name) != value]
+    if other:
+        sys.exit(
+            f"The results hold a record that was begun with other settings ({', '.join(other)}); give another file as "
+            "--results, or the same settings."
+        )
+
+
+def hardware(device: str = "cpu") -> str:
+    """Return the model of the GPU, or of the CPU and the number of threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def cpu_model(description: Path = Path("/proc/cpuinfo")) -> str:
+    """Return what the system calls its processor, with the numbers that tell generations of one name apart."""
+    if not description.exists():
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in description.read_text().partition("\n\n")[0].splitlines())
+    known = {name.strip(): value.strip() for name, _, value in pairs}
+    name = known.get("model name", platform.machine()).replace("(R)", "").replace("(TM)", "")
+    return f"{name} (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else name
+
+
+def records_of(content: Any) -> Iterator[dict[str, Any]]:
+    """Return what `made_with` has noted, of every record in a file."""
+    if isinstance(content, dict):
+        if "hardware" in content.get("made", {}):
+            yield content["made"]
+        for part in content.values():
+            yield from records_of(part)
+    elif isinstance(content, list):
+        for part in content:
+            yield from records_of(part)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Return mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"

@@ -1,0 +1,154 @@
+"""Transfer a VGG-16 to cats and dogs and remove 67 % of its filters: what accuracy is left, and how much faster is it?
+
+The network, of a fraction of the usual width, is trained on the eight other classes of CIFAR-10 (JPEG copy). For cats
+and dogs it gets a new classifier, which is trained alone at first, then with all the rest; then the Taylor callback
+removes filters before each of five epochs, and training goes on. The baseline is the same run without the callback.
+Accuracy is that on the test images of the two classes after the last epoch; speed is that of the CPU, the median of
+turns of both networks.
+
+Results are added to a file as they come, the trained networks are kept in ``--work``, and a run that is started again
+goes on where it stopped::
+
+    python benchmarks/two_classes.py --root data/cifar10-jpeg [--width 0.25] [--seeds 3]
+"""
+
+import argparse
+import os
+import statistics
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import stored
+import torch
+
+from lightning_prune.callbacks import TaylorRankCallback
+from lightning_prune.datamodules import ImageFolderDataModule
+from lightning_prune.latency import measure_latency
+from lightning_prune.models import ImageClassifier, Optimization, Transfer
+from lightning_prune.surgery import plan_in_force
+
+TARGET = ("cat", "dog")
+NETWORK, KEEP, STEPS = "vgg16_bn", 0.33, 5
+BATCHES = (1, 32)  # for which speed is measured
+
+
+def data_of(name: str, classes: list[str], settings: argparse.Namespace, seed: int) -> ImageFolderDataModule:
+    """Return the images of some classes, from a folder of links to theirs."""
+    root = Path(settings.work).absolute() / name
+    for part in ("train", "test"):
+        (root / part).mkdir(parents=True, exist_ok=True)
+        for each in classes:
+            link = root / part / each
+            if not link.exists():
+                link.symlink_to(Path(settings.root).absolute() / part / each, target_is_directory=True)
+    return ImageFolderDataModule(str(root), batch_size=settings.batch_size, seed=seed)
+
+
+def trainer(epochs: int, *callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=epochs, devices=1, accelerator="cpu", callbacks=list(callbacks), logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+
+
+def trained_on_others(seed: int, settings: argparse.Namespace) -> Path:
+    """Return the weights of a network that knows the other classes, trained now or before."""
+    file = Path(settings.work) / f"others-{settings.width}-{settings.epochs}-{seed}.pt"
+    if not file.exists():
+        classes = sorted(each.name for each in (Path(settings.root) / "train").iterdir() if each.name not in TARGET)
+        L.seed_everything(seed, verbose=False)
+        module = ImageClassifier(
+            NETWORK, len(classes), (3, 32, 32), {"width": settings.width}, optimization=Optimization(lr=0.05)
+        )
+        trainer(settings.epochs).fit(module, data_of("others", classes, settings, seed))
+        torch.save(module.network.state_dict(), file.with_suffix(".partial"))
+        os.replace(file.with_suffix(".partial"), file)
+    return file
+
+
+def transferred(weights: Path, seed: int, settings: argparse.Namespace, *callbacks: L.Callback) -> dict[str, Any]:
+    """Train on the two classes, with what callbacks do; return the module and its accuracy on test images."""
+    L.seed_everything(seed, verbose=False)
+    data = data_of("two", list(TARGET), settings, seed)
+    module = ImageClassifier(
+        NETWORK, len(TARGET), (3, 32, 32), {"width": settings.width}, weights=str(weights),
+        transfer=Transfer(head="classifier", frozen=["features.*"], unfreeze_epoch=1),
+        optimization=Optimization(lr=settings.lr, restarts=[settings.transfer]),
+    )  # fmt: skip
+    run = trainer(settings.transfer + settings.finetune, *callbacks)
+    run.fit(module, data)
+    (tested,) = run.test(module, data, verbose=False)
+    return {"module": module.eval(), "accuracy": tested["test/accuracy"]}
+
+
+def speed_up(pruned: torch.nn.Module, whole: torch.nn.Module, batch: int, turns: int = 15) -> float:
+    images = torch.zeros(batch, 3, 32, 32)
+    times = ([measure_latency(each, images, 10, 2) for each in (whole, pruned)] for _ in range(turns))
+    return statistics.median(before / after for before, after in times)
+
+
+def measure(seed: int, settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return both records of a seed."""
+    weights = trained_on_others(seed, settings)
+    whole = transferred(weights, seed, settings)
+    prune = TaylorRankCallback(
+        keep=KEEP, metric="channels", start_epoch=settings.transfer, every_n_epochs=1, steps=STEPS, round_to=1
+    )
+    pruned = transferred(weights, seed, settings, prune)
+    plan = plan_in_force(pruned["module"])
+    assert plan is not None
+    assert plan.budget is not None
+    made = stored.made_with(settings)
+    return {
+        "not pruned": {"accuracy": whole["accuracy"], "made": made},
+        "pruned": {
+            "accuracy": pruned["accuracy"],
+            "filters": plan.budget["achieved"],
+            "widths": plan.widths,
+            **{f"speed_{n}": speed_up(pruned["module"], whole["module"], n) for n in BATCHES},
+            "made": made,
+        },
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| | test accuracy (%) | filters kept | speed-up, batch 1 | speed-up, batch 32 |", "|---|---|---|---|---|"]
+    for row in ("not pruned", "pruned"):
+        found = [result for key, result in results.items() if key.split(" | ")[1] == row]
+        cells = [stored.spread([100 * each["accuracy"] for each in found], 1)]
+        for name in ("filters", *(f"speed_{n}" for n in BATCHES)):
+            values = [each[name] for each in found if name in each]
+            cells.append(stored.spread(values, 2) if values else "")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data/cifar10-jpeg", help="folder with train/ and test/, a folder per class")
+    parser.add_argument("--width", type=float, default=0.25, help="of the VGG-16, as a fraction of the usual one")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=5, help="on the eight other classes")
+    parser.add_argument("--transfer", type=int, default=5, help="epochs on the two classes before the first prune")
+    parser.add_argument("--finetune", type=int, default=10, help="epochs from the first prune on")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--work", default="logs/two_classes", help="trained networks and links to the images")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "two_classes.json")
+    settings = parser.parse_args()
+    warnings.simplefilter("ignore")
+    results = stored.load(settings.results)
+    for seed in range(settings.seeds):
+        keys = {row: f"{NETWORK}, width {settings.width} | {row} | {seed}" for row in ("not pruned", "pruned")}
+        if not all(key in results for key in keys.values()):
+            results.update({keys[row]: record for row, record in measure(seed, settings).items()})
+            stored.save(settings.results, results)
+            print(f"seed {seed}: done", flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
