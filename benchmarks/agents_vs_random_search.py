@@ -15,14 +15,13 @@ images; both take turns in one process, and the ratio is the median of the round
 
 import argparse
 import copy
-import json
-import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import stored
 import torch
 from scipy import stats
 from torch import Tensor
@@ -38,6 +37,7 @@ from lightning_prune.models.weights import load_weights
 
 RESULTS = Path(__file__).parent / "results" / "agents_vs_random_search.json"
 AGENTS = ("sac", "ppo-clip", "ppo-kl", "ppo-cim", "reinforce", "random")
+SETTINGS = ("keep", "episodes", "round", "updates", "images", "recalibrate")  # that rewards depend on
 LAST = 0.2  # share of the episodes that the mean is taken of
 GOAL = 3.0  # episodes per second, as multiple of the loop's
 Batch = tuple[Tensor, Tensor]
@@ -108,12 +108,12 @@ def key(agent: str, seed: int) -> str:
 
 def compare(settings: argparse.Namespace) -> None:
     """Run what has not been run yet, and print the table."""
-    about = {
-        name: getattr(settings, name) for name in ("keep", "episodes", "round", "updates", "images", "recalibrate")
-    }
-    about["weights"] = Path(settings.weights).name
-    stored = json.loads(settings.results.read_text()) if settings.results.exists() else {}
-    found: dict[str, list[float]] = stored.get("rewards", {}) if stored.get("settings") == about else {}
+    about = {name: getattr(settings, name) for name in SETTINGS}
+    begun = {"settings": {**about, "weights": Path(settings.weights).name}, "rewards": {}}
+    results = stored.load(settings.results) or begun
+    stored.check_settings(results["settings"], about)
+    found: dict[str, list[float]] = results["rewards"]
+    made = results.setdefault("made", {})  # by run; earlier runs did not say
     problem, rewarded, statistics_from = make_problem(settings)
     measure = accuracy_of(problem.graph, rewarded, recalibrate=statistics_from)
     for seed in range(settings.seeds):
@@ -122,20 +122,14 @@ def compare(settings: argparse.Namespace) -> None:
                 continue
             start = time.perf_counter()
             found[key(agent, seed)] = rewards = run(agent, seed, problem, measure, settings)
-            write(settings.results, {"settings": about, "rewards": found})
+            made[key(agent, seed)] = stored.made_with(argparse.Namespace(**about), settings.device)
+            stored.save(settings.results, results)
             print(
                 f"{agent:10} seed {seed}: last {last_part(rewards):.4f}, best {max(rewards):.4f}, "
                 f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )
     table(found, settings)
-
-
-def write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
 
 
 @torch.no_grad()

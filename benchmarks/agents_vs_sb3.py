@@ -13,9 +13,7 @@ agents have their first seed before any has its second. Needs ``gymnasium[mujoco
 
 import argparse
 import itertools
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import stable_baselines3
+import stored
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -162,12 +161,11 @@ def evaluate(policy: Policy, env: str) -> float:
     return statistics.mean(returns)
 
 
-def run(env: str, name: str, seed: int, steps: int) -> dict[str, Any]:
-    """Train and evaluate; return the row of the results."""
-    learn = theirs if name.startswith("sb3") else ours
-    policy, seconds = learn(name, env, TASKS[env], steps, seed)
-    row = {"env": env, "agent": name, "seed": seed, "steps": steps}
-    return {**row, "return": round(evaluate(policy, env), 3), "steps_per_second": round(steps / seconds, 1)}
+def run(env: str, agent: str, seed: int, steps: int) -> dict[str, float]:
+    """Train and evaluate."""
+    learn = theirs if agent.startswith("sb3") else ours
+    policy, seconds = learn(agent, env, TASKS[env], steps, seed)
+    return {"return": round(evaluate(policy, env), 3), "steps_per_second": round(steps / seconds, 1)}
 
 
 def table(rows: list[dict[str, Any]], env: str) -> str:
@@ -176,28 +174,22 @@ def table(rows: list[dict[str, Any]], env: str) -> str:
         "| agent | steps | return (mean, std, seeds) | minus peer's, % of it | steps/s | ratio |",
         "|" + "---|" * 6,
     ]
-    found = {name: [row for row in rows if (row["env"], row["agent"]) == (env, name)] for name in AGENTS}
-    for name, own in found.items():
-        if not own:
-            continue
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: AGENTS.index(row["agent"])):
+        if row["env"] == env:
+            found.setdefault((row["agent"], row["steps"]), []).append(row)
+    for (name, steps), own in found.items():
         returns, speed = [row["return"] for row in own], statistics.median(row["steps_per_second"] for row in own)
         deviation = statistics.stdev(returns) if len(returns) > 1 else math.nan
         against = ["", ""]
-        peer = found.get(PEERS.get(name, ""))
+        peer = found.get((PEERS.get(name, ""), steps))
         if peer:
             other = statistics.mean(row["return"] for row in peer)
             other_speed = statistics.median(row["steps_per_second"] for row in peer)
             against = [f"{100 * (statistics.mean(returns) - other) / abs(other):+.1f}", f"{speed / other_speed:.2f}"]
         figures = f"{statistics.mean(returns):.1f}, {deviation:.1f}, {len(returns)}"
-        lines.append(f"| {name} | {own[0]['steps']} | {figures} | {against[0]} | {speed:.0f} | {against[1]} |")
+        lines.append(f"| {name} | {steps} | {figures} | {against[0]} | {speed:.0f} | {against[1]} |")
     return f"{env}\n\n" + "\n".join(lines)
-
-
-def save(rows: list[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def main() -> None:
@@ -211,17 +203,22 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    rows = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
+    rows = stored.load(arguments.results) or []
     order = itertools.product(range(arguments.seeds), arguments.env, arguments.agents)
     for seed, env, name in order:
         task = TASKS[env]
         wanted = (arguments.sac_steps or task.sac_steps) if "sac" in name else (arguments.ppo_steps or task.ppo_steps)
         steps = math.ceil(wanted / ROLLOUT) * ROLLOUT  # whole rollouts
-        if any((row["env"], row["agent"], row["seed"], row["steps"]) == (env, name, seed, steps) for row in rows):
+        made = stored.made_with(arguments, learning_rate=task.learning_rate, discount=task.discount)
+        made["stable_baselines3"] = stable_baselines3.__version__
+        asked = {"env": env, "agent": name, "seed": seed, "steps": steps}
+        known = [row for row in rows if all(row[field] == value for field, value in asked.items())]
+        if known:
+            stored.sign(known[0], made)
             continue
-        rows.append(run(env, name, seed, steps))
+        rows.append({**asked, **run(**asked), "made": made})
         print(rows[-1], flush=True)
-        save(rows, arguments.results)
+        stored.save(arguments.results, rows)
     for env in arguments.env:
         print(table(rows, env))
 

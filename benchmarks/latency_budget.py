@@ -5,17 +5,16 @@ timed against the original, turn and turn about. Then budgets of FLOPs are tried
 fast, and the sums of the magnitude scores that the two plans keep are compared. Last, the network at half the FLOPs is
 timed. Results are added to a file as they come, and a run that is started again goes on where it stopped::
 
-    python benchmarks/latency_budget.py [--networks mobilenet_v2] [--batch 1 8] [--threads 2] [--table]
+    python benchmarks/latency_budget.py [--networks mobilenet_v2] [--batch 1 8] [--threads 1] [--table]
 """
 
 import argparse
 import copy
-import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
 
+import stored
 import torch
 import torchvision
 from torch import nn
@@ -30,12 +29,11 @@ SPEED_UPS = (1.5, 2.0, 3.0)
 CLOSE, MORE, HALF_FLOPS = 0.95, 1.10, 1.25  # the goals: of the speed-up, of the score, MobileNetV2 at half the FLOPs
 
 
-def speed_up(model: nn.Module, plan: PruningPlan, x: torch.Tensor, rounds: int = 5) -> float:
-    """Time a pruned copy against the model."""
+def speed_ups(model: nn.Module, plan: PruningPlan, x: torch.Tensor, rounds: int = 5) -> list[float]:
+    """Time a pruned copy against the model, once a round."""
     pruned = copy.deepcopy(model)
     lp.prune(pruned, plan)
-    ratios = [measure_latency(model, x, 7, 2) / measure_latency(pruned, x, 7, 2) for _ in range(rounds)]
-    return statistics.median(ratios)
+    return [measure_latency(model, x, 7, 2) / measure_latency(pruned, x, 7, 2) for _ in range(rounds)]
 
 
 def as_fast_by_flops(
@@ -47,7 +45,7 @@ def as_fast_by_flops(
     for _ in range(6):
         keep = (low + high) / 2
         plan = lp.plan(graph, scores, keep=keep, metric="flops", round_to=8)
-        reached = speed_up(graph.model, plan, x, rounds=3)
+        reached = statistics.median(speed_ups(graph.model, plan, x, rounds=3))
         if reached >= wanted:
             low, best = keep, (plan, reached)
         else:
@@ -62,7 +60,7 @@ def measure(name: str, batch: int, wanted: float) -> dict[str, Any]:
     graph = lp.trace(model, x)
     scores = lp.criteria.magnitude(graph)
     plan = lp.plan(graph, scores, keep=1 / wanted, metric="latency", round_to=8)
-    reached = speed_up(model, plan, x)
+    reached = statistics.median(speed_ups(model, plan, x))
     other, other_reached = as_fast_by_flops(graph, scores, x, reached)
     return {
         "asked": wanted,
@@ -80,7 +78,8 @@ def half_flops(name: str, batch: int) -> dict[str, Any]:
     x = torch.randn(batch, 3, 224, 224)
     graph = lp.trace(model, x)
     plan = lp.plan(graph, lp.criteria.magnitude(graph), keep=0.5, round_to=8)
-    return {"reached": speed_up(model, plan, x)}
+    rounds = speed_ups(model, plan, x)
+    return {"reached": statistics.median(rounds), "rounds": rounds}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -113,18 +112,18 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
-    results = json.loads(settings.results.read_text()) if settings.results.exists() else {}
+    results, made = stored.load(settings.results), stored.made_with(settings)
     rows = [
         (name, batch, goal) for batch in settings.batch for name in settings.networks for goal in (*SPEED_UPS, None)
     ]
     for name, batch, goal in [] if settings.table else rows:
         key = f"{name} | {batch} | {goal or 'half'}"
-        if key not in results:
-            results[key] = measure(name, batch, goal) if goal else half_flops(name, batch)
-            print(key, results[key], flush=True)
-            temporary = settings.results.with_suffix(".part")
-            temporary.write_text(json.dumps(results, indent=1))
-            os.replace(temporary, settings.results)
+        record = results.setdefault(key, {})
+        stored.sign(record, made)
+        if "reached" not in record:
+            record.update(measure(name, batch, goal) if goal else half_flops(name, batch))
+            print(key, record, flush=True)
+            stored.save(settings.results, results)
     print(table(results))
 
 

@@ -59,10 +59,17 @@ def sensitiveness_order(content: Any) -> Iterator[Entry]:
 
 
 def agents_vs_sb3(content: Any) -> Iterator[Entry]:
-    for row in content:
-        setting = f"{row['env']}, {row['steps']:,} steps"
-        for name, column in {"return": "return", "steps_per_second": "steps per second"}.items():
-            yield setting, row["agent"], column, str(row["seed"]), row[name]
+    """Read what each agent reached, and ours beside that of Stable-Baselines3, seed by seed."""
+    found = {(row["env"], row["steps"], row["agent"], row["seed"]): row for row in content}
+    for (env, steps, agent, seed), row in found.items():
+        entry = f"{env}, {steps:,} steps", agent
+        yield *entry, "return", str(seed), row["return"]
+        yield *entry, "steps per second", str(seed), row["steps_per_second"]
+        peer = found.get((env, steps, "sb3-sac" if agent == "sac" else "sb3-ppo", seed))
+        if peer and not agent.startswith("sb3"):
+            ahead = 100 * (row["return"] - peer["return"]) / abs(peer["return"])
+            yield *entry, "return above peer's, % of it", str(seed), ahead
+            yield *entry, "steps per second / peer's", str(seed), row["steps_per_second"] / peer["steps_per_second"]
 
 
 def agents_vs_random_search(content: Any) -> Iterator[Entry]:
@@ -75,13 +82,17 @@ def agents_vs_random_search(content: Any) -> Iterator[Entry]:
 
 
 def latency_budget(content: Any) -> Iterator[Entry]:
-    """Read each network and batch size as one repeat, as a seed is elsewhere."""
+    """Read as repeats, which seeds are elsewhere: networks with their batch size; rounds at half the FLOPs."""
     for key, result in content.items():
         network, batch, _ = key.split(" | ")
         if "asked" in result:
-            row, repeat = f"{result['asked']}x asked", f"{network}, batch {batch}"
-            yield "all networks and batch sizes", row, "reached / asked", repeat, result["reached"] / result["asked"]
-            yield "all networks and batch sizes", row, "score kept / that by FLOPs", repeat, result["kept score"]
+            entry, repeat = ("all networks and batch sizes", f"{result['asked']}x asked"), f"{network}, batch {batch}"
+            yield *entry, "reached / asked", repeat, result["reached"] / result["asked"]
+            yield *entry, "score kept / that by FLOPs", repeat, result["kept score"]
+            yield *entry, "reached by FLOPs / reached", repeat, result["other speed-up"] / result["reached"]
+        else:
+            for number, ratio in enumerate(result.get("rounds", [result["reached"]])):  # earlier rows have the median
+                yield f"half the FLOPs, batch {batch}", network, "speed-up", str(number), ratio
 
 
 READERS: dict[str, Callable[[Any], Iterator[Entry]]] = {

@@ -30,6 +30,17 @@ class Plot:
     whole: float
 
     @property
+    def all_points(self) -> list[Point]:
+        """The points of all rows."""
+        return [point for points in self.points.values() for point in points]
+
+    @property
+    def floor(self) -> float:
+        """Accuracy below which nothing is shown: a row that fails would press all others together."""
+        middle = statistics.median(point[2] for point in self.all_points)
+        return middle - 3 * max(1.0, abs(self.whole - middle))
+
+    @property
     def file(self) -> str:
         """Name of the file."""
         return f"accuracy_{self.network.replace('/', '-')}.svg"
@@ -80,6 +91,7 @@ def draw(plot: Plot) -> bytes:
             _panel(panels[place], plot, place)
             panels[place].set_xlabel(title)
         panels[0].set_ylabel("test accuracy after fine-tuning (%)")
+        panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], plot.floor))
         figure.suptitle(f"{plot.network}, CIFAR-10 (JPEG copy); mean and standard deviation over seeds", fontsize=10)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         drawn = io.BytesIO()
@@ -98,12 +110,14 @@ def _panel(panel: Any, plot: Plot, place: int) -> None:
     )  # fmt: skip
     for number, (row, points) in enumerate(plot.points.items()):
         if points:  # a row that is left out keeps its colour for other figures
+            below = " (below)" if max(point[2] for point in points) < plot.floor else ""
             panel.errorbar(
                 [point[place] for point in points], [point[2] for point in points], [point[3] for point in points],
-                label=row, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], markersize=5,
-                linewidth=1, capsize=2, elinewidth=0.8,
+                label=row + below, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
+                markersize=5, linewidth=1, capsize=2, elinewidth=0.8,
             )  # fmt: skip
-    panel.set_xlim(0, max(100, 1.05 * max(point[place] for points in plot.points.values() for point in points)))
+    kept = [point[place] for point in plot.all_points]
+    panel.set_xlim(max(0, min(kept) - 10), max(100, max(kept) + 5))
     panel.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     panel.grid(color="#e6e6e6", linewidth=0.6)
     panel.set_axisbelow(True)

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 
 # Options that say where things lie or what is to be run, and not how.
-_NOT_SETTINGS = {"root", "work", "results", "weights", "networks", "rows", "seeds", "table"}
+_NOT_SETTINGS = {
+    "root", "work", "results", "weights",
+    "networks", "rows", "seeds", "table", "batch", "env", "agents", "sac_steps", "ppo_steps",
+}  # fmt: skip
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Return what a file holds; nothing if it is not there."""
+def load(path: str | Path) -> Any:
+    """Return what a file holds; an empty dictionary if it is not there."""
     path = Path(path)
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -39,7 +42,7 @@ def made_with(settings: argparse.Namespace, device: str = "cpu", **more: Any) ->
     """Return how a result comes about.
 
     Args:
-        settings: The options of the script; those that name places are left out.
+        settings: The options of the script; those that name places, or choose what is run, are left out.
         device: Where it runs, ``"cpu"`` or ``"cuda"``.
         more: Settings that are no options.
 
@@ -52,10 +55,19 @@ def made_with(settings: argparse.Namespace, device: str = "cpu", **more: Any) ->
 
 
 def sign(record: dict[str, Any], made: dict[str, Any]) -> None:
-    """Note in a record how it comes about, and end the script if it was begun with other settings."""
-    before = record.setdefault("made", made)["settings"]
-    other = [name for name, value in made["settings"].items() if before.get(name) != value]
-    if other:
+    """Note in a new record how it comes about, and end the script if it was begun with other settings.
+
+    A record of earlier days that does not say how it came about is left as it is.
+    """
+    if not record:
+        record["made"] = made
+    if "made" in record:
+        check_settings(record["made"]["settings"], made["settings"])
+
+
+def check_settings(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """End the script if what was begun has other settings."""
+    if other := [name for name, value in now.items() if before.get(name) != value]:
         sys.exit(
             f"The results hold a record that was begun with other settings ({', '.join(other)}); give another file as "
             "--results, or the same settings."
@@ -83,8 +95,8 @@ def cpu_model(description: Path = Path("/proc/cpuinfo")) -> str:
 def records_of(content: Any) -> Iterator[dict[str, Any]]:
     """Return what `made_with` has noted, of every record in a file."""
     if isinstance(content, dict):
-        if "hardware" in content.get("made", {}):
-            yield content["made"]
+        if "hardware" in content:
+            yield content
         for part in content.values():
             yield from records_of(part)
     elif isinstance(content, list):

@@ -94,10 +94,27 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
         ],
     ),
     "agents_vs_sb3.json": (
-        [{"env": "Pendulum-v1", "agent": "sac", "seed": 4, "steps": 1000, "return": -1.5, "steps_per_second": 9.0}],
         [
-            ("Pendulum-v1, 1,000 steps", "sac", "return", "4", -1.5),
-            ("Pendulum-v1, 1,000 steps", "sac", "steps per second", "4", 9.0),
+            {"env": "Pendulum-v1", "steps": 1000} | row
+            for row in [
+                {"agent": "sac", "seed": 4, "return": -1.5, "steps_per_second": 9.0},
+                {"agent": "sb3-sac", "seed": 4, "return": -2.0, "steps_per_second": 6.0},
+                {"agent": "sb3-sac", "seed": 5, "return": -9.0, "steps_per_second": 2.0},
+                {"agent": "ppo-kl", "seed": 4, "return": 3.0, "steps_per_second": 8.0},
+                {"agent": "sb3-ppo", "seed": 5, "return": 3.0, "steps_per_second": 8.0},
+            ]
+        ],
+        [
+            ("Pendulum-v1, 1,000 steps", agent, column, seed, value)
+            for agent, seed, columns in [
+                ("sac", "4", {"return": -1.5, "steps per second": 9.0}),
+                ("sac", "4", {"return above peer's, % of it": 25.0, "steps per second / peer's": 1.5}),
+                ("sb3-sac", "4", {"return": -2.0, "steps per second": 6.0}),
+                ("sb3-sac", "5", {"return": -9.0, "steps per second": 2.0}),
+                ("ppo-kl", "4", {"return": 3.0, "steps per second": 8.0}),  # whose peer had another seed
+                ("sb3-ppo", "5", {"return": 3.0, "steps per second": 8.0}),
+            ]
+            for column, value in columns.items()
         ],
     ),
     "agents_vs_random_search.json": (
@@ -109,10 +126,16 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
     ),
     "latency_budget.json": (
         {
-            "resnet18 | 8 | 2.0": {"asked": 2.0, "reached": 1.5, "kept score": 1.1},
-            "resnet18 | 8 | half": {"reached": 1},
+            "resnet18 | 8 | 2.0": {"asked": 2.0, "reached": 1.5, "kept score": 1.1, "other speed-up": 1.8},
+            "resnet18 | 8 | half": {"reached": 1.75},
+            "vgg16_bn | 8 | half": {"reached": 1.5, "rounds": [1.25, 2.0, 1.5], "made": {"settings": {}}},
         },
         [
+            ("half the FLOPs, batch 8", "resnet18", "speed-up", "0", 1.75),
+            ("half the FLOPs, batch 8", "vgg16_bn", "speed-up", "0", 1.25),
+            ("half the FLOPs, batch 8", "vgg16_bn", "speed-up", "1", 2.0),
+            ("half the FLOPs, batch 8", "vgg16_bn", "speed-up", "2", 1.5),
+            ("all networks and batch sizes", "2.0x asked", "reached by FLOPs / reached", "resnet18, batch 8", 1.2),
             ("all networks and batch sizes", "2.0x asked", "reached / asked", "resnet18, batch 8", 0.75),
             ("all networks and batch sizes", "2.0x asked", "score kept / that by FLOPs", "resnet18, batch 8", 1.1),
         ],
@@ -217,6 +240,12 @@ def test_hardware_is_what_the_records_say(tmp_path: Path):
     assert files.hardware_of("not there.json", {}, tmp_path) == "-"
 
 
+def test_hardware_of_runs_whose_results_are_plain_lists_is_found(tmp_path: Path):
+    content = {"settings": {}, "rewards": {"sac/0": [0.5], "sac/1": [0.5]}, "made": {"sac/1": {"hardware": "one CPU"}}}
+    (tmp_path / "some.json").write_text(json.dumps(content))
+    assert files.hardware_of("some.json", {}, tmp_path) == "one CPU"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_say_what_all_their_records_were_made_on(name: str):
     """A file without one record that says so has it in `claims.yaml`."""
@@ -256,6 +285,7 @@ def test_plots_show_each_budget_and_only_what_was_measured(figures: dict[str, An
         (70, 75, 87, pytest.approx(2**0.5, abs=1e-6)),
     ]
     assert plot.points == {"ours": ours, "theirs": []}
+    assert plot.floor == 82 - 3 * 8  # three times as far below the middle as that is from the whole network
 
 
 def test_figures_are_the_same_bytes_for_the_same_points(figures: dict[str, Any]):
@@ -310,6 +340,12 @@ def test_a_record_that_was_begun_with_other_settings_is_not_gone_on_with():
     assert record["made"] == made
     with pytest.raises(SystemExit, match=r"other settings \(epochs\)"):
         stored.sign(record, {"settings": {"lr": 0.5, "epochs": 3}})
+
+
+def test_a_record_that_does_not_say_how_it_came_about_is_not_given_out_for_ours():
+    record = {"accuracy": 0.5}
+    stored.sign(record, {"settings": {"lr": 0.5}, "hardware": "one"})
+    assert record == {"accuracy": 0.5}
 
 
 def test_the_name_of_a_processor_is_read_from_the_system(tmp_path: Path):
