@@ -54,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name; default that of the process.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(
-            os.getcwd()
-        )  # classes of the project at hand are found, as `python -m lightning_prune` finds them
+    if os.getcwd() not in sys.path:  # so that it finds classes of the project at hand, as `python -m` does
+        sys.path.append(os.getcwd())
     typed = list(sys.argv[1:] if arguments is None else arguments)
     if typed[:1] == ["configs"]:
         shipped_configs.main(typed[1:])

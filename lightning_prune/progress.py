@@ -1,5 +1,6 @@
 """How far along some long work is: a bar on a terminal."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -95,7 +96,10 @@ class _NoBar:
 
 def on_terminal() -> bool:
     """Tell whether somebody looks at a terminal."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    try:
+        return bool(sys.stderr.isatty())
+    except (AttributeError, ValueError):  # None, what stands in for a stream, or a closed one
+        return False
 
 
 def _bar_here() -> Bar:
@@ -105,7 +109,7 @@ def _bar_here() -> Bar:
 
 
 class _Screen:
-    """What is going on in this process, outermost first, and who shows it."""
+    """What is going on in this process, outermost first, and who shows it; several threads may work at once."""
 
     def __init__(self) -> None:
         self.works: list[Work] = []
@@ -116,36 +120,44 @@ class _Screen:
         self.watcher: Thread | None = None
 
     def enter(self, work: Work) -> None:
-        self.works.append(work)
-        if self.watcher is None:
-            self.bar, self.over = self.chosen or _bar_here(), Event()
-            self.watcher = Thread(target=self._watch, args=(self.over,), daemon=True)
-            self.watcher.start()
+        with self.lock:
+            self.works.append(work)
+            if self.watcher is None:
+                self.bar, self.over = self.chosen or _bar_here(), Event()
+                self.watcher = Thread(target=self._watch, args=(self.over,), daemon=True)
+                self.watcher.start()
 
     def leave(self, work: Work) -> None:
-        self.works.remove(work)
-        if not self.works and self.watcher is not None:
+        with self.lock:
+            self.works = [other for other in self.works if other is not work]
+            if self.works or self.watcher is None:
+                return
+            watcher, self.watcher = self.watcher, None
             self.over.set()
-            self.watcher.join()
-            self.watcher = None
             self.bar.clear()
+        if watcher.is_alive():  # not in a process that was forked in the meantime
+            watcher.join()
 
     def _watch(self, over: Event) -> None:
         pause = QUIET_SECONDS
         while not over.wait(pause):
             pause = _TICK
             with self.lock:
-                self._draw()
+                if not over.is_set():
+                    self._draw()
 
     def _draw(self) -> None:
         """Show one line: the outermost work whose end is in sight, with what it is a part of."""
-        works = list(self.works)
+        works = self.works
         counted = next((number for number, work in enumerate(works) if work.total is not None), len(works) - 1)
-        if works:
-            self.bar.draw(": ".join(work.name for work in works[: counted + 1]), works[counted])
+        self.bar.draw(": ".join(work.name for work in works[: counted + 1]), works[counted])
 
 
 _screen = _Screen()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    # Workers that are forked in the middle of a drawing would get locks that nobody gives back.
+    _release = _screen.lock.release
+    os.register_at_fork(before=_screen.lock.acquire, after_in_parent=_release, after_in_child=_release)
 
 
 @contextmanager
@@ -166,8 +178,8 @@ def progress(name: str, total: int | None = None) -> Iterator[Work]:
         3
     """
     work = Work(name, total)
-    _screen.enter(work)
     try:
+        _screen.enter(work)
         yield work
     finally:
         _screen.leave(work)
@@ -176,9 +188,10 @@ def progress(name: str, total: int | None = None) -> Iterator[Work]:
 @contextmanager
 def aside() -> Iterator[None]:
     """Keep bars out of the way while something else is written to the terminal."""
-    bar = _screen.bar if _screen.watcher is not None else _screen.chosen or _bar_here()
-    with _screen.lock, bar.aside():
-        yield
+    with _screen.lock:
+        bar = _screen.bar if _screen.watcher is not None else _screen.chosen or _bar_here()
+        with bar.aside():
+            yield
 
 
 def show_with(bar: Bar | None) -> None:

@@ -64,7 +64,33 @@ class Viewing(Plain):
         return self.head(x.view(len(x), -1))
 
 
-KINDS = [Plain, ReadTwice, RunTwice, Viewing]
+class Asserting(Plain):
+    """Cannot work with the channels last, and says so itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.first(x).is_contiguous()
+        return super().forward(x)
+
+
+class Named(Plain):
+    """Passes what is to be normalised by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(input=self.first(x)))
+        return self.head(F.relu(self.bare(self.second(x))).mean((2, 3)))
+
+
+class Hooked(Plain):
+    """A hook changes what a convolution returns, another the type of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.register_forward_hook(lambda module, args, result: result + 1)
+        self.second.register_forward_hook(lambda module, args, result: (result,))
+        self.bare.register_forward_pre_hook(lambda module, args: args[0])
+
+
+KINDS = [Plain, ReadTwice, RunTwice, Viewing, Asserting, Named, Hooked]
 
 
 def made(kind: type[Plain]) -> Plain:
@@ -122,7 +148,7 @@ def test_normalisations_run_for_the_statistics_and_one_check_only(batches: list[
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "pairs"), [(Plain, 2), (ReadTwice, 2), (RunTwice, 1), (Viewing, 2)])
+@pytest.mark.parametrize(("kind", "pairs"), [(Plain, 2), (ReadTwice, 2), (RunTwice, 1), (Viewing, 2), (Named, 1)])
 def test_convolutions_do_what_normalisations_behind_them_did(kind: type[Plain], pairs: int) -> None:
     model, x = made(kind), torch.randn(4, 3, 6, 6, dtype=torch.float64)
     before, found = foldable(model, lambda: model(x))
@@ -136,7 +162,7 @@ def test_convolutions_do_what_normalisations_behind_them_did(kind: type[Plain], 
 @torch.no_grad()
 def test_channels_come_last_where_the_model_bears_it() -> None:
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
-    for kind in (Plain, Viewing):
+    for kind in (Plain, Viewing, Asserting):
         model = made(kind)
         model.again = nn.Conv2d(3, 8, 3)
         model.again.weight = model.first.weight  # tied

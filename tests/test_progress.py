@@ -1,7 +1,10 @@
 """Work that takes long is shown on a terminal, on one line, and what does not is not."""
 
 import io
+import os
+import signal
 import threading
+import time
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
@@ -86,6 +89,66 @@ def test_short_work_is_not_shown_whether_it_succeeds_or_fails(screen: Screen, mo
     assert screen.shown == []
 
 
+def test_threads_share_one_line_and_leave_none_behind(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(threading.Thread):
+        def start(self) -> None:
+            time.sleep(0.01)  # time for others to begin
+            super().start()
+
+    monkeypatch.setattr(progress, "Thread", Slow)
+    before, together = set(threading.enumerate()), threading.Barrier(4)
+
+    def work() -> None:
+        together.wait(30)
+        with progress.progress("Adding"):
+            together.wait(30)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert set(threading.enumerate()) == before
+    assert screen.cleared == 1
+
+
+def test_work_that_is_interrupted_as_it_begins_is_over(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    monkeypatch.setattr(progress, "Thread", Interrupted)
+    with pytest.raises(KeyboardInterrupt), progress.progress("Adding"):
+        pass
+    assert progress._screen.works == []
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_process_that_is_forked_while_a_bar_is_drawn_can_write(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing, forked = threading.Event(), threading.Event()
+
+    def draw(name: str, work: Work) -> None:
+        drawing.set()
+        forked.wait(0.2)
+
+    monkeypatch.setattr(screen, "draw", draw)
+    with progress.progress("Adding"):
+        assert drawing.wait(30)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)  # it would wait for ever
+            with aside():
+                os._exit(0)
+        forked.set()
+        assert os.waitpid(child, 0)[1] == 0
+
+
 class Terminal(io.StringIO):
     """A text stream that says it is a terminal."""
 
@@ -114,6 +177,14 @@ def test_tqdm_draws_parts_time_left_and_note_on_a_terminal(monkeypatch: pytest.M
     assert stream.getvalue().split("\r")[-1].startswith("Adding:   0%")
     bar.clear()
     assert stream.getvalue().split("\r")[-1].strip() == ""
+
+
+def test_what_stands_in_for_the_terminal_need_not_be_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed, object()):
+        monkeypatch.setattr("sys.stderr", stream)
+        assert not on_terminal()
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), None])

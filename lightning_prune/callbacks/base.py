@@ -180,12 +180,12 @@ class PruningCallback(Callback):
         follow(trainer)
         if stage == "fit":
             self._refuse_short_run(trainer)
+            if plan_in_force(pl_module) is None:  # a callback that has pruned another module starts anew
+                self.steps_done, self.history = 0, None  # before the state of a run that is resumed is loaded
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         check(pl_module, trainer.optimizers)
-        if plan_in_force(pl_module) is None:  # a callback that has pruned another module starts anew
-            self.steps_done, self.history = 0, None
         inputs = trainer_state.example_inputs(trainer, pl_module, self.module, self.example_inputs, self.batch_like)
         if self.example_inputs is None and pl_module.example_input_array is None:
             # A resumed run must not look at a batch again: loaders that know their position would lose it.
@@ -270,7 +270,7 @@ class PruningCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps_done, self.batch_like = state_dict["steps_done"], state_dict["batch_like"]
-        self.history = History.from_json(state_dict["history"]) if state_dict["history"] else None
+        self.history = History.from_json(state_dict["history"]) if state_dict.get("history") else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave references to modules out of copies and pickles."""

@@ -1,5 +1,6 @@
 """Batches that callbacks measure on: drawing them leaves no trace in training."""
 
+import copy
 import random
 from collections.abc import Iterator
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 __all__ = ["ValidationBatches", "gives_samples", "samples", "training_batches"]
 
@@ -44,14 +45,14 @@ class ValidationBatches:
     @property
     def differ_by_rank(self) -> bool:
         """Whether each rank gets a part of the data."""
-        return isinstance(getattr(self.loader, "sampler", None), DistributedSampler)
+        return isinstance(_sampler(self.loader), DistributedSampler)
 
     def __length_hint__(self) -> int:
         return 0 if self.count == float("inf") else int(self.count)
 
     def __iter__(self) -> Iterator[Any]:
-        generator = getattr(self.loader, "generator", None)
-        state = generator.get_state() if generator is not None else None
+        drawn_from = [getattr(self.loader, "generator", None), getattr(_sampler(self.loader), "generator", None)]
+        states = [(each, each.get_state()) for each in drawn_from if isinstance(each, torch.Generator)]
         # Data modules may augment what is trained on, and ask the trainer what it is doing.
         training, self.trainer.validating = self.trainer.training, True
         try:
@@ -62,18 +63,26 @@ class ValidationBatches:
                     yield _moved(self.trainer, batch)
         finally:
             self.trainer.training = training
-            if generator is not None:
+            for generator, state in states:
                 generator.set_state(state)
 
     @cached_property
     def _chosen(self) -> "DataLoader[Any]":
-        """A loader of some of the samples that validation runs on."""
-        loader, size = self.loader, self.loader.batch_size
-        positions = list(islice(loader.sampler, int(self.all) * size))
-        order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0)).tolist()
-        chosen = Subset(loader.dataset, [positions[at] for at in order[: int(self.count) * size]])
-        workers = {"num_workers": loader.num_workers, "persistent_workers": loader.persistent_workers}
-        return DataLoader(chosen, size, collate_fn=loader.collate_fn, **workers)
+        """The loader, but with some of the samples that validation runs on."""
+        size = self.loader.batch_sampler.batch_size
+        torch.manual_seed(0)  # also for samplers that shuffle
+        positions = sorted(islice(_sampler(self.loader), int(self.all) * size))
+        chosen = [positions[at] for at in torch.randperm(len(positions))[: int(self.count) * size].tolist()]
+        # A copy has the workers, and what else its class does; a loader refuses another sampler except in this way.
+        loader = copy.copy(self.loader)
+        loader.__dict__.update(sampler=chosen, batch_sampler=BatchSampler(chosen, size, False), _iterator=None)
+        return loader
+
+
+def _sampler(loader: Any) -> Any:
+    """Return what names the samples of a loader; one that was given a batch sampler has another, unused one besides."""
+    batches = getattr(loader, "batch_sampler", None)
+    return getattr(batches if hasattr(batches, "sampler") else loader, "sampler", None)
 
 
 def _takes_samples(loader: Any) -> bool:

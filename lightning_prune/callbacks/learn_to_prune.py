@@ -159,6 +159,7 @@ class LearnToPruneCallback(PruningCallback):
             self._batches = training_batches(trainer, self.recalibrate_batches, self.seed)
             self._validation = ValidationBatches(trainer, 1, type(self).__name__)
             self._measure(trainer, [PruningPlan()])  # refuses now what would fail later
+            self._validation = None
 
     @override
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceXLAStrategy,
     XLAStrategy,
 )
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
@@ -188,7 +189,7 @@ def example_inputs(
 def _first_sample(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tensor:
     """Return the inputs of one sample, or of a batch where the loader has no data set that can be asked for one."""
     loader = next(iter(tree_leaves(trainer.train_dataloader)), None)
-    with torch.random.fork_rng():
+    with isolate_rng():
         batch = samples(loader, [0]) if gives_samples(loader) else next(iter([] if loader is None else loader), None)
         # What the model gets: data modules may leave the last steps to the hooks around the transfer to the device.
         batch = trainer.strategy.batch_to_device(batch)

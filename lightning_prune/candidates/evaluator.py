@@ -1,14 +1,16 @@
 """Measure many candidates on batches; ranks share the work, and what has been measured is noted."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.candidates.jobs import Job, share
 from lightning_prune.candidates.journal import Entry, Journal, digest_of
@@ -171,5 +173,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
         copies = {id(tensor): tensor.clone() for tensor in tensors if not isinstance(tensor, nn.Parameter)}
-        with substituted(model, copies, training=False, watched=lambda module, forward: forward):
+        with substituted(model, copies, training=False, watched=_alone):
             yield
+
+
+def _alone(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a normalisation from waiting for that of other ranks, which run other candidates."""
+    return partial(_BatchNorm.forward, module) if isinstance(module, nn.SyncBatchNorm) else forward

@@ -42,7 +42,7 @@ def put_channels_last(model: nn.Module, run: Callable[[], T]) -> T:
     _exchange(model, copies)
     try:
         return run()
-    except RuntimeError:
+    except Exception:  # whatever a model may raise that looks at strides; what fails anyway raises again
         _exchange(model, {id(copy): own[key] for key, copy in copies.items()})
         return run()
 
@@ -71,13 +71,14 @@ def foldable(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Pair]]
     made: dict[int, tuple[Any, _ConvNd]] = {}  # by `id` of the tensor that a convolution returned
     pairs: list[Pair] = []
 
-    def note_result(module: _ConvNd, args: Any, result: Tensor) -> None:
+    def note_result(module: _ConvNd, args: Any, result: Any) -> None:
         calls[module] += 1
-        made[id(result)] = ref(result), module
+        if isinstance(result, Tensor):  # and not what a hook has made of it
+            made[id(result)] = ref(result), module
 
     def note_input(module: _BatchNorm, args: Any) -> None:
         calls[module] += 1
-        found = made.get(id(args[0]))
+        found = made.get(id(args[0])) if args else None  # none where the input is passed by name
         if found is not None and found[0]() is args[0] and module.running_mean is not None:
             pairs.append((found[1], module))
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    get_worker_info,
+)
 
 from lightning_prune.callbacks.batches import ValidationBatches
 
@@ -101,9 +111,61 @@ def test_data_sets_of_whole_batches_and_streams(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([images[:, 0, 0, 0] for images, _ in batches]), torch.arange(20.0))
 
 
-def test_a_shuffling_loader_keeps_the_state_of_its_generator(tmp_path: Path) -> None:
+def test_a_loader_that_was_given_a_batch_sampler(tmp_path: Path) -> None:
+    data = sorted_by_class()
+    (batches, *_) = look(tmp_path, DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 10, True)), 4)
+    (expected, *_) = look(tmp_path, DataLoader(data, 10), 4)
+    for (images, _), (same, _) in zip(batches, expected, strict=True):
+        assert torch.equal(images, same)
+
+
+@pytest.mark.parametrize("part", [1.0, 0.5])
+def test_a_loader_that_shuffles_gives_the_same_samples_each_time(part: float, tmp_path: Path) -> None:
+    seen = look(tmp_path, DataLoader(sorted_by_class(), 10, shuffle=True), limit=4, limit_val_batches=part)
+    for batches in seen:
+        for (images, _), (same, _) in zip(batches, seen[0], strict=True):
+            assert torch.equal(images, same)
+
+
+class Negative(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return ((-images, labels) for images, labels in super().__iter__())
+
+
+class Opened(Dataset[Any]):
+    """Can be read only in workers."""
+
+    is_open = False
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        assert self.is_open
+        return sorted_by_class()[index]
+
+
+def open_data_set(worker: int) -> None:
+    info = get_worker_info()
+    assert info is not None
+    info.dataset.is_open = True
+
+
+def test_some_batches_are_made_as_the_loader_makes_them(tmp_path: Path) -> None:
+    (plain, *_) = look(tmp_path, DataLoader(sorted_by_class(), 10), limit=2)
+    (negative, *_) = look(tmp_path, Negative(sorted_by_class(), 10), limit=2)
+    loader = DataLoader(Opened(), 10, num_workers=1, worker_init_fn=open_data_set)
+    (opened, *_) = look(tmp_path, loader, limit=2, num_sanity_val_steps=0, check_val_every_n_epoch=9)
+    for (images, _), (negated, _), (same, _) in zip(plain, negative, opened, strict=True):
+        assert torch.equal(images, -negated)
+        assert torch.equal(images, same)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_shuffling_loader_keeps_the_state_of_its_generator(both: bool, tmp_path: Path) -> None:
     data, generator = sorted_by_class(), torch.Generator().manual_seed(3)
-    loader = DataLoader(data, 10, sampler=RandomSampler(data, generator=generator), generator=generator)
+    sampler = RandomSampler(data, generator=generator)
+    loader = DataLoader(data, 10, sampler=sampler, generator=generator if both else None)
     look(tmp_path, loader, limit=2, limit_val_batches=0.5, check_val_every_n_epoch=9, num_sanity_val_steps=0)
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
 
@@ -117,6 +179,22 @@ def test_ranks_draw_from_their_own_parts(tmp_path: Path) -> None:
         assert len(pixels.unique()) == 20
         assert (pixels % 2 == rank).all()
         assert len(labels.unique()) >= 7
+
+
+class OwnBatchSampler(BatchSampler):
+    """Reads a sampler that the loader itself does not know."""
+
+
+def test_batch_samplers_tell_whether_ranks_get_parts_of_the_data(tmp_path: Path) -> None:
+    class Note(Look):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.seen.append(ValidationBatches(trainer, None, "Note").differ_by_rank)  # type: ignore[arg-type]
+
+    data = sorted_by_class()
+    for sampler, differ in ((DistributedSampler(data, 2, 0), True), (SequentialSampler(data), False)):
+        for kind in (BatchSampler, OwnBatchSampler):
+            loader = DataLoader(data, batch_sampler=kind(sampler, 10, drop_last=False))
+            assert look(tmp_path, loader, None, Note)[0] is differ  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("every", [1, 2, 9])

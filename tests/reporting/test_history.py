@@ -84,16 +84,18 @@ def test_of_several_validations_in_an_epoch_the_last_counts(tmp_path: Path) -> N
     assert callback.history.last.metrics == {"val/accuracy": float(trainer.callback_metrics["val/accuracy"])}
 
 
-def test_a_resumed_run_goes_on_with_the_history_of_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("epoch", [0, 2])  # before the first prune, and after the second
+def test_a_resumed_run_goes_on_with_the_history_of_its_checkpoint(epoch: int, tmp_path: Path) -> None:
     unbroken, stopped = battery.make_callback("magnitude"), battery.make_callback("magnitude")
     battery.train(tmp_path / "a", unbroken, logger=CSVLogger(tmp_path / "a"))
     battery.train(tmp_path / "b", stopped, logger=CSVLogger(tmp_path / "b"))
-    checkpoint = next((tmp_path / "b" / "checkpoints").glob("epoch=2-*"))
+    checkpoint = next((tmp_path / "b" / "checkpoints").glob(f"epoch={epoch}-*"))
     resumed = battery.make_callback("magnitude")
     _, trainer = battery.train(tmp_path / "c", resumed, logger=CSVLogger(tmp_path / "c"), ckpt_path=checkpoint)
     (written,) = read_histories(trainer.log_dir)
     assert without_times(written.to_json()) == without_times(unbroken.history.to_json())
-    assert written.prunes[:2] == stopped.history.prunes[:2]  # what was measured before the stop is kept
+    # What was measured before the stop is kept.
+    assert (written.before, written.prunes[:epoch]) == (stopped.history.before, stopped.history.prunes[:epoch])
 
 
 def test_of_two_ranks_the_first_writes(tmp_path: Path) -> None:
