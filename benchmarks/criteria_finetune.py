@@ -16,7 +16,6 @@ Results are added to a file as they come, and a run that is started again goes o
 
 import argparse
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -69,9 +68,8 @@ class Runner:
         if self.name in self.settings.weights:
             load_weights(model, self.settings.weights[self.name])
         self.train(model, steps, lr)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), file.with_suffix(".partial"))
-        os.replace(file.with_suffix(".partial"), file)
+        with stored.whole(file) as partial_file:
+            torch.save(model.state_dict(), partial_file)
         return model
 
     def train(
@@ -189,12 +187,9 @@ def run(settings: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for key, result in results.items():
-        setting, row, _ = key.split(" | ")
-        found.setdefault(setting, {}).setdefault(row, []).append(result)
     lines = []
-    for setting, rows in found.items():
+    for setting, found in stored.by_setting(results).items():
+        rows = {row: list(seeds.values()) for row, seeds in found.items()}
         lines += [
             f"\n{setting}, CIFAR-10 (JPEG copy):\n",
             "| criterion | seeds | FLOPs kept | time kept | fine-tuned test accuracy, last step (%) |",

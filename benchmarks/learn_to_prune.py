@@ -13,9 +13,8 @@ Results are added to a file as they come, and a run that is started again goes o
 """
 
 import argparse
-import os
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +99,8 @@ def trained(seed: int, settings: Settings) -> Path:
     if not file.exists():
         module = make_module(seed, settings, Optimization(TRAINING_LR))
         make_trainer(settings, settings.training_epochs, 1.0).fit(module, datamodule=make_data(seed, settings))
-        settings.work.mkdir(parents=True, exist_ok=True)
-        torch.save(module.network.state_dict(), file.with_suffix(".part"))
-        os.replace(file.with_suffix(".part"), file)
+        with stored.whole(file) as partial_file:
+            torch.save(module.network.state_dict(), partial_file)
     return file
 
 
@@ -129,41 +127,12 @@ def key(row: str, seed: int, settings: Settings) -> str:
 
 
 def run_all(settings: Settings, results: dict[str, Any]) -> None:
-    made = stored.made_with(settings, settings.accelerator)
-    for seed in range(settings.seeds):
-        for row in ROWS:
-            name = key(row, seed, settings)
-            if name not in results:
-                results[name] = {**run(row, seed, settings, results), "made": made}
-                stored.save(settings.results, results)
-                print(f"{name}: {results[name]['accuracy']:.4f} in {results[name]['seconds']:.0f} s", flush=True)
-
-
-def table(results: dict[str, Any]) -> str:
-    """Return the means over the seeds, and the leads of the agents, seed by seed."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, record in results.items():
-        setting, row, seed = name.split(" | ")
-        found.setdefault(setting, {}).setdefault(row, {})[seed] = record
-    lines = []
-    for setting, rows in found.items():
-        lines += [
-            f"\n{setting}, CIFAR-10 (JPEG copy):\n",
-            "| filters chosen by | seeds | FLOPs kept | test accuracy, last step (%) | agents are ahead by |",
-            "|---|---|---|---|---|",
-        ]
-        for row, seeds in rows.items():
-            ours = {seed: record["accuracy"] for seed, record in rows.get(AGENTS, {}).items()}
-            accuracies = {seed: record["accuracy"] for seed, record in seeds.items()}
-            leads = [ours[seed] - accuracy for seed, accuracy in accuracies.items() if seed in ours]
-            flops = statistics.mean(record["flops"] for record in seeds.values())
-            cells = [row, len(seeds), f"{flops:.3f}", percent(list(accuracies.values())), percent(leads)]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def percent(values: list[float]) -> str:
-    return stored.spread([100 * value for value in values], 2) if values else "-"
+    runs = {
+        key(row, seed, settings): partial(run, row, seed, settings, results)
+        for seed in range(settings.seeds)
+        for row in ROWS
+    }
+    stored.complete(settings.results, results, runs, stored.made_with(settings, settings.accelerator))
 
 
 def main() -> None:
@@ -188,7 +157,7 @@ def main() -> None:
     results = stored.load(settings.results)
     if not settings.table:
         run_all(settings, results)
-    print(table(results))
+    print(stored.leads(results, AGENTS, "filters chosen by", "agents are ahead by"))
 
 
 if __name__ == "__main__":

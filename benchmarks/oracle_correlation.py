@@ -13,7 +13,6 @@ again goes on where it stopped::
 
 import argparse
 import math
-import os
 import statistics
 import warnings
 from collections.abc import Mapping
@@ -67,9 +66,8 @@ def trained(network: str, seed: int, settings: argparse.Namespace) -> ImageClass
             enable_progress_bar=False, enable_model_summary=False, limit_train_batches=settings.batches or 1.0,
         )  # fmt: skip
         trainer.fit(module, data_of(settings, seed))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(module.state_dict(), path.with_suffix(".partial"))
-        os.replace(path.with_suffix(".partial"), path)
+        with stored.whole(path) as partial_file:
+            torch.save(module.state_dict(), partial_file)
     module.load_state_dict(torch.load(path, weights_only=True))
     return module.to(settings.device).eval()
 

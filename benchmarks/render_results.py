@@ -10,7 +10,6 @@ check does not.
 """
 
 import argparse
-import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import yaml
 from result_files import Figures, Values, hardware_of, read
 from result_plots import Plot, draw, plots
-from stored import spread
+from stored import spread, whole
 
 HERE = Path(__file__).parent
 CLAIMS, PAGE = HERE / "claims.yaml", HERE.parent / "docs" / "results.md"
@@ -186,10 +185,8 @@ def outdated() -> list[str]:
 
 
 def write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def main() -> None:

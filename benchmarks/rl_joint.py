@@ -19,10 +19,9 @@ Results are added to a file as they come, and a run that is started again goes o
 """
 
 import argparse
-import os
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +157,8 @@ def first_half(seed: int, settings: Settings) -> Path:
     if not file.exists():
         trainer = make_trainer(settings, settings.epochs // 2, [])
         trainer.fit(make_module(seed, settings), datamodule=make_data(seed, settings))
-        trainer.save_checkpoint(file.with_suffix(".part"))
-        os.replace(file.with_suffix(".part"), file)
+        with stored.whole(file) as partial_file:
+            trainer.save_checkpoint(partial_file)
     return file
 
 
@@ -191,41 +190,12 @@ def title(settings: Settings) -> str:
 
 
 def run_all(settings: Settings, results: dict[str, Any]) -> None:
-    made = stored.made_with(settings, settings.accelerator)
-    for seed in range(settings.seeds):
-        for arm in settings.rows:
-            key = f"{title(settings)} | {arm} | {seed}"
-            if key not in results:
-                results[key] = {**run(arm, seed, settings), "made": made}
-                stored.save(settings.results, results)
-                print(f"{key}: {results[key]['accuracy']:.4f}; seconds {results[key]['seconds']}", flush=True)
-
-
-def table(results: dict[str, Any]) -> str:
-    """Return the means over the seeds, and the leads of the joint arm, seed by seed."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for key, record in results.items():
-        setting, arm, seed = key.split(" | ")
-        found.setdefault(setting, {}).setdefault(arm, {})[seed] = record
-    lines = []
-    for setting, arms in found.items():
-        lines += [
-            f"\n{setting}, CIFAR-10 (JPEG copy):\n",
-            "| arm | seeds | FLOPs kept | test accuracy, last step (%) | joint is ahead by |",
-            "|---|---|---|---|---|",
-        ]
-        for arm, seeds in arms.items():
-            ours = {seed: record["accuracy"] for seed, record in arms.get("joint", {}).items()}
-            accuracies = {seed: record["accuracy"] for seed, record in seeds.items()}
-            leads = [ours[seed] - accuracy for seed, accuracy in accuracies.items() if seed in ours]
-            flops = statistics.mean(record["flops"] for record in seeds.values())
-            row = [arm, len(seeds), f"{flops:.3f}", percent(list(accuracies.values())), percent(leads)]
-            lines.append(f"| {' | '.join(map(str, row))} |")
-    return "\n".join(lines)
-
-
-def percent(values: list[float]) -> str:
-    return stored.spread([100 * value for value in values], 2) if values else "-"
+    runs = {
+        f"{title(settings)} | {arm} | {seed}": partial(run, arm, seed, settings)
+        for seed in range(settings.seeds)
+        for arm in settings.rows
+    }
+    stored.complete(settings.results, results, runs, stored.made_with(settings, settings.accelerator))
 
 
 def main() -> None:
@@ -251,9 +221,8 @@ def main() -> None:
     settings = parser.parse_args()
     results = stored.load(settings.results)
     if not settings.table:
-        settings.work.mkdir(parents=True, exist_ok=True)
         run_all(settings, results)
-    print(table(results))
+    print(stored.leads(results, "joint", "arm", "joint is ahead by"))
 
 
 if __name__ == "__main__":

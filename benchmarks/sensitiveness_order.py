@@ -13,7 +13,6 @@ on where it stopped::
 
 import argparse
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -86,9 +85,8 @@ def trained(network: str, seed: int, settings: argparse.Namespace) -> dict[str, 
         module = make(network, data)
         accuracy = fit(module, data, settings.epochs, settings, keep)
         found = {"early": keep.weights, "last": module.state_dict(), "accuracy": accuracy}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(found, path.with_suffix(".partial"))
-        os.replace(path.with_suffix(".partial"), path)
+        with stored.whole(path) as partial_file:
+            torch.save(found, partial_file)
     return torch.load(path, weights_only=True)
 
 

@@ -10,7 +10,8 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,73 @@ def load(path: str | Path) -> Any:
 
 def save(path: str | Path, content: Any) -> None:
     """Write a file whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Make a file appear only when it is complete: a context that yields where to write it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    yield partial
     os.replace(partial, path)
+
+
+def complete(path: str | Path, results: dict[str, Any], runs: Mapping[str, Callable[[], Any]], made: Any) -> None:
+    """Add the records that are missing, each saved when it is there.
+
+    Args:
+        path: The file.
+        results: What it holds, by ``setting | row | seed``.
+        runs: What makes each record, by the same keys, in the order in which they are run.
+        made: What `made_with` returns.
+    """
+    for key, run in runs.items():
+        if key not in results:
+            results[key] = {**run(), "made": made}
+            save(path, results)
+            print(f"{key}: {results[key]['accuracy']:.4f}; seconds {results[key]['seconds']}", flush=True)
+
+
+def by_setting(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return records whose keys are ``setting | row | seed`` by setting, row and seed."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, record in results.items():
+        setting, row, seed = key.split(" | ")
+        found.setdefault(setting, {}).setdefault(row, {})[seed] = record
+    return found
+
+
+def leads(results: Mapping[str, Any], leader: str, rows_are: str, lead: str) -> str:
+    """Return tables of the means over the seeds, and of how far one row is ahead of each, seed by seed.
+
+    Args:
+        results: The records, by ``setting | row | seed``.
+        leader: The row that is compared with the others.
+        rows_are: Head of the column with the names of the rows.
+        lead: Head of the column of its leads.
+    """
+    lines = []
+    for setting, rows in by_setting(results).items():
+        lines += [
+            f"\n{setting}, CIFAR-10 (JPEG copy):\n",
+            f"| {rows_are} | seeds | FLOPs kept | test accuracy, last step (%) | {lead} |",
+            "|---|---|---|---|---|",
+        ]
+        ours = {seed: record["accuracy"] for seed, record in rows.get(leader, {}).items()}
+        for row, seeds in rows.items():
+            accuracies = {seed: record["accuracy"] for seed, record in seeds.items()}
+            ahead = [ours[seed] - accuracy for seed, accuracy in accuracies.items() if seed in ours]
+            flops = statistics.mean(record["flops"] for record in seeds.values())
+            cells = [row, len(seeds), f"{flops:.3f}", _percent(list(accuracies.values())), _percent(ahead)]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _percent(values: list[float]) -> str:
+    return spread([100 * value for value in values], 2) if values else "-"
 
 
 def made_with(settings: argparse.Namespace, device: str = "cpu", **more: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ goes on where it stopped::
 """
 
 import argparse
-import os
 import statistics
 import warnings
 from pathlib import Path
@@ -25,9 +24,9 @@ import torch
 
 from lightning_prune.callbacks import TaylorRankCallback
 from lightning_prune.datamodules import ImageFolderDataModule
+from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.latency import measure_latency
 from lightning_prune.models import ImageClassifier, Optimization, Transfer
-from lightning_prune.surgery import plan_in_force
 
 TARGET = ("cat", "dog")
 NETWORK, KEEP, STEPS = "vgg16_bn", 0.33, 5
@@ -64,8 +63,8 @@ def trained_on_others(seed: int, settings: argparse.Namespace) -> Path:
             NETWORK, len(classes), (3, 32, 32), {"width": settings.width}, optimization=Optimization(lr=0.05)
         )
         trainer(settings.epochs).fit(module, data_of("others", classes, settings, seed))
-        torch.save(module.network.state_dict(), file.with_suffix(".partial"))
-        os.replace(file.with_suffix(".partial"), file)
+        with stored.whole(file) as partial_file:
+            torch.save(module.network.state_dict(), partial_file)
     return file
 
 

@@ -41,13 +41,13 @@ class Recorder:
     history: History | None = None
 
     def __post_init__(self) -> None:
-        self._costs = [CostModel(self.graph, metric) for metric in METRICS]
+        self._costs = {metric: CostModel(self.graph, metric) for metric in METRICS}
 
     @property
     def kept(self) -> dict[str, float]:
         """What is left now, as a fraction of the original, by metric."""
         widths = self._widths
-        return {cost.metric: cost(widths) / cost.original for cost in self._costs}
+        return {metric: cost(widths) / cost.original for metric, cost in self._costs.items()}
 
     def begin(self, callback: "PruningCallback") -> None:
         """Measure the network before the first prune, unless that is known."""
@@ -98,6 +98,6 @@ class Recorder:
         model = self.graph.model
         return Measurement(
             params=sum(parameter.numel() for parameter in model.parameters()),
-            flops=int(CostModel(self.graph, "flops")(self._widths)),
+            flops=int(self._costs["flops"](self._widths)),
             latency_ms=measure_latency(model.get_submodule(self.graph.module), self.graph.example_inputs),
         )

@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from lightning_prune.graph.modules import put
+
 __all__ = ["Pair", "fold", "foldable", "put_channels_last"]
 
 T = TypeVar("T")
@@ -39,20 +41,17 @@ def put_channels_last(model: nn.Module, run: Callable[[], T]) -> T:
     """
     own = {id(p): p for p in model.parameters() if p.dim() == 4 and p.device.type == "cpu"}
     copies = {key: p.detach().clone(memory_format=torch.channels_last) for key, p in own.items()}
-    _exchange(model, copies)
+    _put(model, copies)
     try:
         return run()
     except Exception:  # whatever a model may raise that looks at strides; what fails anyway raises again
-        _exchange(model, {id(copy): own[key] for key, copy in copies.items()})
+        _put(model, {id(copy): own[key] for key, copy in copies.items()})
         return run()
 
 
-def _exchange(model: nn.Module, tensors: dict[int, Tensor]) -> None:
-    """Replace parameters by others, given by the `id` of what they replace."""
+def _put(model: nn.Module, tensors: dict[int, Tensor]) -> None:
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in tensors:
-                module._parameters[name] = tensors[id(parameter)]  # type: ignore[assignment]
+        put(module, tensors)
 
 
 def foldable(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Pair]]:

@@ -150,6 +150,24 @@ def sync_attributes(module: nn.Module) -> None:
             return
 
 
+def put(module: nn.Module, tensors: Mapping[int, Tensor]) -> None:
+    """Give a module, and not its children, other tensors in the place of its own, and size attributes that fit them.
+
+    Args:
+        module: The module.
+        tensors: The stand-in of each parameter and buffer, by ``id`` of the tensor it stands in for.
+    """
+    changed = False
+    for held in (module._parameters, module._buffers):
+        for name, tensor in held.items():
+            stand_in = tensors.get(id(tensor))
+            if stand_in is not None:
+                held[name] = stand_in  # type: ignore[assignment]
+                changed = changed or stand_in.shape != tensor.shape  # type: ignore[union-attr]
+    if changed:
+        sync_attributes(module)
+
+
 @contextmanager
 def substituted(
     model: nn.Module,
@@ -176,15 +194,7 @@ def substituted(
     ]
     try:
         for m in modules:
-            changed = False
-            for held in (m._parameters, m._buffers):
-                for name, tensor in held.items():
-                    stand_in = tensors.get(id(tensor))
-                    if stand_in is not None:
-                        held[name] = stand_in  # type: ignore[assignment]
-                        changed = changed or stand_in.shape != tensor.shape  # type: ignore[union-attr]
-            if changed:
-                sync_attributes(m)
+            put(m, tensors)
             m.__dict__["training"] = training
             if not isinstance(m, torch.jit.ScriptModule):
                 m.__dict__["forward"] = watched(m, m.forward)
