@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_prune.budget import CostModel
 from lightning_prune.fitting import Limits, fit
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.latency import plan_for_latency, profile, timed_plan, with_best_rounding
+from lightning_prune.latency import measured_fraction, plan_for_latency, profile, timed_plan, with_best_rounding
 from lightning_prune.plan import PruningPlan
 
 __all__ = ["check_keep", "check_reachable", "plan", "plan_by_layer", "reachable"]
@@ -167,18 +167,23 @@ def check_reachable(
 ) -> None:
     """Raise a ValueError, with the range that can be reached, if a budget cannot.
 
+    Where the profile of the network says that a budget of time cannot be reached, the smallest network is timed.
+
     Args:
         graph: The traced model.
         keep: Fraction of the original cost that may stay.
-        metric: ``"flops"``, ``"params"`` or ``"channels"``.
+        metric: ``"flops"``, ``"params"``, ``"channels"`` or ``"latency"``.
         round_to: Layers that lose channels keep a multiple of this many.
         min_channels: Least number of channels of a group.
         cap: Greatest fraction of its original channels that a group may lose, in (0, 1].
     """
     cost = _cost(graph, metric)
     limits = _limits_of_all(graph, round_to, min_channels, cap)
-    if cost.of(limits.least) > keep * cost.original:
-        raise ValueError(limits.sentence(keep, cost))
+    least = cost.of(limits.least) / cost.original
+    if metric == "latency" and least > keep:
+        least = measured_fraction(graph, dict(zip(graph.groups, limits.least.tolist(), strict=True)))
+    if least > keep:
+        raise ValueError(limits.sentence(keep, metric, least))
 
 
 def _cost(graph: ChannelGraph, metric: str) -> CostModel:

@@ -30,9 +30,9 @@ def fit(
         ValueError: If the budget cannot be reached.
     """
     target = keep * cost.original
-    least = cost.of(limits.least)
-    if least > target:
-        raise ValueError(limits.sentence(keep, cost))
+    least = cost.of(limits.least) / cost.original
+    if least > keep:
+        raise ValueError(limits.sentence(keep, cost.metric, least))
     ranked = _Ranked(scores, list(graph.groups))
     low, high = 0, len(ranked.group)  # how many of the best channels stay; `low` always fits
     while low < high:
@@ -51,7 +51,7 @@ def fit(
     budget = {
         "metric": cost.metric,
         "asked": keep,
-        "reachable": least / cost.original,
+        "reachable": least,
         "rounded": rounded / cost.original,
         "achieved": cost.of(widths) / cost.original,
         "original": cost.original,
@@ -82,12 +82,11 @@ class Limits:
         least = -(-np.maximum(min_channels, capped) // self.step) * self.step
         self.least = np.where(whole, self.most, np.minimum(np.maximum(least, self.step), self.most))
 
-    def sentence(self, keep: float, cost: CostModel) -> str:
-        """Say that a budget cannot be reached."""
-        least = cost.of(self.least) / cost.original
+    def sentence(self, keep: float, metric: str, least: float) -> str:
+        """Say that a budget cannot be reached, and what fraction at least has to stay."""
         capped = f", and at most {self.cap} of a layer may go" if self.cap < 1 else ""
         return (
-            f"keep={keep} of the {cost.metric} cannot be reached: between {least:.3f} and 1 can stay with "
+            f"keep={keep} of the {metric} cannot be reached: between {least:.3f} and 1 can stay with "
             f"round_to={self.round_to} and min_channels={self.min_channels}{capped}. Raise keep, or "
             "lower round_to."
         )

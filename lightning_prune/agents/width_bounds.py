@@ -66,8 +66,9 @@ class WidthBounds:
         self.keep, self.round_to = keep, round_to
         self.budget = keep * cost.original
         self.least, self.most = limits.least, limits.most
-        if cost.of(self.least) > self.budget:
-            raise ValueError(limits.sentence(keep, cost))
+        least = cost.of(self.least) / cost.original
+        if least > keep:
+            raise ValueError(limits.sentence(keep, cost.metric, least))
         self.allowed = [_allowed(limits, group) for group in range(len(self.most))]
 
     def after(self, decided: Sequence[int] | np.ndarray) -> tuple[int, int]:

@@ -1,16 +1,36 @@
-"""Callbacks with a budget of measured time."""
+"""Callbacks with a budget of measured time, on a machine whose time is set by the operations alone."""
 
+import numpy as np
 import pytest
 from battery import train
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_prune import allocation
+from lightning_prune.budget import Products
 from lightning_prune.callbacks import AFIEEarlyPruneCallback, PruningCallback
 from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.latency import planning, profiling
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def machine_of_known_speed(tmp_path, monkeypatch):
+    """The real clock has no say: on a busy machine so small a network is as slow at any widths."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def segments(graph, widths, runs=1):
+        channels = np.array([widths.get(name, group.size) for name, group in graph.groups.items()])
+        operations = Products([term.axes for term in graph.terms["flops"]], list(graph.groups)).of(channels)
+        taken = {}
+        for term, count in zip(graph.terms["flops"], operations, strict=True):
+            taken[term.module, 0] = taken.get((term.module, 0), 0.1) + 1e-5 * term.coefficient * count
+        return taken
+
+    def fraction(graph, widths):
+        return sum(segments(graph, widths).values()) / sum(segments(graph, {}).values())
+
+    monkeypatch.setattr(profiling, "_segments", segments)
+    monkeypatch.setattr(planning, "measured_fraction", fraction)
+    monkeypatch.setattr(allocation, "measured_fraction", fraction)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +45,7 @@ def test_a_run_meets_its_budget_and_logs_what_it_takes(tmp_path, callback):
     module, trainer = train(tmp_path, callback, logger=CSVLogger(tmp_path), log_every_n_steps=1)
     budget = plan_in_force(module).budget
     assert budget["metric"] == "latency"
-    assert budget["achieved"] <= 0.8
+    assert 0.7 <= budget["achieved"] <= 0.8
     with open(f"{trainer.log_dir}/metrics.csv") as table:
         assert "prune/latency_ms" in table.readline()
 
