@@ -22,6 +22,7 @@ import stored
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
+from training import quiet_trainer, tested
 
 import lightning_prune as lp
 from lightning_prune.allocation import plan_by_layer
@@ -87,14 +88,10 @@ def train(name: str, seed: int, settings: argparse.Namespace, *callbacks: L.Call
     L.seed_everything(seed, verbose=False)
     data = data_of(images, settings, seed)
     module = ImageClassifier(network, 10, data.input_shape, network_args=arguments, optimization=Optimization(lr=lr))
-    trainer = L.Trainer(
-        max_epochs=settings.epochs, devices=1, callbacks=list(callbacks), logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
-        limit_train_batches=settings.batches or 1.0, limit_test_batches=settings.test_batches or 1.0,
-    )  # fmt: skip
+    limits = {"limit_train_batches": settings.batches or 1.0, "limit_test_batches": settings.test_batches or 1.0}
+    trainer = quiet_trainer(settings.epochs, *callbacks, **limits)
     trainer.fit(module, data)
-    (tested,) = trainer.test(module, data, verbose=False)
-    return tested["test/accuracy"]
+    return tested(trainer, module, data)
 
 
 def rank_agreement(one: Mapping[str, float], other: Mapping[str, float]) -> float:

@@ -62,14 +62,14 @@ class Runner:
         file = Path(self.settings.work) / f"{self.name.replace('/', '-')}-{self.seed}.pt"
         L.seed_everything(self.seed, verbose=False)
         model = build_network(kind, **arguments)
-        if file.exists():
-            model.load_state_dict(torch.load(file, weights_only=True))
-            return model
-        if self.name in self.settings.weights:
-            load_weights(model, self.settings.weights[self.name])
-        self.train(model, steps, lr)
-        with stored.whole(file) as partial_file:
-            torch.save(model.state_dict(), partial_file)
+
+        def train() -> dict[str, torch.Tensor]:
+            if self.name in self.settings.weights:
+                load_weights(model, self.settings.weights[self.name])
+            self.train(model, steps, lr)
+            return model.state_dict()
+
+        model.load_state_dict(stored.kept(file, train))
         return model
 
     def train(

@@ -20,15 +20,14 @@ from typing import Any
 
 import lightning as L
 import stored
-import torch
 from torch import Tensor
+from training import outcome, quiet_trainer
 from typing_extensions import override
 
 from lightning_prune import criteria
 from lightning_prune.agents.filter_agent import FilterSearch
 from lightning_prune.callbacks import LearnToPruneCallback
 from lightning_prune.datamodules import ImageFolderDataModule
-from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.models import ImageClassifier, Optimization
 
 # Network, its settings, and its number of layers that are pruned.
@@ -79,29 +78,24 @@ def make_callback(row: str, seed: int, settings: Settings, widths: dict[str, int
 def run(row: str, seed: int, settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
     """Prune the trained network by one row, and train it on."""
     module, data = make_module(seed, settings, Optimization(LR)), make_data(seed, settings)
-    module.network.load_state_dict(torch.load(trained(seed, settings), weights_only=True))
+    module.network.load_state_dict(trained(seed, settings))
     callback = make_callback(row, seed, settings, results.get(key(AGENTS, seed, settings), {}).get("widths", {}))
-    trainer = make_trainer(settings, settings.epochs, settings.steps, [] if callback is None else [callback])
+    trainer = make_trainer(settings, settings.epochs, settings.steps, *([] if callback is None else [callback]))
     began = time.process_time()
     trainer.fit(module, datamodule=data)
-    seconds, plan = time.process_time() - began, plan_in_force(module)
-    return {
-        "accuracy": trainer.test(module, datamodule=data, verbose=False)[0]["test/accuracy"],
-        "flops": plan.budget["achieved"] if plan is not None and plan.budget is not None else 1.0,
-        "widths": plan.widths if plan is not None else {},
-        "seconds": seconds,
-    }
+    seconds = time.process_time() - began
+    return {**outcome(trainer, module, data), "seconds": seconds}
 
 
-def trained(seed: int, settings: Settings) -> Path:
+def trained(seed: int, settings: Settings) -> dict[str, Tensor]:
     """Return the weights of the trained network, made now or before."""
-    file = settings.work / f"{settings.network.replace('/', '-')}-{seed}.pt"
-    if not file.exists():
+
+    def train() -> dict[str, Tensor]:
         module = make_module(seed, settings, Optimization(TRAINING_LR))
         make_trainer(settings, settings.training_epochs, 1.0).fit(module, datamodule=make_data(seed, settings))
-        with stored.whole(file) as partial_file:
-            torch.save(module.network.state_dict(), partial_file)
-    return file
+        return module.network.state_dict()
+
+    return stored.kept(settings.work / f"{settings.network.replace('/', '-')}-{seed}.pt", train)
 
 
 def make_module(seed: int, settings: Settings, optimization: Optimization) -> ImageClassifier:
@@ -114,11 +108,10 @@ def make_data(seed: int, settings: Settings) -> ImageFolderDataModule:
     return ImageFolderDataModule(settings.root, batch_size=128, seed=seed)
 
 
-def make_trainer(settings: Settings, epochs: int, steps: int | float, callbacks: list[L.Callback] = []) -> L.Trainer:  # noqa: B006
-    return L.Trainer(
-        max_epochs=epochs, limit_train_batches=steps, callbacks=callbacks, accelerator=settings.accelerator, devices=1,
-        check_val_every_n_epoch=epochs + 1, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=settings.work,
+def make_trainer(settings: Settings, epochs: int, steps: int | float, *callbacks: L.Callback) -> L.Trainer:
+    return quiet_trainer(
+        epochs, *callbacks, limit_train_batches=steps, limit_val_batches=1.0, accelerator=settings.accelerator,
+        default_root_dir=settings.work,
     )  # fmt: skip
 
 

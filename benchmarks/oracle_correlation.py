@@ -25,6 +25,7 @@ import stored
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
+from training import quiet_trainer
 
 import lightning_prune as lp
 from lightning_prune.candidates import classification_loss
@@ -59,16 +60,14 @@ def trained(network: str, seed: int, settings: argparse.Namespace) -> ImageClass
     module = ImageClassifier(
         name, 10, (3, 32, 32), network_args=arguments, weights=published, optimization=optimization
     )
-    path = Path(settings.work) / f"{network.replace('/', '-')}-{seed}-{settings.epochs}.pt"
-    if not path.exists():
-        trainer = L.Trainer(
-            max_epochs=settings.epochs, devices=1, logger=False, enable_checkpointing=False, limit_val_batches=0,
-            enable_progress_bar=False, enable_model_summary=False, limit_train_batches=settings.batches or 1.0,
-        )  # fmt: skip
+
+    def train() -> dict[str, Tensor]:
+        trainer = quiet_trainer(settings.epochs, limit_train_batches=settings.batches or 1.0)
         trainer.fit(module, data_of(settings, seed))
-        with stored.whole(path) as partial_file:
-            torch.save(module.state_dict(), partial_file)
-    module.load_state_dict(torch.load(path, weights_only=True))
+        return module.state_dict()
+
+    path = Path(settings.work) / f"{network.replace('/', '-')}-{seed}-{settings.epochs}.pt"
+    module.load_state_dict(stored.kept(path, train))
     return module.to(settings.device).eval()
 
 

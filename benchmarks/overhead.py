@@ -24,6 +24,7 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from training import quiet_trainer
 from typing_extensions import override
 
 from lightning_prune.callbacks import TaylorRankCallback
@@ -78,10 +79,7 @@ def fit(turns: Turns, callbacks: list[L.Callback], steps: int, batch_size: int) 
     try:
         images = torch.randn(steps * batch_size, 3, 64, 64)
         labels = torch.arange(steps * batch_size) % 10
-        trainer = L.Trainer(
-            max_epochs=3, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[turns, *callbacks],
-        )  # fmt: skip
+        trainer = quiet_trainer(3, turns, *callbacks, accelerator="cpu")
         trainer.fit(Classifier(), DataLoader(TensorDataset(images, labels), batch_size))
     finally:
         turns.other.release(3 * steps)

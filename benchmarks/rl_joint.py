@@ -28,13 +28,13 @@ from typing import Any
 import lightning as L
 import stored
 from torch import Tensor
+from training import outcome, quiet_trainer
 from typing_extensions import override
 
 from lightning_prune.allocation import plan_by_layer
 from lightning_prune.callbacks import PruningCallback, RLJointPruneCallback
 from lightning_prune.datamodules import ImageFolderDataModule
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.models import ImageClassifier, Optimization
 from lightning_prune.plan import PruningPlan
 
@@ -138,13 +138,7 @@ def run(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
     trainer = make_trainer(settings, settings.epochs, [] if callback is None else [callback])
     trainer.fit(module, datamodule=data, ckpt_path=common)
     total = time.process_time() - began
-    plan = plan_in_force(module)
-    record: dict[str, Any] = {
-        "accuracy": trainer.test(module, datamodule=data, verbose=False)[0]["test/accuracy"],
-        "flops": plan.budget["achieved"] if plan is not None and plan.budget is not None else 1.0,
-        "widths": plan.widths if plan is not None else {},
-        "seconds": {"training": total},
-    }
+    record = {**outcome(trainer, module, data), "seconds": {"training": total}}
     if isinstance(callback, Joint):
         record |= {"rewards": callback.rewards, "strength": callback.strength, "penalties": callback.penalties}
         record["seconds"] = {"training": total - sum(callback.seconds.values()), **callback.seconds}
@@ -175,10 +169,8 @@ def make_data(seed: int, settings: Settings) -> ImageFolderDataModule:
 
 
 def make_trainer(settings: Settings, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
-    return L.Trainer(
-        max_epochs=epochs, limit_train_batches=settings.steps, callbacks=callbacks, accelerator=settings.accelerator,
-        devices=1, check_val_every_n_epoch=settings.epochs + 1, num_sanity_val_steps=0, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    return quiet_trainer(
+        epochs, *callbacks, limit_train_batches=settings.steps, limit_val_batches=1.0, accelerator=settings.accelerator,
         default_root_dir=settings.work,
     )  # fmt: skip
 

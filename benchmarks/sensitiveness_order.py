@@ -22,9 +22,9 @@ from typing import Any
 
 import lightning as L
 import stored
-import torch
 from scipy.stats import spearmanr
 from torch import Tensor
+from training import quiet_trainer, tested
 
 import lightning_prune as lp
 from lightning_prune.allocation import plan_by_layer
@@ -53,15 +53,11 @@ def make(network: str, data: ImageDataModule, lr_factor: float = 1.0) -> ImageCl
 
 def fit(module: ImageClassifier, data: ImageDataModule, epochs: int, settings: argparse.Namespace, *more: Any) -> float:
     """Train, and return the test accuracy after the last epoch."""
-    trainer = L.Trainer(
-        max_epochs=epochs, devices=1, callbacks=list(more), logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
-        limit_train_batches=settings.batches or 1.0, limit_test_batches=settings.test_batches or 1.0,
-    )  # fmt: skip
+    limits = {"limit_train_batches": settings.batches or 1.0, "limit_test_batches": settings.test_batches or 1.0}
+    trainer = quiet_trainer(epochs, *more, **limits)
     if epochs:
         trainer.fit(module, data)
-    (tested,) = trainer.test(module, data, verbose=False)
-    return tested["test/accuracy"]
+    return tested(trainer, module, data)
 
 
 class KeepEarly(L.Callback):
@@ -78,16 +74,16 @@ class KeepEarly(L.Callback):
 
 def trained(network: str, seed: int, settings: argparse.Namespace) -> dict[str, Any]:
     """Return the weights after the early and the last epoch, and the accuracy; trained now or before."""
-    path = Path(settings.work) / f"{network}-{seed}-{settings.early}-{settings.epochs}.pt"
-    if not path.exists():
+
+    def train() -> dict[str, Any]:
         L.seed_everything(seed, verbose=False)
         data, keep = data_of(network, seed, settings), KeepEarly(settings.early)
         module = make(network, data)
         accuracy = fit(module, data, settings.epochs, settings, keep)
-        found = {"early": keep.weights, "last": module.state_dict(), "accuracy": accuracy}
-        with stored.whole(path) as partial_file:
-            torch.save(found, partial_file)
-    return torch.load(path, weights_only=True)
+        return {"early": keep.weights, "last": module.state_dict(), "accuracy": accuracy}
+
+    path = Path(settings.work) / f"{network}-{seed}-{settings.early}-{settings.epochs}.pt"
+    return stored.kept(path, train)
 
 
 def batches_of(data: ImageDataModule, settings: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:

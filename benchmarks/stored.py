@@ -46,8 +46,17 @@ def whole(path: str | Path) -> Iterator[Path]:
     os.replace(partial, path)
 
 
+def kept(path: str | Path, make: Callable[[], Any]) -> Any:
+    """Return the tensors that a file holds; they are made, and kept there, if there is none."""
+    if not Path(path).exists():
+        content = make()
+        with whole(path) as partial:
+            torch.save(content, partial)
+    return torch.load(path, weights_only=True)
+
+
 def complete(path: str | Path, results: dict[str, Any], runs: Mapping[str, Callable[[], Any]], made: Any) -> None:
-    """Add the records that are missing, each saved when it is there.
+    """Add the records that are missing, each saved when it is there; end the script if one has other settings.
 
     Args:
         path: The file.
@@ -60,6 +69,8 @@ def complete(path: str | Path, results: dict[str, Any], runs: Mapping[str, Calla
             results[key] = {**run(), "made": made}
             save(path, results)
             print(f"{key}: {results[key]['accuracy']:.4f}; seconds {results[key]['seconds']}", flush=True)
+        elif "made" in results[key]:
+            check_settings(results[key]["made"]["settings"], made["settings"])
 
 
 def by_setting(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

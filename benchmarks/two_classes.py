@@ -21,6 +21,7 @@ from typing import Any
 import lightning as L
 import stored
 import torch
+from training import quiet_trainer, tested
 
 from lightning_prune.callbacks import TaylorRankCallback
 from lightning_prune.datamodules import ImageFolderDataModule
@@ -45,26 +46,21 @@ def data_of(name: str, classes: list[str], settings: argparse.Namespace, seed: i
     return ImageFolderDataModule(str(root), batch_size=settings.batch_size, seed=seed)
 
 
-def trainer(epochs: int, *callbacks: L.Callback) -> L.Trainer:
-    return L.Trainer(
-        max_epochs=epochs, devices=1, accelerator="cpu", callbacks=list(callbacks), logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        num_sanity_val_steps=0,
-    )  # fmt: skip
-
-
 def trained_on_others(seed: int, settings: argparse.Namespace) -> Path:
-    """Return the weights of a network that knows the other classes, trained now or before."""
-    file = Path(settings.work) / f"others-{settings.width}-{settings.epochs}-{seed}.pt"
-    if not file.exists():
+    """Return the file with the weights of a network that knows the other classes, trained now or before."""
+
+    def train() -> dict[str, torch.Tensor]:
         classes = sorted(each.name for each in (Path(settings.root) / "train").iterdir() if each.name not in TARGET)
         L.seed_everything(seed, verbose=False)
         module = ImageClassifier(
             NETWORK, len(classes), (3, 32, 32), {"width": settings.width}, optimization=Optimization(lr=0.05)
         )
-        trainer(settings.epochs).fit(module, data_of("others", classes, settings, seed))
-        with stored.whole(file) as partial_file:
-            torch.save(module.network.state_dict(), partial_file)
+        trainer = quiet_trainer(settings.epochs, accelerator="cpu")
+        trainer.fit(module, data_of("others", classes, settings, seed))
+        return module.network.state_dict()
+
+    file = Path(settings.work) / f"others-{settings.width}-{settings.epochs}-{seed}.pt"
+    stored.kept(file, train)
     return file
 
 
@@ -77,10 +73,9 @@ def transferred(weights: Path, seed: int, settings: argparse.Namespace, *callbac
         transfer=Transfer(head="classifier", frozen=["features.*"], unfreeze_epoch=1),
         optimization=Optimization(lr=settings.lr, restarts=[settings.transfer]),
     )  # fmt: skip
-    run = trainer(settings.transfer + settings.finetune, *callbacks)
-    run.fit(module, data)
-    (tested,) = run.test(module, data, verbose=False)
-    return {"module": module.eval(), "accuracy": tested["test/accuracy"]}
+    trainer = quiet_trainer(settings.transfer + settings.finetune, *callbacks, accelerator="cpu")
+    trainer.fit(module, data)
+    return {"module": module.eval(), "accuracy": tested(trainer, module, data)}
 
 
 def speed_up(pruned: torch.nn.Module, whole: torch.nn.Module, batch: int, turns: int = 15) -> float:
