@@ -8,9 +8,11 @@ seed. Each run is written to a file when it is done, and not computed again::
 
     python benchmarks/agents_vs_random_search.py --root data/cifar10-jpeg --weights resnet20.pt [--episodes 300]
     python benchmarks/agents_vs_random_search.py --root data/cifar10-jpeg --weights resnet20.pt --rates
+    python benchmarks/agents_vs_random_search.py --root data/cifar10-jpeg --weights resnet20.pt --two-ranks
 
 The second form compares episodes per second with a loop that masks, estimates the statistics and runs, on the same
-images; both take turns in one process, and the ratio is the median of the rounds.
+images; both take turns in one process, and the ratio is the median of the rounds. The third compares two ranks with
+one, see `two_ranks.py`.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import stored
 import torch
+import two_ranks
 from scipy import stats
 from torch import Tensor
 
@@ -166,6 +169,19 @@ def rates(settings: argparse.Namespace) -> None:
     print(f"(goal {GOAL} x); greatest difference of rewards {worst:.1e}")
 
 
+def work_of(settings: argparse.Namespace) -> two_ranks.Work:
+    """Return what two ranks share: some rounds of episodes, of which each rank plays all and measures its share."""
+    problem, rewarded, batches = make_problem(settings)
+    measure = accuracy_of(problem.graph, rewarded, recalibrate=batches)
+
+    def work() -> None:
+        agent = make_agent("random", OBSERVATION_SIZE, 1, 0)
+        for _ in range(4):
+            measure([problem.plan(widths) for widths in play(problem, agent, settings.round)[0]])
+
+    return work
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder with train/ and test/ of CIFAR-10")
@@ -181,9 +197,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--rates", action="store_true", help="compare episodes per second instead")
+    parser.add_argument("--two-ranks", action="store_true", help="compare two ranks with one instead")
     parser.add_argument("--rounds", type=int, default=5, help="of that comparison")
     settings = parser.parse_args()
-    (rates if settings.rates else compare)(settings)
+    if settings.two_ranks:
+        two_ranks.compare(work_of, settings, settings.rounds)
+    else:
+        (rates if settings.rates else compare)(settings)
 
 
 if __name__ == "__main__":

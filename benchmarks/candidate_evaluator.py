@@ -2,21 +2,21 @@
 
 Each filter is removed alone and the loss measured. The evaluator measures every `--every`-th filter; the loop takes the
 same time for each candidate, so it measures every eighth of those. They take turns in one process; the ratio is the
-median of the rounds. Then two ranks (gloo) against one, in turns as well::
+median of the rounds. Then two ranks against one, see `two_ranks.py`::
 
     python benchmarks/candidate_evaluator.py [--every 16] [--rounds 3] [--batch-size 32] [--device cuda]
 """
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, distributed, multiprocessing
+import two_ranks
+from torch import Tensor
 from torch.nn import functional as F
 
 import lightning_prune as lp
@@ -26,7 +26,7 @@ from lightning_prune.graph.modules import named_tensors
 from lightning_prune.masking import read_from_removed
 from lightning_prune.models import build_network
 
-GOAL, GOAL_OF_TWO = 2.5, 1.8
+GOAL = 2.5
 
 Batch = tuple[Tensor, Tensor]
 
@@ -90,41 +90,9 @@ def against_the_loop(settings: argparse.Namespace) -> None:
     print(f"ratio {ratio:.2f} (goal {GOAL}: {verdict}), greatest difference of a loss {worst:.1e}\n", flush=True)
 
 
-def rank(number: int, settings: argparse.Namespace, folder: str, turn: Any, result: Any) -> None:
-    """Measure alone, then together, round after round; what is not at work waits."""
-    torch.set_num_threads(1)
-    graph, candidates, batches = make(settings)
-    ratios, of_cpu = [], []
-    for count in range(settings.rounds):
-        turn.wait()
-        start, used = time.perf_counter(), time.process_time()
-        if number == 0:
-            evaluate_candidates(graph, candidates, batches)
-        used = time.process_time() - used
-        turn.wait()
-        alone = time.perf_counter() - start
-        distributed.init_process_group("gloo", f"file://{folder}/{count}", rank=number, world_size=2)
-        turn.wait()
-        start, each = time.perf_counter(), time.process_time()
-        evaluate_candidates(graph, candidates, batches)
-        ratios.append(alone / (time.perf_counter() - start))
-        spent = torch.tensor([time.process_time() - each, 0.0]).roll(number)
-        distributed.all_reduce(spent)
-        of_cpu.append(used / float(spent.max()))
-        distributed.destroy_process_group()
-    if number == 0:
-        result.put((statistics.median(ratios), statistics.median(of_cpu)))
-
-
-def two_ranks(settings: argparse.Namespace) -> None:
-    context = multiprocessing.get_context("spawn")
-    turn, result = context.Barrier(2), context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(rank, (settings, folder, turn, result), nprocs=2)
-    ratio, of_cpu = result.get()
-    verdict = "met" if ratio >= GOAL_OF_TWO else "MISSED"
-    print(f"two ranks against one: {ratio:.2f} (goal {GOAL_OF_TWO}: {verdict}); by CPU seconds, which other processes")
-    print(f"on the machine disturb less: {of_cpu:.2f}")
+def work_of(settings: argparse.Namespace) -> two_ranks.Work:
+    """Return what two ranks share."""
+    return partial(evaluate_candidates, *make(settings))
 
 
 def main() -> None:
@@ -134,12 +102,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--one-rank", action="store_true", help="leave out the comparison of two ranks with one")
+    parser.add_argument("--parts", nargs="+", default=["loop", "ranks"], choices=["loop", "ranks"])
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    against_the_loop(settings)
-    if settings.device == "cpu" and not settings.one_rank:
-        two_ranks(settings)
+    if "loop" in settings.parts:
+        against_the_loop(settings)
+    if "ranks" in settings.parts and settings.device == "cpu":
+        two_ranks.compare(work_of, settings, settings.rounds)
 
 
 if __name__ == "__main__":

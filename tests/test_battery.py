@@ -64,6 +64,21 @@ def test_stopped_equals_unbroken(name: str, moments: dict[str, int], tmp_path: P
         assert battery.differences(unbroken, resumed) == [], path.name
 
 
+def test_a_callback_whose_run_broke_off_knows_nothing_of_it_in_the_next(name: str, tmp_path: Path) -> None:
+    class BreakOff(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+            if trainer.current_epoch == 1 and trainer.global_step % battery.BATCHES == 2:
+                raise ValueError("broken off")
+
+    settings = {"start_epoch": 2, "steps": 1}  # after the run breaks off, all but ranks and searches
+    callback, other = battery.make_callback(name, **settings), battery.ResidualClassifier(16)
+    with pytest.raises(ValueError, match="broken off"):
+        battery.train(tmp_path / "other", callback, BreakOff(), module=other, max_epochs=4)
+    used, _ = battery.train(tmp_path / "used", callback, max_epochs=4)
+    unused, _ = battery.train(tmp_path / "unused", battery.make_callback(name, **settings), max_epochs=4)
+    assert battery.differences(used, unused) == []
+
+
 def test_one_step_after_a_prune_equals_the_sliced_step_of_the_masked_twin(name: str, tmp_path: Path) -> None:
     """Both twins take the same step in float64; what the prune left must be what the mask left."""
     found: dict[str, float] = {}

@@ -50,13 +50,6 @@ class AFIEEarlyPruneCallback(PruningCallback):
         self.entropy: dict[str, float] = {}
 
     @override
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().on_train_start(trainer, pl_module)
-        assert self._graph is not None
-        if self.steps_done == 0:
-            self.entropy = {}
-
-    @override
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
         self.entropy = self.entropy or afie(graph, self.flatten)
         return plan_by_layer(graph, self.entropy, scores, keep, self.metric, self.round_to, self.min_channels, self.cap)
@@ -69,3 +62,8 @@ class AFIEEarlyPruneCallback(PruningCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.entropy = dict(state_dict["entropy"])
+
+    @override
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self.entropy = {}

@@ -180,8 +180,8 @@ class PruningCallback(Callback):
         follow(trainer)
         if stage == "fit":
             self._refuse_short_run(trainer)
-            if plan_in_force(pl_module) is None:  # a callback that has pruned another module starts anew
-                self.steps_done, self.history = 0, None  # before the state of a run that is resumed is loaded
+            if plan_in_force(pl_module) is None:
+                self._start_anew()  # before the state of a run that is resumed is loaded
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -330,6 +330,10 @@ class PruningCallback(Callback):
             f"0), but the run ends after {epochs} epochs; raise max_epochs to at least {self.last_prune_epoch + 1}, or "
             "lower start_epoch, steps or every_n_epochs."
         )
+
+    def _start_anew(self) -> None:
+        """Forget what is known of a module that was trained before, to the end or not."""
+        self.steps_done, self.history, self.batch_like = 0, None, None
 
     def _let_go(self) -> None:
         """Drop every reference to modules."""

@@ -19,6 +19,7 @@ from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, training_batches
 from lightning_prune.candidates import classification
+from lightning_prune.candidates.evaluator import alone
 from lightning_prune.candidates.measures import examples_in
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.plan import PruningPlan
@@ -211,6 +212,11 @@ class LearnToPruneCallback(PruningCallback):
         return {**super().__getstate__(), "_batches": [], "_validation": None}
 
     @override
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self.figures = {}
+
+    @override
     def _let_go(self) -> None:
         super()._let_go()
         self._batches, self._validation = [], None
@@ -265,6 +271,8 @@ class LearnToPruneCallback(PruningCallback):
         assert self._graph is not None
         model = copy.deepcopy(self._graph.model)
         prune(model, plan)
+        for module in model.modules():
+            module.__dict__["forward"] = alone(module, module.forward)
         optimizer = torch.optim.SGD(model.parameters(), self.finetune_lr, momentum=MOMENTUM)
         model.train()
         with isolate_rng():

@@ -204,6 +204,11 @@ class RLJointPruneCallback(PruningCallback):
         return {**super().__getstate__(), **left_out, "search_state": search}
 
     @override
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self._forget()
+
+    @override
     def _let_go(self) -> None:
         if self._search is not None:
             self.search_state = self._search.state_dict()

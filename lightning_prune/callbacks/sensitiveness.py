@@ -92,8 +92,6 @@ class SensitivenessCallback(PruningCallback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         super().on_train_start(trainer, pl_module)
         assert self._graph is not None
-        if self.steps_done == 0:
-            self.sensitiveness = {}
         if self.steps_done < self.steps:  # refuse now what would fail at the first prune
             first = ValidationBatches(trainer, 1, type(self).__name__)
             evaluate_candidates(self._graph, [{}], first, evaluate=self.evaluate or classification, own_data=True)
@@ -121,3 +119,8 @@ class SensitivenessCallback(PruningCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.sensitiveness = dict(state_dict["sensitiveness"])
+
+    @override
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self.sensitiveness = {}

@@ -92,8 +92,6 @@ class TaylorRankCallback(PruningCallback):
         super().on_train_start(trainer, pl_module)
         assert self._graph is not None
         make_collector(self._graph, self.variant, self.totals)  # which refuses what it cannot watch
-        if self.steps_done == 0:
-            self.last_scores = {}
 
     @override
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -174,6 +172,11 @@ class TaylorRankCallback(PruningCallback):
         if self._collector is not None:
             self._collector.stop()
             self._collector = None
+
+    @override
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self.totals, self.listened, self.last_scores = Totals(), False, {}
 
     @override
     def _let_go(self) -> None:

@@ -22,7 +22,7 @@ from lightning_prune.graph.modules import named_tensors, substituted
 from lightning_prune.plan import PruningPlan
 from lightning_prune.progress import progress
 
-__all__ = ["Measured", "evaluate_candidates"]
+__all__ = ["Measured", "alone", "evaluate_candidates"]
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,15 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
         copies = {id(tensor): tensor.clone() for tensor in tensors if not isinstance(tensor, nn.Parameter)}
-        with substituted(model, copies, training=False, watched=_alone):
+        with substituted(model, copies, training=False, watched=alone):
             yield
 
 
-def _alone(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep a normalisation from waiting for that of other ranks, which run other candidates."""
+def alone(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward function of a module that does not wait for other ranks, which run other candidates.
+
+    Args:
+        module: Any module.
+        forward: Its own forward function, which normalisation across ranks is not left.
+    """
     return partial(_BatchNorm.forward, module) if isinstance(module, nn.SyncBatchNorm) else forward

@@ -139,6 +139,25 @@ def test_a_copy_is_trained_for_some_steps(tmp_path: Path) -> None:
     assert found[0][0] == pytest.approx(found[0][1])
 
 
+@pytest.mark.parametrize("finetune_steps", [0, 1])
+def test_copies_do_not_wait_for_those_of_other_ranks(
+    finetune_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(*_: object) -> None:
+        raise AssertionError("waits for other ranks")
+
+    class Alone(LearnToPruneCallback):
+        def _measure(self, *given: Any) -> Tensor:
+            with monkeypatch.context() as patch:
+                patch.setattr(nn.SyncBatchNorm, "forward", wait)
+                return super()._measure(*given)
+
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(battery.ResidualClassifier())
+    callback = Alone(keep=0.5, updates=1, samples=2, finetune_steps=finetune_steps)
+    module, _ = battery.train(tmp_path, callback, module=synchronised, max_epochs=2)
+    assert plan_in_force(module).budget["achieved"] <= 0.5
+
+
 def test_convolutions_look_at_long_filters() -> None:
     kinds = [{type(layer) for layer in FilterNetwork(5, length).layers} for length in (24, 25)]
     assert nn.Conv2d not in kinds[0]
