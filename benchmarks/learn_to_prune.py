@@ -50,8 +50,8 @@ class Chosen(LearnToPruneCallback):
     """
 
     def __init__(self, criterion: str | dict[str, Any], widths: dict[str, int], **settings: Any) -> None:
-        super().__init__(criterion=criterion, **settings)
-        self.widths = widths
+        super().__init__(**settings)
+        self.criterion, self.widths = criterion, widths
 
     @override
     def _decide(self, trainer: L.Trainer, search: FilterSearch, name: str, kept: dict[str, Tensor]) -> Tensor:

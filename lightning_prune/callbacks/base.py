@@ -20,6 +20,7 @@ from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.plan import PruningPlan
 from lightning_prune.progress import progress, show_with
 from lightning_prune.reporting.history import History
+from lightning_prune.reporting.loggers import folder
 from lightning_prune.reporting.progress import follow, say, warn
 from lightning_prune.surgery import check, prune
 
@@ -195,7 +196,8 @@ class PruningCallback(Callback):
         if not self._graph.groups:
             reasons = "; ".join(held.reason for held in self._graph.held.values())
             raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")
-        self.check_budget(trainer, self._graph)
+        if self.steps_done < self.steps:
+            self.check_budget(trainer, self._graph)
         self._recorder = Recorder(trainer, self._graph, self.history)
         self._recorder.begin(self)
         self.history = self._recorder.history
@@ -220,7 +222,7 @@ class PruningCallback(Callback):
             self._prune(trainer, pl_module, due)
         assert self._recorder is not None
         for metric, fraction in self._recorder.kept.items():
-            pl_module.log(f"prune/keep_{metric}", fraction, on_step=False, on_epoch=True, rank_zero_only=True)
+            pl_module.log(f"{folder(self.module)}/keep_{metric}", fraction, on_step=False, on_epoch=True, rank_zero_only=True)
 
     @override
     def on_train_batch_end(

@@ -118,7 +118,7 @@ class LearnToPruneCallback(PruningCallback):
         agent_settings: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(start_epoch=start_epoch, steps=steps, **settings)
+        super().__init__(start_epoch=start_epoch, steps=steps, criterion="l1", **settings)
         if self.metric == "latency":
             raise ValueError("LearnToPruneCallback needs a metric that can be counted: flops, params or channels.")
         if accepted_drop <= 0:

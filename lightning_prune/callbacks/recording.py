@@ -95,9 +95,9 @@ class Recorder:
 
     def _measure(self) -> Measurement:
         """Count and time the network as it is now."""
-        model = self.graph.model
+        part = self.graph.model.get_submodule(self.graph.module)
         return Measurement(
-            params=sum(parameter.numel() for parameter in model.parameters()),
+            params=sum(parameter.numel() for parameter in part.parameters()),
             flops=int(self._costs["flops"](self._widths)),
-            latency_ms=measure_latency(model.get_submodule(self.graph.module), self.graph.example_inputs),
+            latency_ms=measure_latency(part, self.graph.example_inputs),
         )

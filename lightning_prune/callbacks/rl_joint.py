@@ -36,7 +36,8 @@ class RLJointPruneCallback(PruningCallback):
 
     Args:
         start_epoch: Number of epochs before the channels are removed, at least 1.
-        agent: ``"sac"``, ``"ppo-clip"``, ``"ppo-kl"``, ``"ppo-cim"``, ``"reinforce"`` or ``"random"``.
+        agent: ``"sac"``, ``"ppo-clip"``, ``"ppo-kl"``, ``"ppo-cim"``, ``"ppo-cim-1"``, ``"ppo-cim-2"``,
+            ``"reinforce"`` or ``"random"``.
         warmup_epochs: Number of epochs of plain training at first, below ``start_epoch``.
         search_epochs: Number of epochs with episodes after that; the choice then stays. Default: all up to the removal.
         episodes: Number of episodes in each of them, at least 2.

@@ -151,8 +151,9 @@ def _ignored(forward: Forward, patterns: Sequence[str]) -> Iterable[str]:
 def _terms(forward: Forward, coupling: Coupling, flops: list[CostTerm]) -> dict[str, list[Term]]:
     known: dict[int, Any] = {}
     params = []
+    of_the_part = {id(parameter) for parameter in forward.part.parameters()}
     for name, tensor in forward.tensors.items():
-        if isinstance(tensor, nn.Parameter):
+        if id(tensor) in of_the_part:
             axes = forward.labels(name)
             fixed = [size for axis, size in enumerate(forward.shapes[name]) if axis not in axes]
             params.append(CostTerm(torch.Size(fixed).numel(), tuple(axes.values()), name.rpartition(".")[0]))

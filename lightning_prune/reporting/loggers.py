@@ -18,7 +18,16 @@ from lightning_prune.reporting.summary import summarize
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["log_end", "log_prune"]
+__all__ = ["folder", "log_end", "log_prune"]
+
+
+def folder(module: str) -> str:
+    """Return what the names of all figures of a run begin with, but for those of groups, which are unique.
+
+    Args:
+        module: Dotted name of the part that is pruned; empty for the whole model.
+    """
+    return f"prune/{module}" if module else "prune"
 
 
 def log_prune(trainer: "pl.Trainer", history: History, scores: Mapping[str, Tensor]) -> None:
@@ -35,7 +44,7 @@ def log_prune(trainer: "pl.Trainer", history: History, scores: Mapping[str, Tens
     """
     last = history.prunes[-1]
     numbers = {f"prune/channels/{name}": float(width) for name, width in last.widths.items()}
-    numbers["prune/latency_ms"] = last.left.latency_ms
+    numbers[f"{folder(history.module)}/latency_ms"] = last.left.latency_ms
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=trainer.global_step)
         if isinstance(logger, TensorBoardLogger):
@@ -57,7 +66,7 @@ def log_end(trainer: "pl.Trainer", history: History) -> None:
     table = "\n".join(f"    {line}" for line in summarize(history.before, history.after))  # Markdown, as it stands
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("prune/summary", table, trainer.global_step)
+            logger.experiment.add_text(f"{folder(history.module)}/summary", table, trainer.global_step)
     _log_figures(trainer, history)
 
 
@@ -67,12 +76,12 @@ def _log_figures(trainer: "pl.Trainer", history: History) -> None:
         return
     from lightning_prune.reporting import figures
 
-    drawn = {"prune/widths": figures.widths(history)}
+    drawn = {"widths": figures.widths(history)}
     if history.shown_metric:
-        drawn["prune/metric_against_flops"] = figures.metric_against_flops(history, history.shown_metric)
+        drawn["metric_against_flops"] = figures.metric_against_flops(history, history.shown_metric)
     for show in shows:
         for name, figure in drawn.items():
-            show(name, figure)
+            show(f"{folder(history.module)}/{name}", figure)
 
 
 def _shows_figures(logger: Logger, step: int) -> "Callable[[str, Figure], Any] | None":

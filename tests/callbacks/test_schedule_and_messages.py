@@ -7,6 +7,8 @@ import battery
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
@@ -112,12 +114,20 @@ def test_two_callbacks_on_two_parts_share_one_plan(tmp_path: Path) -> None:
         PruningCallback(module="left", example_inputs=[1, 1, 8, 8], round_to=1),
         TaylorRankCallback(module="right", example_inputs=[1, 8, 4, 4], round_to=1, start_epoch=2),
     ]
-    module, trainer = battery.train(tmp_path, *callbacks, module=TwoParts())
+    board, original = TensorBoardLogger(tmp_path, "board"), TwoParts()
+    module, trainer = battery.train(tmp_path, *callbacks, module=TwoParts(), logger=board, log_every_n_steps=1)
     assert set(plan_in_force(module).widths) == {"left.0", "right.0"}
     assert module.left[0].out_channels < 16
     assert module.right[0].out_channels < 16
     saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
     assert saved["lightning_prune"]["plan"]["groups"].keys() == {"left.0", "right.0"}
+    events = EventAccumulator(board.log_dir).Reload()
+    for part in ("left", "right"):
+        sizes = [sum(p.numel() for p in each.get_submodule(part).parameters()) for each in (module, original)]
+        kept = [event.value for event in events.Scalars(f"prune/{part}/keep_params")]
+        assert kept[-1] == pytest.approx(sizes[0] / sizes[1])
+        assert f"prune/{part}/latency_ms" in events.Tags()["scalars"]
+        assert f"prune/{part}/widths" in events.Tags()["images"]
 
 
 def test_the_schedule_counts_from_the_original() -> None:
@@ -140,9 +150,6 @@ def test_a_prune_that_removes_nothing_says_so(tmp_path: Path) -> None:
 
 
 def test_scalars_have_their_documented_names(tmp_path: Path) -> None:
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     board = TensorBoardLogger(tmp_path, "board")
     battery.train(
         tmp_path, battery.make_callback("taylor"), logger=[board, CSVLogger(tmp_path, "csv")], log_every_n_steps=1
