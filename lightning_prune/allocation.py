@@ -12,7 +12,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.latency import measured_fraction, plan_for_latency, profile, timed_plan, with_best_rounding
 from lightning_prune.plan import PruningPlan
 
-__all__ = ["check_keep", "check_reachable", "plan", "plan_by_layer", "reachable"]
+__all__ = ["check_keep", "check_numbers", "check_reachable", "plan", "plan_by_layer", "reachable"]
 
 
 def plan(
@@ -198,6 +198,12 @@ def check_keep(keep: float) -> None:
         raise ValueError(f"keep must be the fraction that stays, above 0 and at most 1; got {keep!r}.")
 
 
+def check_numbers(name: str, scores: Tensor) -> None:
+    """Raise a ValueError if the scores of a group are not numbers that can be ranked."""
+    if bool(scores.isnan().any()):
+        raise ValueError(f"The scores of group {name!r} contain NaN; look for non-finite weights or gradients.")
+
+
 def _scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the scores of every group on the CPU; groups without scores stay whole."""
     known = {}
@@ -213,8 +219,7 @@ def _scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Tens
             raise ValueError(
                 f"Group {name!r} has {group.size} channels, but its scores have shape {tuple(given.shape)}."
             )
-        if bool(given.isnan().any()):
-            raise ValueError(f"The scores of group {name!r} contain NaN; look for non-finite weights or gradients.")
+        check_numbers(name, given)
         known[name] = given.detach().to("cpu", torch.float64)
     return known
 

@@ -1,11 +1,12 @@
 """Masks: channels that are still there but that nobody reads; and statistics that follow what is left."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.modules import named_tensors
@@ -69,14 +70,21 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Modu
         batches: The batches to take statistics from.
         run: Runs a model on a batch; default ``model(batch)``.
 
+    Raises:
+        ValueError: If there are no batches.
+
     Example:
         >>> norm = nn.BatchNorm1d(1).eval()
         >>> recalibrate(norm, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])])
         >>> norm.running_mean, norm.running_var, norm.training
         (tensor([4.]), tensor([2.]), False)
     """
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     modes = [(m, m.training) for m in model.modules()]
+    batches = iter(batches)
+    first = list(islice(batches, 1))
+    if not first:
+        raise ValueError("There are no batches to estimate the statistics of batch normalisation from.")
     momenta = [norm.momentum for norm in norms]
     try:
         for module, _ in modes:
@@ -84,7 +92,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Modu
         for norm in norms:
             norm.reset_running_stats()
             norm.training, norm.momentum = True, None
-        for batch in batches:
+        for batch in chain(first, batches):
             (run or nn.Module.__call__)(model, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

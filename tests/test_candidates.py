@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +307,7 @@ def _measure_slowly(folder: str) -> None:
     evaluate_candidates(graph, removals(graph), batches, evaluate=slow, resume=folder)
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_measure_slowly, args=(str(tmp_path),))
     process.start()
     journal = tmp_path / "rank0.jsonl"
@@ -319,16 +320,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     assert 20 <= noted < len(removals(graph)) * len(batches)
     with journal.open("ab") as file:
         file.write(b'["half a li')
-    calls = 0
-
-    def counted(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        nonlocal calls
-        calls += 1
-        return classification(model, batch)
-
-    counted.__qualname__ = "slow"  # results are found by the name of the measure
-    resumed = evaluate_candidates(graph, removals(graph), batches, evaluate=counted, resume=tmp_path)
-    assert calls < len(removals(graph)) * len(batches)
+    calls: list[float] = []
+    monkeypatch.setattr(time, "sleep", calls.append)  # as `slow` does each time
+    resumed = evaluate_candidates(graph, removals(graph), batches, evaluate=slow, resume=tmp_path)
+    assert len(calls) < len(removals(graph)) * len(batches)
     unbroken = evaluate_candidates(graph, removals(graph), batches, evaluate=slow)
     assert torch.equal(resumed.loss, unbroken.loss)
     assert torch.equal(resumed.accuracy, unbroken.accuracy)
@@ -342,6 +337,39 @@ def test_results_of_another_model_are_not_taken(tmp_path: Path) -> None:
         graph.model.head.weight.mul_(2)
     measured = evaluate_candidates(graph, removals(graph), batches, resume=tmp_path)
     torch.testing.assert_close(measured.loss, naive(graph, removals(graph), batches)[0], rtol=1e-9, atol=1e-9)
+
+
+def scaled(model: nn.Module, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
+    loss, accuracy = classification(model, batch)
+    return factor * loss, accuracy
+
+
+def held(factor: float) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
+    return lambda model, batch: scaled(model, batch, factor)
+
+
+def test_results_of_another_measure_or_network_are_not_taken(tmp_path: Path) -> None:
+    graph, batches = made(Blocks)
+    candidates = removals(graph)[:3]
+    for make in (lambda factor: partial(scaled, factor=factor), held):
+        for factor in (1.0, 3.0):
+            found = evaluate_candidates(graph, candidates, batches, evaluate=make(factor), resume=tmp_path).loss
+            expected = evaluate_candidates(graph, candidates, batches, evaluate=make(factor)).loss
+            assert torch.equal(found, expected)
+    losses = []
+    for activation in (nn.ReLU(), nn.Tanh()):
+        other = lp.trace(nn.Sequential(nn.Linear(2, 4), activation, nn.Linear(4, 2)), torch.zeros(1, 2))
+        other.model.load_state_dict({name: torch.ones_like(value) for name, value in other.model.state_dict().items()})
+        batch = (torch.tensor([[1.0, 2.0]]), torch.tensor([1]))
+        losses.append(evaluate_candidates(other, [{"0": torch.tensor([0])}], [batch], resume=tmp_path / "other").loss)
+    assert len(list((tmp_path / "other").iterdir())) == 1
+    assert len((tmp_path / "other" / "rank0.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_measure_that_cannot_be_known_again_is_not_noted(tmp_path: Path) -> None:
+    graph, batches = made(Sequence)
+    with pytest.raises(ValueError, match="Results cannot be noted in `resume`: <object object at"):
+        evaluate_candidates(graph, [{}], batches, evaluate=partial(scaled, factor=object()), resume=tmp_path)
 
 
 @pytest.mark.parametrize("line", ["no json\n", '["key", 1.0]\n', '["key", "a", "b", 2]\n'])

@@ -1,5 +1,6 @@
 """Masks on small networks; over real networks, see graph/test_networks.py."""
 
+import pytest
 import torch
 from engine import randomised
 from torch import nn
@@ -17,3 +18,19 @@ def test_only_what_is_read_from_removed_channels_becomes_zero():
     expected["3.weight"][:, 4:8] = 0
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_only_batch_normalisation_is_estimated_anew():
+    model = nn.Sequential(nn.InstanceNorm2d(2, track_running_stats=True), nn.BatchNorm2d(2)).eval()
+    model[0].running_mean.fill_(5.0)
+    lp.masking.recalibrate(model, [torch.randn(8, 2, 4, 4), torch.randn(8, 2, 4, 4)])
+    assert model[0].running_mean.tolist() == [5.0, 5.0]
+    assert model[1].num_batches_tracked == 2
+
+
+def test_statistics_are_kept_where_there_are_no_batches():
+    norm = nn.BatchNorm1d(1)
+    norm.running_mean.fill_(5.0)
+    with pytest.raises(ValueError, match="There are no batches to estimate the statistics"):
+        lp.masking.recalibrate(norm, [])
+    assert norm.running_mean.tolist() == [5.0]

@@ -131,10 +131,11 @@ class PolicySearch:
                 self.environment.observe(replace(transition, reward=rewards))
         self._played = []
         figures: dict[str, float] = {}
-        for _ in range(self.environment_updates if self.environment is not None else 0):
-            figures |= self.environment.update()  # type: ignore[union-attr]
+        # The agent first: what it saw when it acted must be what it sees when it learns from that.
         for _ in range(self.agent_updates):
             figures |= self.agent.update()
+        for _ in range(self.environment_updates if self.environment is not None else 0):
+            figures |= self.environment.update()  # type: ignore[union-attr]
         return figures
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning_prune import criteria
 from lightning_prune.agents.base import Agent
 from lightning_prune.agents.transition import Transition
 from lightning_prune.agents.width_bounds import WidthBounds
+from lightning_prune.allocation import check_numbers
 from lightning_prune.budget import CostModel
 from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.graph import ChannelGraph
@@ -89,6 +90,8 @@ class PruningProblem:
         self.bounds = WidthBounds(graph, self.cost, keep, round_to, min_channels, cap)
         self.sizes = self.cost.sizes
         self.scores = criteria.score(graph, criterion)
+        for name, scores in self.scores.items():
+            check_numbers(name, scores)
         self.fixed = _seen_of_groups(graph, self.cost)
 
     def __len__(self) -> int:

@@ -88,6 +88,7 @@ class _Episodes:
         return {"best": self._best_rows, "running": self._running}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.best_return, self._best_rows = None, float("-inf"), state["best"]
         self._running = [[row.to(self.layout.low.device) for row in rows] for rows in state["running"]]
         if len(state["best"]):
             self._offer(state["best"].to(self.layout.low.device))

@@ -134,6 +134,11 @@ class RLJointPruneCallback(PruningCallback):
         if self.steps_done == self.steps:
             return
         assert self._graph is not None
+        if trainer.current_epoch >= self.start_epoch and self.searched_epoch < 0 < len(self._rounds()):
+            raise ValueError(
+                f"RLJointPruneCallback has nothing to choose from: the run goes on at epoch {trainer.current_epoch}, from "
+                f"a checkpoint without its episodes, which come before start_epoch={self.start_epoch}. Raise start_epoch."
+            )
         self._search = self._make_search(len(self._graph.groups))
         if self.search_state is not None:
             self._search.load_state_dict(self.search_state)
@@ -236,11 +241,15 @@ class RLJointPruneCallback(PruningCallback):
         self.in_force = {name: list(group.kept) for name, group in plans[order[0]].groups.items()}
         self.searched_epoch = epoch
         self.figures = {"reward": float(explored.mean()), "best_reward": float(rewards.max()), **losses}
-        left = sum(self.searches(later) for later in range(epoch + 1, self.start_epoch))
+        left = len(self._rounds(epoch + 1))
         say(
             f"Episodes before epoch {epoch}: reward {explored.mean():.4f} on average, {rewards.max():.4f} in force; "
             f"{left} rounds left, {left * (time.monotonic() - start):.0f} s"
         )
+
+    def _rounds(self, first: int = 0) -> list[int]:
+        """Return the epochs that have episodes before them."""
+        return [epoch for epoch in range(first, self.start_epoch) if self.searches(epoch)]
 
     def _align(self) -> None:
         """Draw weights towards what is in force."""

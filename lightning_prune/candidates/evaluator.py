@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.candidates.jobs import Job, share
-from lightning_prune.candidates.journal import Entry, Journal, digest_of
+from lightning_prune.candidates.journal import Entry, Journal, description, digest_of
 from lightning_prune.candidates.measures import Evaluate, classification, examples_in
 from lightning_prune.candidates.runner import Runner
 from lightning_prune.candidates.variants import Candidate, Noise, digest
@@ -74,7 +74,8 @@ def evaluate_candidates(
 
     Raises:
         ValueError: If the batches or the outputs are not those of a classifier and ``evaluate`` is not given, there
-            are no batches, a plan does not fit the model, or a file in ``resume`` is damaged.
+            are no batches, a plan does not fit the model, a file in ``resume`` is damaged, or ``evaluate`` cannot be
+            told from others by what is noted there.
 
     Example:
         >>> from lightning_prune import trace
@@ -129,8 +130,8 @@ class _Notes:
 
     def about(self, model: nn.Module, evaluate: Evaluate, recalibrate: Sequence[Any]) -> None:
         if self._journal is not None:
-            name = getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
-            self._run = digest_of((named_tensors(model), name, list(recalibrate)))
+            tensors = list(named_tensors(model).items())
+            self._run = digest_of((repr(model), tensors, description(evaluate), list(recalibrate)))
 
     def turn_to(self, batch: Any) -> None:
         if self._journal is not None:

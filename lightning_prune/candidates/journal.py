@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Entry", "Journal", "digest_of"]
+__all__ = ["Entry", "Journal", "description", "digest_of"]
 
 
 class Entry(NamedTuple):
@@ -82,6 +84,31 @@ def _read(path: Path) -> dict[str, Entry]:
                 f"Line {number} of {str(path)!r} is no measurement: the file is damaged. Delete it to measure anew."
             ) from raised
     return entries
+
+
+def description(function: Any) -> Any:
+    """Return nested values that tell a function from others, in any process.
+
+    Args:
+        function: A function of a module, one that is made by another, or a ``partial`` of one. Numbers, text, tensors
+            and functions that it holds on to are told too.
+
+    Raises:
+        ValueError: If it holds on to, or is, anything else.
+    """
+    if isinstance(function, partial):
+        held = [*function.args, *function.keywords.values()]
+        return ["partial", *function.keywords, *map(description, [function.func, *held])]
+    if isinstance(function, FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        return [function.__module__, function.__qualname__, *map(description, held)]
+    if isinstance(function, Tensor | str | int | float | type | BuiltinFunctionType | None):
+        return function
+    raise ValueError(
+        f"Results cannot be noted in `resume`: {function!r} may be another one when the call goes on. Measure by a "
+        "function of a module, or by a `partial` of one with numbers."
+    )
 
 
 def digest_of(values: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.candidates.jobs import Job, Planner
 from lightning_prune.candidates.layout import fold, foldable, put_channels_last
@@ -192,8 +192,8 @@ class Runner:
 
 
 def _statistics(model: nn.Module) -> list[Tensor]:
-    """Return the running statistics of all normalisations, as they are now."""
-    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    """Return the running statistics of all batch normalisations, as they are now."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
 
 

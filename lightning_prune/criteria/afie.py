@@ -78,7 +78,9 @@ def spectrum_entropy(matrix: Tensor) -> float:
     """
     values = torch.linalg.svdvals(matrix.detach().to("cpu", torch.float64))
     spread = values.max() - values.min()
-    rounding = values.max() * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    # By the step of float32 for half precision too: by that of its own, all singular values would be equal.
+    step = min(torch.finfo(matrix.dtype).eps, torch.finfo(torch.float32).eps)
+    rounding = values.max() * max(matrix.shape) * step
     scaled = (values - values.min()) / spread if spread > rounding else torch.zeros_like(values)
     return float(torch.distributions.Categorical(logits=scaled).entropy())
 

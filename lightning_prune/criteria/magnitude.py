@@ -70,7 +70,8 @@ def l2(graph: ChannelGraph) -> dict[str, Tensor]:
 
 def _norms(rows: Tensor, p: float) -> Tensor:
     """Return the norm of each row: (rows,)."""
+    precise = torch.promote_types(rows.dtype, torch.float32)  # half precision ends where sums begin
     if p != 1:
-        return torch.linalg.vector_norm(rows, p, dim=1)
+        return torch.linalg.vector_norm(rows, p, dim=1, dtype=precise)
     # PyTorch's own L1 norm is several times slower than these sums over parts that fit into the cache.
-    return torch.cat([part.abs().sum(1) for part in rows.split(max(1, _IN_CACHE // rows.shape[1]))])
+    return torch.cat([part.abs().sum(1, dtype=precise) for part in rows.split(max(1, _IN_CACHE // rows.shape[1]))])

@@ -1,6 +1,7 @@
 """Rank channels by what removing them really does to the loss: the truth that criteria estimate."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,7 @@ def oracle(
         live = graph.live(name)
         candidates.append({name: live[live != channel]})
 
-    def loss_alone(model: nn.Module, batch: Any) -> tuple[Tensor, float]:
-        return loss(model, batch), 0.0
-
-    evaluate = classification if loss is classification_loss else loss_alone
+    evaluate = classification if loss is classification_loss else partial(_loss_alone, loss)
     losses = evaluate_candidates(graph, candidates, batches, evaluate=evaluate, resume=resume).loss
     changes = losses[1:] - losses[0]
     found = dict(zip(removals, changes.abs() if absolute else changes, strict=True))
@@ -80,3 +78,7 @@ def oracle(
             for name in graph.groups
         },
     )
+
+
+def _loss_alone(loss: Loss, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+    return loss(model, batch), 0.0

@@ -129,7 +129,9 @@ class _Effects(Collector):
         return tapped
 
     def _collect(self, tensor: str, activation: Tensor, axis: int, gradient: Tensor) -> None:
-        effect = sum_positions(self._absolute("position", activation * gradient.detach()), axis)
+        # In half precision, gradients that the loss is scaled for leave no room for a product.
+        precise = torch.promote_types(activation.dtype, torch.float32)
+        effect = sum_positions(self._absolute("position", activation.to(precise) * gradient.detach()), axis)
         effects = self._passes.setdefault(len(effect), {})
         effects[tensor] = effects[tensor] + effect if tensor in effects else effect
 

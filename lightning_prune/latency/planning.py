@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_prune.budget import CostModel
@@ -171,11 +172,16 @@ def _ranked_by_time(graph: ChannelGraph, scores: Mapping[str, Tensor], limits: L
     cost, widths = CostModel(graph, "latency"), limits.most
     for _ in range(4):
         saved = _saved_by_a_channel(cost, widths, limits)
-        ranked = {name: scores[name] / float(time) for name, time in zip(graph.groups, saved, strict=True)}
+        ranked = {name: _for_each(scores[name], float(time)) for name, time in zip(graph.groups, saved, strict=True)}
         plan = fit(graph, ranked, keep, cost, limits)
         # Halfway, since two groups that share layers would else take turns.
         widths = (widths + np.array([plan.widths[name] for name in graph.groups])) // 2
     return plan
+
+
+def _for_each(scores: Tensor, milliseconds: float) -> Tensor:
+    """Return scores for each millisecond; of two that are below 0, the one that costs more is the worse."""
+    return torch.where(scores < 0, scores * milliseconds, scores / milliseconds)
 
 
 def _saved_by_a_channel(cost: CostModel, widths: np.ndarray, limits: Limits) -> np.ndarray:

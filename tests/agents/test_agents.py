@@ -210,6 +210,18 @@ def test_random_search_repeats_its_best_episode() -> None:
     assert -abs(actions[0] - 0.2) - abs(actions[1] - 0.7) == pytest.approx(best, abs=1e-6)
 
 
+def test_random_search_that_goes_back_forgets_what_came_after() -> None:
+    def episode(agent: Any, reward: float) -> None:
+        agent.observe(Transition([0.0], [reward], reward, [0.0], terminated=True))
+
+    agent = make_agent("random", 1, 1, 0)
+    episode(agent, 1.0)
+    early = agent.state_dict()
+    episode(agent, 2.0)
+    agent.load_state_dict(early)
+    assert agent.update()["best_return"] == 1.0
+
+
 def test_random_search_tells_the_episodes_of_several_environments_apart() -> None:
     agent = make_agent("random", 1, 1, 0)
     seen = torch.zeros(2, 1)

@@ -285,3 +285,32 @@ def test_episodes_earn_at_the_end_or_at_every_step() -> None:
         rows = search.environment.memory.layout.unpack(search.environment.memory._rows[:6])
         torch.testing.assert_close(rows.reward, given.repeat(3))
         assert rows.terminated.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("agent", ["ppo-clip", "reinforce"])
+def test_an_agent_learns_from_what_it_saw_when_it_acted(agent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment model moves on only after that, or the old policy would be another one."""
+    problem = PruningProblem(traced("residual"), keep=0.5)
+    search = PolicySearch(agent, steps=len(problem), episodes=4, agent_updates=2, environment_size=4)
+    seen, update = [], search.agent.update
+
+    def note() -> dict[str, float]:
+        seen.append(search.environment.representation(torch.tensor(0)))
+        return update()
+
+    monkeypatch.setattr(search.agent, "update", note)
+    for _ in range(2):
+        search.explore(problem)
+        seen.append(search.environment.representation(torch.tensor(0)))
+        search.learn(torch.rand(4))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[3], seen[4])
+    assert not torch.equal(seen[0], seen[3])
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    graph = traced("residual")
+    with torch.no_grad():
+        next(graph.model.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="contain NaN"):
+        PruningProblem(graph, keep=0.5)

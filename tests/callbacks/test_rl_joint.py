@@ -106,7 +106,7 @@ def test_the_gradient_is_that_of_the_explicit_loss(settings: dict[str, Any], tmp
     callback = make_callback(
         start_epoch=1, warmup_epochs=0, search_epochs=0, strength=STRENGTH, squared=squared, recalibrate_batches=0
     )
-    callback.in_force = KEPT
+    callback.in_force, callback._start_anew = KEPT, lambda: None
     callback._refuse_short_run = lambda trainer: None  # the run is to end before the prune
     aligned = one_epoch(tmp_path / "0", modules[0], callback, **{**trainer, **plugins(), **double})
     explicit = one_epoch(tmp_path / "1", modules[1], **{**trainer, **plugins(), **double})
@@ -130,7 +130,8 @@ class Shared(L.LightningDataModule):
 
 def test_the_gradient_on_two_ranks_is_that_of_the_explicit_loss_on_one(tmp_path: Path) -> None:
     callback = make_callback(start_epoch=1, warmup_epochs=0, search_epochs=0, strength=STRENGTH)
-    callback.in_force, callback._refuse_short_run = KEPT, lambda trainer: None
+    callback.in_force, callback._start_anew = KEPT, lambda: None
+    callback._refuse_short_run = lambda trainer: None
     L.seed_everything(0, verbose=False)
     aligned, explicit = Stochastic(norm=False), Explicit(norm=False)
     explicit.load_state_dict(aligned.state_dict())
@@ -308,3 +309,10 @@ def test_batches_of_the_training_split_are_taken_without_touching_its_loader(tmp
     trainer.fit(module, datamodule=data)
     assert [images.shape for images, _ in found] == [(128, 1, 8, 8)] * 3
     assert plan_in_force(module).budget["achieved"] <= 0.5
+
+
+def test_a_run_from_another_ones_checkpoint_needs_episodes_to_choose_from(tmp_path: Path) -> None:
+    battery.train(tmp_path / "plain", max_epochs=4)
+    path = next((tmp_path / "plain" / "checkpoints").glob("epoch=3*"))
+    with pytest.raises(ValueError, match="nothing to choose from: the run goes on at epoch 4, .* Raise start_epoch"):
+        battery.train(tmp_path, make_callback(start_epoch=3), ckpt_path=path, max_epochs=6)

@@ -108,6 +108,14 @@ def test_inside_the_bound_of_the_shape(filters: int, inputs: int, seed: int, kin
         assert entropy == pytest.approx(math.log(p), rel=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_tells_nearly_the_same(dtype: torch.dtype) -> None:
+    for shape in ((64, 576), (512, 512), (16, 27)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        found, expected = spectrum_entropy(matrix.to(dtype)), spectrum_entropy(matrix)
+        assert abs(found - expected) < 0.01 * (math.log(min(shape)) - expected)
+
+
 def test_the_bound_is_that_of_the_derivation() -> None:
     assert pytest.approx(0.1233, abs=1e-4) == DEFICIT
 

@@ -46,6 +46,15 @@ def test_against_a_naive_reference(p: float):
         torch.testing.assert_close(scores[name], expected / expected.mean())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("p", [1, 2])
+def test_half_precision_is_summed_in_full(dtype: torch.dtype, p: int):
+    model = nn.Sequential(nn.Linear(400, 64), nn.Linear(64, 2)).to(dtype)
+    x = torch.zeros(1, 400)
+    half, full = (lp.criteria.magnitude(lp.trace(m, x.to(m[0].weight)), p)["0"] for m in (model, model.float()))
+    assert torch.equal(half, full)
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_coupled_layers_count_together(p: int):
     class Shortcut(Network):

@@ -43,6 +43,16 @@ def test_variants_by_hand(variant: str, expected: list[float]) -> None:
     torch.testing.assert_close(scores, normal)
 
 
+def test_half_precision_leaves_room_for_products() -> None:
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)).half()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[5.0], [10.0]]))
+        model[1].weight.fill_(2e4)
+    x = torch.ones(1, 1).half()
+    scores = lp.criteria.taylor(lp.trace(model, x), [x], lambda model, x: model(x).mean(), "a", normalize=False)["0"]
+    assert scores.tolist() == [1e5, 2e5]  # above the greatest number of half precision
+
+
 @pytest.mark.parametrize(
     ("variant", "expected"),
     [

@@ -169,6 +169,14 @@ def test_channels_that_save_more_time_leave_first(monkeypatch):
     assert widths["0"] / 32 < widths["3"] / 64  # a channel of "0" costs two to three times as much
 
 
+def test_of_channels_that_do_harm_those_that_cost_more_leave_first(monkeypatch):
+    machine(monkeypatch, lambda fraction: fraction)
+    graph = lp.trace(network(), IMAGE)
+    harmful = {name: -torch.ones(group.size) for name, group in graph.groups.items()}
+    widths = lp.plan(graph, harmful, keep=0.7, metric="latency", round_to=1).widths
+    assert widths["0"] / 32 < widths["3"] / 64
+
+
 def test_auto_rounding_keeps_the_highest_score(monkeypatch):
     machine(monkeypatch, lambda fraction: fraction)
     graph = lp.trace(network(), IMAGE)
