@@ -1,10 +1,11 @@
 """Agents that choose the widths of a trained ResNet-20 against random search, with the same number of evaluations.
 
 The weights are fixed; half of the FLOPs may stay. Each episode chooses the widths of all groups and earns the accuracy
-on held-out training images, once the statistics of batch normalisation have been estimated anew. For each agent and
-seed: the mean reward of the last fifth of the episodes, and the best that was found. Then, for each agent, the means
-over the seeds with 95 % confidence intervals (t-distribution), and those of the differences from random search, seed by
-seed. Each run is written to a file when it is done, and not computed again::
+on a part of the training images, all of which published weights may have seen, once the statistics of batch
+normalisation have been estimated anew. For each agent and seed: the mean reward of the last fifth of the episodes, and
+the best that was found. Then, for each agent, the means over the seeds with 95 % confidence intervals (t-distribution),
+and those of the differences from random search, seed by seed. Each run is written to a file when it is done, and not
+computed again::
 
     python benchmarks/agents_vs_random_search.py --root data/cifar10-jpeg --weights resnet20.pt [--episodes 300]
     python benchmarks/agents_vs_random_search.py --root data/cifar10-jpeg --weights resnet20.pt --rates

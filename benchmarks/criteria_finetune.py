@@ -123,7 +123,8 @@ class Runner:
             times = ROWS[name].times
             prune = ROWS[name].begin(model, self.batches())
             result.update(prune(keep_after(keep, 1, times), []))
-            result["pruned"] = self.accuracy(model, self.data.test_set, every=5)
+            if times == 1:
+                result["pruned"] = self.accuracy(model, self.data.test_set, every=5)
             for n in range(1, times):
                 step = round(steps / 2 * n / times)
                 later[step] = partial(
@@ -135,8 +136,12 @@ class Runner:
         result["validation"] = self.accuracy(model, self.data.val_set)
         result["total_s"] = time.perf_counter() - began
         result["time"] = time_left(model, start)
-        result["made"] = stored.made_with(self.settings, keep=keep, schedule=NETWORKS[self.name][2:])
+        result["made"] = made_with(self.name, keep, self.settings)
         return result
+
+
+def made_with(network: str, keep: float, settings: argparse.Namespace) -> dict[str, Any]:
+    return stored.made_with(settings, keep=keep, schedule=NETWORKS[network][2:])
 
 
 def keep_after(keep: float, step: int, steps: int) -> float:
@@ -176,6 +181,8 @@ def run(settings: argparse.Namespace, results: dict[str, Any]) -> None:
                 continue
             runner = Runner(network, seed, settings)
             start = runner.network()
+            for key, (_, keep) in wanted.items():
+                stored.check(results.get(key, {}), made_with(network, keep, settings))
             for key, (row, keep) in missing.items():
                 if key in results:  # from before times were taken
                     results[key]["time"] = time_at(results[key].get("widths", {}), start)

@@ -103,6 +103,11 @@ def by_score(criterion: Any, graph: Graph, batches: Batches, keep: float) -> Pru
     return lp.plan(graph, criteria.score(graph, criterion, batches, loss_of), keep, round_to=1)
 
 
+def at_random(graph: Graph, batches: Batches, keep: float) -> PruningPlan:
+    """Draw anew for each seed of the run."""
+    return by_score({"name": "random", "seed": torch.initial_seed()}, graph, batches, keep)
+
+
 def with_a_quarter(criterion: Any, graph: Graph, batches: Batches, keep: float) -> PruningPlan:
     """Rank over all layers, with the best quarter of each layer before all others, so that none gets too narrow."""
     scores = criteria.score(graph, criterion, batches, loss_of)
@@ -141,7 +146,7 @@ def taylor(variant: str, **more: Any) -> dict[str, Any]:
 
 A, GATE = taylor("a"), taylor("gate")
 ROWS: dict[str, Ours | TorchPruning] = {
-    "random channels": Ours(partial(by_score, "random")),
+    "random channels": Ours(at_random),
     "uniform, L1": Ours(partial(by_layer, uniform, "l1")),
     "AFIE, L1": Ours(partial(by_layer, entropy, "l1")),
     "AFIE's control (shapes alone), L1": Ours(partial(by_layer, shapes, "l1")),

@@ -95,7 +95,8 @@ def trained(seed: int, settings: Settings) -> dict[str, Tensor]:
         make_trainer(settings, settings.training_epochs, 1.0).fit(module, datamodule=make_data(seed, settings))
         return module.network.state_dict()
 
-    return stored.kept(settings.work / f"{settings.network.replace('/', '-')}-{seed}.pt", train)
+    file = f"{settings.network.replace('/', '-')}-{seed}-{settings.training_epochs}.pt"
+    return stored.kept(settings.work / file, train)
 
 
 def make_module(seed: int, settings: Settings, optimization: Optimization) -> ImageClassifier:
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="of 128 validation images that choices are measured on")
     parser.add_argument("--recalibrate", type=int, default=1, help="batches that statistics are estimated from")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--work", type=Path, default=Path("logs/criteria_finetune"), help="where networks are kept")
+    parser.add_argument("--work", type=Path, default=Path("logs/learn_to_prune"), help="where networks are kept")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "learn_to_prune.json")
     parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
     settings = parser.parse_args()

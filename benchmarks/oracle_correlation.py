@@ -66,13 +66,14 @@ def trained(network: str, seed: int, settings: argparse.Namespace) -> ImageClass
         trainer.fit(module, data_of(settings, seed))
         return module.state_dict()
 
-    path = Path(settings.work) / f"{network.replace('/', '-')}-{seed}-{settings.epochs}.pt"
+    schedule = f"{settings.epochs}x{settings.batches}-{settings.lr}"
+    path = Path(settings.work) / f"{network.replace('/', '-')}-{seed}-{schedule}.pt"
     module.load_state_dict(stored.kept(path, train))
     return module.to(settings.device).eval()
 
 
 def batches_of(settings: argparse.Namespace, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Return images of the validation split, which no network was trained on."""
+    """Return images of the validation split; published weights may have seen them."""
     data = data_of(settings, seed)
     data.setup("fit")
     loader = islice(data.val_dataloader(), math.ceil(settings.images / settings.batch_size))
@@ -80,13 +81,13 @@ def batches_of(settings: argparse.Namespace, seed: int) -> list[tuple[Tensor, Te
     return [data.on_after_batch_transfer(batch) for batch in moved]
 
 
-def criteria_to_compare() -> dict[str, dict[str, Any]]:
+def criteria_to_compare(seed: int) -> dict[str, dict[str, Any]]:
     """Return every registered criterion but the oracle, by the name it gets in the table."""
     found = {}
     for name in sorted(CRITERIA):
         for form in VARIANTS.get(name, [{}]) if name != "oracle" else ():
             found[f"{name} {form['variant']}" if form else name] = {"name": name, **form}
-    return found
+    return {**found, "random": {"name": "random", "seed": seed}}
 
 
 def correlation(one: Tensor, other: Tensor) -> float:
@@ -108,7 +109,7 @@ def compare(graph: ChannelGraph, scores: Scores, oracle: Scores) -> dict[str, fl
 
 def measure(network: str, seed: int, done: dict[str, Any], settings: argparse.Namespace) -> None:
     """Add what is missing of one network and seed."""
-    missing = {name: form for name, form in criteria_to_compare().items() if name not in done}
+    missing = {name: form for name, form in criteria_to_compare(seed).items() if name not in done}
     if not missing:
         return
     stored.sign(done, stored.made_with(settings, settings.device))
@@ -135,7 +136,7 @@ def table(results: Results) -> str:
         lines += ["", f"| criterion | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
         rows = {
             name: [[found[name][column] for found in seeds.values()] for column in COLUMNS]
-            for name in criteria_to_compare()
+            for name in criteria_to_compare(seed=0)
         }
         best = max(rows, key=lambda name: max(map(statistics.mean, rows[name][1:])))
         for name, columns in sorted(rows.items(), key=lambda row: -max(map(statistics.mean, row[1][1:]))):

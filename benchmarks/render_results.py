@@ -10,6 +10,7 @@ check does not.
 """
 
 import argparse
+import math
 import statistics
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 from result_files import Figures, Values, hardware_of, read
 from result_plots import Plot, draw, plots
+from scipy import stats
 from stored import spread, whole
 
 HERE = Path(__file__).parent
@@ -46,8 +48,9 @@ of it in JPEG files, so that absolute accuracies are not those of the original i
 short: a row checks the idea at that scale, and does not repeat the experiment of the paper.
 
 A figure is a mean ± standard deviation over seeds. A lead is taken seed by seed. A part of a claim is **met** if its
-mean less the standard deviation is above the goal. A claim **holds** if all its parts are met, **holds partly** if some
-are, and **does not hold** if none is. With fewer than {MIN_SEEDS} seeds a part is shown and not judged.
+mean is above the goal with 95 % confidence (one-sided, t-distribution), or, where a goal is for every case, if each is
+above it. A claim **holds** if all its parts are met, **holds partly** if some are, and **does not hold** if none is.
+With fewer than {MIN_SEEDS} seeds a part is shown and not judged.
 """
 
 
@@ -58,6 +61,7 @@ class Part:
     name: str
     values: list[float]
     goal: float
+    every: bool = False  # value has to be above the goal, and not their mean
 
     @property
     def judged(self) -> bool:
@@ -66,27 +70,34 @@ class Part:
 
     @property
     def met(self) -> bool:
-        """Say whether the values are above the goal by more than their spread."""
-        return statistics.fmean(self.values) - statistics.stdev(self.values) > self.goal
+        """Say whether the values are above the goal: each of them, or their mean with 95 % confidence."""
+        if self.every:
+            return min(self.values) > self.goal
+        count = len(self.values)
+        margin = float(stats.t.ppf(0.95, count - 1)) * statistics.stdev(self.values) / math.sqrt(count)
+        return statistics.fmean(self.values) - margin > self.goal
 
     def show(self, digits: int) -> str:
         """Return a line of the figure."""
+        if not self.values:
+            return f"{self.name}: not run"
         judgement = ("met" if self.met else "not met") if self.judged else "not judged"
         return f"{self.name}: {spread(self.values, digits)} ({len(self.values)}; above {self.goal:g}: {judgement})"
 
 
 def parts(claim: dict[str, Any], figures: Figures) -> list[Part]:
-    """Return the comparisons of a claim that there are values for: rows with a goal, or their leads over others."""
+    """Return the comparisons of a claim: rows with a goal, or their leads over others, those that are missing too."""
     found = []
     for setting in claim.get("in", figures):
         rows = figures.get(setting, {})
-        for row in chosen(claim, rows):
+        for row in chosen(claim, rows) or ["best"]:
             own = rows.get(row, {}).get(claim["column"], {})
             for other in claim.get("over", [None]):
                 against = rows.get(other, {}).get(claim["column"], {}) if other else dict.fromkeys(own, 0.0)
                 values = [value - against[seed] for seed, value in own.items() if seed in against]
                 name = f"{setting}: `{row}`" + (f" over `{other}`" if other else "")
-                found += [Part(name, values, claim["above"])] if values else []
+                if own or "in" in claim:  # else another setting is that of the row
+                    found.append(Part(name, values, claim["above"], claim.get("every", False)))
     return found
 
 
@@ -94,12 +105,10 @@ def chosen(claim: dict[str, Any], rows: dict[str, dict[str, Values]]) -> list[st
     """Return the rows that a claim is of: all that it names, or the one of them that is best `by` another column."""
     if "by" not in claim:
         return claim["of"]
-    means = {
-        row: statistics.fmean(rows[row][claim["by"]].values())
-        for row in claim["of"]
-        if claim["by"] in rows.get(row, {})
-    }
-    return [max(means, key=lambda row: means[row])] if means else []
+    known = {row: values for row in claim["of"] if (values := rows.get(row, {}).get(claim["by"]))}
+    most = max(map(len, known.values()), default=0)
+    compared = {row: values for row, values in known.items() if len(values) == most}  # on the same seeds alone
+    return [max(compared, key=lambda row: statistics.fmean(compared[row].values()))] if compared else []
 
 
 def verdict(found: list[Part]) -> str:

@@ -147,7 +147,8 @@ def run(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
 
 def first_half(seed: int, settings: Settings) -> Path:
     """Return the checkpoint after the first half without pruning, made now or before."""
-    file = settings.work / f"{title(settings)}, seed {seed}.ckpt"
+    schedule = f"{settings.epochs}x{settings.steps}, lr {settings.lr}"
+    file = settings.work / f"{title(settings)}, {schedule}, seed {seed}.ckpt"
     if not file.exists():
         trainer = make_trainer(settings, settings.epochs // 2, [])
         trainer.fit(make_module(seed, settings), datamodule=make_data(seed, settings))

@@ -82,7 +82,8 @@ def trained(network: str, seed: int, settings: argparse.Namespace) -> dict[str, 
         accuracy = fit(module, data, settings.epochs, settings, keep)
         return {"early": keep.weights, "last": module.state_dict(), "accuracy": accuracy}
 
-    path = Path(settings.work) / f"{network}-{seed}-{settings.early}-{settings.epochs}.pt"
+    schedule = f"{settings.early}-{settings.epochs}x{settings.batches}x{settings.batch_size}"
+    path = Path(settings.work) / f"{network}-{seed}-{schedule}.pt"
     return stored.kept(path, train)
 
 

@@ -69,8 +69,7 @@ def complete(path: str | Path, results: dict[str, Any], runs: Mapping[str, Calla
             results[key] = {**run(), "made": made}
             save(path, results)
             print(f"{key}: {results[key]['accuracy']:.4f}; seconds {results[key]['seconds']}", flush=True)
-        elif "made" in results[key]:
-            check_settings(results[key]["made"]["settings"], made["settings"])
+        check(results[key], made)
 
 
 def by_setting(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -135,6 +134,11 @@ def sign(record: dict[str, Any], made: dict[str, Any]) -> None:
     """
     if not record:
         record["made"] = made
+    check(record, made)
+
+
+def check(record: dict[str, Any], made: dict[str, Any]) -> None:
+    """End the script if a record was made with other settings; one that does not say with which passes."""
     if "made" in record:
         check_settings(record["made"]["settings"], made["settings"])
 

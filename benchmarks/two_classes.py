@@ -137,6 +137,8 @@ def main() -> None:
     results = stored.load(settings.results)
     for seed in range(settings.seeds):
         keys = {row: f"{NETWORK}, width {settings.width} | {row} | {seed}" for row in ("not pruned", "pruned")}
+        for key in keys.values():
+            stored.check(results.get(key, {}), stored.made_with(settings))
         if not all(key in results for key in keys.values()):
             results.update({keys[row]: record for row, record in measure(seed, settings).items()})
             stored.save(settings.results, results)

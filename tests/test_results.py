@@ -126,7 +126,13 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
     ),
     "latency_budget.json": (
         {
-            "resnet18 | 8 | 2.0": {"asked": 2.0, "reached": 1.5, "kept score": 1.1, "other speed-up": 1.8},
+            "resnet18 | 8 | 2.0": {
+                "asked": 2.0,
+                "reached": 1.5,
+                "kept score": 1.1,
+                "other speed-up": 1.8,
+                "kept score by ranking alone": 1.05,
+            },
             "resnet18 | 8 | half": {"reached": 1.75},
             "vgg16_bn | 8 | half": {"reached": 1.5, "rounds": [1.25, 2.0, 1.5], "made": {"settings": {}}},
         },
@@ -138,6 +144,7 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
             ("all networks and batch sizes", "2.0x asked", "reached by FLOPs / reached", "resnet18, batch 8", 1.2),
             ("all networks and batch sizes", "2.0x asked", "reached / asked", "resnet18, batch 8", 0.75),
             ("all networks and batch sizes", "2.0x asked", "score kept / that by FLOPs", "resnet18, batch 8", 1.1),
+            ("all networks and batch sizes", "2.0x asked", "the same by ranking alone", "resnet18, batch 8", 1.05),
         ],
     ),
 }
@@ -193,10 +200,13 @@ def test_files_are_read_as_their_scripts_write_them(name: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([[1.0, 2.0, 3.0], [9.0, 9.0, 9.0]], "**holds**"),  # 2 less 1 is above 0.5
-        ([[1.0, 2.0, 3.0], [0.0, 1.0, 2.0]], "**holds partly**"),  # 1 less 1 is not
+        # The bound lies 2.920 / sqrt(3) = 1.686 deviations below the mean, of four values 2.353 / 2 = 1.177.
+        ([[1.2, 2.2, 3.2], [9.0, 9.0, 9.0]], "**holds**"),  # 2.2 - 1.686 is above 0.5
+        ([[1.1, 2.1, 3.1], [9.0, 9.0, 9.0]], "**holds partly**"),  # 2.1 - 1.686 is not
+        ([[1.0, 1.0, 2.0, 2.0]], "**holds**"),  # 1.5 - 1.177 * 0.577
         ([[0.5, 0.5, 0.5], [-1.0, -1.0, -1.0]], "**does not hold**"),  # to reach the goal is not to pass it
-        ([[1.0, 2.0, 3.0], [9.0, 9.0]], "**holds** (1 parts not judged)"),
+        ([[9.0, 9.0, 9.0], [9.0, 9.0]], "**holds** (1 parts not judged)"),
+        ([[9.0, 9.0, 9.0], []], "**holds** (1 parts not judged)"),
         ([[9.0, 9.0], [9.0]], "not judged, because there are 2 of 3 seeds"),
         ([], "not run, because there are 0 of 3 seeds"),
     ],
@@ -205,11 +215,17 @@ def test_verdicts(values: list[list[float]], said: str):
     assert script.verdict([script.Part("", each, 0.5) for each in values]) == said
 
 
+def test_a_goal_for_every_case_is_missed_by_one():
+    assert script.Part("", [1.0, 9.0, 2.0], 0.5, every=True).met
+    assert not script.Part("", [9.0, 9.0, 0.5], 0.5, every=True).met
+
+
 def test_leads_are_taken_seed_by_seed():
-    claim = {"column": "x", "of": ["ours"], "over": ["theirs", "not there"], "above": 0.0}
+    claim = {"column": "x", "of": ["ours", "nobody"], "over": ["theirs", "not there"], "above": 0.0}
     figures = {"net": {"ours": {"x": {"0": 1.0, "1": 5.0, "2": 7.0}}, "theirs": {"x": {"2": 4.0, "1": 3.0}}}}
-    (part,) = script.parts(claim, figures)
+    part, missing = script.parts(claim, figures)
     assert part.values == [2.0, 3.0]
+    assert missing.show(1) == "net: `ours` over `not there`: not run"
     assert part.show(1) == "net: `ours` over `theirs`: 2.5 ± 0.7 (2; above 0: not judged)"
     (alone,) = script.parts({**claim, "over": [None]}, figures)
     assert alone.values == [1.0, 5.0, 7.0]
@@ -220,13 +236,16 @@ def test_the_row_that_is_best_by_another_column_is_compared():
     rows = {
         "ours": {"x": {"0": 5.0}, "validation": {"0": 3.0, "1": 3.0}},
         "better": {"x": {"0": 4.0}, "validation": {"0": 1.0, "1": 6.0}},
+        "validated on one seed": {"x": {"0": 2.0}, "validation": {"1": 7.0}},
         "never validated": {"x": {"0": 9.0}},
         "theirs": {"x": {"0": 1.0}},
     }
-    claim = {"column": "x", "by": "validation", "of": ["ours", "better", "never validated"], "over": ["theirs"]}
-    (part,) = script.parts({**claim, "above": 0.0, "in": ["net", "not there"]}, {"net": rows, "other net": rows})
+    rest = ["ours", "better", "never validated", "validated on one seed"]
+    claim = {"column": "x", "by": "validation", "of": rest, "over": ["theirs"], "above": 0.0}
+    part, missing = script.parts({**claim, "in": ["net", "not there"]}, {"net": rows, "other net": rows})
     assert (part.name, part.values) == ("net: `better` over `theirs`", [3.0])
-    assert script.parts({**claim, "above": 0.0, "of": ["never validated"]}, {"net": rows}) == []
+    assert missing.show(1) == "not there: `best` over `theirs`: not run"
+    assert script.parts({**claim, "of": ["never validated"]}, {"net": rows}) == []
 
 
 def test_hardware_is_what_the_records_say(tmp_path: Path):

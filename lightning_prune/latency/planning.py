@@ -18,7 +18,14 @@ from lightning_prune.latency.profiling import at_widths, profile
 from lightning_prune.plan import PruningPlan
 from lightning_prune.progress import progress
 
-__all__ = ["kept_score", "measured_fraction", "plan_for_latency", "timed_plan", "with_best_rounding"]
+__all__ = [
+    "by_score_per_cost",
+    "kept_score",
+    "measured_fraction",
+    "plan_for_latency",
+    "timed_plan",
+    "with_best_rounding",
+]
 
 _CLOSE = 0.97  # of the budget: near enough to stop
 _ATTEMPTS = 8
@@ -57,7 +64,8 @@ def plan_for_latency(
 
     def make(step: int) -> PruningPlan:
         limits = Limits(graph, scores, step, min_channels)
-        return timed_plan(graph, keep, limits, partial(_ranked_by_time, graph, scores, limits))
+        cost = CostModel(graph, "latency")
+        return timed_plan(graph, keep, limits, partial(by_score_per_cost, graph, scores, limits, cost))
 
     with progress("Timing smaller networks"):
         return with_best_rounding(round_to, scores, make)
@@ -167,9 +175,21 @@ def measured_fraction(graph: ChannelGraph, widths: Mapping[str, int], rounds: in
     return statistics.median(ratios)
 
 
-def _ranked_by_time(graph: ChannelGraph, scores: Mapping[str, Tensor], limits: Limits, keep: float) -> PruningPlan:
-    """Rank by score for each millisecond saved, at the widths that come out, which takes a few rounds."""
-    cost, widths = CostModel(graph, "latency"), limits.most
+def by_score_per_cost(
+    graph: ChannelGraph, scores: Mapping[str, Tensor], limits: Limits, cost: CostModel, keep: float
+) -> PruningPlan:
+    """Rank channels by score for each unit of cost that removing them saves.
+
+    What that saves depends on the widths that come out, which takes a few rounds.
+
+    Args:
+        graph: The traced model.
+        scores: (channels,) float64 score of each channel of every group.
+        limits: The widths that are allowed.
+        cost: What the network costs.
+        keep: Fraction of the original cost that may stay.
+    """
+    widths = limits.most
     for _ in range(4):
         saved = _saved_by_a_channel(cost, widths, limits)
         ranked = {name: _for_each(scores[name], float(time)) for name, time in zip(graph.groups, saved, strict=True)}
@@ -179,13 +199,13 @@ def _ranked_by_time(graph: ChannelGraph, scores: Mapping[str, Tensor], limits: L
     return plan
 
 
-def _for_each(scores: Tensor, milliseconds: float) -> Tensor:
-    """Return scores for each millisecond; of two that are below 0, the one that costs more is the worse."""
-    return torch.where(scores < 0, scores * milliseconds, scores / milliseconds)
+def _for_each(scores: Tensor, cost: float) -> Tensor:
+    """Return scores for each unit of cost; of two that are below 0, the one that costs more is the worse."""
+    return torch.where(scores < 0, scores * cost, scores / cost)
 
 
 def _saved_by_a_channel(cost: CostModel, widths: np.ndarray, limits: Limits) -> np.ndarray:
-    """Return the milliseconds that one channel less of each group saves: (groups,)."""
+    """Return what one channel less of each group saves: (groups,)."""
     saved = np.empty(len(widths))
     now = cost.of(widths)
     for group, width in enumerate(widths):
