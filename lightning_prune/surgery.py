@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.channel_graph import plan_in_force, record_plan
 from lightning_prune.graph.modules import named_tensors, owners, sync_attributes
@@ -197,15 +198,18 @@ def _check_state(tensors: Mapping[str, Tensor], touched: Iterable[str], optimize
     for optimizer in optimizers:
         for name in touched:
             for key, value in optimizer.state.get(tensors[name], {}).items():
-                if not isinstance(value, Tensor) or value.numel() <= 1:
-                    continue
-                sizes = zip(value.shape, tensors[name].shape, strict=False)
-                if value.dim() != tensors[name].dim() or any(own not in (1, size) for own, size in sizes):
+                held = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.numel() > 1]
+                if held and not (isinstance(value, Tensor) and _fits(value, tensors[name])):
+                    shapes = " and ".join(str(tuple(leaf.shape)) for leaf in held)
                     raise TypeError(
-                        f"{type(optimizer).__name__} keeps {key!r} of {name!r} in shape {tuple(value.shape)}, where "
-                        f"nothing says which numbers belong to which channel; use another optimizer, such as SGD or "
-                        "AdamW."
+                        f"{type(optimizer).__name__} keeps {key!r} of {name!r} in shape {shapes}, where nothing says "
+                        "which numbers belong to which channel; use another optimizer, such as SGD or AdamW."
                     )
+
+
+def _fits(value: Tensor, tensor: Tensor) -> bool:
+    sizes = zip(value.shape, tensor.shape, strict=False)
+    return value.dim() == tensor.dim() and all(own in (1, size) for own, size in sizes)
 
 
 def _steps(plan: PruningPlan, earlier: PruningPlan | None) -> dict[str, dict[int, Tensor]]:
@@ -230,10 +234,10 @@ def _take(tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
     """Copy the positions that stay, in the memory format of the tensor."""
     axes = {axis: axes[axis].to(tensor.device) for axis in sorted(axes)}
     taken = tensor
-    if tensor.numel() <= _LARGE:
+    if tensor.is_sparse or tensor.numel() <= _LARGE:  # a sparse tensor holds few of its numbers
         for axis, index in axes.items():  # rows first: they are cheapest to copy, and what follows has less to do
             taken = taken.index_select(axis, index)
-        return taken.contiguous(memory_format=_memory_format(tensor))
+        return taken if tensor.is_sparse else taken.contiguous(memory_format=_memory_format(tensor))
     # Some rows at a time: of a large tensor, only what stays is ever in memory beside it.
     shape = [axes[axis].shape[0] if axis in axes else size for axis, size in enumerate(tensor.shape)]
     taken = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=_memory_format(tensor))
@@ -286,8 +290,9 @@ def _slice_tensor(tensor: Tensor, axes: Mapping[int, Tensor], optimizers: list[A
 
 def _replace(tensor: Tensor, data: Tensor) -> None:
     # Autograd may hold on to a node that accumulates the gradient of this parameter and remembers its shape. It is
-    # made anew when the data changes its type, not when it changes its shape, hence the step over another type.
-    other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
+    # made anew when the data changes its type, not when it changes its shape, hence the step over another type: one
+    # that every device has, which float64 is not.
+    other = torch.float16 if tensor.dtype != torch.float16 else torch.float32
     tensor.data = torch.empty(0, dtype=other, device=tensor.device)
     tensor.data = data
 

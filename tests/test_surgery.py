@@ -8,6 +8,8 @@ import torch
 from engine import randomised
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lightning_prune as lp
 from lightning_prune import surgery
@@ -113,15 +115,17 @@ def test_gradients_and_counters():
         assert optimizer.state[parameter]["step"] == 3
 
 
-def test_a_live_gradient_accumulator_does_not_remember_the_old_shape():
-    model = network()
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.float16])
+def test_a_live_gradient_accumulator_does_not_remember_the_old_shape(precision: torch.dtype):
+    model = network().to(precision)
     accumulators = [p.expand_as(p).grad_fn.next_functions[0][0] for p in model.parameters()]
     hooked = []
     accumulators[0].register_hook(lambda *_: hooked.append(True))
-    loss_of(model).backward()
-    lp.prune(model, plan_for(model))
+    x = X.to(precision)
+    model.eval()(x).sum().backward()
+    lp.prune(model, lp.trace(model, x).plan(KEPT))
     model.zero_grad()
-    loss_of(model).backward()
+    model(x).sum().backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
@@ -304,3 +308,85 @@ def test_state_in_a_shape_of_its_own_is_refused_before_anything_is_touched():
     with pytest.raises(TypeError, match=r"SGD keeps 'preconditioner' of '0.weight' in shape \(7, 7\)"):
         lp.prune(model, plan_for(model), [optimizer])
     assert _unchanged(model, before)
+
+
+@pytest.mark.parametrize("layout", ["list", "dict"])
+def test_state_in_a_collection_is_refused_before_anything_is_touched(layout: str):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    factors = [torch.eye(6), torch.tensor(1.0), torch.eye(3)]
+    optimizer.state[model[0].weight]["factors"] = factors if layout == "list" else dict(enumerate(factors))
+    before = _state(model)
+    with pytest.raises(TypeError, match=r"SGD keeps 'factors' of '0.weight' in shape \(6, 6\) and \(3, 3\), where"):
+        lp.prune(model, plan_for(model), [optimizer])
+    assert _unchanged(model, before)
+
+
+def test_collections_of_single_numbers_are_kept():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    counts = [3, None, torch.tensor(2.0)]
+    optimizer.state[model[0].weight]["counts"] = counts
+    lp.prune(model, plan_for(model), [optimizer])
+    assert optimizer.state[model[0].weight]["counts"] is counts
+
+
+class _Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 8, sparse=True), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.table(words).mean(1))
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+@pytest.mark.parametrize(
+    "kind", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SparseAdam(p, lr=0.1)]
+)
+def test_sparse_gradients_and_state_lose_the_same_channels(kind, coalesced: bool):
+    words = torch.tensor([[1, 5, 5], [7, 1, 19]])
+    model = randomised(_Words())
+    optimizer = kind(list(model.table.parameters()))
+    model(words).square().sum().backward()
+    optimizer.step()
+    weight = model.table.weight
+    if coalesced:
+        weight.grad = weight.grad.coalesce()
+    gradient = weight.grad.to_dense()
+    state = {key: value.to_dense() for key, value in optimizer.state[weight].items() if isinstance(value, Tensor)}
+    kept = torch.tensor([0, 3, 6])
+    lp.prune(model, lp.trace(model, words).plan({"table": kept}), [optimizer])
+    assert weight.grad.is_sparse
+    assert torch.equal(weight.grad.to_dense(), gradient[:, kept])
+    for key, value in state.items():
+        assert torch.equal(optimizer.state[weight][key].to_dense(), value[:, kept])
+    model(words).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model(words).square().sum().backward()
+    optimizer.step()
+
+
+class _SinglePrecision(TorchDispatchMode):
+    """A device without float64, as those of Apple are."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.dtype is torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support it")
+        return result
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16])
+def test_pruning_makes_no_float64_of_a_model_in_another_precision(precision: torch.dtype):
+    model = network().to(precision)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    model.eval()(X.to(precision)).sum().backward()
+    optimizer.step()
+    plan = lp.trace(model, X.to(precision)).plan(KEPT)
+    with _SinglePrecision():
+        lp.prune(model, plan, [optimizer])
+        reshape(model, None)
+    assert all(p.dtype is precision for p in model.parameters())

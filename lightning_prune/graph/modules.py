@@ -1,5 +1,7 @@
 """Modules that keep sizes of their tensors as attributes, and running a model on other tensors than its own."""
 
+import copy
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["class_name", "named_tensors", "owners", "size_attributes", "substituted", "sync_attributes"]
+__all__ = ["class_name", "given_back", "named_tensors", "owners", "size_attributes", "substituted", "sync_attributes"]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -186,26 +188,82 @@ def substituted(
         training: The mode to run in; set without calling anyone's ``train`` method, which may have side effects.
         watched: Given a module and its forward function, returns the function to run in its place.
     """
-    modules = list(model.modules())
-    # The dictionaries of parameters, buffers and children are objects of their own, which the copy of
-    # `__dict__` only refers to.
-    saved: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, dict[str, Any]]]]] = [
-        (m, dict(m.__dict__), [(held, dict(held)) for held in (m._parameters, m._buffers, m._modules)]) for m in modules
-    ]
-    try:
-        for m in modules:
+    with given_back(model):
+        for m in model.modules():
             put(m, tensors)
             m.__dict__["training"] = training
             if not isinstance(m, torch.jit.ScriptModule):
                 m.__dict__["forward"] = watched(m, m.forward)
         yield
+
+
+_COLLECTIONS = frozenset({dict, OrderedDict, defaultdict, list, deque, set})
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def given_back(model: nn.Module) -> Iterator[None]:
+    """Give back every attribute of every module afterwards, also what a forward pass changes in place.
+
+    Counters, caches and the states of metrics are tensors that are no parameters or buffers, and collections. Until
+    then such tensors are copies; collections stay the objects that hooks may refer to, and get their content back.
+
+    Args:
+        model: The model. Values of its parameters and buffers that change in place stay changed; see `put`.
+    """
+    modules = list(model.modules())
+    attributes = [m.__dict__ for m in modules]
+    # The dictionaries of parameters, buffers and children are objects of their own, which a copy of `__dict__` only
+    # refers to.
+    held = [each for m in modules for each in (m._parameters, m._buffers, m._modules)]
+    plain = list(_plain_collections(attributes))
+    saved = [(each, dict(each)) for each in (*attributes, *held)] + [(each, copy.copy(each)) for each in plain]
+    try:
+        _copy_tensors([*attributes, *plain])
+        yield
     finally:
-        for m, attributes, holders in saved:
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-            for held, content in holders:
-                held.clear()
-                held.update(content)
+        for each, content in saved:
+            _refill(each, content)
+
+
+def _plain_collections(attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """Find the collections among the attributes of modules, and those in them, but not what PyTorch keeps itself."""
+    seen: set[int] = set()
+    found = [
+        value
+        for each in attributes
+        for name, value in each.items()
+        if type(value) in _COLLECTIONS and name not in _TORCH_ATTRIBUTES
+    ]
+    while found:
+        value = found.pop()
+        if type(value) in _COLLECTIONS and id(value) not in seen:
+            seen.add(id(value))
+            found.extend(value.values() if isinstance(value, dict) else value)
+            yield value
+
+
+def _copy_tensors(collections: Iterable[Any]) -> None:
+    """Replace the tensors in collections by copies, one that is there several times by the same copy."""
+    copies: dict[int, Tensor] = {}
+    for each in collections:
+        for key, value in each.items() if isinstance(each, dict) else enumerate(each):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not isinstance(each, set):
+                if id(value) not in copies:
+                    copies[id(value)] = value.detach().clone()
+                each[key] = copies[id(value)]
+
+
+def _refill(collection: Any, content: Any) -> None:
+    if isinstance(collection, list | deque):
+        collection.clear()
+        collection.extend(content)
+    elif isinstance(collection, dict | set):
+        collection.clear()
+        collection.update(content)
+    else:  # the tensors of a scripted module, whose names are fixed
+        for name, value in content.items():
+            collection[name] = value
 
 
 def owners(model: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:

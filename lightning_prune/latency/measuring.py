@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from lightning_prune.graph.modules import given_back, put
 from lightning_prune.graph.tracing import as_call
 
 __all__ = ["measure_latency", "placed", "timed", "wait"]
@@ -19,7 +20,7 @@ def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_
     """Measure the time of one forward pass in evaluation mode, where the model is now.
 
     Args:
-        model: The model; its mode is restored.
+        model: The model; its mode is restored, and what its forward pass counts and collects.
         example_inputs: What ``forward`` takes, as for `lightning_prune.trace`; moved to the model's device.
         runs: Number of timed runs; the median counts.
         warm_up: Number of runs before that.
@@ -34,17 +35,17 @@ def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_
     args, kwargs = placed(example_inputs, model)
     device = next(model.parameters()).device
     flags = [(module, module.training) for module in model.modules()]
-    times = []
+    buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
     try:
         model.eval()
-        for run in range(warm_up + runs):
-            taken = timed(lambda: model(*args, **kwargs), device)
-            if run >= warm_up:
-                times.append(taken)
+        with given_back(model):
+            for module in model.modules():
+                put(module, buffers)
+            times = [timed(lambda: model(*args, **kwargs), device) for _ in range(warm_up + runs)]
     finally:
         for module, training in flags:
             module.training = training
-    return statistics.median(times)
+    return statistics.median(times[warm_up:])
 
 
 def placed(example_inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -112,8 +112,8 @@ def at_widths(graph: ChannelGraph, widths: dict[str, int], watched: Callable[...
 
 
 def _stand_in(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(tensor.shape) == shape:
-        return tensor.detach()
+    if tuple(tensor.shape) == shape:  # a forward pass may count in a buffer
+        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.clone()
     channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     channels_last = channels_last and not tensor.is_contiguous()
     made = torch.full(shape, 0.01, device=tensor.device).to(tensor.dtype)  # zeros would be faster on some machines

@@ -2,14 +2,17 @@
 
 import copy
 import random
+from collections import deque
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from lightning_prune.latency import measure_latency
 
 
 class Model(nn.Module):
@@ -111,3 +114,90 @@ def test_data_dependent_networks_run_for_real_and_still_leave_nothing_behind():
     lp.trace(model, x)
     assert _same(before, _state(model))
     assert torch.equal(x, torch.ones(1, 3, 8, 8))
+
+
+class Collecting(nn.Module):
+    """A network whose forward pass changes in place what is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.metrics = torchmetrics.MetricCollection([torchmetrics.SumMetric(), torchmetrics.MeanMetric()])
+        self.rows = torchmetrics.CatMetric()
+        self.count = torch.zeros(())
+        self.first.also_counts = self.count
+        self.inner = {"outputs": [], "sums": [torch.zeros(3)], "recent": deque(maxlen=2)}
+        self.shapes: set[tuple[int, ...]] = set()
+        self.hidden = hidden = []
+        self.first.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.metrics.update(torch.tensor(float(len(x))))
+        self.rows.update(torch.ones(2))
+        self.count += 1
+        assert self.first.also_counts == self.count
+        self.inner["outputs"].append(self.first(x))
+        self.inner["sums"][0] += 1
+        self.inner["recent"].append(x)
+        self.inner["new"] = x
+        self.shapes.add(tuple(x.shape))
+        self.calls += 1
+        return self.second(self.hidden.pop().relu())
+
+
+def _timed(model: nn.Module, inputs: Tensor) -> None:
+    measure_latency(model, inputs, runs=2, warm_up=1)
+
+
+@pytest.mark.parametrize("run", [lp.trace, _timed])
+def test_what_a_forward_pass_counts_and_collects_is_as_before(run):
+    model = Collecting()
+    model(torch.ones(4, 8)), model(torch.ones(5, 8))
+    objects = [model.count, model.calls, model.inner, model.inner["sums"][0], model.hidden, model.shapes]
+    collected = list(model.inner["outputs"])
+    run(model, torch.ones(2, 8))
+    now = [model.count, model.calls, model.inner, model.inner["sums"][0], model.hidden, model.shapes]
+    assert all(one is other for one, other in zip(objects, now, strict=True))
+    assert model.first.also_counts is model.count
+    assert {key: float(value) for key, value in model.metrics.compute().items()} == {"SumMetric": 9, "MeanMetric": 4.5}
+    assert model.rows.compute().tolist() == [1] * 4
+    assert (model.count, model.calls) == (2, 2)
+    assert list(model.inner) == ["outputs", "sums", "recent", "new"]
+    assert all(one is other for one, other in zip(collected, model.inner["outputs"], strict=True))
+    assert model.inner["sums"][0].tolist() == [2, 2, 2]
+    assert [len(each) for each in model.inner["recent"]] == [4, 5]
+    assert model.inner["recent"].maxlen == 2
+    assert model.shapes == {(4, 8), (5, 8)}
+    assert model.hidden == []
+
+
+@pytest.mark.parametrize("run", [lp.trace, _timed])
+def test_a_failing_forward_gives_back_what_it_changed_in_place(run):
+    model = Collecting()
+    model(torch.ones(4, 8))
+    with pytest.raises((ValueError, RuntimeError)):
+        run(model, torch.ones(2, 7))
+    assert float(model.metrics.compute()["SumMetric"]) == 4
+    assert model.count == 1
+    assert len(model.inner["outputs"]) == 1
+
+
+def test_the_latency_of_a_model_changes_neither_mode_nor_buffers():
+    model = Model().train()
+    model.body[1].eval()
+    before = copy.deepcopy(_state(model)) | {"identity": [id(p) for p in model.parameters()]}
+    _timed(model, torch.zeros(1, 3, 8, 8))
+    assert _same(before, _state(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+@pytest.mark.parametrize("run", [lp.trace, _timed])
+def test_scripted_parts_are_as_before(run):
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))), nn.Linear(8, 4))
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    run(model, torch.ones(2, 8))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is before[name][0]
+        assert torch.equal(tensor, before[name][1])
+    assert model[0][1].training

@@ -82,6 +82,21 @@ def test_timing_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_timing_does_not_count():
+    class Counting(nn.Sequential):
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counting(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model.register_buffer("calls", torch.zeros(()))
+    graph = lp.trace(model, IMAGE)
+    profile(graph, samples=2, runs=1)
+    latency.measured_fraction(graph, {"0": 4}, rounds=1)
+    latency.measure_latency(model, IMAGE, runs=1)
+    assert model.calls == 0
+
+
 def test_a_pruned_model_is_timed_at_widths_of_the_original():
     model = network()
     graph = lp.trace(model, IMAGE)
