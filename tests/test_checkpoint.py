@@ -113,7 +113,7 @@ def test_messages(tmp_path: Path) -> None:
     other = r"The checkpoint is of another architecture: 'stem.weight' has shape \(12, .* and \(10, .* in ResidualClass"
     with pytest.raises(ValueError, match=other):
         lp.load_pruned(battery.ResidualClassifier, path, width=10)
-    with pytest.raises(ValueError, match=r"a\.ckpt' is of another architecture. .*(\s.*)*Missing key.* \"0.weight\""):
+    with pytest.raises(ValueError, match=r"(?s)a\.ckpt' is of another architecture\. .*Missing key.* \"0.weight\""):
         lp.load_pruned(nn.Sequential(nn.Conv2d(1, 2, 3)), path)
     whole = save(battery.ResidualClassifier(width=10), tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"The checkpoint is of another architecture: 'stem.weight' has shape"):
@@ -160,3 +160,69 @@ def test_image_classifier_loads_by_its_own_means(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "digits.ckpt")
     loaded = ImageClassifier.load_from_checkpoint(tmp_path / "digits.ckpt", weights_only=True)
     assert battery.differences(module, loaded) == []
+
+
+def scaled(*kept: int) -> Scaled:
+    model = Scaled()
+    lp.prune(model, lp.trace(model, EXAMPLE).plan({"stem": torch.tensor(kept)}))
+    return model
+
+
+def test_a_later_checkpoint_onto_a_model_pruned_less_keeps_buffers_that_are_in_none(tmp_path: Path) -> None:
+    path = save(scaled(1, 3, 11), tmp_path / "a.ckpt", hyper_parameters={})
+    restored = scaled(1, 3, 7, 11)
+    restore_shape(restored, torch.load(path, weights_only=True))
+    for model in (restored, lp.load_pruned(scaled(1, 3, 7, 11), path)):
+        torch.testing.assert_close(model.scale, torch.linspace(1, 2, 12)[[1, 3, 11], None, None])
+
+
+@pytest.mark.parametrize("earlier", [Scaled(), scaled(1, 3, 7, 11), scaled(2, 3)], ids=["whole", "wider", "others"])
+def test_values_that_are_in_no_checkpoint_are_not_made_up(earlier: nn.Module, tmp_path: Path) -> None:
+    model, path = scaled(1, 3, 11), save(earlier, tmp_path / "a.ckpt", hyper_parameters={})
+    before = {name: value.clone() for name, value in model.state_dict(keep_vars=True).items()}
+    message = (
+        "Scaled has lost channels that the checkpoint brings back, but without the values of 'scale', which is not"
+    )
+    with pytest.raises(ValueError, match=message):
+        lp.load_pruned(model, path)
+    with pytest.raises(ValueError, match=message):
+        restore_shape(model, torch.load(path, weights_only=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.scale.shape[0] == 3
+    assert battery.differences(earlier, lp.load_pruned(Scaled(), path)) == []
+
+
+class Tied(nn.Module):
+    """One layer by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 1)
+        self.c = self.a
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x) + self.c(x))
+
+
+def tied() -> Tied:
+    model = Tied()
+    lp.prune(model, lp.trace(model, torch.zeros(1, 2)).plan({"a": torch.tensor([0, 2])}))
+    return model
+
+
+def test_tied_weights_in_checkpoints_with_and_without_a_note_of_their_names(tmp_path: Path) -> None:
+    model = tied()
+    path = save(model, tmp_path / "a.ckpt", hyper_parameters={})
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint[CHECKPOINT_KEY].pop("aliases") == {"c.weight": "a.weight", "c.bias": "a.bias"}
+    torch.save(checkpoint, tmp_path / "older.ckpt")
+    for saved in (path, tmp_path / "older.ckpt"):
+        assert battery.differences(model, lp.load_pruned(Tied, saved)) == []
+
+
+def test_tied_weights_that_a_checkpoint_holds_by_their_other_name_can_be_widened() -> None:
+    whole, model = Tied(), tied()
+    weights = {name: value for name, value in whole.state_dict().items() if not name.startswith("a.")}
+    restore_shape(model, {"state_dict": weights})
+    model.load_state_dict(weights, strict=False)
+    assert battery.differences(whole, model) == []

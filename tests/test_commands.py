@@ -8,6 +8,7 @@ from typing import Any
 import battery
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -183,3 +184,25 @@ def test_the_program_itself_prints_plain_lines(run: Path, tmp_path: Path) -> Non
     done = subprocess.run([*command[:-2], "nowhere"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "There is no run at 'nowhere': give the folder with its logs."
+
+
+class Wrapper(battery.ResidualClassifier):
+    """Takes a layer, which the command line notes by its class."""
+
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+
+
+def test_classes_that_the_command_line_noted_as_arguments_are_made_again(tmp_path: Path) -> None:
+    stem = ["--model.stem=torch.nn.Conv2d", "--model.stem.in_channels=1", "--model.stem.out_channels=12"]
+    settings = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    callback = battery.make_callback("magnitude", start_epoch=1, steps=1)
+    cli = LightningCLI(
+        Wrapper, run=False, save_config_callback=None, args=[*stem, "--model.stem.kernel_size=1"],
+        trainer_defaults={**settings, "default_root_dir": str(tmp_path), "callbacks": [callback]},
+    )  # fmt: skip
+    cli.trainer.fit(cli.model, *battery.loaders())
+    loaded = load(Path(cli.trainer.checkpoint_callback.best_model_path), input_shape=[1, 1, 8, 8])
+    assert battery.differences(cli.model, loaded.model) == []
+    assert plan_in_force(loaded.model) == plan_in_force(cli.model) is not None

@@ -3,11 +3,13 @@
 Lightning loads the weights of a checkpoint before any hook of a callback runs, writes checkpoints with weights alone
 without asking callbacks, and loads the weights that spawned ranks hand back into a module of the original shape. No
 public hook is there at these moments, so what Lightning runs then is extended here, once: the plan is saved beside the
-weights, and the module takes its shape from it before weights are loaded. Modules that were never pruned are not
-touched, and it holds for a Trainer without pruning callbacks and for ``load_from_checkpoint`` too.
+weights, weights and module are brought to the same shapes before they are loaded, and the module has those of the plan
+afterwards. Modules that were never pruned are not touched, and it holds for a Trainer without pruning callbacks and for
+``load_from_checkpoint`` too.
 """
 
-from functools import wraps
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +18,15 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 from lightning_prune.callbacks.trainer_state import averaged_copies
-from lightning_prune.checkpoint import CHECKPOINT_KEY, restore_shape, save_plan, saved_plan, widened
+from lightning_prune.checkpoint import (
+    CHECKPOINT_KEY,
+    fitted,
+    refuse_other_shapes,
+    restore_shape,
+    save_plan,
+    saved_plan,
+    widened,
+)
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.surgery import prune
 
@@ -44,13 +54,33 @@ def _extend_checkpoints() -> None:
     @wraps(restore)
     def restore_model(self: _CheckpointConnector) -> None:
         loaded, module = self._loaded_checkpoint, self.trainer.lightning_module
-        if loaded and (CHECKPOINT_KEY in loaded or plan_in_force(module) is not None):
-            for model in (module, *averaged_copies(self.trainer)):
-                restore_shape(model, loaded)
-        restore(self)
+        pruned = CHECKPOINT_KEY in (loaded or {}) or plan_in_force(module) is not None
+        if loaded and "state_dict" in loaded and pruned:  # strategies that shard have loaded the weights by now
+            for average in averaged_copies(self.trainer):
+                restore_shape(average, loaded)
+            _restore(module, loaded, partial(restore, self))
+        else:
+            restore(self)
 
     _CheckpointConnector.dump_checkpoint = dump_checkpoint  # type: ignore[method-assign]
     _CheckpointConnector.restore_model = restore_model  # type: ignore[method-assign]
+
+
+def _restore(module: "pl.LightningModule", loaded: dict[str, Any], restore: Callable[[], None]) -> None:
+    """Restore a module from weights that fit it, and leave those that fit it afterwards in the loaded checkpoint."""
+    plan, weights = saved_plan(loaded), loaded["state_dict"]
+    loaded["state_dict"] = fitted(module, loaded)["state_dict"]
+    fitting = dict(loaded["state_dict"])
+    try:
+        restore()
+    except RuntimeError:
+        refuse_other_shapes(module, loaded["state_dict"])  # says it in fewer words
+        raise
+    if plan is not None:
+        prune(module, plan)
+    for name, tensor in weights.items():  # what the module's hook has changed in the checkpoint stays changed
+        if loaded["state_dict"].get(name) is fitting[name]:
+            loaded["state_dict"][name] = tensor
 
 
 def _extend_launcher() -> None:
@@ -66,8 +96,10 @@ def _extend_launcher() -> None:
 
     @wraps(recover)
     def recover_results(self: _MultiProcessingLauncher, worker_output: Any, trainer: "pl.Trainer") -> None:
-        if CHECKPOINT_KEY in worker_output.extra:
-            restore_shape(trainer.lightning_module, worker_output.extra)
+        module = trainer.lightning_module
+        pruned = CHECKPOINT_KEY in worker_output.extra or plan_in_force(module) is not None
+        if worker_output.weights_path is not None and pruned:
+            restore_shape(module, {**worker_output.extra, "state_dict": dict.fromkeys(module.state_dict())})
         recover(self, worker_output, trainer)
 
     _MultiProcessingLauncher.get_extra_results = get_extra_results  # type: ignore[method-assign]

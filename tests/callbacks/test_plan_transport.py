@@ -9,7 +9,8 @@ import battery
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -161,3 +162,144 @@ def test_taylor_listens_for_an_epoch_where_a_resumed_run_has_not(tmp_path: Path)
 def test_a_run_that_ends_before_its_last_prune_says_so(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"ended with 1\.000 of the flops where keep=0\.5 was asked for, after 0 of 1"):
         battery.train(tmp_path, PruningCallback(round_to=2), max_epochs=-1, max_steps=3)
+
+
+# -- modules that are whole only with Lightning's hooks ----------------------------------------------------------------
+
+
+class Lazy(battery.ResidualClassifier):
+    """Has its head from ``configure_model``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = None
+
+    def configure_model(self) -> None:
+        if self.head is None:
+            self.head = nn.Linear(48, 4)
+
+
+class Configured(battery.ResidualClassifier):
+    """Takes all its settings as one argument."""
+
+    def __init__(self, conf: dict[str, int] | None = None) -> None:
+        conf = conf or {"width": 12}
+        super().__init__(conf["width"])
+        self.save_hyperparameters(conf)
+
+
+class NotStrict(battery.ResidualClassifier):
+    """Leaves a layer that never trains out of its checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False
+        self.teacher = nn.Linear(2, 2).requires_grad_(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "teacher" not in name}
+
+
+@pytest.mark.parametrize("kind", [Lazy, Configured, NotStrict, Careful, Tied])
+def test_load_pruned_takes_what_load_from_checkpoint_takes(kind: type[L.LightningModule], tmp_path: Path) -> None:
+    module, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), module=kind())
+    path = trainer.checkpoint_callback.best_model_path
+    expected = kind.load_from_checkpoint(path)
+    for loaded in (lp.load_pruned(kind, path), lp.load_pruned(kind(), path), lp.load_pruned(module, path)):
+        assert plan_in_force(loaded) == plan_in_force(expected) is not None
+        assert battery.differences(expected, loaded) == []
+        assert not loaded.training
+
+
+def test_settings_go_into_the_one_argument_that_was_saved(tmp_path: Path) -> None:
+    module, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), module=Configured({"width": 10}))
+    path = trainer.checkpoint_callback.best_model_path
+    assert battery.differences(module, lp.load_pruned(Configured, path)) == []
+    assert battery.differences(module, lp.load_pruned(Configured, path, conf={"width": 10})) == []
+    for settings in ({"width": 8}, {"conf": {"width": 8}}):
+        with pytest.raises(ValueError, match=r"another architecture: 'stem.weight' has shape \(10, .* and \(8, "):
+            lp.load_pruned(Configured, path, **settings)
+
+
+def test_tied_weights_that_were_saved_one_by_one(tmp_path: Path) -> None:
+    """`AsyncCheckpointIO` copies the tensors: nothing in the file says that two names are one tensor."""
+    module, trainer = battery.train(
+        tmp_path, battery.make_callback("magnitude"), module=Tied(), plugins=[AsyncCheckpointIO()]
+    )
+    path = trainer.checkpoint_callback.best_model_path
+    weights = torch.load(path, weights_only=True)["state_dict"]
+    assert weights["second.weight"].data_ptr() != weights["again.weight"].data_ptr()
+    for loaded in (lp.load_pruned(Tied, path), Tied.load_from_checkpoint(path)):
+        assert battery.differences(module, loaded) == []
+        assert loaded.again.weight is loaded.second.weight
+    more, _ = battery.train(tmp_path / "more", ckpt_path=path, module=Tied(), max_epochs=battery.EPOCHS)
+    assert battery.differences(module, more) == []
+
+
+class Refitted(battery.ResidualClassifier):
+    """Takes as many classes as the checkpoint has."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.head = nn.Linear(48, classes)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        weight = checkpoint["state_dict"]["head.weight"]
+        if weight.shape != self.head.weight.shape:
+            self.head = nn.Linear(weight.shape[1], weight.shape[0])
+
+
+def test_a_hook_that_rebuilds_a_pruned_layer(tmp_path: Path) -> None:
+    module, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), module=Refitted(), max_epochs=4)
+    path = trainer.checkpoint_callback.best_model_path
+    for loaded in (lp.load_pruned(Refitted, path, classes=7), Refitted.load_from_checkpoint(path, classes=7)):
+        assert battery.differences(module, loaded) == []
+    resumed = [
+        battery.train(tmp_path / f"{classes}", battery.make_callback("magnitude"), ckpt_path=path, module=made)[0]
+        for classes, made in ((4, Refitted(4)), (7, Refitted(7)))
+    ]
+    assert battery.differences(*resumed) == []
+    assert plan_in_force(resumed[0]) == plan_in_force(resumed[1]) is not None
+    assert resumed[1].head.in_features < 48
+
+
+def test_a_hook_that_rebuilds_a_layer_of_a_checkpoint_that_was_never_pruned(tmp_path: Path) -> None:
+    module, trainer = battery.train(tmp_path, module=Refitted(), max_epochs=1)
+    path = trainer.checkpoint_callback.best_model_path
+    assert battery.differences(module, lp.load_pruned(Refitted, path, classes=7)) == []
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_run_from_a_checkpoint_that_was_pruned_less(epoch: int, tmp_path: Path) -> None:
+    """The parent process widens the module again without having seen the checkpoint."""
+    module, _ = battery.train(tmp_path, battery.make_callback("magnitude"))
+    path = next((tmp_path / "checkpoints").glob(f"epoch={epoch}-*"))
+    earlier = lp.load_pruned(battery.ResidualClassifier, path)
+    assert earlier.stem.out_channels > module.stem.out_channels
+    _, trainer = battery.train(tmp_path / "on", ckpt_path=path, module=module, strategy="ddp_fork")
+    assert plan_in_force(module) == plan_in_force(earlier)
+    last = lp.load_pruned(battery.ResidualClassifier, trainer.checkpoint_callback.best_model_path)
+    assert battery.differences(module, last) == []
+
+
+def test_callbacks_get_what_the_hook_has_made_of_the_checkpoint(tmp_path: Path) -> None:
+    class Sevens(battery.ResidualClassifier):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            assert checkpoint["state_dict"]["first.weight"].shape == self.first.weight.shape
+            checkpoint["state_dict"]["head.bias"] = torch.full((4,), 7.0)
+            checkpoint["note"] = "mine"
+
+    class Watch(Callback):
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            self.checkpoint, self.bias = dict(checkpoint), pl_module.head.bias.detach().clone()
+
+    _, trainer = battery.train(tmp_path, battery.make_callback("magnitude"))
+    path, watch = trainer.checkpoint_callback.best_model_path, Watch()
+    module, _ = battery.train(tmp_path / "on", watch, ckpt_path=path, module=Sevens())
+    expected = torch.load(path, weights_only=True)["state_dict"] | {"head.bias": torch.full((4,), 7.0)}
+    assert watch.checkpoint["note"] == "mine"
+    assert watch.checkpoint["state_dict"].keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in watch.checkpoint["state_dict"].items())
+    assert torch.equal(watch.bias, expected["head.bias"])
+    assert module.first.weight.shape == expected["first.weight"].shape

@@ -186,6 +186,9 @@ KEEP = "keep must be the fraction that stays, above 0 and at most 1; got"
 METRIC = "metric must be one of flops, params, channels, latency; got"
 OTHER = "keeps a copy or a mask of the weights in the shapes they have now, which does not follow when"
 INPUTS = "do not fit the forward pass of"
+OTHER_TRAINER = type(
+    "Trainer", (), {"__module__": "pytorch_lightning.trainer.trainer"}
+)  # as `pytorch-lightning` has it
 
 SETTINGS: dict[str, Row] = {
     "keep=True": (lambda _: PruningCallback(keep=True), ValueError, f"{KEEP} True."),
@@ -252,6 +255,11 @@ SETTINGS: dict[str, Row] = {
     ),
 }  # fmt: skip
 COMPANY: dict[str, Row] = {
+    "the other package with the same classes": (
+        lambda _: PruningCallback().setup(OTHER_TRAINER(), battery.ResidualClassifier(), "fit"), ValueError,
+        "The Trainer is that of 'pytorch_lightning', whose classes are other ones than those of lightning; write "
+        "`import lightning.pytorch as pl`, and Trainer, modules and callbacks from there.",
+    ),
     "FSDP": (under(FSDPStrategy), ValueError, "Pruning does not work with FSDPStrategy, which shards or moves the"),
     "model parallel": (
         under(ModelParallelStrategy), ValueError,
@@ -373,7 +381,7 @@ CHECKPOINTS: dict[str, Row] = {
     ),
     "resumed into another width": (
         resume(lambda checkpoint: None, lambda: battery.ResidualClassifier(width=10)), ValueError,
-        "The plan is about another architecture: 'stem.weight' has shape (10, 1, 3, 3) where the plan expects (12, 1,",
+        "The checkpoint is of another architecture: 'stem.weight' has shape (12, 1, 3, 3) in it and (10, 1, 3, 3) in",
     ),
     "resumed from a newer format": (
         resume(set_plan("version", 3)), ValueError,
