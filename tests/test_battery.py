@@ -147,7 +147,7 @@ def test_reloads_without_a_trainer(name: str, tmp_path: Path) -> None:
         images = battery.images(8).tensors[0]
         torch.testing.assert_close(loaded(images), module.eval()(images), rtol=0, atol=0)
     checkpoint = torch.load(path, weights_only=True)
-    assert set(checkpoint["lightning_prune"]) == {"plan"}
+    assert checkpoint["lightning_prune"].keys() == {"plan", "aliases"}
 
 
 def test_validates_tests_and_predicts_from_the_checkpoint(name: str, tmp_path: Path) -> None:

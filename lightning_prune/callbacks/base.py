@@ -180,12 +180,17 @@ class PruningCallback(Callback):
         trainer_state.refuse_other_callbacks(trainer, self)
         follow(trainer)
         if stage == "fit":
-            self._refuse_short_run(trainer)
+            trainer_state.refuse_short_run(trainer, self)
             if plan_in_force(pl_module) is None:
                 self._start_anew()  # before the state of a run that is resumed is loaded
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        with trainer_state.unlogged(pl_module):
+            self.prepare(trainer, pl_module)
+
+    def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Trace the model, and refuse what cannot work; called when training starts."""
         check(pl_module, trainer.optimizers)
         inputs = trainer_state.example_inputs(trainer, pl_module, self.module, self.example_inputs, self.batch_like)
         if self.example_inputs is None and pl_module.example_input_array is None:
@@ -219,10 +224,16 @@ class PruningCallback(Callback):
         # and a resumed run prunes from the same state as an unbroken one.
         due = self.steps_due(trainer.current_epoch)
         if due > self.steps_done and self.ready():
+            if due > self.steps_done + 1:
+                warn(
+                    f"Prunes {self.steps_done + 1} to {due} of {self.steps} happen at once, before epoch "
+                    f"{trainer.current_epoch}: the run goes on from a checkpoint without them. To spread them, raise "
+                    "start_epoch."
+                )
             self._prune(trainer, pl_module, due)
         assert self._recorder is not None
         for metric, fraction in self._recorder.kept.items():
-            pl_module.log(f"{folder(self.module)}/keep_{metric}", fraction, on_step=False, on_epoch=True, rank_zero_only=True)
+            trainer_state.log_epoch(pl_module, f"{folder(self.module)}/keep_{metric}", fraction)
 
     @override
     def on_train_batch_end(
@@ -240,9 +251,10 @@ class PruningCallback(Callback):
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._warn_if_short(trainer)
+        self._warn_if_short()
         assert self._recorder is not None
-        self._recorder.end()  # later hooks find the module on the CPU again, whatever it was trained on
+        with trainer_state.unlogged(pl_module):
+            self._recorder.end()  # later hooks find the module on the CPU again, whatever it was trained on
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -288,7 +300,8 @@ class PruningCallback(Callback):
 
     def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
         assert self._graph is not None
-        with progress(f"Pruning {type(pl_module).__name__}, step {step} of {self.steps}"):
+        doing = f"Pruning {type(pl_module).__name__}, step {step} of {self.steps}"
+        with trainer_state.unlogged(pl_module), progress(doing):
             scores = self.scores(trainer, self._graph)
             keep = self.keep_after(step)
             plan = trainer_state.agree(trainer, partial(self.allocate, self._graph, scores, keep))
@@ -304,33 +317,24 @@ class PruningCallback(Callback):
             )
         say(f"{self._headline(trainer, plan, step)}\n{report}")
         assert self._recorder is not None
-        self._recorder.add_prune(plan, step, scores)
+        with trainer_state.unlogged(pl_module):
+            self._recorder.add_prune(plan, step, scores)
 
     def _headline(self, trainer: "pl.Trainer", plan: PruningPlan, step: int) -> str:
         budget = plan.budget or {}
         told = ", ".join(f"{budget[name]:.3f} {name}" for name in ("asked", "rounded", "achieved") if name in budget)
         return f"Prune {step} of {self.steps} before epoch {trainer.current_epoch}: {self.metric} {told}"
 
-    def _warn_if_short(self, trainer: "pl.Trainer") -> None:
-        assert self._graph is not None
-        plan = plan_in_force(self._graph.model)
-        kept = plan.budget["achieved"] if plan is not None and plan.budget is not None else 1.0
+    def _warn_if_short(self) -> None:
+        # Not what the plan in force says: another callback may have pruned another part after this one.
+        prunes = self.history.prunes if self.history is not None else []
+        kept = prunes[-1].budget.get("achieved", 1.0) if prunes else 1.0
         if self.steps_done >= self.steps and kept <= self.keep:
             return
         warn(
-            f"Training has ended with {kept:.3f} of the {self.metric} where keep={self.keep} was asked for, after "
-            f"{self.steps_done} of {self.steps} prunes: prunes happen before epochs {self.start_epoch} to "
+            f"Training has ended with {kept:.3f} of the {self.metric} where keep={self.keep} was asked for, "
+            f"after {self.steps_done} of {self.steps} prunes: prunes happen before epochs {self.start_epoch} to "
             f"{self.last_prune_epoch} (counted from 0), once each."
-        )
-
-    def _refuse_short_run(self, trainer: "pl.Trainer") -> None:
-        epochs = trainer.max_epochs
-        if getattr(trainer, "fast_dev_run", False) or epochs is None or epochs < 0 or self.last_prune_epoch < epochs:
-            return
-        raise ValueError(
-            f"{type(self).__name__} prunes before epochs {self.start_epoch} to {self.last_prune_epoch} (counted from "
-            f"0), but the run ends after {epochs} epochs; raise max_epochs to at least {self.last_prune_epoch + 1}, or "
-            "lower start_epoch, steps or every_n_epochs."
         )
 
     def _start_anew(self) -> None:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 __all__ = ["ValidationBatches", "gives_samples", "samples", "training_batches"]
 
 
 class ValidationBatches:
-    """The batches of the validation split, as validation would get them; drawing them leaves no trace.
+    """The batches of the validation split, as validation would get them on this rank; drawing them leaves no trace.
 
     Args:
         trainer: The trainer.
@@ -41,11 +41,6 @@ class ValidationBatches:
             )
         self.trainer, self.loader, self.all = trainer, loaders[0], counts[0]
         self.count = self.all if limit is None else min(limit, self.all)
-
-    @property
-    def differ_by_rank(self) -> bool:
-        """Whether each rank gets a part of the data."""
-        return isinstance(_sampler(self.loader), DistributedSampler)
 
     def __length_hint__(self) -> int:
         return 0 if self.count == float("inf") else int(self.count)

@@ -154,8 +154,8 @@ class LearnToPruneCallback(PruningCallback):
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     @override
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().on_train_start(trainer, pl_module)
+    def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        super().prepare(trainer, pl_module)
         if self.steps_done < self.steps:
             self._batches = training_batches(trainer, self.recalibrate_batches, self.seed)
             self._validation = ValidationBatches(trainer, 1, type(self).__name__)
@@ -166,7 +166,7 @@ class LearnToPruneCallback(PruningCallback):
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         super().begin_epoch(trainer, pl_module)
         for name, value in self.figures.items():
-            pl_module.log(f"agent/{name}", value, on_step=False, on_epoch=True, rank_zero_only=True)
+            trainer_state.log_epoch(pl_module, f"agent/{name}", value)
 
     @override
     def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
@@ -255,16 +255,11 @@ class LearnToPruneCallback(PruningCallback):
         assert self._graph is not None
         assert self._validation is not None
         batches = self._validation
-        own_data = batches.differ_by_rank
         if not self.finetune_steps:
-            settings = {"recalibrate": self._batches, "own_data": own_data}
-            return accuracy_of(self._graph, batches, evaluate=self.evaluate, **settings)(plans)
-        found = torch.zeros(len(plans), device=trainer.strategy.root_device)
-        for number, plan in enumerate(plans):
-            if own_data or number % trainer.world_size == trainer.global_rank:
-                found[number] = self._finetuned(plan, batches)
-        total = trainer.strategy.reduce(found, reduce_op="sum")
-        return (total / trainer.world_size if own_data else total).cpu()
+            settings = {"evaluate": self.evaluate, "recalibrate": self._batches, "own_data": True}
+            return accuracy_of(self._graph, batches, **settings)(plans)
+        found = [self._finetuned(plan, batches) for plan in plans]
+        return trainer.strategy.reduce(torch.tensor(found, device=trainer.strategy.root_device), reduce_op="mean").cpu()
 
     def _finetuned(self, plan: PruningPlan, batches: ValidationBatches) -> float:
         """Return the accuracy of a copy that has been pruned and trained for some steps."""

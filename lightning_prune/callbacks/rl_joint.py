@@ -129,15 +129,16 @@ class RLJointPruneCallback(PruningCallback):
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     @override
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().on_train_start(trainer, pl_module)
+    def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        super().prepare(trainer, pl_module)
         if self.steps_done == self.steps:
             return
         assert self._graph is not None
         if trainer.current_epoch >= self.start_epoch and self.searched_epoch < 0 < len(self._rounds()):
             raise ValueError(
-                f"RLJointPruneCallback has nothing to choose from: the run goes on at epoch {trainer.current_epoch}, from "
-                f"a checkpoint without its episodes, which come before start_epoch={self.start_epoch}. Raise start_epoch."
+                f"RLJointPruneCallback has nothing to choose from: the run goes on at epoch {trainer.current_epoch}, "
+                f"from a checkpoint without its episodes, which come before start_epoch={self.start_epoch}. Raise "
+                "start_epoch."
             )
         self._search = self._make_search(len(self._graph.groups))
         if self.search_state is not None:
@@ -151,10 +152,11 @@ class RLJointPruneCallback(PruningCallback):
         epoch = trainer.current_epoch
         due = self.searches(epoch) or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if self.steps_done < self.steps and due and self.searched_epoch < epoch:
-            self._play_and_learn(trainer)
+            with trainer_state.unlogged(pl_module):
+                self._play_and_learn(trainer)
         self._align()
         for name, value in self.figures.items():
-            pl_module.log(f"agent/{name}", value, on_step=False, on_epoch=True, rank_zero_only=True)
+            trainer_state.log_epoch(pl_module, f"agent/{name}", value)
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -263,8 +265,8 @@ class RLJointPruneCallback(PruningCallback):
     def _measure(self, trainer: "pl.Trainer", plans: list[PruningPlan], limit: int | None = None) -> Tensor:
         assert self._graph is not None
         batches = ValidationBatches(trainer, limit or self.limit_batches, type(self).__name__)
-        settings = {"recalibrate": self._recalibration, "own_data": batches.differ_by_rank}
-        return accuracy_of(self._graph, batches, evaluate=self.evaluate, **settings)(plans)
+        settings = {"evaluate": self.evaluate, "recalibrate": self._recalibration, "own_data": True}
+        return accuracy_of(self._graph, batches, **settings)(plans)
 
     def _problem(self) -> PruningProblem:
         assert self._graph is not None

@@ -89,8 +89,8 @@ class SensitivenessCallback(PruningCallback):
         self.sensitiveness: dict[str, float] = {}
 
     @override
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().on_train_start(trainer, pl_module)
+    def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        super().prepare(trainer, pl_module)
         assert self._graph is not None
         if self.steps_done < self.steps:  # refuse now what would fail at the first prune
             first = ValidationBatches(trainer, 1, type(self).__name__)
@@ -102,7 +102,7 @@ class SensitivenessCallback(PruningCallback):
             batches = ValidationBatches(trainer, self.limit_batches, type(self).__name__)
             self.sensitiveness = sensitiveness(
                 graph, batches, self.damage, self.levels, self.draws, self.seed, self.evaluate or classification,
-                own_data=batches.differ_by_rank,
+                own_data=True,
             )  # fmt: skip
         return super().scores(trainer, graph)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -88,8 +88,8 @@ class TaylorRankCallback(PruningCallback):
         return self.steps_due(epoch + 1) > self.steps_done
 
     @override
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().on_train_start(trainer, pl_module)
+    def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        super().prepare(trainer, pl_module)
         assert self._graph is not None
         make_collector(self._graph, self.variant, self.totals)  # which refuses what it cannot watch
 
@@ -146,15 +146,42 @@ class TaylorRankCallback(PruningCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        kept = {"sums": self.totals.sums, "counts": self.totals.counts, "last_scores": self.last_scores}
-        on_cpu = {key: {name: value.cpu() for name, value in values.items()} for key, values in kept.items()}
-        return {**super().state_dict(), **on_cpu, "listened": self.listened}
+        totals = {"sums": _on_cpu(self.totals.sums), "counts": _on_cpu(self.totals.counts)}
+        return {
+            **super().state_dict(), "totals": [totals], "last_scores": _on_cpu(self.last_scores),
+            "listened": self.listened,
+        }  # fmt: skip
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.totals = Totals(dict(state_dict["sums"]), dict(state_dict["counts"]))
+        self.totals = Totals()
+        if "totals" not in state_dict:  # as earlier versions saved them, those of the first rank alone
+            state_dict = {**state_dict, "totals": [{name: state_dict[name] for name in ("sums", "counts")}]}
+        for rank in state_dict["totals"]:
+            self.totals.join(Totals(**rank))
         self.last_scores, self.listened = dict(state_dict["last_scores"]), state_dict["listened"]
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        # Each rank has seen a part of the data. After a failure the others may not be there to be asked.
+        shared = distributed.is_available() and distributed.is_initialized() and not trainer.interrupted
+        if shared and self.listened:
+            state = checkpoint["callbacks"][self.state_key]
+            everyone: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(everyone, state["totals"])
+            state["totals"] = [totals for (totals,) in everyone]
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        # To each rank what was its own, or a share if there are more or fewer ranks now: in the end they are added up.
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        if "totals" in state:
+            state["totals"] = state["totals"][trainer.global_rank :: trainer.world_size]
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -182,6 +209,10 @@ class TaylorRankCallback(PruningCallback):
     def _let_go(self) -> None:
         super()._let_go()
         self._stop_listening()
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _sum_of_ranks(trainer: "pl.Trainer", graph: ChannelGraph, totals: Totals) -> Totals:

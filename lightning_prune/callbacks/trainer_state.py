@@ -1,6 +1,7 @@
 """What the pruning callbacks need of a Trainer: its ranks, its batches, its metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks.batches import gives_samples, samples
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -31,11 +33,14 @@ __all__ = [
     "averaged_copies",
     "decided_by_first_rank",
     "example_inputs",
+    "log_epoch",
     "loss_scale",
     "metrics",
     "refuse_averaged_models",
     "refuse_other_callbacks",
+    "refuse_short_run",
     "refuse_strategy",
+    "unlogged",
 ]
 
 # -- strategies and ranks ----------------------------------------------------------------------------------------------
@@ -43,6 +48,11 @@ __all__ = [
 
 def refuse_strategy(trainer: "pl.Trainer") -> None:
     """Raise unless parameters can be replaced under the strategy of this trainer."""
+    if not isinstance(trainer, pl.Trainer):
+        raise ValueError(
+            f"The Trainer is that of {type(trainer).__module__.partition('.')[0]!r}, whose classes are other ones than "
+            "those of lightning; write `import lightning.pytorch as pl`, and Trainer, modules and callbacks from there."
+        )
     shards = isinstance(trainer.strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)
     if shards or not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise ValueError(
@@ -76,6 +86,19 @@ def refuse_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback") -
                 f"{type(callback).__name__} and {type(other).__name__} both prune {part}; keep one of them, or give "
                 "each a part of its own with `module`."
             )
+
+
+def refuse_short_run(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
+    """Raise if the run ends before a prune that is still to come."""
+    epochs, last = trainer.max_epochs, callback.last_prune_epoch
+    done = callback.steps_done >= callback.steps and plan_in_force(trainer.lightning_module) is not None
+    if done or trainer.fast_dev_run or epochs is None or epochs < 0 or last < epochs:  # type: ignore[attr-defined]
+        return
+    raise ValueError(
+        f"{type(callback).__name__} prunes before epochs {callback.start_epoch} to {last} (counted from 0), but the "
+        f"run ends after {epochs} epochs; raise max_epochs to at least {last + 1}, or lower start_epoch, steps or "
+        "every_n_epochs."
+    )
 
 
 def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
@@ -200,6 +223,32 @@ def _first_sample(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Ten
             f"{type(pl_module).__name__}, or example_inputs on the callback."
         )
     return first[:1]
+
+
+def log_epoch(pl_module: "pl.LightningModule", name: str, value: float) -> None:
+    """Log a number that holds for the epoch that begins."""
+    # Lightning would look for the batch size in a batch that need not have been drawn yet, nor be made of tensors.
+    pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True, batch_size=1)
+
+
+@contextmanager
+def unlogged(pl_module: "pl.LightningModule") -> Iterator[None]:
+    """Let ``self.log`` do nothing for a while, in which a callback runs the model: these are no steps of training."""
+    parts = [vars(part) for part in pl_module.modules() if isinstance(part, pl.LightningModule)]
+    own = [part.get("log") for part in parts]
+    try:
+        for part in parts:
+            part["log"] = _log_nothing
+        yield
+    finally:
+        for part, log in zip(parts, own, strict=True):
+            part.pop("log")
+            if log is not None:
+                part["log"] = log
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def metrics(trainer: "pl.Trainer") -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.criteria.live import divide_by_norm, number
-from lightning_prune.criteria.readers import check_readable, evaluating, sum_positions, watch
+from lightning_prune.criteria.readers import check_readable, evaluating, sum_positions, unwatch, watch
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
 
@@ -98,8 +98,7 @@ def _means(
             for batch in batches:
                 loss(graph.model, batch)
     finally:
-        for handle in handles:
-            handle.remove()
+        unwatch(handles)
     return {name: _mean(graph, name, sums, counts) for name in graph.groups}
 
 

@@ -1,6 +1,7 @@
 """Watching what the layers behind channel groups read, and running a model without leaving a trace."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 
-__all__ = ["check_readable", "evaluating", "sum_positions", "watch"]
+__all__ = ["check_readable", "evaluating", "sum_positions", "unwatch", "watch"]
 
 Read = Callable[[str, Tensor, int], Tensor | None]
 
@@ -25,8 +26,9 @@ def watch(graph: ChannelGraph, read: Read) -> list[RemovableHandle]:
             to be read instead.
 
     Returns:
-        Handles to be removed when done.
+        Handles for `unwatch`.
     """
+    _compile_anew()
     modules = dict(graph.model.named_modules())
     tensors = {part.tensor: None for group in graph.groups.values() for part in group.readers}
     handles = []
@@ -34,6 +36,19 @@ def watch(graph: ChannelGraph, read: Read) -> list[RemovableHandle]:
         reader = modules[tensor.rpartition(".")[0]]
         handles.append(reader.register_forward_pre_hook(partial(_before, read, tensor)))
     return handles
+
+
+def unwatch(handles: Iterable[RemovableHandle]) -> None:
+    """Stop showing what is read."""
+    for handle in handles:
+        handle.remove()
+    _compile_anew()
+
+
+def _compile_anew() -> None:
+    """Forget compiled code, which does not notice hooks that come or go."""
+    if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
+        torch.compiler.reset()
 
 
 def _before(read: Read, tensor: str, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

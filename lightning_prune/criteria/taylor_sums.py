@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.criteria.readers import check_readable, sum_positions, watch
+from lightning_prune.criteria.readers import check_readable, sum_positions, unwatch, watch
 from lightning_prune.graph.channel_graph import ChannelGraph, Group
 from lightning_prune.graph.modules import named_tensors
 
@@ -43,6 +43,12 @@ class Totals:
             self.sums[name] = value + self.sums[name].to(value.device) if name in self.sums else value
             counted = finite.double() * count
             self.counts[name] = counted + self.counts[name].to(value.device) if name in self.counts else counted
+
+    def join(self, other: "Totals") -> None:
+        """Add what another rank has summed."""
+        for mine, others in ((self.sums, other.sums), (self.counts, other.counts)):
+            for name, value in others.items():
+                mine[name] = mine[name] + value if name in mine else value
 
     def unseen(self, graph: ChannelGraph) -> list[str]:
         """Name the groups of which there is nothing yet."""
@@ -105,9 +111,8 @@ class _Effects(Collector):
         self._handles = watch(self.graph, self._read)
 
     def stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        unwatch(self._handles)
+        self._handles = []
         self._passes.clear()
 
     def after_backward(self, scale: float) -> None:

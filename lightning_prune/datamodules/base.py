@@ -134,7 +134,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return images
 
     def train_dataloader(self) -> DataLoader:
-        """Return batches of training images, in random order: bytes (n, c, h, w), labels (n,), random numbers."""
+        """Return batches of training images, in random order: bytes (n, c, h, w), labels (n,), random numbers.
+
+        With ``overfit_batches`` they come in fixed order and without the numbers, so that each epoch sees the same.
+        """
+        if self.trainer and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            # Lightning would put a sampler of its own in the place of one that shuffles.
+            return self._evaluation_loader(self.train_set, "fit")
         part = self._ready(self.train_set, "fit")
         replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = EpochSampler(part, self.batch_size, self.seed, replicas, rank)

@@ -223,14 +223,14 @@ def _plain(value: Any) -> Any:
 
 
 def run_folder(trainer: "pl.Trainer") -> Path | None:
-    """Return the folder that the first logger writes to, or None if there is no logger that has one."""
+    """Return the folder that the first logger writes to, or None if there is no logger that has one on this machine."""
     for logger in trainer.loggers:
         folder = getattr(logger, "log_dir", None)
-        if isinstance(folder, str | os.PathLike):
-            return Path(folder)
-        if isinstance(logger.save_dir, str | os.PathLike):  # as ModelCheckpoint finds its folder
+        if not isinstance(folder, str | os.PathLike) and isinstance(logger.save_dir, str | os.PathLike):
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-            return Path(logger.save_dir, str(logger.name), version)
+            folder = os.path.join(logger.save_dir, str(logger.name), version)  # as ModelCheckpoint finds its folder
+        if isinstance(folder, str | os.PathLike) and "://" not in str(folder):  # as in s3://bucket/logs
+            return Path(folder)
     return None
 
 

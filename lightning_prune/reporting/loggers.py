@@ -46,12 +46,12 @@ def log_prune(trainer: "pl.Trainer", history: History, scores: Mapping[str, Tens
     numbers = {f"prune/channels/{name}": float(width) for name, width in last.widths.items()}
     numbers[f"{folder(history.module)}/latency_ms"] = last.left.latency_ms
     for logger in trainer.loggers:
-        logger.log_metrics(numbers, step=trainer.global_step)
+        logger.log_metrics(numbers, step=_step(trainer))
         if isinstance(logger, TensorBoardLogger):
             for name, values in scores.items():
                 ranked = values[values.isfinite()]
                 if len(ranked):
-                    logger.experiment.add_histogram(f"prune/scores/{name}", ranked, trainer.global_step)
+                    logger.experiment.add_histogram(f"prune/scores/{name}", ranked, _step(trainer))
     _log_figures(trainer, history)
 
 
@@ -66,12 +66,17 @@ def log_end(trainer: "pl.Trainer", history: History) -> None:
     table = "\n".join(f"    {line}" for line in summarize(history.before, history.after))  # Markdown, as it stands
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(f"{folder(history.module)}/summary", table, trainer.global_step)
+            logger.experiment.add_text(f"{folder(history.module)}/summary", table, _step(trainer))
     _log_figures(trainer, history)
 
 
+def _step(trainer: "pl.Trainer") -> int:
+    """Return the step that Lightning logs at, which is not ``global_step`` where there are several optimizers."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def _log_figures(trainer: "pl.Trainer", history: History) -> None:
-    shows = [show for logger in trainer.loggers if (show := _shows_figures(logger, trainer.global_step)) is not None]
+    shows = [show for logger in trainer.loggers if (show := _shows_figures(logger, _step(trainer))) is not None]
     if not shows or not _can_draw():
         return
     from lightning_prune.reporting import figures

@@ -181,22 +181,6 @@ def test_ranks_draw_from_their_own_parts(tmp_path: Path) -> None:
         assert len(labels.unique()) >= 7
 
 
-class OwnBatchSampler(BatchSampler):
-    """Reads a sampler that the loader itself does not know."""
-
-
-def test_batch_samplers_tell_whether_ranks_get_parts_of_the_data(tmp_path: Path) -> None:
-    class Note(Look):
-        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            self.seen.append(ValidationBatches(trainer, None, "Note").differ_by_rank)  # type: ignore[arg-type]
-
-    data = sorted_by_class()
-    for sampler, differ in ((DistributedSampler(data, 2, 0), True), (SequentialSampler(data), False)):
-        for kind in (BatchSampler, OwnBatchSampler):
-            loader = DataLoader(data, batch_sampler=kind(sampler, 10, drop_last=False))
-            assert look(tmp_path, loader, None, Note)[0] is differ  # type: ignore[comparison-overlap]
-
-
 @pytest.mark.parametrize("every", [1, 2, 9])
 def test_the_split_is_there_though_the_first_validation_is_to_come(every: int, tmp_path: Path) -> None:
     loader = DataLoader(sorted_by_class(), 10)

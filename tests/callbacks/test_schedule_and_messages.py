@@ -1,5 +1,7 @@
 """When callbacks prune, and what they say about settings that cannot work."""
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,11 @@ import battery
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
 from lightning_prune.graph.channel_graph import plan_in_force
@@ -170,3 +174,55 @@ def test_the_same_run_without_pruning_sees_the_same_random_numbers(tmp_path: Pat
     plain, _ = battery.train(tmp_path / "plain")
     watched, _ = battery.train(tmp_path / "watched", TaylorRankCallback(keep=1.0, start_epoch=2))
     assert battery.differences(plain, watched) == []
+
+
+def test_of_two_callbacks_each_tells_its_own_budget(tmp_path: Path) -> None:
+    small = PruningCallback(keep=0.6, metric="params", module="left", example_inputs=[1, 1, 8, 8], round_to=1)
+    large = PruningCallback(keep=0.8, metric="params", module="right", example_inputs=[1, 8, 4, 4], round_to=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Training has ended")
+        battery.train(tmp_path, small, large, module=TwoParts(), max_epochs=2)
+
+
+class Box:
+    """A batch that Lightning finds no tensors in."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+
+class Boxes(battery.ResumableLoader):
+    def __iter__(self) -> Iterator[Box]:
+        return (Box(*batch) for batch in super().__iter__())
+
+
+class Boxed(battery.ResidualClassifier):
+    example_input_array = torch.zeros(1, 1, 8, 8)
+
+    def training_step(self, batch: Box, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch.images), batch.labels)
+
+
+def test_a_run_whose_batches_hold_no_tensors_resumes_within_an_epoch(tmp_path: Path) -> None:
+    def fit(path: Path | None = None) -> L.LightningModule:
+        L.seed_everything(0, verbose=False)
+        trainer = L.Trainer(
+            max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[
+                PruningCallback(round_to=1),
+                ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1),
+            ],
+        )  # fmt: skip
+        module = Boxed()
+        trainer.fit(module, Boxes(battery.images(16 * battery.BATCHES), 16), ckpt_path=path)
+        return module
+
+    unbroken = fit()
+    assert battery.differences(unbroken, fit(tmp_path / "step=4.ckpt")) == []
+
+
+def test_a_callback_that_comes_late_says_what_it_catches_up_on(tmp_path: Path) -> None:
+    _, trainer = battery.train(tmp_path, max_epochs=3)
+    path = trainer.checkpoint_callback.best_model_path
+    with pytest.warns(UserWarning, match="Prunes 1 to 3 of 4 happen at once, before epoch 3: the run goes on from"):
+        battery.train(tmp_path / "on", PruningCallback(keep=0.4, steps=4, round_to=1), ckpt_path=path)

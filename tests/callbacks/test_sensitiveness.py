@@ -1,6 +1,7 @@
 """Sensitiveness against pruning copies, worked out by hand, and inside training."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from engine import randomised
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune.callbacks import SensitivenessCallback
@@ -203,3 +204,61 @@ def test_other_tasks_bring_their_own_measure_or_are_refused(tmp_path: Path) -> N
     callback = parser.instantiate_classes(parser.parse_object({"callback": config})).callback
     module = fit_regression(tmp_path, callback)
     assert plan_in_force(module).budget["achieved"] <= 0.5
+
+
+class Halves(IterableDataset[Any]):
+    """The images of one rank, as Lightning asks of data that has no positions."""
+
+    def __init__(self, part: Dataset[Any]) -> None:
+        self.part = part
+
+    def __iter__(self) -> Any:
+        return (self.part[position] for position in range(32))
+
+
+class Measured(SensitivenessCallback):
+    """Notes on the first rank what it has measured."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(**SETTINGS)
+        self.__dict__["path"] = path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if trainer.is_global_zero:
+            self.path.write_text(json.dumps(self.sensitiveness))
+
+
+class Parted(L.LightningDataModule):
+    """Gives each rank validation images of its own."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def train_dataloader(self) -> Any:
+        return battery.loaders()[0]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        whole, ranks = battery.images(64), self.trainer.world_size
+        if ranks == 1:
+            return DataLoader(whole, 32)
+        part = Subset(whole, range(32 * self.trainer.global_rank, 32 * (self.trainer.global_rank + 1)))
+        return DataLoader(Halves(part) if self.kind is Halves else part, 32)
+
+
+@pytest.mark.parametrize("kind", [Halves, Subset])
+def test_two_ranks_with_data_of_their_own_measure_what_one_measures_on_all(kind: type, tmp_path: Path) -> None:
+    found = []
+    for devices, strategy in ((1, "auto"), (2, "ddp_fork")):
+        L.seed_everything(0, verbose=False)
+        path = tmp_path / f"{devices}.json"
+        trainer = L.Trainer(
+            max_epochs=2, accelerator="cpu", devices=devices, strategy=strategy, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, use_distributed_sampler=False, callbacks=[Measured(path)],
+        )  # fmt: skip
+        trainer.fit(battery.ResidualClassifier(), datamodule=Parted(kind))
+        found.append(json.loads(path.read_text()))
+    assert found[1] == pytest.approx(found[0])
+    assert len(set(found[0].values())) > 1

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import battery
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from taylor_reference import reference
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune.callbacks import TaylorRankCallback
+from lightning_prune.criteria.taylor_sums import Totals, make_collector
+from lightning_prune.graph.channel_graph import plan_in_force
 
 READERS = {"stem": ("first", "head"), "first": ("second",)}
 VARIANTS = ["a", "b", "c", "gate", "sum_then_square", "square_then_sum"]
@@ -217,3 +222,87 @@ def test_several_optimizers_make_no_difference(variant: str, tmp_path: Path) -> 
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TaylorRankCallback(**settings)
+
+
+class Halves(L.LightningModule):
+    """The images of the first of two ranks differ from those of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 32), nn.Linear(32, 3)
+        self.example_input_array = torch.zeros(1, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(inputs)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return mean_loss(self, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+        inputs[::2, :4] = inputs[1::2, 4:] = 0.0
+        data = TensorDataset(inputs, torch.arange(64) % 3)
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        return battery.ResumableLoader(data, 16 // ranks, sampler=DistributedSampler(data, ranks, rank, shuffle=False))
+
+
+def test_a_run_on_two_ranks_that_is_resumed_keeps_what_each_has_seen(tmp_path: Path) -> None:
+    def fit(name: str, devices: int = 2, path: Path | None = None) -> nn.Module:
+        L.seed_everything(0, verbose=False)
+        module = Halves()
+        trainer = L.Trainer(
+            max_epochs=2, accelerator="cpu", devices=devices, strategy="ddp_fork" if devices > 1 else "auto",
+            logger=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            callbacks=[
+                TaylorRankCallback(metric="channels", round_to=1),
+                ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=2, save_top_k=-1),
+            ],
+        )  # fmt: skip
+        trainer.fit(module, ckpt_path=path)
+        return module
+
+    unbroken = fit("unbroken")
+    within_the_epoch, before_the_prune = (tmp_path / "unbroken" / f"step={step}.ckpt" for step in (2, 4))
+    assert battery.differences(unbroken, fit("within", path=within_the_epoch)) == []
+    assert battery.differences(unbroken, fit("before", path=before_the_prune)) == []
+    alone = fit("alone", devices=1, path=before_the_prune)
+    assert plan_in_force(alone) == plan_in_force(unbroken)
+
+
+def test_totals_of_earlier_versions_are_read() -> None:
+    totals = {"sums": {"a": torch.ones(2)}, "counts": {"a": torch.tensor(3.0)}}
+    callback = TaylorRankCallback()
+    callback.load_state_dict({"steps_done": 0, "batch_like": None, "listened": True, "last_scores": {}, **totals})
+    assert (callback.totals.sums, callback.totals.counts) == (totals["sums"], totals["counts"])
+
+
+def test_what_has_been_compiled_before_is_watched_and_left_alone_again() -> None:
+    images, _ = battery.images(4).tensors
+    compiled: list[int] = []  # sizes of what has been compiled
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(len(graph.graph.nodes))
+        return graph.forward
+
+    found = []
+    for compile_it in (lambda network: network, partial(torch.compile, backend=backend)):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+        graph = lp.trace(network, images)
+        run = compile_it(network)
+        run(images).square().sum().backward()  # compiled without anyone who watches
+        totals = Totals()
+        collector = make_collector(graph, "a", totals)
+        collector.listen()
+        run(images).square().sum().backward()
+        collector.after_backward(1.0)
+        collector.stop()
+        run(images).square().sum().backward()
+        collector.after_backward(1.0)
+        found.append((totals.counts["1"], totals.sums["1"]))
+    assert int(found[0][0]) == 4
+    torch.testing.assert_close(found[1], found[0])
+    assert compiled[-1] == compiled[0]  # in one piece again

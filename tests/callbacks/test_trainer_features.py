@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 
 import lightning_prune as lp
 from lightning_prune.budget import CostModel
+from lightning_prune.callbacks.trainer_state import unlogged
 from lightning_prune.graph.channel_graph import plan_in_force
 
 # What only reads the weights at a prune, and what follows every step; where gradients matter, what changes them too.
@@ -657,3 +658,57 @@ def test_two_nodes_equal_one_node_with_two_ranks(tmp_path: Path) -> None:
     assert all(one[0][kind] == one[0]["plain"] for kind in same)
     assert len({one[0][kind]["weights"] for kind in ("plain", *others)}) == 3
     assert one[0]["compressed"]["compressed"] >= battery.EPOCHS * battery.BATCHES  # after each prune too
+
+
+# -- what the model logs itself ----------------------------------------------------------------------------------------
+
+
+class LogsInForward(battery.ResidualClassifier):
+    """Logs in its forward, a number and a tensor, and notes on whose behalf."""
+
+    def __init__(self, note: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.log("images/size", float(len(images)))
+        self.log_dict({"images/mean": images.mean()})
+        return super().forward(images)
+
+    def log(self, name: str, *arguments: Any, **settings: Any) -> None:
+        if name.startswith("images/"):
+            self.note(self._current_fx_name)
+        super().log(name, *arguments, **settings)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "sensitiveness", "rl_joint", "learn_to_prune"])
+def test_what_a_model_logs_in_its_forward_is_of_training_alone(name: str, tmp_path: Path) -> None:
+    hooks: set[str | None] = set()
+    module, trainer = battery.train(tmp_path, battery.make_callback(name), module=LogsInForward(hooks.add))
+    assert is_pruned(module)
+    assert hooks == {"training_step", "validation_step"}
+    assert trainer.callback_metrics["prune/keep_flops"] <= 0.5
+    assert "log" not in vars(module)
+
+
+def test_a_log_of_its_own_is_back_afterwards() -> None:
+    inner, module = L.LightningModule(), L.LightningModule()
+    module.part = inner
+    own = module.log = lambda *_: pytest.fail("logged")
+    with unlogged(module):
+        with unlogged(module):
+            module.log("a", 1.0)
+        module.log("a", 1.0)
+        inner.log("a", 1.0)
+    assert module.log is own
+    assert "log" not in vars(inner)
+
+
+def test_a_second_shorter_fit_with_a_callback_that_is_done(tmp_path: Path) -> None:
+    callback = battery.make_callback("magnitude")
+    module, _ = battery.train(tmp_path, callback)
+    before = plan_in_force(module)
+    battery.train(tmp_path, callback, module=module, max_epochs=1)
+    assert plan_in_force(module) == before
+    with pytest.raises(ValueError, match="but the run ends after 1 epochs"):  # of a module that is yet to be pruned
+        battery.train(tmp_path, callback, max_epochs=1)

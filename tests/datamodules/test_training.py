@@ -195,3 +195,22 @@ def test_resumed_run_over_files_ends_like_an_unbroken_one(tmp_path, image_root, 
     resumed, unbroken = interrupted_and_unbroken(make_data, tmp_path, 4, every_n_train_steps=1)
     for key, value in unbroken.items():
         assert torch.equal(resumed[key], value), key
+
+
+@pytest.mark.parametrize("overfit_batches", [2, 0.5])
+def test_the_same_few_batches_in_each_epoch_to_overfit_on(overfit_batches):
+    class Batches(L.Callback):
+        def __init__(self):
+            self.labels = {}
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.labels.setdefault(trainer.current_epoch, []).append(batch[1].tolist())
+
+    data, batches = DigitsDataModule(batch_size=64), Batches()
+    trainer = make_trainer(
+        max_epochs=2, overfit_batches=overfit_batches, callbacks=[batches, PruningCallback(round_to=1)],
+        enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Classifier(data), data)
+    assert len(batches.labels[0]) == trainer.num_training_batches > 0
+    assert batches.labels[0] == batches.labels[1]

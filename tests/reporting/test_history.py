@@ -161,6 +161,11 @@ def test_the_folder_is_that_of_the_run(tmp_path: Path) -> None:
     assert run_folder(trainer(FolderLogger(None))) is None
     assert run_folder(trainer([FolderLogger(None), CSVLogger(tmp_path, "x", version=0)])) == tmp_path / "x/version_0"
     assert run_folder(trainer(False)) is None
+    # What is not on this machine is no folder.
+    assert run_folder(trainer(CSVLogger("memory://bucket/logs"))) is None
+    assert run_folder(trainer([FolderLogger("s3://bucket"), CSVLogger(tmp_path, "x", version=0)])) == (
+        tmp_path / "x/version_0"
+    )
 
 
 def some_history(module: str = "") -> History:

@@ -8,6 +8,7 @@ from typing import Any
 import battery
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -139,3 +140,30 @@ def test_without_matplotlib_figures_are_left_out_with_one_warning(
     assert sum("matplotlib" in str(warning.message) for warning in told) == 1
     assert logged(trainer.log_dir).Tags()["images"] == []
     assert "prune/channels/stem" in logged(trainer.log_dir).Tags()["scalars"]
+
+
+class TwoOptimizers(battery.ResidualClassifier):
+    """Steps twice for each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.stem, self.head)]
+
+
+def test_steps_are_those_of_what_the_model_logs(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path)
+    callback = battery.make_callback("magnitude")
+    battery.train(tmp_path, callback, module=TwoOptimizers(), logger=board, log_every_n_steps=1)
+    scalars = logged(board.log_dir).Scalars
+    assert [event.step for event in scalars("train/loss")] == list(range(battery.BATCHES * battery.EPOCHS))
+    assert [event.step for event in scalars("prune/latency_ms")] == [battery.BATCHES * epoch for epoch in (1, 2, 3)]
