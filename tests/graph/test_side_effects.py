@@ -201,3 +201,16 @@ def test_scripted_parts_are_as_before(run):
         assert tensor is before[name][0]
         assert torch.equal(tensor, before[name][1])
     assert model[0][1].training
+
+
+def test_nothing_is_compiled_for_the_tracer() -> None:
+    compiled = []
+
+    def backend(module: nn.Module, inputs: Any) -> Any:
+        compiled.append(module)
+        return module.forward
+
+    part = torch.compile(nn.Sequential(nn.Linear(2, 4), nn.ReLU()), backend=backend)
+    graph = lp.trace(nn.Sequential(part, nn.Linear(4, 2)), torch.zeros(1, 2))
+    assert len(graph.groups) == 1
+    assert compiled == []
