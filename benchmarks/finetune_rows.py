@@ -137,7 +137,7 @@ def shapes(graph: Graph, batches: Batches) -> dict[str, float]:
 
 
 def sensitiveness(graph: Graph, batches: Batches) -> dict[str, float]:
-    return criteria.layer_importance(criteria.sensitiveness(graph, batches[:2], draws=2))
+    return criteria.layer_importance(criteria.sensitiveness(graph, batches))
 
 
 def taylor(variant: str, **more: Any) -> dict[str, Any]:
