@@ -179,10 +179,10 @@ def run(settings: argparse.Namespace, results: dict[str, Any]) -> None:
             }
             if not missing:
                 continue
-            runner = Runner(network, seed, settings)
-            start = runner.network()
             for key, (_, keep) in wanted.items():
                 stored.check(results.get(key, {}), made_with(network, keep, settings))
+            runner = Runner(network, seed, settings)
+            start = runner.network()
             for key, (row, keep) in missing.items():
                 if key in results:  # from before times were taken
                     results[key]["time"] = time_at(results[key].get("widths", {}), start)

@@ -87,6 +87,7 @@ def measure(name: str, batch: int, wanted: float) -> dict[str, Any]:
         "kept score": kept_score(plan, scores) / kept_score(other, scores),
         "other speed-up": other_reached,
         "other keep": other.budget["achieved"],
+        RANKING: lead_of_ranking(graph, scores, other.budget["achieved"]),
     }
 
 
@@ -139,10 +140,6 @@ def main() -> None:
         if "reached" not in record:
             record.update(measure(name, batch, goal) if goal else half_flops(name, batch))
             print(key, record, flush=True)
-            stored.save(settings.results, results)
-        if goal and RANKING not in record:
-            graph, _ = traced(name, 1)
-            record[RANKING] = lead_of_ranking(graph, lp.criteria.magnitude(graph), record["other keep"])
             stored.save(settings.results, results)
     print(table(results))
 

@@ -12,7 +12,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.latency import measured_fraction, plan_for_latency, profile, timed_plan, with_best_rounding
 from lightning_prune.plan import PruningPlan
 
-__all__ = ["check_keep", "check_numbers", "check_reachable", "plan", "plan_by_layer", "reachable"]
+__all__ = ["check_keep", "check_reachable", "checked_scores", "plan", "plan_by_layer", "reachable"]
 
 
 def plan(
@@ -56,7 +56,7 @@ def plan(
         True
     """
     check_keep(keep)
-    known = _scores(graph, scores)
+    known = checked_scores(graph, scores)
     if metric == "latency":
         return plan_for_latency(graph, known, keep, round_to, min_channels)
     limits = Limits(graph, known, round_to, min_channels)  # type: ignore[arg-type]  # "auto" is refused there
@@ -114,7 +114,7 @@ def plan_by_layer(
         {'0': 32, '2': 48}
     """
     check_keep(keep)
-    known = _scores(graph, scores)
+    known = checked_scores(graph, scores)
     for name, value in importance.items():
         graph.group(name)
         if not 0 < value < math.inf:
@@ -158,8 +158,7 @@ def reachable(
         min_channels: Least number of channels of a group.
         cap: Greatest fraction of its original channels that a group may lose, in (0, 1].
     """
-    cost = _cost(graph, metric)
-    return cost.of(_limits_of_all(graph, round_to, min_channels, cap).least) / cost.original
+    return _limits_of_all(graph, round_to, min_channels, cap).reachable(_cost(graph, metric))
 
 
 def check_reachable(
@@ -177,13 +176,11 @@ def check_reachable(
         min_channels: Least number of channels of a group.
         cap: Greatest fraction of its original channels that a group may lose, in (0, 1].
     """
-    cost = _cost(graph, metric)
     limits = _limits_of_all(graph, round_to, min_channels, cap)
-    least = cost.of(limits.least) / cost.original
+    least = limits.reachable(_cost(graph, metric))
     if metric == "latency" and least > keep:
         least = measured_fraction(graph, dict(zip(graph.groups, limits.least.tolist(), strict=True)))
-    if least > keep:
-        raise ValueError(limits.sentence(keep, metric, least))
+    limits.check(keep, metric, least)
 
 
 def _cost(graph: ChannelGraph, metric: str) -> CostModel:
@@ -198,14 +195,16 @@ def check_keep(keep: float) -> None:
         raise ValueError(f"keep must be the fraction that stays, above 0 and at most 1; got {keep!r}.")
 
 
-def check_numbers(name: str, scores: Tensor) -> None:
-    """Raise a ValueError if the scores of a group are not numbers that can be ranked."""
-    if bool(scores.isnan().any()):
-        raise ValueError(f"The scores of group {name!r} contain NaN; look for non-finite weights or gradients.")
+def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the scores of every group as float64 on the CPU; groups without scores stay whole.
 
+    Args:
+        graph: The traced model.
+        scores: (channels,) score of each channel of some groups.
 
-def _scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the scores of every group on the CPU; groups without scores stay whole."""
+    Raises:
+        ValueError: If scores do not fit the groups, or are no numbers that can be ranked.
+    """
     known = {}
     for name in scores:
         graph.group(name)
@@ -219,7 +218,8 @@ def _scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Tens
             raise ValueError(
                 f"Group {name!r} has {group.size} channels, but its scores have shape {tuple(given.shape)}."
             )
-        check_numbers(name, given)
+        if bool(given.isnan().any()):
+            raise ValueError(f"The scores of group {name!r} contain NaN; look for non-finite weights or gradients.")
         known[name] = given.detach().to("cpu", torch.float64)
     return known
 

@@ -30,9 +30,8 @@ def fit(
         ValueError: If the budget cannot be reached.
     """
     target = keep * cost.original
-    least = cost.of(limits.least) / cost.original
-    if least > keep:
-        raise ValueError(limits.sentence(keep, cost.metric, least))
+    least = limits.reachable(cost)
+    limits.check(keep, cost.metric, least)
     ranked = _Ranked(scores, list(graph.groups))
     low, high = 0, len(ranked.group)  # how many of the best channels stay; `low` always fits
     while low < high:
@@ -82,10 +81,16 @@ class Limits:
         least = -(-np.maximum(min_channels, capped) // self.step) * self.step
         self.least = np.where(whole, self.most, np.minimum(np.maximum(least, self.step), self.most))
 
-    def sentence(self, keep: float, metric: str, least: float) -> str:
-        """Say that a budget cannot be reached, and what fraction at least has to stay."""
+    def reachable(self, cost: CostModel) -> float:
+        """Return the least fraction of the original cost that can stay."""
+        return cost.of(self.least) / cost.original
+
+    def check(self, keep: float, metric: str, least: float) -> None:
+        """Raise a ValueError unless the budget is at least the fraction that has to stay."""
+        if least <= keep:
+            return
         capped = f", and at most {self.cap} of a layer may go" if self.cap < 1 else ""
-        return (
+        raise ValueError(
             f"keep={keep} of the {metric} cannot be reached: between {least:.3f} and 1 can stay with "
             f"round_to={self.round_to} and min_channels={self.min_channels}{capped}. Raise keep, or "
             "lower round_to."

@@ -11,7 +11,7 @@ from lightning_prune import criteria
 from lightning_prune.agents.base import Agent
 from lightning_prune.agents.transition import Transition
 from lightning_prune.agents.width_bounds import WidthBounds
-from lightning_prune.allocation import check_numbers
+from lightning_prune.allocation import checked_scores
 from lightning_prune.budget import CostModel
 from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.graph import ChannelGraph
@@ -89,9 +89,7 @@ class PruningProblem:
         self.cost = CostModel(graph, metric)
         self.bounds = WidthBounds(graph, self.cost, keep, round_to, min_channels, cap)
         self.sizes = self.cost.sizes
-        self.scores = criteria.score(graph, criterion)
-        for name, scores in self.scores.items():
-            check_numbers(name, scores)
+        self.scores = checked_scores(graph, criteria.score(graph, criterion))
         self.fixed = _seen_of_groups(graph, self.cost)
 
     def __len__(self) -> int:
@@ -105,7 +103,7 @@ class PruningProblem:
             widths: (groups,) channels that stay.
         """
         kept = {
-            name: self.scores[name].cpu().argsort(descending=True, stable=True)[: int(width)]
+            name: self.scores[name].argsort(descending=True, stable=True)[: int(width)]
             for name, width in zip(self.graph.groups, widths, strict=True)
         }
         made = self.graph.plan(kept)

@@ -66,9 +66,7 @@ class WidthBounds:
         self.keep, self.round_to = keep, round_to
         self.budget = keep * cost.original
         self.least, self.most = limits.least, limits.most
-        least = cost.of(self.least) / cost.original
-        if least > keep:
-            raise ValueError(limits.sentence(keep, cost.metric, least))
+        limits.check(keep, cost.metric, limits.reachable(cost))
         self.allowed = [_allowed(limits, group) for group in range(len(self.most))]
 
     def after(self, decided: Sequence[int] | np.ndarray) -> tuple[int, int]:

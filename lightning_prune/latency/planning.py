@@ -116,7 +116,7 @@ def timed_plan(
         ValueError: If no plan that was tried is fast enough.
     """
     cost = CostModel(graph, "latency")
-    floor = cost.of(limits.least) / cost.original
+    floor = limits.reachable(cost)
     aimed, tried = keep, dict[tuple[int, ...], tuple[float, PruningPlan]]()
     for _ in range(_ATTEMPTS):
         plan = planned(max(aimed, floor))
