@@ -143,7 +143,7 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
         model: The LightningModule class that was trained, or an instance of it in its original shape (any
             ``nn.Module`` whose names fit the weights). Its ``configure_model`` and ``strict_loading`` are heeded.
         path: The checkpoint file, as ``Trainer`` or `ModelCheckpoint` wrote it.
-        map_location: Where to load the weights to.
+        map_location: Where to load the weights to, and where an instance that is made here lies.
         settings: Arguments for the class, in place of the hyper-parameters in the checkpoint.
 
     Returns:
@@ -174,6 +174,8 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
     # The hooks of a LightningModule, in Lightning's order.
     if hasattr(made, "configure_model"):
         made.configure_model()
+    if isinstance(model, type):
+        made.to(next((t.device for t in checkpoint["state_dict"].values() if isinstance(t, Tensor)), "cpu"))
     plan, checkpoint = saved_plan(checkpoint), fitted(made, checkpoint)
     if hasattr(made, "on_load_checkpoint"):
         made.on_load_checkpoint(checkpoint)

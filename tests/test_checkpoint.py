@@ -92,6 +92,13 @@ def test_buffers_that_are_in_no_checkpoint_keep_their_numbers(tmp_path: Path) ->
         torch.testing.assert_close(loaded.eval()(EXAMPLE), model.eval()(EXAMPLE), rtol=0, atol=0)
 
 
+def test_an_instance_that_is_made_lies_where_the_weights_are_loaded_to(tmp_path: Path) -> None:
+    path = save(model := pruned(), tmp_path / "a.ckpt")
+    loaded = lp.load_pruned(battery.ResidualClassifier, path, map_location="meta")
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in loaded.state_dict().items() if tensor.is_meta} == shapes
+
+
 def test_training_goes_on_after_loading(tmp_path: Path) -> None:
     loaded = lp.load_pruned(battery.ResidualClassifier, save(pruned(), tmp_path / "a.ckpt")).train()
     optimizer = torch.optim.SGD(loaded.parameters(), 0.1)
