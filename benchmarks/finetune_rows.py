@@ -30,14 +30,14 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Ours:
-    """Prune by a plan of this package, in one step or several."""
+    """Prune by a plan of this package, in one step or several; all layers, or those alone that Torch-Pruning prunes."""
 
-    def __init__(self, planned: Planned, times: int = 1) -> None:
-        self.planned, self.times = planned, times
+    def __init__(self, planned: Planned, times: int = 1, inside_blocks: bool = False) -> None:
+        self.planned, self.times, self.inside_blocks = planned, times, inside_blocks
 
     def begin(self, model: nn.Module, batches: Batches) -> Prune:
         """Return what prunes the model, further at each call."""
-        graph = lp.trace(model.eval(), EXAMPLE)
+        graph = lp.trace(model.eval(), EXAMPLE, ignore=padded_stream(model) if self.inside_blocks else ())
 
         def prune(keep: float, optimizers: list[Optimizer]) -> dict[str, Any]:
             model.eval()
@@ -51,7 +51,7 @@ class Ours:
 class TorchPruning:
     """Prune by the group norm of Torch-Pruning, a little at a time until the FLOPs are within the budget."""
 
-    times = 1
+    times, inside_blocks = 1, False
 
     def __init__(self, over_all_layers: bool) -> None:
         self.over_all_layers = over_all_layers
@@ -63,9 +63,11 @@ class TorchPruning:
         except ImportError:
             raise SystemExit("This row needs Torch-Pruning: pip install 'lightning-prune[benchmark]'.") from None
         norm = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+        stream = [model.get_submodule(name) for name in padded_stream(model)]
+        whole = [*(module for module in model.modules() if isinstance(module, nn.Linear)), *stream]
         pruner = torch_pruning.pruner.GroupNormPruner(
             model.eval(), EXAMPLE, norm, global_pruning=self.over_all_layers, iterative_steps=200, pruning_ratio=1.0,
-            ignored_layers=_kept_whole(model),
+            ignored_layers=whole,
         )  # fmt: skip
         original = _flops(model)
 
@@ -89,14 +91,13 @@ def _flops(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-def _kept_whole(model: nn.Module) -> list[nn.Module]:
-    """Return the classifier and, where shortcuts pad with zeros, what makes the residual stream.
+def padded_stream(model: nn.Module) -> list[str]:
+    """Return the layers that make the residual stream, if shortcuts pad it with zeros; else none.
 
     Torch-Pruning 1.6.1 removes channels of such a stream, and the network then fails.
     """
     padded = any(isinstance(module, PadShortcut) for module in model.modules())
-    stream = [module for name, module in model.named_modules() if name == "conv1" or name.endswith(".conv2")]
-    return [*(module for module in model.modules() if isinstance(module, nn.Linear)), *(stream if padded else ())]
+    return [name for name, _ in model.named_modules() if name == "conv1" or name.endswith(".conv2")] if padded else []
 
 
 def by_score(criterion: Any, graph: Graph, batches: Batches, keep: float) -> PruningPlan:
@@ -178,4 +179,10 @@ ROWS: dict[str, Ours | TorchPruning] = {
     f"Taylor gate, {STEPS} steps": Ours(partial(by_score, GATE), STEPS),
     f"Taylor gate, a quarter of each layer stays, {STEPS} steps": Ours(partial(with_a_quarter, GATE), STEPS),
     f"AFIE, Taylor A, {STEPS} steps": Ours(partial(by_layer, entropy, A), STEPS),
+    "uniform, L1, inside blocks": Ours(partial(by_layer, uniform, "l1"), inside_blocks=True),
+    "L1, inside blocks": Ours(partial(by_score, "l1"), inside_blocks=True),
+    "FPGM, inside blocks": Ours(partial(by_score, "fpgm"), inside_blocks=True),
+    "LAMP, inside blocks": Ours(partial(by_score, "lamp"), inside_blocks=True),
+    "Taylor gate, inside blocks": Ours(partial(by_score, GATE), inside_blocks=True),
+    f"Taylor gate, inside blocks, {STEPS} steps": Ours(partial(by_score, GATE), STEPS, inside_blocks=True),
 }
