@@ -32,7 +32,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from lightning_prune.agents import Agent, Transition, make_agent
 
 RESULTS = Path(__file__).parent / "results" / "agents_vs_sb3.json"
-AGENTS = ("sac", "sb3-sac", "ppo-clip", "sb3-ppo", "ppo-kl", "ppo-cim", "ppo-cim-1", "ppo-cim-2", "ppo-cim adaptive")
+AGENTS = (
+    "sac", "sb3-sac", "ppo-clip", "sb3-ppo", "ppo-kl", "ppo-cim", "ppo-cim-1", "ppo-cim-2", "ppo-cim adaptive",
+    "ppo-cim narrow",
+)  # fmt: skip
 PEERS = {name: "sb3-sac" if name == "sac" else "sb3-ppo" for name in AGENTS if not name.startswith("sb3")}
 EPISODES = 20
 SAC_WIDTHS, PPO_WIDTHS = [256, 256], [64, 64]
@@ -40,6 +43,7 @@ PPO_ENVIRONMENTS, ROLLOUT = 4, 2048
 CIM = {  # else alpha is 5, as in the code of the authors, whose first-order form lacks a factor of sqrt(2 pi)
     "ppo-cim-1": {"coefficient": 5 * math.sqrt(2 * math.pi)},
     "ppo-cim adaptive": {"target": 5e-4},  # about what a divergence of 0.01 nats is for a policy with a std of 0.5
+    "ppo-cim narrow": {"sigma": 0.3},  # as in a search for widths
 }
 
 Policy = Callable[[np.ndarray], np.ndarray]
@@ -69,7 +73,7 @@ def ours(name: str, env: str, task: Task, steps: int, seed: int) -> tuple[Policy
     environments = SyncVectorEnv([lambda: gymnasium.make(env)] * count, autoreset_mode=AutoresetMode.SAME_STEP)
     space = environments.single_action_space
     agent = make_agent(
-        name.removesuffix(" adaptive"),
+        name.split()[0],
         environments.single_observation_space.shape[0],
         space.shape[0],
         seed,

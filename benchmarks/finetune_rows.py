@@ -12,7 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_prune as lp
 from lightning_prune import criteria
-from lightning_prune.allocation import plan_by_layer
+from lightning_prune.allocation import checked_scores, plan_by_layer
+from lightning_prune.budget import CostModel
+from lightning_prune.fitting import Limits
+from lightning_prune.latency.planning import by_score_per_cost
 from lightning_prune.models.cifar_resnet import PadShortcut
 from lightning_prune.plan import PruningPlan
 
@@ -104,6 +107,13 @@ def by_score(criterion: Any, graph: Graph, batches: Batches, keep: float) -> Pru
     return lp.plan(graph, criteria.score(graph, criterion, batches, loss_of), keep, round_to=1)
 
 
+def per_flop(criterion: Any, graph: Graph, batches: Batches, keep: float) -> PruningPlan:
+    """Rank by the score for each FLOP that a channel costs, as budgets of time rank by that for each millisecond."""
+    scores = checked_scores(graph, criteria.score(graph, criterion, batches, loss_of))
+    limits = Limits(graph, scores, round_to=1, min_channels=1)
+    return by_score_per_cost(graph, scores, limits, CostModel(graph, "flops"), keep)
+
+
 def at_random(graph: Graph, batches: Batches, keep: float) -> PruningPlan:
     """Draw anew for each seed of the run."""
     return by_score({"name": "random", "seed": torch.initial_seed()}, graph, batches, keep)
@@ -184,5 +194,7 @@ ROWS: dict[str, Ours | TorchPruning] = {
     "FPGM, inside blocks": Ours(partial(by_score, "fpgm"), inside_blocks=True),
     "LAMP, inside blocks": Ours(partial(by_score, "lamp"), inside_blocks=True),
     "Taylor gate, inside blocks": Ours(partial(by_score, GATE), inside_blocks=True),
+    "Taylor gate for each FLOP": Ours(partial(per_flop, GATE)),
+    "Taylor gate for each FLOP, inside blocks": Ours(partial(per_flop, GATE), inside_blocks=True),
     f"Taylor gate, inside blocks, {STEPS} steps": Ours(partial(by_score, GATE), STEPS, inside_blocks=True),
 }
