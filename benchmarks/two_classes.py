@@ -4,7 +4,7 @@ The network, of a fraction of the usual width, is trained on the eight other cla
 and dogs it gets a new classifier, which is trained alone at first, then with all the rest; then the Taylor callback
 removes filters before each of five epochs, and training goes on. The baseline is the same run without the callback.
 Accuracy is that on the test images of the two classes after the last epoch; speed is that of the CPU, the median of
-turns of both networks.
+turns of both networks. A VGG-16 of the usual width that loses the same share of each layer is timed as well.
 
 Results are added to a file as they come, the trained networks are kept in ``--work``, and a run that is started again
 goes on where it stopped::
@@ -13,6 +13,7 @@ goes on where it stopped::
 """
 
 import argparse
+import copy
 import statistics
 import warnings
 from pathlib import Path
@@ -21,8 +22,10 @@ from typing import Any
 import lightning as L
 import stored
 import torch
+import torchvision
 from training import quiet_trainer, tested
 
+import lightning_prune as lp
 from lightning_prune.callbacks import TaylorRankCallback
 from lightning_prune.datamodules import ImageFolderDataModule
 from lightning_prune.graph.channel_graph import plan_in_force
@@ -31,6 +34,7 @@ from lightning_prune.models import ImageClassifier, Optimization, Transfer
 
 TARGET = ("cat", "dog")
 NETWORK, KEEP, STEPS = "vgg16_bn", 0.33, 5
+USUAL = f"{NETWORK}, 224x224"
 BATCHES = (1, 32)  # for which speed is measured
 
 
@@ -78,8 +82,8 @@ def transferred(weights: Path, seed: int, settings: argparse.Namespace, *callbac
     return {"module": module.eval(), "accuracy": tested(trainer, module, data)}
 
 
-def speed_up(pruned: torch.nn.Module, whole: torch.nn.Module, batch: int, turns: int = 15) -> float:
-    images = torch.zeros(batch, 3, 32, 32)
+def speed_up(pruned: torch.nn.Module, whole: torch.nn.Module, batch: int, size: int = 32, turns: int = 15) -> float:
+    images = torch.zeros(batch, 3, size, size)
     times = ([measure_latency(each, images, 10, 2) for each in (whole, pruned)] for _ in range(turns))
     return statistics.median(before / after for before, after in times)
 
@@ -108,15 +112,25 @@ def measure(seed: int, settings: argparse.Namespace) -> dict[str, dict[str, Any]
     }
 
 
+def of_usual_width(widths: dict[str, int], settings: argparse.Namespace) -> dict[str, Any]:
+    """Return the speed-up of a VGG-16 of the usual width and for images of the usual size, pruned in proportion."""
+    whole = torchvision.models.get_model(NETWORK, weights=None, num_classes=len(TARGET)).eval()
+    pruned = copy.deepcopy(whole)
+    graph = lp.trace(pruned, torch.zeros(1, 3, 224, 224))
+    kept = {name.removeprefix("network."): round(width / settings.width) for name, width in widths.items()}
+    lp.prune(pruned, graph.plan({name: torch.arange(width) for name, width in kept.items()}))
+    return {"speed_1": speed_up(pruned, whole, 1, 224, turns=5), "made": stored.made_with(settings)}
+
+
 def table(results: dict[str, Any]) -> str:
-    lines = ["| | test accuracy (%) | filters kept | speed-up, batch 1 | speed-up, batch 32 |", "|---|---|---|---|---|"]
-    for row in ("not pruned", "pruned"):
-        found = [result for key, result in results.items() if key.split(" | ")[1] == row]
-        cells = [stored.spread([100 * each["accuracy"] for each in found], 1)]
-        for name in ("filters", *(f"speed_{n}" for n in BATCHES)):
-            values = [each[name] for each in found if name in each]
-            cells.append(stored.spread(values, 2) if values else "")
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+    lines = ["| | test accuracy | filters kept | speed-up, batch 1 | speed-up, batch 32 |", "|---|---|---|---|---|"]
+    for setting, rows in stored.by_setting(results).items():
+        for row, seeds in rows.items():
+            cells = []
+            for name in ("accuracy", "filters", *(f"speed_{n}" for n in BATCHES)):
+                values = [each[name] for each in seeds.values() if name in each]
+                cells.append(stored.spread(values, 3) if values else "")
+            lines.append(f"| {setting}: {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -143,6 +157,9 @@ def main() -> None:
             results.update({keys[row]: record for row, record in measure(seed, settings).items()})
             stored.save(settings.results, results)
             print(f"seed {seed}: done", flush=True)
+        if (key := f"{USUAL} | pruned in proportion | {seed}") not in results:
+            results[key] = of_usual_width(results[keys["pruned"]]["widths"], settings)
+            stored.save(settings.results, results)
     print(table(results))
 
 
