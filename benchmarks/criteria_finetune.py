@@ -27,12 +27,12 @@ import lightning as L
 import stored
 import torch
 from finetune_rows import EXAMPLE, ROWS, Batches, loss_of
+from timing import speed_ups
 from torch import nn
 from torch.optim import Optimizer
 
 import lightning_prune as lp
 from lightning_prune.datamodules import ImageFolderDataModule
-from lightning_prune.latency import measure_latency
 from lightning_prune.models import build_network
 from lightning_prune.models.weights import load_weights
 
@@ -151,9 +151,8 @@ def keep_after(keep: float, step: int, steps: int) -> float:
 def time_left(model: nn.Module, original: nn.Module, rounds: int = 15) -> float:
     """Return the time of a forward pass of 32 images as a fraction of the original's, measured turn and turn about."""
     images = torch.randn(32, *EXAMPLE.shape[1:], generator=torch.Generator().manual_seed(0))
-    copies = [copy.deepcopy(each) for each in (model, original)]  # memory that training has not scattered
-    times = ([measure_latency(each, images, 3, 1) for each in copies] for _ in range(rounds))
-    return statistics.median(pruned / whole for pruned, whole in times)
+    original, model = copy.deepcopy(original), copy.deepcopy(model)  # memory that training has not scattered
+    return 1 / statistics.median(speed_ups(original, model, images, rounds, runs=3, warm_up=1))
 
 
 def time_at(widths: Mapping[str, int], start: nn.Module) -> float:

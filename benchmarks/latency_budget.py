@@ -19,12 +19,12 @@ from typing import Any
 import stored
 import torch
 import torchvision
+from timing import speed_ups
 from torch import nn
 
 import lightning_prune as lp
 from lightning_prune.budget import CostModel
 from lightning_prune.fitting import Limits
-from lightning_prune.latency import measure_latency
 from lightning_prune.latency.planning import by_score_per_cost, kept_score
 from lightning_prune.plan import PruningPlan
 
@@ -34,11 +34,11 @@ RANKING = "kept score by ranking alone"
 CLOSE, MORE, HALF_FLOPS = 0.95, 1.10, 1.25  # the goals: of the speed-up, of the score, MobileNetV2 at half the FLOPs
 
 
-def speed_ups(model: nn.Module, plan: PruningPlan, x: torch.Tensor, rounds: int = 5) -> list[float]:
+def speed_ups_by(plan: PruningPlan, model: nn.Module, x: torch.Tensor, rounds: int = 5) -> list[float]:
     """Time a pruned copy against the model, once a round."""
     pruned = copy.deepcopy(model)
     lp.prune(pruned, plan)
-    return [measure_latency(model, x, 7, 2) / measure_latency(pruned, x, 7, 2) for _ in range(rounds)]
+    return speed_ups(model, pruned, x, rounds, runs=7, warm_up=2)
 
 
 def as_fast_by_flops(
@@ -50,7 +50,7 @@ def as_fast_by_flops(
     for _ in range(6):
         keep = (low + high) / 2
         plan = lp.plan(graph, scores, keep=keep, metric="flops", round_to=8)
-        reached = statistics.median(speed_ups(graph.model, plan, x, rounds=3))
+        reached = statistics.median(speed_ups_by(plan, graph.model, x, rounds=3))
         if reached >= wanted:
             low, best = keep, (plan, reached)
         else:
@@ -78,7 +78,7 @@ def measure(name: str, batch: int, wanted: float) -> dict[str, Any]:
     graph, x = traced(name, batch)
     scores = lp.criteria.magnitude(graph)
     plan = lp.plan(graph, scores, keep=1 / wanted, metric="latency", round_to=8)
-    reached = statistics.median(speed_ups(graph.model, plan, x))
+    reached = statistics.median(speed_ups_by(plan, graph.model, x))
     other, other_reached = as_fast_by_flops(graph, scores, x, reached)
     return {
         "asked": wanted,
@@ -94,7 +94,7 @@ def measure(name: str, batch: int, wanted: float) -> dict[str, Any]:
 def half_flops(name: str, batch: int) -> dict[str, Any]:
     graph, x = traced(name, batch)
     plan = lp.plan(graph, lp.criteria.magnitude(graph), keep=0.5, round_to=8)
-    rounds = speed_ups(graph.model, plan, x)
+    rounds = speed_ups_by(plan, graph.model, x)
     return {"reached": statistics.median(rounds), "rounds": rounds}
 
 

@@ -23,13 +23,13 @@ import lightning as L
 import stored
 import torch
 import torchvision
+from timing import speed_ups
 from training import quiet_trainer, tested
 
 import lightning_prune as lp
 from lightning_prune.callbacks import TaylorRankCallback
 from lightning_prune.datamodules import ImageFolderDataModule
 from lightning_prune.graph.channel_graph import plan_in_force
-from lightning_prune.latency import measure_latency
 from lightning_prune.models import ImageClassifier, Optimization, Transfer
 
 TARGET = ("cat", "dog")
@@ -82,10 +82,9 @@ def transferred(weights: Path, seed: int, settings: argparse.Namespace, *callbac
     return {"module": module.eval(), "accuracy": tested(trainer, module, data)}
 
 
-def speed_up(pruned: torch.nn.Module, whole: torch.nn.Module, batch: int, size: int = 32, turns: int = 15) -> float:
+def speed_up(pruned: torch.nn.Module, whole: torch.nn.Module, batch: int, size: int = 32, rounds: int = 15) -> float:
     images = torch.zeros(batch, 3, size, size)
-    times = ([measure_latency(each, images, 10, 2) for each in (whole, pruned)] for _ in range(turns))
-    return statistics.median(before / after for before, after in times)
+    return statistics.median(speed_ups(whole, pruned, images, rounds, runs=10, warm_up=2))
 
 
 def measure(seed: int, settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -119,7 +118,7 @@ def of_usual_width(widths: dict[str, int], settings: argparse.Namespace) -> dict
     graph = lp.trace(pruned, torch.zeros(1, 3, 224, 224))
     kept = {name.removeprefix("network."): round(width / settings.width) for name, width in widths.items()}
     lp.prune(pruned, graph.plan({name: torch.arange(width) for name, width in kept.items()}))
-    return {"speed_1": speed_up(pruned, whole, 1, 224, turns=5), "made": stored.made_with(settings)}
+    return {"speed_1": speed_up(pruned, whole, 1, 224, rounds=5), "made": stored.made_with(settings)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -151,14 +150,15 @@ def main() -> None:
     results = stored.load(settings.results)
     for seed in range(settings.seeds):
         keys = {row: f"{NETWORK}, width {settings.width} | {row} | {seed}" for row in ("not pruned", "pruned")}
-        for key in keys.values():
+        usual = f"{USUAL} | pruned as at width {settings.width} | {seed}"
+        for key in (*keys.values(), usual):
             stored.check(results.get(key, {}), stored.made_with(settings))
         if not all(key in results for key in keys.values()):
             results.update({keys[row]: record for row, record in measure(seed, settings).items()})
             stored.save(settings.results, results)
             print(f"seed {seed}: done", flush=True)
-        if (key := f"{USUAL} | pruned in proportion | {seed}") not in results:
-            results[key] = of_usual_width(results[keys["pruned"]]["widths"], settings)
+        if usual not in results:
+            results[usual] = of_usual_width(results[keys["pruned"]]["widths"], settings)
             stored.save(settings.results, results)
     print(table(results))
 

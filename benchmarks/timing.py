@@ -1,0 +1,24 @@
+"""How much faster a pruned network is than the whole one."""
+
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.latency import measure_latency
+
+__all__ = ["speed_ups"]
+
+
+def speed_ups(whole: nn.Module, pruned: nn.Module, inputs: Any, rounds: int, runs: int, warm_up: int) -> list[float]:
+    """Time both networks in turn, so that what else the machine does slows both, and return a ratio for each round.
+
+    Args:
+        whole: The network before.
+        pruned: The network after.
+        inputs: What both take.
+        rounds: How often both have their turn.
+        runs: Timed runs in a turn; the median counts.
+        warm_up: Runs before these.
+    """
+    times = ([measure_latency(each, inputs, runs, warm_up) for each in (whole, pruned)] for _ in range(rounds))
+    return [before / after for before, after in times]
