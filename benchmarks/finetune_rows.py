@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_prune as lp
 from lightning_prune import criteria
+from lightning_prune.agents.policy_search import PolicySearch
+from lightning_prune.agents.pruning_problem import PruningProblem, accuracy_of
 from lightning_prune.allocation import checked_scores, plan_by_layer
 from lightning_prune.budget import CostModel
 from lightning_prune.fitting import Limits
@@ -21,6 +23,7 @@ from lightning_prune.plan import PruningPlan
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 STEPS = 8  # of the rows that prune in several
+EPISODES, ROUND = 200, 10  # of the rows that search, and how many of them an agent learns from at once
 NEAR = 0.1  # of the FLOPs: so close to the budget, Torch-Pruning is watched after each layer
 Batches = list[tuple[Tensor, Tensor]]
 Graph = lp.graph.ChannelGraph
@@ -119,6 +122,24 @@ def at_random(graph: Graph, batches: Batches, keep: float) -> PruningPlan:
     return by_score({"name": "random", "seed": torch.initial_seed()}, graph, batches, keep)
 
 
+def searched(agent: str, graph: Graph, batches: Batches, keep: float) -> PruningPlan:
+    """Take the widths that earned most in all episodes of a search; the L1 norm says which channels stay.
+
+    Rewards are accuracies on half of the batches, with statistics of batch normalisation from the other half.
+    """
+    problem = PruningProblem(graph, keep=keep)
+    search = PolicySearch(agent, steps=len(problem), episodes=ROUND, seed=torch.initial_seed())
+    half = len(batches) // 2
+    measure = accuracy_of(graph, batches[:half], recalibrate=batches[half:])
+    tried: list[tuple[float, PruningPlan]] = []
+    for _ in range(EPISODES // ROUND):
+        plans = [problem.plan(widths) for widths in search.explore(problem)]
+        earned = measure(plans)
+        search.learn(earned)
+        tried += zip(earned.tolist(), plans, strict=True)
+    return max(tried, key=lambda each: each[0])[1]
+
+
 def with_a_quarter(criterion: Any, graph: Graph, batches: Batches, keep: float) -> PruningPlan:
     """Rank over all layers, with the best quarter of each layer before all others, so that none gets too narrow."""
     scores = criteria.score(graph, criterion, batches, loss_of)
@@ -192,8 +213,13 @@ ROWS: dict[str, Ours | TorchPruning] = {
     "uniform, L1, inside blocks": Ours(partial(by_layer, uniform, "l1"), inside_blocks=True),
     "L1, inside blocks": Ours(partial(by_score, "l1"), inside_blocks=True),
     "FPGM, inside blocks": Ours(partial(by_score, "fpgm"), inside_blocks=True),
+    "sensitiveness, L1, inside blocks": Ours(partial(by_layer, sensitiveness, "l1"), inside_blocks=True),
     "LAMP, inside blocks": Ours(partial(by_score, "lamp"), inside_blocks=True),
     "Taylor gate, inside blocks": Ours(partial(by_score, GATE), inside_blocks=True),
+    "random search, L1": Ours(partial(searched, "random")),
+    "random search, L1, inside blocks": Ours(partial(searched, "random"), inside_blocks=True),
+    "PPO-CIM agent, L1": Ours(partial(searched, "ppo-cim")),
+    "PPO-CIM agent, L1, inside blocks": Ours(partial(searched, "ppo-cim"), inside_blocks=True),
     "Taylor gate for each FLOP": Ours(partial(per_flop, GATE)),
     "Taylor gate for each FLOP, inside blocks": Ours(partial(per_flop, GATE), inside_blocks=True),
     f"Taylor gate, inside blocks, {STEPS} steps": Ours(partial(by_score, GATE), STEPS, inside_blocks=True),

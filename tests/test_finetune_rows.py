@@ -31,6 +31,11 @@ def batches(network: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(each, network.eval()(each).argmax(1)) for each in images]
 
 
+@pytest.fixture(autouse=True)
+def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "EPISODES", 20)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_rows_prune_to_their_budget_in_one_step_or_several(name: str, network: nn.Module, batches):
     prune = rows.ROWS[name].begin(network, batches)
@@ -54,6 +59,20 @@ def test_a_quarter_of_each_layer_stays_even_if_it_scores_least(network: nn.Modul
     group = rows.with_a_quarter("any", graph, [], 0.5).groups["features.15"]
     assert group.kept == tuple(best.sort().values.tolist())
     assert len(rows.by_score("any", graph, [], 0.5).groups["features.15"].kept) < 8
+
+
+def test_a_search_takes_the_best_of_all_its_episodes(network: nn.Module, monkeypatch: pytest.MonkeyPatch):
+    graph = lp.trace(network.eval(), rows.EXAMPLE)
+    played = []
+
+    def narrow_first(plans):  # the narrower the first layer, the better
+        played.extend(plan.widths["features.0"] for plan in plans)
+        return -torch.tensor(played[-len(plans) :]) / 4
+
+    monkeypatch.setattr(rows, "accuracy_of", lambda *_, **__: narrow_first)
+    plan = rows.searched("random", graph, [], 0.5)
+    assert len(played) == 20 and len(set(played)) > 1
+    assert plan.widths["features.0"] == min(played)
 
 
 @pytest.mark.skipif(find_spec("torch_pruning") is None, reason="needs the extra `benchmark`")
