@@ -60,9 +60,9 @@ class Joint(RLJointPruneCallback):
             self.penalties.append(self.figures["alignment"])
 
     @override
-    def _play_and_learn(self, trainer: L.Trainer) -> None:
+    def _play_and_learn(self, trainer: L.Trainer, left: int) -> None:
         began = time.process_time() - self.seconds["measuring"]
-        super()._play_and_learn(trainer)
+        super()._play_and_learn(trainer, left)
         self.seconds["learning"] += time.process_time() - self.seconds["measuring"] - began
         self.rewards.append([self.figures["reward"], self.figures["best_reward"]])
 
@@ -84,8 +84,8 @@ class FixedWeights(Joint):
     @override
     def begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch == self.start_epoch:
-            for _ in range(self.warmup_epochs, self.start_epoch):
-                self._play_and_learn(trainer)
+            for left in reversed(range(self.start_epoch - self.warmup_epochs)):
+                self._play_and_learn(trainer, left)
         super().begin_epoch(trainer, pl_module)
 
 

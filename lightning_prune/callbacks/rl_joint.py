@@ -40,7 +40,9 @@ class RLJointPruneCallback(PruningCallback):
             ``"reinforce"`` or ``"random"``.
         warmup_epochs: Number of epochs of plain training at first, below ``start_epoch``.
         search_epochs: Number of epochs with episodes after that; the choice then stays. Default: all up to the removal.
-        episodes: Number of episodes in each of them, at least 2.
+        episodes: Number of episodes in a round, at least 2.
+        rounds: Number of rounds in each of them; the agent learns after each. Many in a single epoch are a search on
+            weights that stay as they are.
         strength: Weight of the penalty. By itself, under SGD, it takes ``strength`` times the sum of the learning rates
             of all steps, over 1 - momentum, off each norm: short schedules need more than the default.
         squared: Whether the norms that make up the penalty are squared.
@@ -83,6 +85,7 @@ class RLJointPruneCallback(PruningCallback):
         warmup_epochs: int = 1,
         search_epochs: int | None = None,
         episodes: int = 10,
+        rounds: int = 1,
         strength: float = 5e-5,
         squared: bool = False,
         finalists: int = 5,
@@ -101,11 +104,13 @@ class RLJointPruneCallback(PruningCallback):
             raise ValueError("RLJointPruneCallback needs a metric that can be counted: flops, params or channels.")
         if not 0 <= warmup_epochs < start_epoch:
             raise ValueError(f"warmup_epochs must be below start_epoch={start_epoch}; got {warmup_epochs!r}.")
+        if rounds < 1:
+            raise ValueError(f"rounds must be a whole number of at least 1; got {rounds!r}.")
         if strength < 0 or finalists < 0 or recalibrate_batches < 0:
             raise ValueError("strength, finalists and recalibrate_batches must be at least 0.")
         if limit_batches is not None and limit_batches < 1:
             raise ValueError(f"limit_batches must be a whole number of at least 1, or None; got {limit_batches!r}.")
-        self.agent, self.episodes, self.seed = agent, episodes, seed
+        self.agent, self.episodes, self.rounds, self.seed = agent, episodes, rounds, seed
         self.search_settings = {"environment_size": 128, **(search_settings or {})}
         self._make_search(steps=1)  # refuses wrong settings
         self.warmup_epochs, self.search_epochs = warmup_epochs, search_epochs
@@ -134,7 +139,7 @@ class RLJointPruneCallback(PruningCallback):
         if self.steps_done == self.steps:
             return
         assert self._graph is not None
-        if trainer.current_epoch >= self.start_epoch and self.searched_epoch < 0 < len(self._rounds()):
+        if trainer.current_epoch >= self.start_epoch and self.searched_epoch < 0 < len(self._ahead()):
             raise ValueError(
                 f"RLJointPruneCallback has nothing to choose from: the run goes on at epoch {trainer.current_epoch}, "
                 f"from a checkpoint without its episodes, which come before start_epoch={self.start_epoch}. Raise "
@@ -153,7 +158,9 @@ class RLJointPruneCallback(PruningCallback):
         due = self.searches(epoch) or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if self.steps_done < self.steps and due and self.searched_epoch < epoch:
             with trainer_state.unlogged(pl_module):
-                self._play_and_learn(trainer)
+                for left in reversed(range(self.rounds)):
+                    self._play_and_learn(trainer, left + self.rounds * len(self._ahead(epoch + 1)))
+            self.searched_epoch = epoch
         self._align()
         for name, value in self.figures.items():
             trainer_state.log_epoch(pl_module, f"agent/{name}", value)
@@ -226,7 +233,8 @@ class RLJointPruneCallback(PruningCallback):
 
     # -- one round of episodes -------------------------------------------------------------------------------------
 
-    def _play_and_learn(self, trainer: "pl.Trainer") -> None:
+    def _play_and_learn(self, trainer: "pl.Trainer", left: int) -> None:
+        """Play one round; `left` are to come after it."""
         assert self._search is not None
         search, problem, epoch, start = self._search, self._problem(), trainer.current_epoch, time.monotonic()
         widths = trainer_state.decided_by_first_rank(
@@ -241,15 +249,13 @@ class RLJointPruneCallback(PruningCallback):
         # The one in force is always among those that are measured again.
         self.best = _distinct(widths[order].tolist())[: max(1, self.finalists)]
         self.in_force = {name: list(group.kept) for name, group in plans[order[0]].groups.items()}
-        self.searched_epoch = epoch
         self.figures = {"reward": float(explored.mean()), "best_reward": float(rewards.max()), **losses}
-        left = len(self._rounds(epoch + 1))
         say(
             f"Episodes before epoch {epoch}: reward {explored.mean():.4f} on average, {rewards.max():.4f} in force; "
             f"{left} rounds left, {left * (time.monotonic() - start):.0f} s"
         )
 
-    def _rounds(self, first: int = 0) -> list[int]:
+    def _ahead(self, first: int = 0) -> list[int]:
         """Return the epochs that have episodes before them."""
         return [epoch for epoch in range(first, self.start_epoch) if self.searches(epoch)]
 

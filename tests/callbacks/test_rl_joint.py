@@ -170,7 +170,7 @@ class Recorded(RLJointPruneCallback):
     def _measure(self, trainer: L.Trainer, plans: list[PruningPlan], limit: int | None = None) -> Tensor:
         rewards = super()._measure(trainer, plans, limit)
         if limit is None:
-            self.__dict__.setdefault("rounds", []).append((plans, rewards))
+            self.__dict__.setdefault("measured", []).append((plans, rewards))
         return rewards
 
 
@@ -184,7 +184,7 @@ def test_what_is_in_force_is_the_best_on_the_weights_as_they_are(tmp_path: Path)
                 seen[trainer.current_epoch] = dict(callback.in_force)
 
     module, _ = battery.train(tmp_path, callback, Watch())
-    *rounds, (last, rewards) = callback.rounds
+    *rounds, (last, rewards) = callback.measured
     assert sorted(seen) == [1, 2, 3]
     for epoch, (plans, earned) in zip(seen, rounds, strict=True):
         best = plans[int(earned.argmax())]
@@ -196,11 +196,25 @@ def test_what_is_in_force_is_the_best_on_the_weights_as_they_are(tmp_path: Path)
     assert plan_in_force(module) == last[int(rewards.argmax())]
 
 
+def test_several_rounds_in_an_epoch_build_on_each_other(tmp_path: Path) -> None:
+    """Without training in between, the best of all episodes is what stays."""
+    callback = Recorded(
+        keep=0.5, start_epoch=2, round_to=2, episodes=4, rounds=3, finalists=1, strength=0.0, agent="ppo-cim",
+        search_settings=LITTLE,
+    )  # fmt: skip
+    battery.train(tmp_path, callback, max_epochs=3)
+    *rounds, _ = callback.measured
+    assert [len(plans) for plans, _ in rounds] == [5, 6, 6]  # episodes, the policy itself, the best so far
+    best = [float(earned.max()) for _, earned in rounds]
+    assert best == sorted(best)
+    assert [plan.widths for plan in rounds[0][0][:4]] != [plan.widths for plan in rounds[1][0][:4]]
+
+
 @pytest.mark.parametrize("agent", ["sac", "ppo-cim", "random"])
 def test_stopped_equals_unbroken(agent: str, tmp_path: Path) -> None:
     def callback() -> RLJointPruneCallback:
         changes = {"agent_settings": {"random_steps": 8}} if agent == "sac" else {}
-        return make_callback(agent=agent, start_epoch=4, search_epochs=2, search_settings={**LITTLE, **changes})
+        return make_callback(agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings={**LITTLE, **changes})
 
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
     unbroken, _ = battery.train(tmp_path, callback(), saver)
@@ -264,6 +278,7 @@ def test_any_groups_in_a_development_run(agent: str, tmp_path: Path) -> None:
         ({"strength": -1.0}, "at least 0"),
         ({"limit_batches": 0}, "limit_batches"),
         ({"episodes": 1}, "at least 2"),
+        ({"rounds": 0}, "rounds must be a whole number of at least 1; got 0"),
         ({"agent": "dqn"}, "no agent 'dqn'"),
         ({"search_settings": {"agent_settings": {"wings": 2}}}, "no setting 'wings'"),
         ({"search_settings": {"rewarded": "never"}}, "every_step, last_step"),
