@@ -4,6 +4,7 @@ from lightning_prune.criteria.activations import apoz, mean_activation
 from lightning_prune.criteria.afie import afie, afie_of_shapes
 from lightning_prune.criteria.batch_norm_scale import batch_norm_scale
 from lightning_prune.criteria.fpgm import fpgm
+from lightning_prune.criteria.group_magnitude import group_magnitude
 from lightning_prune.criteria.lamp import lamp
 from lightning_prune.criteria.magnitude import l1, l2, magnitude
 from lightning_prune.criteria.oracle import oracle
@@ -19,6 +20,7 @@ __all__ = [
     "apoz",
     "batch_norm_scale",
     "fpgm",
+    "group_magnitude",
     "l1",
     "l2",
     "lamp",

@@ -34,7 +34,19 @@ def graph() -> lp.graph.ChannelGraph:
 
 @pytest.mark.parametrize(
     "name",
-    ["apoz", "batch_norm_scale", "fpgm", "l1", "l2", "lamp", "magnitude", "mean_activation", "random", "taylor"],
+    [
+        "apoz",
+        "batch_norm_scale",
+        "fpgm",
+        "group_magnitude",
+        "l1",
+        "l2",
+        "lamp",
+        "magnitude",
+        "mean_activation",
+        "random",
+        "taylor",
+    ],
 )
 def test_all_have_one_signature_and_one_kind_of_result(name: str, graph: lp.graph.ChannelGraph) -> None:
     for _ in range(2):
@@ -75,7 +87,7 @@ def test_a_criterion_of_ones_own(graph: lp.graph.ChannelGraph) -> None:
 @pytest.mark.parametrize(
     ("criterion", "message"),
     [
-        ("l3", "There is no criterion 'l3'; those known are apoz, batch_norm_scale, fpgm,"),
+        ("l3", "There is no criterion 'l3'; those known are apoz, batch_norm_scale, fpgm, group_magnitude,"),
         ("no.such.module", "There is no criterion 'no.such.module'"),
         ("math.pi", "There is no criterion 'math.pi'"),
         ({"name": "magnitude", "q": 2}, "Criterion 'magnitude' has no setting 'q'; it has p."),

@@ -107,6 +107,49 @@ def test_lamp_of_equal_channels_goes_by_their_number() -> None:
     assert lp.criteria.lamp(lp.trace(model, torch.zeros(1, 2)))["0"].tolist() == [0.0, 0.0, 0.0]
 
 
+def test_group_magnitude_is_that_of_what_pruning_channel_by_channel_leaves(graph: lp.graph.ChannelGraph) -> None:
+    scores = lp.criteria.group_magnitude(graph)
+    order = sorted((float(value), name, channel) for name in scores for channel, value in enumerate(scores[name]))
+    before = 0.0
+    for score, name, channel in order[: -len(scores)]:  # the last one of each group cannot be pruned
+        ratios = {}
+        for each, group in graph.groups.items():
+            norms = {int(live): 0.0 for live in graph.live(each)}
+            for part in group.slices:
+                if part.tensor.endswith("weight") and "norm" not in part.tensor:
+                    for live, row in zip(norms, graph.rows(each, part), strict=True):
+                        norms[live] += sum(number**2 for number in row.tolist())
+            mean = sum(norms.values()) / len(norms)
+            ratios |= {(each, live): norm / mean for live, norm in norms.items()}
+        assert (name, channel) == min(ratios, key=lambda at: ratios[at])
+        before = max(before, ratios[name, channel])
+        assert score == pytest.approx(before, rel=1e-9)
+        left = graph.live(name)
+        lp.prune(graph.model, graph.plan({name: left[left != channel]}))
+
+
+def test_group_magnitude_by_hand() -> None:
+    model = nn.Sequential(*(nn.Linear(*sizes, bias=False) for sizes in ((1, 2), (2, 2), (2, 1))))
+    for layer, weight in zip(model, ([[1.0], [3.0]], [[2.0, 0.0], [0.0, 2.0]], [[0.0, 1.0]]), strict=True):
+        layer.weight.data.copy_(torch.tensor(weight))
+    scores = lp.criteria.group_magnitude(lp.trace(model, torch.zeros(1, 1)))
+    # 5 and 13 against 4 and 5: the first channel of the first layer leaves, at 5 / 9. It was all that the first of the
+    # second layer read, which leaves next, at 0 / 2.5, and scores no less.
+    assert scores["0"][0] == pytest.approx(5 / 9)
+    assert scores["1"][0] == pytest.approx(5 / 9)
+    assert scores["1"][0] > scores["0"][0]
+    assert [float(scores[name][1]) for name in "01"] == pytest.approx([1.0, 1.0])
+
+
+def test_group_magnitude_of_nothing_at_all_is_an_order() -> None:
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 1))
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[2].weight)
+    scores = lp.criteria.group_magnitude(lp.trace(model, torch.zeros(1, 2)))["0"]
+    assert scores.isfinite().all()
+    assert (scores.diff() > 0).all()
+
+
 def test_random_is_even_repeatable_and_leaves_the_random_state_alone(graph: lp.graph.ChannelGraph) -> None:
     state = torch.get_rng_state()
     one, same, other = (lp.criteria.random(graph, seed) for seed in (3, 3, 4))
@@ -119,7 +162,7 @@ def test_random_is_even_repeatable_and_leaves_the_random_state_alone(graph: lp.g
     assert float(many.var()) == pytest.approx(1 / 12, abs=0.005)
 
 
-@pytest.mark.parametrize("name", ["batch_norm_scale", "fpgm", "l1", "l2", "lamp", "random"])
+@pytest.mark.parametrize("name", ["batch_norm_scale", "fpgm", "group_magnitude", "l1", "l2", "lamp", "random"])
 def test_after_a_prune_what_is_left_is_scored_as_if_it_had_always_been_alone(
     name: str, graph: lp.graph.ChannelGraph
 ) -> None:
