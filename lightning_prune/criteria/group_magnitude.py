@@ -90,11 +90,11 @@ class _Weights:
                     self._tensors[name].append(part.tensor)
         for tensor, parts in self._parts.items():
             squares = tensors[tensor].detach().to("cpu", torch.float64).square()
-            apart = {part.axis for part in parts}
+            apart = {each.axis for each in parts}
             alike = [axis for axis in range(squares.dim()) if axis not in apart]
             self._squares[tensor] = (squares.sum(alike, keepdim=True) if alike else squares).numpy()
-            for part in parts:
-                self.of_channels[part.group] += _along(self._squares[tensor], part.axis)[part.positions].sum(1)
+            for each in parts:
+                self.of_channels[each.group] += _along(self._squares[tensor], each.axis)[each.positions].sum(1)
 
     def least(self, name: str) -> tuple[float, int]:
         """Return the least norm of a group, divided by the mean of those that are left, and whose it is."""
@@ -112,10 +112,10 @@ class _Weights:
             for own in parts:
                 if own.group != name:
                     continue
-                where = (slice(None),) * own.axis + (own.positions[channel],)
+                leaving = squares.take(own.positions[channel], own.axis)
                 for other in parts:
                     if other.axis != own.axis:
-                        self.of_channels[other.group] -= _along(squares[where], other.axis)[other.positions].sum(1)
+                        self.of_channels[other.group] -= _along(leaving, other.axis)[other.positions].sum(1)
                         changed.add(other.group)
         self.of_channels[name][channel] = np.inf
         return changed
