@@ -45,7 +45,7 @@ def group_magnitude(graph: ChannelGraph) -> dict[str, Tensor]:
         tensor([0.4286, 1.0000, 0.6667], dtype=torch.float64)
     """
     weights = _Weights(graph)
-    scores = {name: np.empty(len(each)) for name, each in weights.of_channels.items()}
+    scores = {name: np.full(len(each), np.nan) for name, each in weights.of_channels.items()}
     least = {name: weights.least(name) for name in scores}
     before = 0.0
     while least:
