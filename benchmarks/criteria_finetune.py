@@ -31,7 +31,6 @@ from timing import speed_ups
 from torch import nn
 from torch.optim import Optimizer
 
-import lightning_prune as lp
 from lightning_prune.datamodules import ImageFolderDataModule
 from lightning_prune.models import build_network
 from lightning_prune.models.weights import load_weights
@@ -155,13 +154,6 @@ def time_left(model: nn.Module, original: nn.Module, rounds: int = 15) -> float:
     return 1 / statistics.median(speed_ups(original, model, images, rounds, runs=3, warm_up=1))
 
 
-def time_at(widths: Mapping[str, int], start: nn.Module) -> float:
-    """Return `time_left` of a network with so many channels, whichever."""
-    graph = lp.trace(copy.deepcopy(start).eval(), EXAMPLE)
-    lp.prune(graph.model, graph.plan({name: torch.arange(width) for name, width in widths.items()}))
-    return time_left(graph.model, start)
-
-
 def key_of(network: str, row: str, keep: float, seed: int) -> str:
     return f"{network}{'' if keep == HALF else f', keep {keep}'} | {row} | {seed}"
 
@@ -173,7 +165,7 @@ def run(settings: argparse.Namespace, results: dict[str, Any]) -> None:
             missing = {
                 key: (row, keep)
                 for key, (row, keep) in wanted.items()
-                if "time" not in results.get(key, {}) and differs(row, keep, network)
+                if not complete(results.get(key, {})) and differs(row, keep, network)
             }
             if not missing:
                 continue
@@ -182,13 +174,14 @@ def run(settings: argparse.Namespace, results: dict[str, Any]) -> None:
             runner = Runner(network, seed, settings)
             start = runner.network()
             for key, (row, keep) in missing.items():
-                if key in results:  # from before times were taken
-                    results[key]["time"] = time_at(results[key].get("widths", {}), start)
-                    results[key]["time_on"] = stored.hardware()
-                else:
-                    results[key] = runner.row(row, keep, start)
+                results[key] = runner.row(row, keep, start)
                 stored.save(settings.results, results)
                 print(f"{key}: {results[key]['accuracy']:.4f} in {results[key]['total_s']:.0f} s", flush=True)
+
+
+def complete(record: Mapping[str, Any]) -> bool:
+    """Say whether a record has all that is noted today; earlier ones lack something, and are made anew."""
+    return {"accuracy", "validation", "time"} <= record.keys()
 
 
 def differs(row: str, keep: float, network: str) -> bool:
