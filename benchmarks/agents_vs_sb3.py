@@ -5,7 +5,7 @@ without exploration, after training. Steps per second are counted in processor t
 included, so that whatever else the machine does has no say in it::
 
     python benchmarks/agents_vs_sb3.py [--env Pendulum-v1 Hopper-v5 ...] [--seeds 3] [--agents sac sb3-sac ...]
-    python benchmarks/agents_vs_sb3.py --env Hopper-v5 --sac-steps 10000 --ppo-steps 100000    # fewer than is usual
+    python benchmarks/agents_vs_sb3.py --env Hopper-v5 --sac-steps 10000 --ppo-steps 300000    # fewer than is usual
 
 Each row is written to ``benchmarks/results/agents_vs_sb3.json`` when it is done, and not computed again; all tasks and
 agents have their first seed before any has its second. Needs ``gymnasium[mujoco]`` and ``stable-baselines3``.
