@@ -122,12 +122,12 @@ def at_random(graph: Graph, batches: Batches, keep: float) -> PruningPlan:
     return by_score({"name": "random", "seed": torch.initial_seed()}, graph, batches, keep)
 
 
-def searched(agent: str, criterion: str, graph: Graph, batches: Batches, keep: float) -> PruningPlan:
-    """Take the widths that earned most in all episodes of a search; the criterion says which channels stay.
+def searched(agent: str, graph: Graph, batches: Batches, keep: float) -> PruningPlan:
+    """Take the widths that earned most in all episodes of a search; the L1 norm says which channels stay.
 
     Rewards are accuracies on half of the batches, with statistics of batch normalisation from the other half.
     """
-    problem = PruningProblem(graph, keep=keep, criterion=criterion)
+    problem = PruningProblem(graph, keep=keep)
     search = PolicySearch(agent, steps=len(problem), episodes=ROUND, seed=torch.initial_seed())
     half = len(batches) // 2
     measure = accuracy_of(graph, batches[:half], recalibrate=batches[half:])
@@ -219,13 +219,10 @@ ROWS: dict[str, Ours | TorchPruning] = {
     "sensitiveness, L1, inside blocks": Ours(partial(by_layer, sensitiveness, "l1"), inside_blocks=True),
     "LAMP, inside blocks": Ours(partial(by_score, "lamp"), inside_blocks=True),
     "Taylor gate, inside blocks": Ours(partial(by_score, GATE), inside_blocks=True),
-    "random search, L1": Ours(partial(searched, "random", "l1")),
-    "random search, L1, inside blocks": Ours(partial(searched, "random", "l1"), inside_blocks=True),
-    "PPO-CIM agent, L1": Ours(partial(searched, "ppo-cim", "l1")),
-    "PPO-CIM agent, L1, inside blocks": Ours(partial(searched, "ppo-cim", "l1"), inside_blocks=True),
-    "PPO-CIM agent, group magnitude, inside blocks": Ours(
-        partial(searched, "ppo-cim", "group_magnitude"), inside_blocks=True
-    ),
+    "random search, L1": Ours(partial(searched, "random")),
+    "random search, L1, inside blocks": Ours(partial(searched, "random"), inside_blocks=True),
+    "PPO-CIM agent, L1": Ours(partial(searched, "ppo-cim")),
+    "PPO-CIM agent, L1, inside blocks": Ours(partial(searched, "ppo-cim"), inside_blocks=True),
     "Taylor gate for each FLOP": Ours(partial(per_flop, GATE)),
     "Taylor gate for each FLOP, inside blocks": Ours(partial(per_flop, GATE), inside_blocks=True),
     f"Taylor gate, inside blocks, {STEPS} steps": Ours(partial(by_score, GATE), STEPS, inside_blocks=True),

@@ -70,7 +70,7 @@ def test_a_search_takes_the_best_of_all_its_episodes(network: nn.Module, monkeyp
         return -torch.tensor(played[-len(plans) :]) / 4
 
     monkeypatch.setattr(rows, "accuracy_of", lambda *_, **__: narrow_first)
-    plan = rows.searched("random", "l1", graph, [], 0.5)
+    plan = rows.searched("random", graph, [], 0.5)
     assert len(played) == 20
     assert len(set(played)) > 1
     assert plan.widths["features.0"] == min(played)
