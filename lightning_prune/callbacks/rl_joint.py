@@ -155,10 +155,10 @@ class RLJointPruneCallback(PruningCallback):
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         super().begin_epoch(trainer, pl_module)
         epoch = trainer.current_epoch
-        due = self.searches(epoch) or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if self.steps_done < self.steps and due and self.searched_epoch < epoch:
+        trying = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self.steps_done < self.steps and (trying or self.searches(epoch)) and self.searched_epoch < epoch:
             with trainer_state.unlogged(pl_module):
-                for left in reversed(range(self.rounds)):
+                for left in reversed(range(1 if trying else self.rounds)):
                     self._play_and_learn(trainer, left + self.rounds * len(self._ahead(epoch + 1)))
             self.searched_epoch = epoch
         self._align()

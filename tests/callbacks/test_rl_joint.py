@@ -22,11 +22,14 @@ from lightning_prune.plan import PruningPlan
 LITTLE: dict[str, Any] = {"agent_updates": 3, "environment_updates": 2, "environment_size": 4}
 KEPT = {"stem": [0, 1, 2, 5, 7, 11], "first": list(range(3, 20))}
 STRENGTH = 0.3
+SHORT: dict[str, Any] = {
+    "keep": 0.5, "start_epoch": 3, "warmup_epochs": 1, "round_to": 2, "episodes": 4, "strength": 1e-2,
+    "search_settings": LITTLE,
+}  # fmt: skip
 
 
 def make_callback(**changes: Any) -> RLJointPruneCallback:
-    settings = {"keep": 0.5, "start_epoch": 3, "warmup_epochs": 1, "round_to": 2, "episodes": 4, "strength": 1e-2}
-    return RLJointPruneCallback(**{**settings, "search_settings": LITTLE, **changes})
+    return RLJointPruneCallback(**{**SHORT, **changes})
 
 
 class Stochastic(battery.ResidualClassifier):
@@ -264,8 +267,9 @@ class Dense(battery.ResidualClassifier):
 
 @pytest.mark.parametrize("agent", ["ppo-clip", "ppo-kl", "reinforce"])
 def test_any_groups_in_a_development_run(agent: str, tmp_path: Path) -> None:
-    callback = make_callback(agent=agent, start_epoch=2)
+    callback = Recorded(**{**SHORT, "agent": agent, "start_epoch": 2, "rounds": 9})
     module, _ = battery.train(tmp_path, callback, module=Dense(), fast_dev_run=1)
+    assert len(callback.measured) == 2  # one round, and the choice
     assert plan_in_force(module).budget["achieved"] <= 0.5
 
 
