@@ -89,10 +89,13 @@ class _Weights:
                     self._parts[part.tensor].append(_Part(name, part.axis, positions))
                     self._tensors[name].append(part.tensor)
         for tensor, parts in self._parts.items():
-            squares = tensors[tensor].detach().to("cpu", torch.float64).square()
+            weights = tensors[tensor].detach().cpu()
+            squares = weights.to(torch.promote_types(weights.dtype, torch.float32)).square()  # 10^8 in a VGG-16
             apart = {each.axis for each in parts}
             alike = [axis for axis in range(squares.dim()) if axis not in apart]
-            self._squares[tensor] = (squares.sum(alike, keepdim=True) if alike else squares).numpy()
+            self._squares[tensor] = (
+                squares.sum(alike, keepdim=True, dtype=torch.float64) if alike else squares
+            ).numpy()
             for each in parts:
                 self.of_channels[each.group] += _along(self._squares[tensor], each.axis)[each.positions].sum(1)
 
@@ -123,4 +126,4 @@ class _Weights:
 
 def _along(squares: np.ndarray, axis: int) -> np.ndarray:
     """Return the sums over all axes but one."""
-    return squares.sum(axis=tuple(other for other in range(squares.ndim) if other != axis))
+    return squares.sum(axis=tuple(other for other in range(squares.ndim) if other != axis), dtype=np.float64)
