@@ -12,13 +12,15 @@ Results are added to a file as they come, and a run that is started again goes o
 
     python benchmarks/criteria_finetune.py --root data/cifar10-jpeg --weights resnet20=resnet20.pt [--networks resnet20]
         [--keep 0.3 0.5 0.7] [--rows L1 LAMP] [--seeds 3] [--table]
+    python benchmarks/criteria_finetune.py --root data/cifar10-jpeg --device cuda --networks "resnet56, 400 epochs"
+        "vgg16_bn, 400 epochs" --rows "not pruned" "uniform, L1" "group magnitude"    # hours of a GPU
 """
 
 import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +30,21 @@ import stored
 import torch
 from finetune_rows import EXAMPLE, ROWS, Batches, loss_of
 from timing import speed_ups
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.datamodules import ImageFolderDataModule
 from lightning_prune.models import build_network
 from lightning_prune.models.weights import load_weights
 
+EPOCH = 351  # steps, of 45,000 images
 # Network, its settings, steps and learning rate to train it, steps and learning rate to fine-tune it.
 NETWORKS: dict[str, tuple[str, dict[str, Any], tuple[int, float], tuple[int, float]]] = {
     "vgg11_bn/4": ("vgg11_bn", {"width": 0.25}, (1400, 0.05), (176, 0.01)),
     "resnet20": ("resnet20", {}, (176, 0.01), (120, 0.01)),
     "resnet56": ("resnet56", {}, (40, 0.01), (60, 0.01)),
+    "resnet56, 400 epochs": ("resnet56", {}, (200 * EPOCH, 0.1), (200 * EPOCH, 0.01)),
+    "vgg16_bn, 400 epochs": ("vgg16_bn", {}, (200 * EPOCH, 0.05), (200 * EPOCH, 0.01)),
 }
 WHOLE, HALF = "not pruned", 0.5
 Before = Mapping[int, Callable[[list[Optimizer]], None]]
@@ -66,16 +71,16 @@ class Runner:
             if self.name in self.settings.weights:
                 load_weights(model, self.settings.weights[self.name])
             self.train(model, steps, lr)
-            return model.state_dict()
+            return model.cpu().state_dict()
 
         model.load_state_dict(stored.kept(file, train))
-        return model
+        return model.to(self.settings.device)
 
     def train(
         self, model: nn.Module, steps: int, lr: float, first_epoch: int = 0, before: Before | None = None
     ) -> None:
         """Train for some steps, with something done before some; the epoch decides on the order of the images."""
-        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(model.to(self.settings.device).parameters(), lr, momentum=0.9, weight_decay=5e-4)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         model.train()
         done, epoch = 0, first_epoch
@@ -88,7 +93,7 @@ class Runner:
                 if before and done in before:
                     before[done]([optimizer])
                     model.train()
-                loss = loss_of(model, self.data.on_after_batch_transfer(batch))
+                loss = loss_of(model, self.served(batch))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -101,7 +106,7 @@ class Runner:
         """Return the share of images, all or a part of them, that are classified right."""
         model.eval()
         parts = torch.arange(0, len(images), every).split(500)
-        batches = (self.data.on_after_batch_transfer(images.__getitems__(part.tolist())) for part in parts)
+        batches = (self.served(images.__getitems__(part.tolist())) for part in parts)
         right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)
         return right / sum(map(len, parts))
 
@@ -110,7 +115,11 @@ class Runner:
         part = self.data.train_set
         indices = torch.randperm(len(part), generator=torch.Generator().manual_seed(self.seed))
         parts = indices[: self.settings.images].split(128)
-        return [self.data.on_after_batch_transfer(part.__getitems__(chosen.tolist())) for chosen in parts]
+        return [self.served(part.__getitems__(chosen.tolist())) for chosen in parts]
+
+    def served(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return a batch as the network sees it, on the device."""
+        return self.data.on_after_batch_transfer(tuple(part.to(self.settings.device) for part in batch))
 
     def row(self, name: str, keep: float, start: nn.Module) -> dict[str, Any]:
         """Prune a copy of the network by one row of the table, if it is to be pruned, and train it on."""
@@ -140,7 +149,7 @@ class Runner:
 
 
 def made_with(network: str, keep: float, settings: argparse.Namespace) -> dict[str, Any]:
-    return stored.made_with(settings, keep=keep, schedule=NETWORKS[network][2:])
+    return stored.made_with(settings, settings.device, keep=keep, schedule=NETWORKS[network][2:])
 
 
 def keep_after(keep: float, step: int, steps: int) -> float:
@@ -150,7 +159,8 @@ def keep_after(keep: float, step: int, steps: int) -> float:
 def time_left(model: nn.Module, original: nn.Module, rounds: int = 15) -> float:
     """Return the time of a forward pass of 32 images as a fraction of the original's, measured turn and turn about."""
     images = torch.randn(32, *EXAMPLE.shape[1:], generator=torch.Generator().manual_seed(0))
-    original, model = copy.deepcopy(original), copy.deepcopy(model)  # memory that training has not scattered
+    # copies: memory that training has not scattered
+    original, model = copy.deepcopy(original).cpu(), copy.deepcopy(model).cpu()
     return 1 / statistics.median(speed_ups(original, model, images, rounds, runs=3, warm_up=1))
 
 
@@ -227,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[WHOLE, *ROWS], choices=[WHOLE, *ROWS], metavar="ROW")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1024, help="training images that criteria may look at")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="to train on; times are of the CPU")
     parser.add_argument("--work", default="logs/criteria_finetune", help="where trained networks are kept")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "criteria_finetune.json")
     parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")

@@ -43,7 +43,7 @@ class Ours:
 
     def begin(self, model: nn.Module, batches: Batches) -> Prune:
         """Return what prunes the model, further at each call."""
-        graph = lp.trace(model.eval(), EXAMPLE, ignore=padded_stream(model) if self.inside_blocks else ())
+        graph = lp.trace(model.eval(), example_for(model), ignore=padded_stream(model) if self.inside_blocks else ())
 
         def prune(keep: float, optimizers: list[Optimizer]) -> dict[str, Any]:
             model.eval()
@@ -72,8 +72,8 @@ class TorchPruning:
         stream = [model.get_submodule(name) for name in padded_stream(model)]
         whole = [*(module for module in model.modules() if isinstance(module, nn.Linear)), *stream]
         pruner = torch_pruning.pruner.GroupNormPruner(
-            model.eval(), EXAMPLE, norm, global_pruning=self.over_all_layers, iterative_steps=200, pruning_ratio=1.0,
-            ignored_layers=whole,
+            model.eval(), example_for(model), norm, global_pruning=self.over_all_layers, iterative_steps=200,
+            pruning_ratio=1.0, ignored_layers=whole,
         )  # fmt: skip
         original = _flops(model)
 
@@ -93,8 +93,12 @@ class TorchPruning:
 @torch.no_grad()
 def _flops(model: nn.Module) -> int:
     with FlopCounterMode(display=False) as counter:
-        model.eval()(EXAMPLE)
+        model.eval()(example_for(model))
     return counter.get_total_flops()
+
+
+def example_for(model: nn.Module) -> Tensor:
+    return EXAMPLE.to(next(model.parameters()).device)
 
 
 def padded_stream(model: nn.Module) -> list[str]:

@@ -27,8 +27,7 @@ class PolicySearch:
     rewards themselves.
 
     Args:
-        agent: ``sac``, ``ppo-clip``, ``ppo-kl``, ``ppo-cim``, ``ppo-cim-1``, ``ppo-cim-2``, ``reinforce`` or
-            ``random``.
+        agent: As for `make_agent`: a name, or the import path of a class.
         steps: Number of steps of an episode.
         episodes: Number of episodes before each round of learning, at least 2.
         epochs: Number of epochs that there can be.
@@ -165,11 +164,11 @@ def _defaults(agent: str, steps: int, episodes: int, rewarded: str) -> dict[str,
     """
     discount = {"discount": 0.0} if rewarded == "every_step" else {}
     policy = {"policy": {"name": "gaussian", "initial_std": 0.3}}
-    if agent == "random":
-        return {}
     if agent == "sac":
         return discount
     if agent == "reinforce":
         return {**policy, "samples": episodes, "learning_rate": 2e-2}
+    if not agent.startswith("ppo-"):  # random search, and agents from elsewhere, which know best
+        return {}
     kernel = {"trust_region": {"sigma": 0.3}} if agent.startswith("ppo-cim") else {}
     return {**policy, **kernel, **discount, "rollout": steps * episodes, "learning_rate": 3e-3}

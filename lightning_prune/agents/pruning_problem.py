@@ -60,7 +60,7 @@ class PruningProblem:
         Learnable Agent Guidance and Alignment" (CVPR 2024), as a reproduction has them: position, channels read,
         channels, stride, kernel size, cost of the group, cost spent so far, cost that is still open, and the last
         action. Interpretation: a group stands for a layer, each of the first five is scaled by its greatest value in
-        the network as in AMC (ECCV 2018), and costs are fractions of the original, exact for groups that share layers.
+        the network, and costs are fractions of the original, exact for groups that share layers.
 
     Example:
         >>> from torch import nn

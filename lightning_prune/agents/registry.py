@@ -11,6 +11,7 @@ from lightning_prune.agents.reinforce import Reinforce
 from lightning_prune.agents.sac import SAC
 from lightning_prune.agents.settings import chosen
 from lightning_prune.agents.trust_regions import TRUST_REGIONS
+from lightning_prune.importing import imported
 
 __all__ = ["AGENTS", "make_agent"]
 
@@ -26,7 +27,8 @@ def make_agent(name: str, observation_size: int, action_size: int, seed: int, **
     """Make an agent by its name.
 
     Args:
-        name: ``sac``, ``ppo-clip``, ``ppo-kl``, ``ppo-cim``, ``ppo-cim-1``, ``ppo-cim-2``, ``reinforce`` or ``random``.
+        name: ``sac``, ``ppo-clip``, ``ppo-kl``, ``ppo-cim``, ``ppo-cim-1``, ``ppo-cim-2``, ``reinforce`` or ``random``,
+            another name that you have put into `AGENTS`, or the import path of your own subclass of `Agent`.
         observation_size: Numbers in an observation.
         action_size: Numbers in an action.
         seed: Seed of all random numbers of the agent.
@@ -44,7 +46,7 @@ def make_agent(name: str, observation_size: int, action_size: int, seed: int, **
         Traceback (most recent call last):
         ValueError: There is no agent 'dqn'; those known are sac, ppo-clip, ppo-kl, ppo-cim, ...
     """
-    make, _ = chosen(AGENTS, name, "agent")
+    make = _class_of(name)
     known = _settings(make)
     for key in settings:
         if key not in known:
@@ -57,6 +59,18 @@ def make_agent(name: str, observation_size: int, action_size: int, seed: int, **
             )
         settings["trust_region"] = {"name": name.removeprefix("ppo-"), **given}
     return make(observation_size, action_size, seed, **settings)
+
+
+def _class_of(name: str) -> type[Agent]:
+    if "." not in name:
+        return chosen(AGENTS, name, "agent")[0]
+    try:
+        found = imported(name)
+    except ImportError as error:
+        raise ValueError(f"Agent {name!r} cannot be imported ({error}): check the path and the PYTHONPATH.") from error
+    if not (inspect.isclass(found) and issubclass(found, Agent)):
+        raise ValueError(f"{name!r} is no agent: give a subclass of lightning_prune.agents.Agent.")
+    return found
 
 
 def _settings(make: type[Agent]) -> list[str]:

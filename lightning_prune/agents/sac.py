@@ -67,8 +67,9 @@ class SAC(Agent):
         **settings: As for `Agent`.
 
     Note:
-        Haarnoja et al., "Soft Actor-Critic Algorithms and Applications" (2018). The defaults are those that a
-        reproduction of Ganjdanesh et al. (CVPR 2024) states, where the temperature is fixed at 0.1. Clipping to the
+        Haarnoja et al., "Soft Actor-Critic Algorithms and Applications" (2018). The defaults, but for
+        `random_steps`, are those that a reproduction of Ganjdanesh et al. (CVPR 2024) states, where the temperature is
+        fixed at 0.1. Clipping to the
         bounds of a step is passed straight through by the gradient of the actor (an interpretation), so that an action
         out of bounds can find its way back.
 

@@ -33,9 +33,9 @@ class WidthBounds:
         ValueError: If the budget cannot be reached.
 
     Note:
-        The bounds of He et al., "AMC" (ECCV 2018) and Ganjdanesh et al. (CVPR 2024), with two corrections: later
-        groups count with what they keep at least, not as removed, and layers that two groups share are counted at the
-        widths of both.
+        The bounds of He et al., "AMC" (ECCV 2018) and Ganjdanesh et al. (CVPR 2024): later groups count with what they
+        keep at least, as in AMC, not as removed. An addition: layers that two groups share are counted at the widths
+        of both.
 
     Example:
         >>> from torch import nn

@@ -74,7 +74,7 @@ class LearnToPruneCallback(PruningCallback):
         updates: How often it learns.
         finetune_steps: Training steps that a copy of the network gets after a choice, before it is measured; 0 to
             estimate the statistics of batch normalisation anew instead.
-        finetune_lr: Learning rate of these steps of plain gradient descent.
+        finetune_lr: Learning rate of these steps, of gradient descent with a momentum of 0.9.
         recalibrate_batches: Number of training batches to fine-tune or to estimate the statistics on.
         limit_batches: Number of validation batches to measure on, of samples drawn at random, the same ones each time;
             default all that validation runs on.

@@ -37,7 +37,7 @@ class RLJointPruneCallback(PruningCallback):
     Args:
         start_epoch: Number of epochs before the channels are removed, at least 1.
         agent: ``"sac"``, ``"ppo-clip"``, ``"ppo-kl"``, ``"ppo-cim"``, ``"ppo-cim-1"``, ``"ppo-cim-2"``,
-            ``"reinforce"`` or ``"random"``.
+            ``"reinforce"`` or ``"random"``, or the import path of your own; see `make_agent`.
         warmup_epochs: Number of epochs of plain training at first, below ``start_epoch``.
         search_epochs: Number of epochs with episodes after that; the choice then stays. Default: all up to the removal.
         episodes: Number of episodes in a round, at least 2.

@@ -32,7 +32,7 @@ class SensitivenessCallback(PruningCallback):
         levels: Fractions of channels that are removed, or strengths of the noise; see `sensitiveness`.
         draws: How many random damages are averaged at each level.
         ratio: ``"inverse"``: groups lose in inverse proportion to their sensitiveness; ``"complement"``: in proportion
-            to one less the sensitiveness as a fraction of the greatest.
+            to 1 - s / s_max, with s the sensitiveness.
         remeasure: Measure anew before each prune; otherwise the first measurement serves for all.
         within: What chooses the channels within a group: a criterion, such as ``"l1"`` or ``"random"``.
         limit_batches: Number of validation batches to measure on; default all that validation runs on.

@@ -1,6 +1,5 @@
 """Checkpoints as the subcommands take them: with the class found, and example inputs."""
 
-import importlib
 import pickle
 from argparse import ArgumentParser
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lightning_prune.checkpoint import load_pruned
+from lightning_prune.importing import imported
 from lightning_prune.models import ImageClassifier
 from lightning_prune.reporting.history import History
 
@@ -94,10 +94,9 @@ def _noted_class(checkpoint: Mapping[str, Any], histories: list[History], path: 
 
 
 def _find_class(class_path: str) -> type[LightningModule]:
-    module, _, name = class_path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as raised:
+        found = imported(class_path)
+    except ImportError as raised:
         raise ValueError(
             f"{class_path!r} cannot be imported ({raised}); give the import path of the class with --model, and see "
             "that it is on the PYTHONPATH."

@@ -3,12 +3,12 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib import import_module
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.importing import imported
 
 __all__ = ["CRITERIA", "Criterion", "Loss", "find", "needs_data", "register", "score"]
 
@@ -95,7 +95,7 @@ def find(criterion: str | Mapping[str, Any]) -> Criterion:
         ValueError: If there is no such criterion, or it has no such setting.
     """
     name = _name(criterion)
-    function = CRITERIA.get(name) or _imported(name)
+    function = CRITERIA.get(name) or (_imported(name) if "." in name else None)
     if function is None:
         raise ValueError(
             f"There is no criterion {name!r}; those known are {', '.join(sorted(CRITERIA))}. Yours needs "
@@ -122,9 +122,8 @@ def _name(criterion: str | Mapping[str, Any]) -> str:
 
 
 def _imported(path: str) -> Criterion | None:
-    module, _, attribute = path.rpartition(".")
     try:
-        found = getattr(import_module(module), attribute, None) if module else None
-    except ModuleNotFoundError:
-        return None
+        found = imported(path)
+    except ImportError as error:
+        raise ValueError(f"There is no criterion {path!r} ({error}): check the path and the PYTHONPATH.") from error
     return found if callable(found) else None

@@ -94,7 +94,7 @@ def layer_importance(measured: Mapping[str, float], ratio: str = "inverse") -> d
     Args:
         measured: What `sensitiveness` returned.
         ratio: ``"inverse"``: groups lose in inverse proportion to their sensitiveness; ``"complement"``: in proportion
-            to one less the sensitiveness as a fraction of the greatest.
+            to 1 - s / s_max, with s the sensitiveness.
 
     Returns:
         One number above 0 per group.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lightning_prune.importing import imported
 
 SCHEDULES = ("cosine", "steps", "constant")
 OPTIMIZER_DEFAULTS = {"SGD": {"momentum": 0.9}}
@@ -139,10 +139,9 @@ class Optimization:
 
 
 def _find_optimizer(name: str) -> type[Optimizer]:
-    module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module or torch.optim.__name__), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        found = imported(name if "." in name else f"torch.optim.{name}")
+    except ImportError as error:
         raise ValueError(
             f"optimizer={name!r} cannot be found ({error}): give the name of a class of torch.optim, such as 'SGD' or "
             "'AdamW', or the dotted path of another."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import typing
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from torch import nn
 from torchvision import models as torchvision_models
 
+from lightning_prune.importing import imported
 from lightning_prune.models.cifar_resnet import DEPTHS, CifarResNet
 from lightning_prune.models.mobilenet import CifarMobileNetV2, MobileNetV1
 from lightning_prune.models.small import AlexNet, Conv4, DigitsNet, LeNet
@@ -145,10 +145,9 @@ def _find_in_torchvision(name: str) -> NetworkFactory:
 
 
 def _find_dotted(path: str) -> NetworkFactory:
-    module_name, _, attribute = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        found = imported(path)
+    except ImportError as error:
         raise ValueError(f"Cannot import network {path!r} ({error}): check the path and the PYTHONPATH.") from error
     # The name may come from the hyper-parameters of somebody's checkpoint, so that a path that could call anything
     # ("os.system") would undo the safety of loading with weights_only=True. Only what declares to make networks passes.

@@ -166,6 +166,37 @@ def test_ranks_that_explore_differently_and_observe_the_same_stay_equal(name: st
     assert same(*states)
 
 
+class Middle(Agent):
+    """An agent from elsewhere, which does not learn."""
+
+    def __init__(self, observation_size: int, action_size: int, seed: int, *, share: float = 0.5, **settings: Any):
+        super().__init__(observation_size, action_size, seed, **settings)
+        self.share = share
+
+    def observe(self, transition: Transition) -> None: ...
+
+    def update(self) -> dict[str, float]:
+        return {}
+
+    def _choose(self, observation: Any, low: Any, high: Any, explore: bool, epoch: int) -> Any:
+        return (low + self.share * (high - low)).expand(*observation.shape[:-1], -1)
+
+    def _parts(self) -> dict[str, Any]:
+        return {}
+
+
+def test_agents_from_elsewhere_are_found_by_name_and_by_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AGENTS, "middle", Middle)
+    for name in ("middle", f"{__name__}.Middle"):
+        assert make_agent(name, 1, 1, 0, high=2.0, share=0.25).act([0.0]).item() == 0.5
+    with pytest.raises(ValueError, match=r"has no setting 'rollout'; it has share, low, high"):
+        make_agent("middle", 1, 1, 0, rollout=3)
+    with pytest.raises(ValueError, match=r"'math.pi' is no agent: give a subclass of lightning_prune.agents.Agent."):
+        make_agent("math.pi", 1, 1, 0)
+    with pytest.raises(ValueError, match=r"'nowhere.Mine' cannot be imported \(No module named 'nowhere'\): check"):
+        make_agent("nowhere.Mine", 1, 1, 0)
+
+
 @pytest.mark.parametrize("name", AGENTS)
 def test_one_observation_is_one_action(name: str) -> None:
     agent = small(name)

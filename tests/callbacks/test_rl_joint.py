@@ -265,7 +265,7 @@ class Dense(battery.ResidualClassifier):
         return self.head(F.adaptive_avg_pool2d(F.relu(self.second(x)), 2).flatten(1))
 
 
-@pytest.mark.parametrize("agent", ["ppo-clip", "ppo-kl", "reinforce"])
+@pytest.mark.parametrize("agent", ["ppo-clip", "ppo-kl", "reinforce", "lightning_prune.agents.RandomSearch"])
 def test_any_groups_in_a_development_run(agent: str, tmp_path: Path) -> None:
     callback = Recorded(**{**SHORT, "agent": agent, "start_epoch": 2, "rounds": 9})
     module, _ = battery.train(tmp_path, callback, module=Dense(), fast_dev_run=1)

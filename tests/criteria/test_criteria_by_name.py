@@ -88,7 +88,7 @@ def test_a_criterion_of_ones_own(graph: lp.graph.ChannelGraph) -> None:
     ("criterion", "message"),
     [
         ("l3", "There is no criterion 'l3'; those known are apoz, batch_norm_scale, fpgm, group_magnitude,"),
-        ("no.such.module", "There is no criterion 'no.such.module'"),
+        ("no.such.module", "There is no criterion 'no.such.module' (No module named 'no'): check the path"),
         ("math.pi", "There is no criterion 'math.pi'"),
         ({"name": "magnitude", "q": 2}, "Criterion 'magnitude' has no setting 'q'; it has p."),
         ({"name": "fpgm", "p": 2}, "Criterion 'fpgm' has no setting 'p'; it has none."),
