@@ -1,6 +1,7 @@
 """The candidate evaluator against a loop that prunes a copy for each candidate and runs it."""
 
 import copy
+import itertools
 import json
 import multiprocessing
 import time
@@ -20,6 +21,7 @@ import lightning_prune as lp
 from lightning_prune.candidates import Noise, classification, evaluate_candidates
 from lightning_prune.candidates.jobs import Job, Planner, share
 from lightning_prune.candidates.replay import DivergedError, Replay, observe
+from lightning_prune.candidates.variants import plain_readers
 from lightning_prune.graph import ChannelGraph
 
 Batch = tuple[Tensor, Tensor]
@@ -134,6 +136,61 @@ def test_equals_pruning_a_copy(kind: type[nn.Module], sizes: tuple[int, ...], pr
     torch.testing.assert_close(measured.accuracy, accuracy, rtol=0, atol=1e-12)
     assert measured.loss.std() > 1e-3  # candidates differ
     assert not [warning for warning in recwarn if "same operations" in str(warning.message)]
+
+
+class Embedded(nn.Module):
+    """Compares images with representations of the classes, which do not depend on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes, self.text = nn.Parameter(torch.zeros(5, 4)), nn.Linear(4, 8)
+        self.first, self.second, self.last = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        classes = self.text(self.classes)
+        return self.last(self.second(self.first(x.mean((2, 3))).relu()).relu()) @ classes.t()
+
+
+class Functional(nn.Module):
+    """Reads the weight of one layer without calling it, and that of another in both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x.mean((2, 3))).relu()).relu()
+        x = F.linear(x, self.third.weight, self.third.bias).relu()
+        return self.head(x) + F.linear(x.square(), self.head.weight)
+
+
+class Computed(nn.Module):
+    """Weights that are computed from others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1))
+        self.second = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))
+        self.third = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 6, 1))
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.first(x).relu()).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (5, 3), (4,)])
+@pytest.mark.parametrize("kind", [Embedded, Functional, Computed])
+def test_masks_and_stacks_are_for_layers_and_batches_that_bear_them(
+    kind: type[nn.Module], sizes: tuple[int, ...]
+) -> None:
+    graph, batches = made(kind, sizes)
+    single = removals(graph)
+    both = [{**one, **other} for one, other in itertools.pairwise(single) if one.keys() != other.keys()]
+    candidates = [{}, *single, *both, *(random_plan(graph) for _ in range(8))]
+    measured = evaluate_candidates(graph, candidates, batches)
+    torch.testing.assert_close(measured.loss, naive(graph, candidates, batches)[0], rtol=1e-9, atol=1e-9)
+    assert len(both) > 0
 
 
 def test_a_network_that_never_does_the_same_is_run_plainly() -> None:
@@ -439,7 +496,7 @@ def test_ways_and_what_they_cost() -> None:
     assert [course.first_read[f"{layer}.weight"] for layer in (0, 2, 4)] == [0, 3, 6]
     one, few = torch.arange(1, 8), torch.arange(2)
     candidates = [{"2": one}, {"0": one}, {"0": few, "2": few}, {}, {"2": one[1:]}, {"0": one[:-1], "2": one}]
-    planner = Planner(graph, course.first_read, len(course.operations))
+    planner = Planner(graph, course, plain_readers(model))
     jobs = planner.jobs([graph.plan(each) for each in candidates], stack=2)
     whole = 16 * 8 + 8 * 8 + 8 * 2
     assert jobs == [

@@ -1,13 +1,14 @@
 """How to run candidates: from which operation on, with zeros or with smaller tensors, and which of them together."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
 from lightning_prune.budget import CostModel
-from lightning_prune.candidates.variants import Candidate, Noise, plain_readers
+from lightning_prune.candidates.replay import Course
+from lightning_prune.candidates.variants import Candidate, Noise
 from lightning_prune.graph.channel_graph import ChannelGraph, plan_in_force
 from lightning_prune.masking import leaving, read_from_removed
 from lightning_prune.plan import PruningPlan
@@ -40,18 +41,18 @@ class Planner:
 
     Args:
         graph: The traced model.
-        first_read: Number of operations before the first one that reads each tensor.
-        end: Number of all operations.
+        course: What the model does.
+        readers: The layers of which a mask on the input does what zeros in the weight do, by the name of the weight.
     """
 
-    def __init__(self, graph: ChannelGraph, first_read: Mapping[str, int], end: int) -> None:
-        self.graph, self.first_read, self.end = graph, first_read, end
+    def __init__(self, graph: ChannelGraph, course: Course, readers: Collection[str]) -> None:
+        self.graph, self.first_read, self.end = graph, course.first_read, len(course.operations)
         self.before = plan_in_force(graph.model) or PruningPlan()
-        self.readers = plain_readers(graph.model)
+        self.readers = readers
         self._begin: dict[str, int] = {}  # of the modules that have tensors
-        for name, step in first_read.items():
+        for name, step in course.first_read.items():
             module = name.rpartition(".")[0]
-            self._begin[module] = min(step, self._begin.get(module, end))
+            self._begin[module] = min(step, self._begin.get(module, self.end))
         self._cost_behind = cache(self._cost_model)
 
     def jobs(self, candidates: Sequence[Candidate], stack: int) -> list[Job]:

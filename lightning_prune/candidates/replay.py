@@ -1,5 +1,6 @@
 """Run the same pass again from a point in its middle: what it had computed by then is handed out instead."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,11 +132,13 @@ class Course:
         operations: Its operations, in order.
         first_read: Number of operations before the first one that reads each tensor, by name; for tensors that are
             never read the number of all operations.
+        reads: Number of operations that read each tensor, by name.
     """
 
     result: Any
     operations: list[Any]
     first_read: dict[str, int]
+    reads: dict[str, int]
 
 
 def observe(run: Callable[[], Any], tensors: Mapping[str, Tensor]) -> Course:
@@ -148,8 +151,9 @@ def observe(run: Callable[[], Any], tensors: Mapping[str, Tensor]) -> Course:
     reader = _Reader({id(tensor): name for name, tensor in tensors.items()})
     with reader:
         result = run()
-    first_read = {name: reader.first.get(name, len(reader.operations)) for name in tensors}
-    return Course(result, reader.operations, first_read)
+    first_read = {name: min(reader.read_by[name], default=len(reader.operations)) for name in tensors}
+    reads = {name: len(reader.read_by[name]) for name in tensors}
+    return Course(result, reader.operations, first_read, reads)
 
 
 class _Reached(BaseException):
@@ -261,17 +265,17 @@ class _Recorder(_Player):
 
 
 class _Reader(TorchDispatchMode):
-    """Note operations, and the first one that reads each of some tensors."""
+    """Note operations, and which of them read each of some tensors."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
         self.names = names
-        self.first: dict[str, int] = {}
+        self.read_by: defaultdict[str, set[int]] = defaultdict(set)
         self.operations: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if id(leaf) in self.names:
-                self.first.setdefault(self.names[id(leaf)], len(self.operations))
+                self.read_by[self.names[id(leaf)]].add(len(self.operations))
         self.operations.append(func)
         return func(*args, **(kwargs or {}))

@@ -1,7 +1,8 @@
 """Run candidates on one batch after the other."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from lightning_prune.candidates.measures import (
     per_example,
 )
 from lightning_prune.candidates.replay import Replay, observe
-from lightning_prune.candidates.variants import Candidate, Noise, input_masks, masked, noisy
+from lightning_prune.candidates.variants import Candidate, Noise, input_masks, masked, noisy, plain_readers
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.modules import named_tensors, substituted
 from lightning_prune.masking import recalibrate
@@ -52,7 +53,7 @@ class Runner:
     ) -> None:
         self.graph, self.candidates = graph, candidates
         self.evaluate, self.recalibration = evaluate, recalibration
-        self._works: dict[tuple[str, int], bool] = {}  # by way and boundary
+        self._works: dict[tuple[str, int, int], bool] = {}  # by what `_kind` says
         self._statistics: dict[int, list[Tensor]] = {}  # of batch normalisation, by candidate
 
     def jobs(self, batch: Any) -> list[Job]:
@@ -64,11 +65,14 @@ class Runner:
             result, self._pairs = put_channels_last(model, lambda: foldable(model, self._tried))
             self._know(result)
             return [Job("folded", 0, (member,)) for member in range(len(self.candidates))]
-        course = observe(self._unchanged, named_tensors(model))
+        readers = plain_readers(model)
+        with _calls(readers.values()) as calls:
+            course = observe(self._unchanged, named_tensors(model))
+        # A weight that is read otherwise than by calling its layer is not masked by a mask on what the layer is given.
+        self.readers = {name: module for name, module in readers.items() if calls[module] == course.reads[name]}
         self.operations = course.operations
         self._know(course.result)
-        planner = Planner(self.graph, course.first_read, len(course.operations))
-        self.readers = planner.readers
+        planner = Planner(self.graph, course, self.readers)
         stack = _FULL.get(next(iter(self.tensors.values())).device.type, 1) // examples_in(batch)
         return planner.jobs(self.candidates, max(1, stack) if self.evaluate is classification else 1)
 
@@ -86,7 +90,7 @@ class Runner:
         """Return loss and accuracy of the members of a job on the batch."""
         if job.way == "plain":
             return [self._plain(member) for member in job.members]
-        short = self._attempt(job) if self._works.get((job.way, job.boundary), True) else None
+        short = self._attempt(job) if self._works.get(self._kind(job), True) else None
         if short is not None:
             return short
         if job.way == "stacked":
@@ -96,7 +100,7 @@ class Runner:
 
     def _attempt(self, job: Job) -> list[Numbers] | None:
         """Take the shortcut; None, and never again, if it fails or at first differs from the plain run."""
-        key = (job.way, job.boundary)
+        key = self._kind(job)
         try:
             short = self._short(job)
             works = key in self._works or self._agrees(job, short)
@@ -111,6 +115,11 @@ class Runner:
         if not works or any(loss != self._loss for loss, _ in short):  # else it is too soon to tell
             self._works[key] = works
         return short if works else None
+
+    def _kind(self, job: Job) -> tuple[str, int, int]:
+        """Return what jobs have in common that are tried out by the first of them."""
+        # What is repeated in a stack is told from the rest by its size, which may be that of other tensors by chance.
+        return job.way, job.boundary, examples_in(self.batch) if job.way == "stacked" else 0
 
     def _agrees(self, job: Job, short: list[Numbers]) -> bool:
         """Tell whether the plain run gives the same for the member that differs most from the model."""
@@ -204,6 +213,22 @@ class Runner:
         stand_ins = {id(self.tensors[name]): tensor for name, tensor in found.items()}
         with substituted(self.graph.model, stand_ins, training=False, watched=lambda module, forward: forward):
             yield
+
+
+@contextmanager
+def _calls(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """Count how often modules are called."""
+    calls: Counter[nn.Module] = Counter()
+
+    def note(module: nn.Module, args: Any) -> None:
+        calls[module] += 1
+
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _statistics(model: nn.Module) -> list[Tensor]:

@@ -75,7 +75,7 @@ def noisy(graph: ChannelGraph, noise: Noise, tensors: Mapping[str, Tensor]) -> d
 def plain_readers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the convolutions and linear layers whose inputs are the columns of their own weight, by its name.
 
-    For these, a mask on the input does what zeros in the weight do.
+    For these, a mask on the input does what zeros in the weight do, where nothing but the layer itself reads it.
     """
     uses: dict[int, int] = {}
     for module in model.modules():
@@ -84,7 +84,7 @@ def plain_readers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{name}.weight" if name else "weight": module
         for name, module in model.named_modules()
-        if _reads_columns(module) and uses[id(module.weight)] == 1
+        if _reads_columns(module) and uses.get(id(module.weight)) == 1  # none for one that is computed
     }
 
 
