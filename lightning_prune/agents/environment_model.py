@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_prune.agents.base import Checkpointed, Stateful
-from lightning_prune.agents.networks import orthogonal_mlp
+from lightning_prune.agents.networks import mlp
 from lightning_prune.agents.storage import ReplayBuffer
 from lightning_prune.agents.transition import Layout, Transition
 
@@ -44,7 +44,7 @@ class EnvironmentNetwork(nn.Module):
         self.recurrence = nn.GRU(size, size, device="meta").to_empty(device="cpu")
         for parameter in self.recurrence.parameters():
             nn.init.uniform_(parameter, -(size**-0.5), size**-0.5, generator=generator)
-        self.decoder = orthogonal_mlp((observation_size + action_size + size, *hidden_sizes, 1), generator)
+        self.decoder = mlp((observation_size + action_size + size, *hidden_sizes, 1), generator)
 
     def representations(self, epochs: int) -> Tensor:
         """Return the (epochs, representation) of the first epochs, each of which knows all before it.

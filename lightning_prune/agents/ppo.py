@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_prune.agents.base import Agent, Stateful
 from lightning_prune.agents.distributions import Distribution
-from lightning_prune.agents.networks import orthogonal_mlp
+from lightning_prune.agents.networks import mlp
 from lightning_prune.agents.policies import POLICIES
 from lightning_prune.agents.settings import chosen
 from lightning_prune.agents.storage import Rollout
@@ -114,9 +114,9 @@ class PPO(Agent):
         make_policy, policy_settings = chosen(POLICIES, policy, "policy")
         make_trust_region, trust_region_settings = chosen(TRUST_REGIONS, trust_region, "trust region")
         outputs = make_policy.outputs(self.low, self.high)
-        network = orthogonal_mlp((self.input_size, *hidden_sizes, outputs), self.generator, nn.Tanh, output_gain=0.01)
+        network = mlp((self.input_size, *hidden_sizes, outputs), self.generator, nn.Tanh, output_gain=0.01)
         self.policy = make_policy(network, self.low, self.high, **policy_settings).to(self.device)
-        self.critic = orthogonal_mlp((self.input_size, *hidden_sizes, 1), self.generator, nn.Tanh).to(self.device)
+        self.critic = mlp((self.input_size, *hidden_sizes, 1), self.generator, nn.Tanh).to(self.device)
         self.trust_region = make_trust_region(**trust_region_settings)
         self.parameters = [*self.policy.parameters(), *self.critic.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, learning_rate, eps=1e-5, fused=True)

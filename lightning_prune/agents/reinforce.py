@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.agents.base import Agent, Stateful
-from lightning_prune.agents.networks import orthogonal_mlp
+from lightning_prune.agents.networks import mlp
 from lightning_prune.agents.policies import POLICIES
 from lightning_prune.agents.settings import chosen
 from lightning_prune.agents.transition import Transition
@@ -112,7 +112,7 @@ class Reinforce(Agent):
             raise ValueError(f"The baseline 'leave-one-out' needs at least 2 `samples`; got {samples}.")
         if network is None:
             sizes = (self.input_size, *hidden_sizes, make_policy.outputs(self.low, self.high))
-            network = orthogonal_mlp(sizes, self.generator, output_gain=0.01)
+            network = mlp(sizes, self.generator, output_gain=0.01)
         self.policy = make_policy(network, self.low, self.high, **policy_settings).to(self.device)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), learning_rate, fused=True)
         self.memory = _Episodes()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_prune.agents.base import Agent, Stateful
-from lightning_prune.agents.networks import uniform_mlp
+from lightning_prune.agents.networks import mlp
 from lightning_prune.agents.storage import ReplayBuffer
 from lightning_prune.agents.transition import Transition
 
@@ -69,9 +69,8 @@ class SAC(Agent):
     Note:
         Haarnoja et al., "Soft Actor-Critic Algorithms and Applications" (2018). The defaults, but for
         `random_steps`, are those that a reproduction of Ganjdanesh et al. (CVPR 2024) states, where the temperature is
-        fixed at 0.1. Clipping to the
-        bounds of a step is passed straight through by the gradient of the actor (an interpretation), so that an action
-        out of bounds can find its way back.
+        fixed at 0.1. Clipping to the bounds of a step is passed straight through by the gradient of the actor (an
+        interpretation), so that an action out of bounds can find its way back.
 
     Example:
         >>> agent = SAC(observation_size=1, action_size=1, seed=0, random_steps=64)
@@ -100,9 +99,9 @@ class SAC(Agent):
         **settings: Any,
     ) -> None:
         super().__init__(observation_size, action_size, seed, **settings)
-        self.actor = uniform_mlp((self.input_size, *hidden_sizes, 2 * action_size), self.generator)
+        self.actor = mlp((self.input_size, *hidden_sizes, 2 * action_size), self.generator, output_gain=0.01)
         sizes = (self.input_size + action_size, *hidden_sizes, 1)
-        self.critics = nn.ModuleList(uniform_mlp(sizes, self.generator) for _ in range(2))
+        self.critics = nn.ModuleList(mlp(sizes, self.generator) for _ in range(2))
         self.actor.to(self.device)
         self.critics.to(self.device)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)

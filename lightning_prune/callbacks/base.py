@@ -1,8 +1,9 @@
 """The base of all pruning callbacks: schedule, budget, ranks, surgery, checkpoint and logging."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
+from weakref import ref
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -13,6 +14,7 @@ from lightning_prune import allocation, criteria
 from lightning_prune.budget import check_metric
 from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.recording import Recorder
+from lightning_prune.compiled import forget_compiled
 from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.ddp import rewrap
 from lightning_prune.graph import ChannelGraph, trace
@@ -33,7 +35,8 @@ class PruningCallback(Callback):
     At the start of every ``every_n_epochs``-th epoch, from ``start_epoch`` on, the channels that matter least leave
     for good, until after ``steps`` prunes the budget is met. Training then goes on: optimizers keep their state,
     distributed training is wrapped anew, and checkpoints hold the plan, so that a run resumes in the pruned shape. With
-    ``fast_dev_run`` the whole budget goes after the last training batch, to show that all of it works.
+    ``fast_dev_run`` the whole budget goes before the last training batch, or after the only one, to show that all of
+    it works.
 
     Subclasses say how to rank: see `scores`.
 
@@ -109,6 +112,8 @@ class PruningCallback(Callback):
         self.batch_like: dict[str, Any] | None = None
         self._graph: ChannelGraph | None = None
         self._recorder: Recorder | None = None
+        self._trained: Callable[[], Any] = _nothing  # the module of the last run
+        self._untried: list[str] = []  # the groups that have lost channels since the last training step
         self._epoch: int | None = None  # the epoch that has begun
 
     # -- what subclasses say ---------------------------------------------------------------------------------------
@@ -181,8 +186,9 @@ class PruningCallback(Callback):
         follow(trainer)
         if stage == "fit":
             trainer_state.refuse_short_run(trainer, self)
-            if plan_in_force(pl_module) is None:
+            if plan_in_force(pl_module) is None or self._trained() is not pl_module:
                 self._start_anew()  # before the state of a run that is resumed is loaded
+            self._trained = ref(pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -239,8 +245,9 @@ class PruningCallback(Callback):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # A run of a few batches that is to show whether all works, the prune and validation after it among that.
-        last = batch_idx + 1 == trainer.num_training_batches
+        self._untried = []
+        # A run of a few batches that is to show whether all works, the prune and what comes after it among that.
+        last = batch_idx + 1 == max(1, trainer.num_training_batches - 1)
         if trainer.fast_dev_run and last and self.steps_done < self.steps and self.ready():  # type: ignore[attr-defined]
             self._prune(trainer, pl_module, self.steps)
 
@@ -267,6 +274,12 @@ class PruningCallback(Callback):
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        if self._untried and isinstance(exception, RuntimeError):
+            warn(
+                f"This was the first training step after channels of {', '.join(self._untried)} have left. Where "
+                "training_step or a hook hands what is inside the network to a layer that forward does not run, that "
+                "layer stays as it was: put the layer that it reads into ignore, or let forward run both."
+            )
         self._let_go()
 
     # -- checkpoint ------------------------------------------------------------------------------------------------
@@ -289,7 +302,7 @@ class PruningCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave references to modules out of copies and pickles."""
         state = {name: value for name, value in self.__dict__.items() if name != "log"}
-        return state | {"_graph": None, "_recorder": None}
+        return state | {"_graph": None, "_recorder": None, "_trained": _nothing}
 
     def _begin_once(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._epoch != trainer.current_epoch:
@@ -309,7 +322,8 @@ class PruningCallback(Callback):
             for averaged in trainer_state.averaged_copies(trainer):
                 prune(averaged, plan)
             rewrap(trainer)
-        self.steps_done = step
+            forget_compiled()
+        self.steps_done, self._untried = step, list(report.widths)
         if not report.widths:
             warn(
                 f"Prune {step} of {self.steps} removed nothing: the next smaller network in steps of "
@@ -344,5 +358,10 @@ class PruningCallback(Callback):
     def _let_go(self) -> None:
         """Drop every reference to modules."""
         self._graph = self._recorder = self._epoch = None
+        self._untried = []
         show_with(None)
         self.__dict__.pop("log", None)  # Lightning gives every callback the module's bound method
+
+
+def _nothing() -> None:
+    """Stand for a reference to a module where there is none."""

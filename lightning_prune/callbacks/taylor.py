@@ -137,6 +137,7 @@ class TaylorRankCallback(PruningCallback):
                 f"{trainer.current_epoch}: the training step does not run what reads these channels, or it is frozen "
                 "and variant='gate'. Add them to ignore, or use PruningCallback."
             )
+        self._stop_listening()  # training may go on with a pruned network in the same epoch
         self.totals, self.listened = Totals(), False
         found = finish(graph, totals, self.variant, self.normalize, self.flops_penalty)
         if self.momentum and self.last_scores:

@@ -17,6 +17,7 @@ from lightning_prune.candidates.journal import Entry, Journal, description, dige
 from lightning_prune.candidates.measures import Evaluate, classification, examples_in
 from lightning_prune.candidates.runner import Runner
 from lightning_prune.candidates.variants import Candidate, Noise, digest
+from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.modules import named_tensors, substituted
 from lightning_prune.plan import PruningPlan
@@ -172,7 +173,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode for a while, on copies of its buffers; give the random state back as it was."""
     tensors = named_tensors(model).values()
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.inference_mode(False), torch.no_grad(), as_written(), torch.random.fork_rng(devices):
         copies = {id(tensor): tensor.clone() for tensor in tensors if not isinstance(tensor, nn.Parameter)}
         with substituted(model, copies, training=False, watched=alone):
             yield

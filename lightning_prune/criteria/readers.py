@@ -1,6 +1,5 @@
 """Watching what the layers behind channel groups read, and running a model without leaving a trace."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prune.compiled import forget_compiled
 from lightning_prune.graph.channel_graph import ChannelGraph
 
 __all__ = ["check_readable", "evaluating", "sum_positions", "unwatch", "watch"]
@@ -28,7 +28,7 @@ def watch(graph: ChannelGraph, read: Read) -> list[RemovableHandle]:
     Returns:
         Handles for `unwatch`.
     """
-    _compile_anew()
+    forget_compiled()
     modules = dict(graph.model.named_modules())
     tensors = {part.tensor: None for group in graph.groups.values() for part in group.readers}
     handles = []
@@ -42,13 +42,7 @@ def unwatch(handles: Iterable[RemovableHandle]) -> None:
     """Stop showing what is read."""
     for handle in handles:
         handle.remove()
-    _compile_anew()
-
-
-def _compile_anew() -> None:
-    """Forget compiled code, which does not notice hooks that come or go."""
-    if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
-        torch.compiler.reset()
+    forget_compiled()
 
 
 def _before(read: Read, tensor: str, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -1,15 +1,15 @@
 """Trace a model into a channel graph, and try the graph out on smaller tensors before anyone relies on it."""
 
 import fnmatch
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph, Held, Term
 from lightning_prune.graph.costs import COSTS
 from lightning_prune.graph.coupling import Coupling, couple
@@ -53,19 +53,12 @@ def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Se
         >>> graph.held
         {'3': Held(channels=10, reason='3: is an output of the network')}
     """
-    with progress(f"Tracing {type(model).__name__}"), _as_written():
+    with progress(f"Tracing {type(model).__name__}"), as_written():
         forward = Forward(model, module, example_inputs)
         ignored = list(_ignored(forward, ignore))
         coupling, flops = _Search(forward, ignored).settle()
         terms = _terms(forward, coupling, flops)
     return ChannelGraph(model, coupling.groups, coupling.held, forward.shapes, terms, module, example_inputs)
-
-
-@contextmanager
-def _as_written() -> Iterator[None]:
-    """Run what is compiled as it was written, or the tracer would be compiled with it."""
-    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
-        yield
 
 
 class _Search:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.budget import Products
+from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import Axis, ChannelGraph, Term
 from lightning_prune.graph.modules import named_tensors, substituted
 from lightning_prune.latency.measuring import placed, wait
@@ -107,7 +108,8 @@ def at_widths(graph: ChannelGraph, widths: dict[str, int], watched: Callable[...
     shapes = {**graph.shapes, **plan.pruned_shapes()}
     stand_ins = {id(t): _stand_in(t, shapes[name]) for name, t in named_tensors(graph.model).items()}
     args, kwargs = placed(graph.example_inputs, part)
-    with torch.no_grad(), substituted(part, stand_ins, False, watched or (lambda module, forward: forward)):
+    watched = watched or (lambda module, forward: forward)
+    with torch.no_grad(), as_written(), substituted(part, stand_ins, False, watched):
         yield lambda: part(*args, **kwargs)
 
 

@@ -449,8 +449,8 @@ def test_limits(limit: str, name: str, tmp_path: Path) -> None:
 
 @CALLBACKS
 @pytest.mark.parametrize("batches", [1, 3])
-def test_fast_dev_run_prunes_to_the_budget_before_it_validates(batches: int, name: str, tmp_path: Path) -> None:
-    """One epoch is run, whatever max_epochs and start_epoch say."""
+def test_fast_dev_run_prunes_to_the_budget_and_goes_on(batches: int, name: str, tmp_path: Path) -> None:
+    """One epoch is run, whatever max_epochs and start_epoch say; its last batch, of several, comes after the prune."""
     widths: list[int] = []
 
     class Widths(L.Callback):
@@ -463,7 +463,7 @@ def test_fast_dev_run_prunes_to_the_budget_before_it_validates(batches: int, nam
     callback = battery.make_callback(name, start_epoch=2)
     module, trainer = battery.train(tmp_path, Widths(), callback, fast_dev_run=batches)
     assert trainer.global_step == batches
-    assert widths == [24] * batches
+    assert [width < 24 for width in widths] == ([False] if batches == 1 else [False, False, True])
     assert is_pruned(module)
     assert callback.steps_done == callback.steps
     cost = CostModel(lp.trace(module, torch.zeros(1, 1, 8, 8)), "flops")
@@ -507,6 +507,42 @@ def test_rates_are_monitored(tmp_path: Path) -> None:
     text = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
     assert "lr-Adam" in text
     assert "prune/keep_flops" in text
+
+
+def test_a_callback_that_has_done_its_work_starts_anew_on_another_module(tmp_path: Path) -> None:
+    """Pruned already or not; on its own it has nothing left to do."""
+    callback = battery.make_callback("magnitude")
+    module, _ = battery.train(tmp_path / "first", callback)
+    wider, trainer = battery.train(tmp_path / "wider", battery.make_callback("magnitude", keep=0.9))
+    other = lp.load_pruned(battery.ResidualClassifier, last_path(trainer)).train()
+    for known, kept in ((module, 0.5), (other, 0.5), (battery.ResidualClassifier(), 0.5)):
+        _, again = battery.train(tmp_path / "again", callback, module=known)
+        assert again.callback_metrics["prune/keep_flops"] <= kept
+    assert plan_in_force(wider).budget["achieved"] > 0.5
+
+
+class Auxiliary(battery.ResidualClassifier):
+    """Trains a head on inner features, which forward does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(24, 4)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        inner = self.first(self.stem(batch[0]).relu()).mean((2, 3))
+        return loss + F.cross_entropy(self.auxiliary(inner), batch[1])
+
+
+def test_a_layer_beside_forward_that_reads_pruned_channels_is_spoken_of(tmp_path: Path) -> None:
+    for trainer in ({}, {"fast_dev_run": 2}):
+        with (
+            pytest.warns(UserWarning, match=r"after channels of .*first.* have left.* put the layer .* into ignore"),
+            pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
+        ):
+            battery.train(tmp_path, battery.make_callback("magnitude"), module=Auxiliary(), **trainer)
+    module, _ = battery.train(tmp_path, battery.make_callback("magnitude", ignore=["first"]), module=Auxiliary())
+    assert is_pruned(module)
 
 
 # -- copies and compiled modules ---------------------------------------------------------------------------------------
@@ -565,6 +601,37 @@ def test_compiled_modules(name: str, how: str, tmp_path: Path) -> None:
     assert battery.differences(module, loaded) == []
     images = battery.images(4).tensors[0]
     torch.testing.assert_close(compiled.eval()(images), loaded(images))
+
+
+@pytest.mark.parametrize("name", ["magnitude", "sensitiveness"])
+def test_compiled_parts_stay_compiled_after_many_prunes(name: str, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    runs: list[int] = []  # of compiled code, by the number of its operations
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        def run(*args: Any) -> Any:
+            runs.append(len(graph.graph.nodes))
+            return graph.forward(*args)
+
+        return run
+
+    in_first_steps: list[int] = []
+
+    class Runs(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            runs.clear()
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
+            if index == 0:
+                in_first_steps.append(len(runs))
+
+    module = battery.ResidualClassifier()
+    module.compile(backend=backend)
+    callback = battery.make_callback(name, steps=6, round_to=1)
+    battery.train(tmp_path, callback, Runs(), module=module, max_epochs=9)
+    assert callback.steps_done == 6
+    assert len(in_first_steps) == 9
+    assert min(in_first_steps) > 0
 
 
 # -- several processes -------------------------------------------------------------------------------------------------
