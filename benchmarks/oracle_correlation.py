@@ -137,6 +137,7 @@ def table(results: Results) -> str:
         rows = {
             name: [[found[name][column] for found in seeds.values()] for column in COLUMNS]
             for name in criteria_to_compare(seed=0)
+            if all(name in found for found in seeds.values())  # else it is yet to be run
         }
         best = max(rows, key=lambda name: max(map(statistics.mean, rows[name][1:])))
         for name, columns in sorted(rows.items(), key=lambda row: -max(map(statistics.mean, row[1][1:]))):
