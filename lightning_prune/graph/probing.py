@@ -1,9 +1,11 @@
 """Try channel groups out on a smaller network before anyone relies on them."""
 
+import itertools
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.coupling import Coupling
 from lightning_prune.graph.forward import Forward, Index
-from lightning_prune.graph.tracer import Known, Labels, Note, Record, Tables, Tie, Tracer, is_user_code
+from lightning_prune.graph.tracer import Call, Known, Labels, Note, Record, Tables, Tie, Tracer, is_user_code
 
-__all__ = ["Finding", "Prober"]
+__all__ = ["UNEXPLAINED", "Finding", "Prober"]
 
 _WHY = "relies on the number of its channels"
 
@@ -43,6 +45,9 @@ class Finding:
         return Note(torch.from_numpy(labels), self.module, self.why)
 
 
+UNEXPLAINED = Finding(frozenset(), "", "")  # to be looked for again with the record of the whole network
+
+
 def _line_of(raised: Exception) -> str:
     line, trace = "", raised.__traceback__
     while trace is not None:
@@ -51,6 +56,21 @@ def _line_of(raised: Exception) -> str:
             line = f" ({os.path.basename(code.co_filename)}:{trace.tb_lineno})"
         trace = trace.tb_next
     return line
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Which channels are missing in a run.
+
+    Attributes:
+        groups: The groups that lose about half of their channels, by index.
+        which: The channels that they lose: "first", "last", or some "everywhere".
+        training: The mode to run in.
+    """
+
+    groups: Sequence[int]
+    which: str
+    training: bool
 
 
 @dataclass(frozen=True)
@@ -83,13 +103,18 @@ class _Trial(Tracer):
         tables: Rules and costs.
         known: What the whole network has shown.
         whole: Its record, if it is at hand.
+        sample: Which channels are missing.
         left: (labels,) which labels are left.
     """
 
-    def __init__(self, tables: Tables, known: Known, whole: Record | None, left: np.ndarray) -> None:
+    def __init__(self, tables: Tables, known: Known, whole: Record | None, sample: _Sample, left: np.ndarray) -> None:
         super().__init__(tables, known)
-        self.whole, self.left = whole or Record(), torch.from_numpy(left)
+        self.whole, self.sample, self.left = whole or Record(), sample, torch.from_numpy(left)
         self.failures: list[_Failure] = []
+        self.alike: set[tuple[int, int]] = set()
+
+    def tie_parts(self, labels: Labels, size: int) -> None:
+        """Tie nothing: parts of equal size may be so by chance, and it shows elsewhere if they are the wrong ones."""
 
     def instead(self, visit: tuple[str, int], start: int, inputs: Any, raised: Exception) -> Any:
         """Note the failure where it happened first, and return what the module would have returned."""
@@ -98,8 +123,8 @@ class _Trial(Tracer):
         if before is not None and (before.start != start or not _plain(before.output)):
             before = None
         if not self.failures or self.failures[-1].raised is not raised:
-            given = self._all_labels([] if self.running is None else self.running.given)
-            likely = list(record.passed[-1].values()) if record.passed else [], self._all_labels(inputs)
+            given = self.labels_of([] if self.running is None else self.running.given)
+            likely = list(record.passed[-1].values()) if record.passed else [], self.labels_of(tree_leaves(inputs))
             noted = len(record.ties), len(record.holds)
             self.failures.append(_Failure(visit, raised, given, likely, at, before.stop if before else at, noted))
             self.running = None
@@ -109,9 +134,6 @@ class _Trial(Tracer):
         record.passed[at:] = [{}] * (before.stop - at)
         del record.passed[before.stop :]
         return tree_map(self._less, before.output)
-
-    def _all_labels(self, values: Any) -> list[Labels]:
-        return [labels for leaf in tree_leaves(values) for labels in self.all_labels(leaf).values()]
 
     def _less(self, leaf: Any) -> Any:
         """Return a tensor of the whole network without the channels that are missing."""
@@ -132,10 +154,20 @@ def _plain(output: Any) -> bool:
 
 
 _SIMPLE = (int, float, str, type(None))
+_NONE = torch.zeros(0, dtype=torch.int64)
 
 
 class _Stop(BaseException):
     """The place that was looked for has been reached."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where something happens: the module, the line of code, and the labels that the operator there was given."""
+
+    module: str
+    line: str
+    given: list[Labels]
 
 
 class _Locator(_Trial):
@@ -144,11 +176,12 @@ class _Locator(_Trial):
     def __init__(self, kind: str, length: int, *args: Any) -> None:
         super().__init__(*args)
         self.kind, self.length = kind, length
-        self.found: tuple[str, str] | None = None
+        self.found: _Place | None = None
+        self.given: list[Labels] = []
 
     def _note(self) -> None:
         if self.found is None and len(getattr(self.record, self.kind)) >= self.length:
-            self.found = (self.where(), self.line())
+            self.found = _Place(self.where(), self.line(), self.given)
             raise _Stop
 
     def tie(self, first: Labels | None, second: Labels | None, why: str) -> None:
@@ -159,8 +192,9 @@ class _Locator(_Trial):
         super().hold(labels, why)
         self._note()
 
-    def _follow(self, *args: object) -> None:
-        super()._follow(*args)  # type: ignore[arg-type]
+    def _apply(self, rule: Callable[[Tracer, Call], None], call: Call, tensors: list[Tensor]) -> None:
+        self.given = self.labels_of(tensors)
+        super()._apply(rule, call, tensors)
         self._note()
 
 
@@ -190,8 +224,8 @@ class Prober:
         self.tables = Tables(tables.rules, {})
         self.free = coupling.group_of >= 0
 
-    def probe(self, training: bool, whole: Record | None) -> tuple[list[Finding], Record]:
-        """Run once with about half of the channels of all groups.
+    def probe(self, training: bool, whole: Record | None) -> tuple[list[Finding], _Trial]:
+        """Run once with about half of the channels of all groups, and more often if channels are cut.
 
         Args:
             training: The mode to run in.
@@ -199,14 +233,47 @@ class Prober:
                 not explained.
 
         Returns:
-            What was found, and the record of the run.
+            What was found, and the first run.
         """
-        stays = self._stays(range(len(self.coupling.groups)))
-        trial = self._try(stays, training, whole)
-        bad_tie, held = self._first_bad_tie(trial.record.ties), self._held(trial.record)
+        every = _Sample(range(len(self.coupling.groups)), "everywhere", training)
+        trial = self._try(every, whole)
         if whole is None:  # without which nothing can be explained
-            fits = not trial.failures and bad_tie is None and not held
-            return [] if fits else [Finding(frozenset(), "", "")], trial.record
+            record = trial.record
+            fits = not trial.failures and self._first_bad_tie(record.ties) is None and not self._held(record)
+            return [] if fits else [UNEXPLAINED], trial
+        findings = self._explained(trial, whole)
+        # A wrong place can be right by chance: a quarter of one half is one half of a quarter.
+        for sample in self._samples(every) if self.cuts(whole) else ():
+            if findings:
+                break
+            findings = self._explained(self._try(sample, whole), whole)
+        return findings, trial
+
+    def cuts(self, whole: Record) -> bool:
+        """Tell whether channels that may leave are cut somewhere."""
+        return any(self.free[labels.numpy()].any() for labels in whole.cut)
+
+    def covers(self, trial: _Trial, whole: Record) -> bool:
+        """Tell whether a run did all that the whole network does, in order, to just the channels that are left."""
+        steps = iter(zip(trial.record.course, trial.record.passed, strict=True))
+        return all(
+            any(did == does and self._alike(trial, before, after) for did, after in steps)
+            for does, before in zip(whole.course, whole.passed, strict=True)
+        )
+
+    def _samples(self, every: _Sample) -> Iterator[_Sample]:
+        """Remove from either end of all groups, then from some so that each loses channels where another does not."""
+        yield replace(every, which="first")
+        yield replace(every, which="last")
+        # All groups are in equally many of the runs, and no two in the same.
+        count = len(every.groups)
+        runs = next(runs for runs in itertools.count(2) if math.comb(runs, runs // 2) >= count)
+        members = list(zip(every.groups, itertools.combinations(range(runs), runs // 2), strict=False))
+        for run in range(runs) if count > 1 else ():
+            yield _Sample([group for group, within in members if run in within], "first", every.training)
+
+    def _explained(self, trial: _Trial, whole: Record) -> list[Finding]:
+        bad_tie, held = self._first_bad_tie(trial.record.ties), self._held(trial.record)
         # What comes after channels have met others than their own may only be due to that.
         failures = [
             failure
@@ -214,32 +281,36 @@ class Prober:
             if (bad_tie is None or failure.noted[0] <= bad_tie) and (not held or failure.noted[1] <= held[0])
         ]
         if failures:
-            findings = self._blamed(failures, trial, stays, training)
-        elif bad_tie is not None or held:
-            findings = [self._misplaced(trial, bad_tie, held, stays, training)]
-        elif trial.record.course != whole.course:
-            findings = [self._astray(trial, stays, training)]
-        else:
-            findings = []
-        return findings, trial.record
+            return self._blamed(failures, trial)
+        if bad_tie is not None or held:
+            return [self._misplaced(trial, bad_tie, held)]
+        if trial.record.course != whole.course:
+            return [self._astray(trial)]
+        shifted = self._first_shift(trial, 0, len(whole.course))
+        return [] if shifted is None else [self._cut(trial, shifted)]
 
-    def _stays(self, groups: Iterable[int]) -> Index:
+    def _stays(self, sample: _Sample) -> Index:
         names = list(self.coupling.groups)
         kept = {}
-        for number in groups:
+        for number in sample.groups:
             size = self.coupling.groups[names[number]].size
             every = torch.arange(size)
-            # Not everywhere the same share: groups that must not be mistaken for each other become unlike.
-            kept[names[number]] = every[1::2] if number % 2 == 0 or size < 4 else every[every % 3 != 1]
-            if size == 3:
+            if sample.which == "first":
+                kept[names[number]] = every[size // 2 :]
+            elif sample.which == "last":
+                kept[names[number]] = every[: (size + 1) // 2]
+            elif size == 3:
                 kept[names[number]] = every[1:]
+            else:  # not everywhere the same share: groups that must not be mistaken for each other become unlike
+                kept[names[number]] = every[1::2] if number % 2 == 0 or size < 4 else every[every % 3 != 1]
         graph = ChannelGraph(self.forward.part, self.coupling.groups, self.coupling.held, self.forward.shapes, {})
         return graph.plan(kept).index()
 
-    def _try(self, stays: Index, training: bool, whole: Record | None) -> _Trial:
-        trial = _Trial(self.tables, self.known, whole, self._left(stays))
+    def _try(self, sample: _Sample, whole: Record | None) -> _Trial:
+        stays = self._stays(sample)
+        trial = _Trial(self.tables, self.known, whole, sample, self._left(stays))
         try:
-            self.forward.run(trial, stays, training)
+            self.forward.run(trial, stays, sample.training)
         except Exception as raised:
             if not trial.failures:
                 trial.instead(("the model", 0), len(trial.record.course), (), raised)
@@ -257,7 +328,7 @@ class Prober:
 
     # -- what was found --------------------------------------------------------------------------------------------
 
-    def _misplaced(self, trial: _Trial, bad_tie: int | None, held: list[int], stays: Index, training: bool) -> Finding:
+    def _misplaced(self, trial: _Trial, bad_tie: int | None, held: list[int]) -> Finding:
         """Name the first place where channels meet others than their own, or something holds on to them."""
         record = trial.record
         if bad_tie is not None:
@@ -268,32 +339,48 @@ class Prober:
         shifted = self._first_shift(trial, 0, len(record.course))
         if shifted is not None:
             kind, length = "course", shifted + 1
-        module, line = self._locate(kind, length, trial, stays, training)
+        place = self._locate(kind, length, trial)
         site = trial.split_ties.get(bad_tie) if bad_tie is not None else None
-        return Finding(self._groups([labels]), module, f"{_WHY}{line}", site)
+        return Finding(self._groups([labels]), place.module, f"{_WHY}{place.line}", site)
+
+    def _cut(self, trial: _Trial, shifted: int) -> Finding:
+        """Name the channels that an operator cuts at a wrong place."""
+        place = self._locate("course", shifted + 1, trial)
+        groups = self._groups(place.given) or self._culprits(
+            trial, lambda again: self._first_shift(again, 0, shifted + 1) is not None
+        )
+        return Finding(groups, place.module, f"{_WHY}{place.line}")
 
     def _held(self, record: Record) -> list[int]:
         return [i for i, note in enumerate(record.holds) if self.free[note.labels.numpy()].any()]
 
-    def _locate(self, kind: str, length: int, trial: _Trial, stays: Index, training: bool) -> tuple[str, str]:
-        locator = _Locator(kind, length, self.tables, self.known, trial.whole, self._left(stays))
+    def _locate(self, kind: str, length: int, trial: _Trial) -> _Place:
+        stays = self._stays(trial.sample)
+        locator = _Locator(kind, length, self.tables, self.known, trial.whole, trial.sample, self._left(stays))
         with suppress(_Stop, Exception):
-            self.forward.run(locator, stays, training)
-        return locator.found or ("the model", "")
+            self.forward.run(locator, stays, trial.sample.training)
+        return locator.found or _Place("the model", "", [])
 
     def _first_shift(self, trial: _Trial, start: int, stop: int) -> int | None:
         """Find the first of some operators whose output does not have just the channels that are left of it."""
-        component, left = self.coupling.component, trial.left.numpy()
         whole, record = trial.whole, trial.record
-        none = torch.zeros(0, dtype=torch.int64)
         for i in range(start, min(stop, len(whole.course), len(record.course))):
             if record.course[i][0] is not whole.course[i][0]:
                 return None
-            for axis in whole.passed[i].keys() | record.passed[i].keys():
-                before, after = whole.passed[i].get(axis, none).numpy(), record.passed[i].get(axis, none).numpy()
-                if not np.array_equal(component[before[left[before]]], component[after]):
-                    return i
+            if not self._alike(trial, whole.passed[i], record.passed[i]):
+                return i
         return None
+
+    def _alike(self, trial: _Trial, whole: dict[int, Labels], passed: dict[int, Labels]) -> bool:
+        """Tell whether an output has just the channels that are left of what it has in the whole network."""
+        for axis in whole.keys() | passed.keys():
+            before, after = whole.get(axis, _NONE), passed.get(axis, _NONE)
+            both = id(before), id(after)  # most operators pass on the very labels that they are given
+            if both not in trial.alike:
+                if not torch.equal(before[trial.left[before]], after):
+                    return False
+                trial.alike.add(both)
+        return True
 
     def _first_bad_tie(self, ties: list[Tie]) -> int | None:
         lengths: list[int] = []
@@ -321,7 +408,7 @@ class Prober:
         found = [self.coupling.group_of[along.numpy()] for along in labels]
         return frozenset(np.unique(np.concatenate(found)).tolist()) - {-1} if found else frozenset()
 
-    def _blamed(self, failures: list[_Failure], trial: _Trial, stays: Index, training: bool) -> list[Finding]:
+    def _blamed(self, failures: list[_Failure], trial: _Trial) -> list[Finding]:
         """Hold what the operators that failed were given or, where Python code failed, what makes it fail.
 
         That is most often what the last operator returned, or what the module was given; further runs, in which
@@ -331,39 +418,40 @@ class Prober:
         for cause in (0, 1):
             likely = {f.visit: self._groups(f.likely[cause]) for f in failures if not suspects[f.visit]}
             if any(likely.values()):
-                again = self._try(self._stays(sorted(frozenset().union(*likely.values()))), training, trial.whole)
+                groups = sorted(frozenset().union(*likely.values()))
+                again = self._try(replace(trial.sample, groups=groups), trial.whole)
                 suspects.update({f.visit: likely[f.visit] for f in again.failures if f.visit in likely})
         findings, resumed = [], 0
         for failure in failures:
-            if suspects[failure.visit]:
-                module, line = failure.visit[0], _line_of(failure.raised)
-                shifted = self._first_shift(trial, resumed, failure.at)
-                if shifted is not None:
-                    module, line = self._locate("course", shifted + 1, trial, stays, training)
-                findings.append(Finding(suspects[failure.visit], module, f"{_WHY}{line}"))
+            shifted = self._first_shift(trial, resumed, failure.at)
+            if shifted is not None:
+                findings.append(self._cut(trial, shifted))
+            elif suspects[failure.visit]:
+                why = f"{_WHY}{_line_of(failure.raised)}"
+                findings.append(Finding(suspects[failure.visit], failure.visit[0], why))
             resumed = failure.resumed
-        return findings or [self._searched(failures[0], training)]
+        return findings or [self._searched(failures[0], trial)]
 
-    def _searched(self, failure: _Failure, training: bool) -> Finding:
+    def _searched(self, failure: _Failure, trial: _Trial) -> Finding:
         """Search for what makes code fail that gives no hint."""
-        groups = self._culprits(lambda some: bool(self._try(self._stays(some), training, None).failures))
+        groups = self._culprits(trial, lambda again: bool(again.failures))
         return Finding(groups, failure.visit[0], f"{_WHY}{_line_of(failure.raised)}")
 
-    def _astray(self, trial: _Trial, stays: Index, training: bool) -> Finding:
+    def _astray(self, trial: _Trial) -> Finding:
         """Find the groups whose size changes what the network does, or a number that it computes with."""
         expected, course = trial.whole.course, trial.record.course
         at = next((i for i, (a, b) in enumerate(zip(expected, course, strict=False)) if a != b), len(course) - 1)
-        module, line = self._locate("course", at + 1, trial, stays, training)
-        groups = self._culprits(lambda some: self._try(self._stays(some), training, None).record.course != expected)
-        return Finding(groups, module, f"computes with the number of its channels{line}")
+        place = self._locate("course", at + 1, trial)
+        groups = self._culprits(trial, lambda again: again.record.course != expected)
+        return Finding(groups, place.module, f"computes with the number of its channels{place.line}")
 
-    def _culprits(self, bad: Callable[[list[int]], bool]) -> frozenset[int]:
+    def _culprits(self, trial: _Trial, bad: Callable[[_Trial], bool]) -> frozenset[int]:
         """Narrow down the groups that must be small for something to go wrong, by halves."""
-        suspects = list(range(len(self.coupling.groups)))
+        suspects = trial.sample.groups
         while len(suspects) > 1:
             half = len(suspects) // 2
             for part in (suspects[:half], suspects[half:]):
-                if bad(part):
+                if bad(self._try(replace(trial.sample, groups=part), trial.whole)):
                     suspects = part
                     break
             else:

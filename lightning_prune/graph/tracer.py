@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -151,6 +152,7 @@ class Record:
         course: The rule that each operator followed, and the numbers it was given;
             two passes of the same course do the same thing.
         passed: The labels that each of these operators gave to its first output.
+        cut: The labels along each axis that an operator passed some of on, and others not.
         visits: The runs of every module, by its name and how often it had run before.
     """
 
@@ -162,6 +164,7 @@ class Record:
     costs: list[CostTerm] = field(default_factory=list)
     course: list[tuple[Any, ...]] = field(default_factory=list)
     passed: list[dict[int, Labels]] = field(default_factory=list)
+    cut: list[Labels] = field(default_factory=list)
     visits: dict[tuple[str, int], Visit] = field(default_factory=dict)
 
     def extend(self, other: "Record") -> None:
@@ -217,7 +220,8 @@ def tensors_in(value: Any) -> list[Tensor]:
 class Tracer(TorchDispatchMode):
     """Carry labels through the operators of a forward pass and record what they say about channels.
 
-    The methods `tie`, `hold`, `inexact`, `produce`, `read` and `cost` are the vocabulary of the rules.
+    The methods `tie`, `tie_parts`, `hold`, `inexact`, `produce`, `read`, `computes_with` and `cost` are the vocabulary
+    of the rules.
 
     Args:
         tables: The rules and costs.
@@ -261,6 +265,11 @@ class Tracer(TorchDispatchMode):
         """Return the labels of a tensor by axis; axes without labels are absent."""
         return getattr(tensor, "_channel_labels", None) or {}
 
+    @classmethod
+    def labels_of(cls, tensors: list[Any]) -> list[Labels]:
+        """Return the labels of all axes of some tensors."""
+        return [labels for tensor in tensors for labels in cls.all_labels(tensor).values()]
+
     @staticmethod
     def set_labels(tensor: Tensor, axes: Mapping[int, Labels | None]) -> None:
         """Give a tensor its labels by axis; None for an axis whose positions cannot be removed."""
@@ -291,6 +300,12 @@ class Tracer(TorchDispatchMode):
             return
         self.record.ties.append(Tie(first, second, self.where(), why, self.of_weights))
 
+    def tie_parts(self, labels: Labels, size: int) -> None:
+        """Make the channels at equal places of all parts of some size leave together."""
+        first, *others = labels.split(size)
+        for part in others:
+            self.tie(first, part, "is split into parts")
+
     def hold(self, labels: Labels | None, why: str) -> None:
         """Keep channels whole, with the reason; the name of the module that runs is put before it."""
         if labels is not None:
@@ -310,6 +325,10 @@ class Tracer(TorchDispatchMode):
         """Note that these positions of a weight read channels."""
         if labels is not None:
             self.record.read.append(labels)
+
+    def computes_with(self, number: float) -> None:
+        """Note a number that the operator computes with, which must stay the same when channels leave."""
+        self.record.course[-1] += (number,)
 
     def cost(self, coefficient: int, *axes: Labels | int) -> None:
         """Add operations: the coefficient times the length of every axis, given by its labels or as a number."""
@@ -457,6 +476,7 @@ class Tracer(TorchDispatchMode):
         self._apply(entry.rule, call, tensors)
 
     def _apply(self, rule: Callable[["Tracer", Call], None], call: Call, tensors: list[Tensor]) -> None:
+        given = self.labels_of(tensors)  # now, because a rule may give other labels to what is changed in place
         try:
             rule(self, call)
         except Exception as raised:  # a rule that was not made for this: as good as none
@@ -465,6 +485,9 @@ class Tracer(TorchDispatchMode):
                     self.hold(labels, f"runs {call.name} in a way that its rule does not know ({raised!r})")
         outputs = call.outputs
         self.record.passed.append(self.all_labels(outputs[0]) if outputs else {})
+        for made in self.labels_of(outputs):
+            if given and not any(made is each for each in given):  # most often one is
+                self.record.cut.extend(_cut(made, given))
 
     def _custom_function(self) -> str:
         """Name the autograd function of the user that runs now, if one does."""
@@ -485,6 +508,13 @@ class Tracer(TorchDispatchMode):
         entry = _Entry(rule, self.tables.costs.get(name), SHAPES.get(name), pointwise, name in _NEEDS_VALUES)
         self._entries[func] = entry
         return entry
+
+
+def _cut(made: Labels, given: list[Labels]) -> list[Labels]:
+    """Return the labels along those of some axes that one made of them has only some of."""
+    found = np.isin(np.concatenate(given), made.numpy(), kind="table")
+    parts = np.split(found, np.cumsum([len(each) for each in given[:-1]]))
+    return [each for each, part in zip(given, parts, strict=True) if part.any() and not part.all()]
 
 
 def _custom_functions(kind: Any) -> Iterator[tuple[Any, str]]:

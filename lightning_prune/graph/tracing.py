@@ -14,7 +14,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph, Held, Term
 from lightning_prune.graph.costs import COSTS
 from lightning_prune.graph.coupling import Coupling, couple
 from lightning_prune.graph.forward import Forward, as_call
-from lightning_prune.graph.probing import Finding, Prober
+from lightning_prune.graph.probing import UNEXPLAINED, Finding, Prober
 from lightning_prune.graph.rules import RULES
 from lightning_prune.graph.tracer import CostTerm, Known, Note, Record, Tables, Tracer
 from lightning_prune.progress import progress
@@ -122,19 +122,16 @@ class _Search:
         if not coupling.groups:
             return []
         prober = Prober(self.forward, coupling, self.tables, self.known)
-        seen: list = []
         if training is not None or not self.with_training:
-            findings, record = prober.probe(True, training)
+            findings, trial = prober.probe(True, training)
             if findings:
                 return findings
-            seen = record.course
-        return [] if _contains(seen, evaluation.course) else prober.probe(False, evaluation)[0]
-
-
-def _contains(course: list, other: list) -> bool:
-    """Tell whether one course is part of another, in order."""
-    steps = iter(course)
-    return all(step in steps for step in other)
+            # Where channels are cut is compared with what the whole network does in the same mode.
+            if training is None and len(trial.record.cut) != len(evaluation.cut):
+                return [UNEXPLAINED]
+            if (training is not None or not prober.cuts(evaluation)) and prober.covers(trial, evaluation):
+                return []
+        return prober.probe(False, evaluation)[0]
 
 
 def _with_parents(name: str) -> list[str]:

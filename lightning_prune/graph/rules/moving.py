@@ -171,7 +171,7 @@ def part(tracer: Tracer, call: Call) -> None:
     own = call.operator(labels, 0, *call.args[2:], **{k: v for k, v in call.kwargs.items() if k != "dim"})
     size = len(own)
     if size and len(labels) % size == 0 and torch.equal(own, labels[(start := _start(labels, own)) : start + size]):
-        _equal_parts(tracer, labels, size)
+        tracer.tie_parts(labels, size)
     elif not size:
         tracer.hold(labels, "has none of its channels taken")
     tracer.set_labels(output, {**tracer.all_labels(x), axis: own})
@@ -180,13 +180,6 @@ def part(tracer: Tracer, call: Call) -> None:
 
 def _start(labels: Labels, own: Labels) -> int:
     return int((labels == own[0]).nonzero()[0, 0])
-
-
-def _equal_parts(tracer: Tracer, labels: Labels, size: int) -> None:
-    """Tie the channels at equal places of all parts of some size."""
-    first = labels[:size]
-    for part_of in labels.split(size)[1:]:
-        tracer.tie(first, part_of, "is split into parts")
 
 
 @rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.unsafe_chunk")
@@ -199,7 +192,7 @@ def split(tracer: Tracer, call: Call) -> None:
     known = dict(tracer.all_labels(x))
     parts = labels.split(sizes) if labels is not None else [None] * len(sizes)
     if labels is not None and len(set(sizes)) == 1:
-        _equal_parts(tracer, labels, sizes[0])
+        tracer.tie_parts(labels, sizes[0])
     for output, own in zip(call.outputs, parts, strict=True):
         tracer.set_labels(output, {**known, axis: own})
 
@@ -213,7 +206,7 @@ def gated(tracer: Tracer, call: Call) -> None:
     known = dict(tracer.all_labels(x))
     if labels is not None:
         size = len(labels) // 2
-        _equal_parts(tracer, labels, size)
+        tracer.tie_parts(labels, size)
         known[axis] = labels[:size]
     tracer.set_labels(call.output, known)
 
@@ -348,6 +341,6 @@ def channel_shuffle(tracer: Tracer, call: Call) -> None:
     known = dict(tracer.all_labels(x))
     labels = known.get(1)
     if labels is not None:
-        _equal_parts(tracer, labels, len(labels) // groups)
+        tracer.tie_parts(labels, len(labels) // groups)
         known[1] = labels.view(groups, -1).t().reshape(-1)
     tracer.set_labels(call.output, known)

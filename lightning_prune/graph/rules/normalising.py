@@ -44,6 +44,7 @@ def group_norm(tracer: Tracer, call: Call) -> None:
     if labels is not None:
         first = labels.view(groups, -1)[:, :1].expand(groups, len(labels) // groups).reshape(-1)
         tracer.tie(labels, first, "is normalised in groups")
+        tracer.computes_with(len(labels) // groups)
     tracer.set_labels(call.outputs[0], tracer.all_labels(x))
 
 
