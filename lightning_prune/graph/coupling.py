@@ -246,7 +246,7 @@ def _assemble(
 
     groups: dict[str, Group] = {}
     whole: dict[str, Held] = {}
-    index_of_group = np.full(int(label_group.max(initial=-1)) + 1, -1)
+    index_of_group = np.full(int(label_group.max(initial=-1)) + 2, -1)  # the last is for labels in none, numbered -1
     for number in sorted(parts):
         group, reason = _group(parts[number], record, component, held, inexact, sides)
         if reason:
@@ -258,8 +258,7 @@ def _assemble(
             name = group.name if group.name not in groups else f"{group.name}#{number}"
             index_of_group[number] = len(groups)
             groups[name] = Group(name, *list(group.__dict__.values())[1:])
-    group_of = np.where(label_group >= 0, index_of_group[label_group], -1)
-    return Coupling(groups, whole, component, group_of, label_channel)
+    return Coupling(groups, whole, component, index_of_group[label_group], label_channel)
 
 
 def _group(

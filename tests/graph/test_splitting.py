@@ -315,6 +315,25 @@ def test_refusals():
         lp.trace(nn.Sequential(nn.Conv2d(3, 4, 1)), IMAGE, module="network")
 
 
+class Pieces(nn.Module):
+    """Returns its output piece by piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor):
+        yield self.stem(x)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Conv2d(3, 8, 1, dtype=torch.complex64), Pieces()])
+def test_nothing_is_seen_to_make_channels(model: nn.Module):
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    graph = lp.trace(model, IMAGE.to(dtype))
+    assert not graph.groups
+    assert not graph.held
+
+
 def test_ignored_modules_are_held_with_the_pattern():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
     graph = lp.trace(model, IMAGE, ignore=["0"])
