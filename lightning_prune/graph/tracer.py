@@ -10,19 +10,21 @@ only leave together. What happens to the labels at each operator is said in one 
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.shapes import SHAPES
 
 __all__ = [
-    "FIXED", "Call", "CostTerm", "Known", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "Visit",
+    "FIXED", "Call", "Constants", "CostTerm", "Known", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "Visit",
     "is_user_code",
 ]  # fmt: skip
 
@@ -31,6 +33,8 @@ FIXED = 0  # the label of a position that no parameter can remove, such as a zer
 
 _FOREIGN = (os.path.join(os.path.dirname(torch.__file__), ""), os.path.join(os.path.dirname(__file__), ""), "<")
 _NEEDS_VALUES = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.masked_select")
+_MAKES_CONSTANTS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+_TAKES_NUMBERS = ("aten.lift_fresh", "aten.scalar_tensor", "aten.full", "aten.full_like", "aten.new_full")
 
 
 def is_user_code(file: str) -> bool:
@@ -204,7 +208,7 @@ class _Entry:
     rule: Callable[["Tracer", Call], None]
     cost: Callable[["Tracer", Call], None] | None
     shape: Callable[..., Any] | None
-    pointwise: bool
+    takes_numbers: bool
     needs_values: bool
 
 
@@ -215,6 +219,30 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, tuple | list):
         return [tensor for item in value for tensor in tensors_in(item)]
     return []
+
+
+class Constants(TorchFunctionMode):
+    """Tell a tracer the number that a tensor is made of, which one without data does not show.
+
+    Args:
+        tracer: The tracer.
+    """
+
+    def __init__(self, tracer: "Tracer") -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _MAKES_CONSTANTS and not self.tracer.muted:
+            found = _numbers(tree_leaves((args, kwargs)))
+            self.tracer.constant = found if len(found) == 1 else []
+        return func(*args, **(kwargs or {}))
+
+
+def _numbers(values: Iterable[Any]) -> list[float]:
+    return [value for value in values if isinstance(value, int | float)]
 
 
 class Tracer(TorchDispatchMode):
@@ -236,6 +264,7 @@ class Tracer(TorchDispatchMode):
         self.calls: list[tuple[str, Any]] = []  # of every module, what it was given and what it returned
         self.entered: Counter[str] = Counter()  # how often each module has been run
         self.failed_in = ""  # name of the innermost module that raised
+        self.constant: list[float] = []  # the number that a tensor is being made of
         self.running: Call | None = None  # the operator that failed, after an exception
         self.of_weights = False  # the operator that runs is given weights only
         self.muted = False  # inside a module that has a rule of its own
@@ -455,7 +484,7 @@ class Tracer(TorchDispatchMode):
             return output
         if entry.needs_values:
             self.unsure.add(self.where())
-        if any(map(self.all_labels, tensors)):
+        if entry.takes_numbers or any(map(self.all_labels, tensors)):
             self._follow(entry, Call(func, args, kwargs, output), tensors)
         if entry.cost is not None:  # also where no channel can be removed
             entry.cost(self, Call(func, args, kwargs, output))
@@ -468,9 +497,10 @@ class Tracer(TorchDispatchMode):
             for tensor in tensors:
                 for labels in self.all_labels(tensor).values():
                     self.hold(labels, f"runs the autograd function {custom}, whose backward pass cannot be seen")
-        if entry.pointwise:
-            numbers = (arg for arg in call.args if isinstance(arg, int | float))
+        if entry.takes_numbers:
+            numbers = _numbers([*call.args, *call.kwargs.values(), *self.constant])
             self.record.course.append((entry.rule, call.operator, *numbers))
+            self.constant = []
         else:
             self.record.course.append((entry.rule,))
         self._apply(entry.rule, call, tensors)
@@ -505,7 +535,8 @@ class Tracer(TorchDispatchMode):
         if name.endswith("_") and name not in rules:  # in place: as the operator that it is short for
             pointwise = pointwise or _is_pointwise(name[:-1]) or rules.get(name[:-1]) is rules["pointwise"]
         rule = rules.get(name) or rules["pointwise" if pointwise else "unknown"]
-        entry = _Entry(rule, self.tables.costs.get(name), SHAPES.get(name), pointwise, name in _NEEDS_VALUES)
+        takes_numbers = pointwise or name in _TAKES_NUMBERS
+        entry = _Entry(rule, self.tables.costs.get(name), SHAPES.get(name), takes_numbers, name in _NEEDS_VALUES)
         self._entries[func] = entry
         return entry
 

@@ -167,6 +167,24 @@ HELD = {
     "sizes in slices that fit any width": (hard_swap, "relies on the number of its channels"),
     "a number from the width": (scaled_by_width, "computes with the number of its channels"),
     "a branch on the width": (branching_on_width, "computes with the number of its channels"),
+    "a named number": (lambda x: torch.add(x, x, alpha=x.shape[1]), "computes with the number of its channels"),
+    "a constant": (
+        lambda x: x / torch.sqrt(torch.tensor(float(x.shape[1]))),
+        "computes with the number of its channels",
+    ),
+    "a constant on a device": (
+        lambda x: x * torch.tensor([x.shape[1] ** -0.5], device=x.device),
+        "computes with the number of its channels",
+    ),
+    "a constant like another": (lambda x: x * x.new_tensor(x.shape[1]), "computes with the number of its channels"),
+    "filled": (
+        lambda x: x * torch.full((1,), x.shape[1] ** -0.5, device=x.device),
+        "computes with the number of its channels",
+    ),
+    "filled like another": (
+        lambda x: x * torch.full_like(x, x.shape[1]),
+        "computes with the number of its channels",
+    ),
     "mean over channels": (lambda x: x * x.mean(1, keepdim=True), "takes mean over its channels"),
     "maximum over channels": (lambda x: x * x.amax(1, keepdim=True), "takes amax over its channels"),
     "softmax over channels": (lambda x: x.softmax(1), "runs softmax along its channels"),
@@ -186,6 +204,26 @@ def test_held_with_module_and_reason(case: str):
     assert why in graph.held["stem"].reason
     if why.endswith("number of its channels"):
         assert "(test_splitting.py:" in graph.held["stem"].reason
+
+
+@pytest.mark.parametrize(
+    ("after", "why"),
+    [
+        (lambda x, channels: x * channels**-0.5, "computes with the number of its channels"),
+        (lambda x, channels: x.sigmoid() if channels > 6 else x, "computes with the number of its channels"),
+        (lambda x, channels: x * 0.5, ""),
+    ],
+)
+def test_an_output_of_one_channel_tells_of_the_width(after, why: str):
+    class Narrow(Around):
+        def forward(self, x):
+            x = self.stem(x)
+            return after(self.head(x), x.shape[1])
+
+    model = Narrow(None)
+    model.head = nn.Conv2d(8, 1, 1)
+    graph = lp.trace(model, IMAGE)
+    assert why in graph.held["stem"].reason if why else "stem" in graph.groups
 
 
 class Heads(nn.Module):
