@@ -310,6 +310,16 @@ class Tracer(TorchDispatchMode):
         return getattr(tensor, "_is_weight", False)
 
     @staticmethod
+    def shift_zero(tensor: Tensor) -> None:
+        """Note that a tensor, and what is computed from it, is not zero where the weights are that it is made of."""
+        tensor._shifts_zero = True  # type: ignore[attr-defined]
+
+    @staticmethod
+    def shifts_zero(tensor: Any) -> bool:
+        """Tell whether masking the weights that a tensor is made of does not mask the tensor."""
+        return getattr(tensor, "_shifts_zero", False)
+
+    @staticmethod
     def name_of(tensor: Any) -> str:
         """Return the dotted name of a parameter or buffer, empty for any other tensor."""
         return getattr(tensor, "_dotted_name", "")
@@ -514,6 +524,9 @@ class Tracer(TorchDispatchMode):
                 for labels in self.all_labels(tensor).values():
                     self.hold(labels, f"runs {call.name} in a way that its rule does not know ({raised!r})")
         outputs = call.outputs
+        if any(map(self.shifts_zero, tensors)):
+            for output in outputs:
+                self.shift_zero(output)
         self.record.passed.append(self.all_labels(outputs[0]) if outputs else {})
         for made in self.labels_of(outputs):
             if given and not any(made is each for each in given):  # most often one is

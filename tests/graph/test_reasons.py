@@ -381,6 +381,41 @@ INEXACT: dict[str, tuple[Network, Any, str, str, dict[str, int]]] = {
 }
 
 
+def buffered(combined: Callable[[Tensor, Tensor], Tensor]) -> Network:
+    """Read channels by a parameter that is combined with a buffer."""
+
+    def run(net: Network, x: Tensor) -> Tensor:
+        return F.conv2d(net.stem(x), combined(net.weight, net.fixed)[:, :, None, None])
+
+    net = Network(run, stem=nn.Conv2d(3, 8, 1), weight=weight(2, 8))
+    net.register_buffer("fixed", torch.zeros(2, 8))
+    return net
+
+
+SHIFTED = "Network: reads channels by a weight that is not zero where its parameters are"
+COMPUTED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "exponential": (lambda w, fixed: w.exp(), SHIFTED),
+    "one plus": (lambda w, fixed: (1 + w).t().contiguous().t(), SHIFTED),
+    "softplus": (lambda w, fixed: 2 * F.softplus(w), SHIFTED),
+    "softmax over what it makes": (lambda w, fixed: w.t().softmax(-1).t(), SHIFTED),
+    "plus a buffer": (lambda w, fixed: w + fixed, SHIFTED),
+    "a buffer plus it": (lambda w, fixed: fixed + w, SHIFTED),
+    "of length one, a row each": (lambda w, fixed: w / w.norm(dim=0, keepdim=True), SHIFTED),
+    "masked by a buffer": (lambda w, fixed: fixed * w, ""),
+    "scaled and bounded": (lambda w, fixed: (w / 3).tanh().clamp(max=1), ""),
+}
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_a_computed_weight_masks_exactly_where_zero_stays_zero(case: str):
+    combined, why = COMPUTED[case]
+    model = randomised(buffered(combined)).double().eval()
+    graph = lp.trace(model, IMAGE.double())
+    assert graph.groups["stem"].inexact == why
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert why or difference(model, graph, random_plan(graph), x) <= 1e-9
+
+
 @pytest.mark.parametrize("case", INEXACT)
 def test_inexact_for_exactly_this_reason(case: str):
     model, inputs, name, why, axes = INEXACT[case]

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lightning_prune.graph.rules.table import rule
 from lightning_prune.graph.tracer import Call, Labels, Tracer, tensors_in
@@ -46,8 +48,25 @@ def _along(
 def pointwise(tracer: Tracer, call: Call) -> None:
     """Tie the arguments, broadcast together; the rule of every operator that PyTorch tags as pointwise."""
     tensors = tensors_in([*call.args, *call.kwargs.values()])
+    shifts = any(map(tracer.is_weight, tensors)) and not _keeps_zero(tracer, call)
     for output in call.outputs:
         combine(tracer, tensors, output)
+        if shifts:
+            tracer.shift_zero(output)
+
+
+def _keeps_zero(tracer: Tracer, call: Call) -> bool:
+    """Try on single numbers whether the output is zero where all tensors with labels are, or just the first of them.
+
+    Weights alone are all zero, or noted as weights that cannot be masked alone.
+    """
+    labelled = [id(tensor) for tensor in call.given if tracer.all_labels(tensor)]
+    for zeros in [labelled] if tracer.of_weights else [labelled, labelled[:1]]:
+        numbers = {id(t): torch.full([1] * t.dim(), id(t) not in zeros, dtype=t.dtype) for t in call.given}
+        args, kwargs = tree_map(lambda leaf: numbers.get(id(leaf), leaf), (call.args, call.kwargs))  # noqa: B023
+        if any(bool(output.any()) for output in tensors_in(call.operator(*args, **kwargs))):
+            return False
+    return True
 
 
 @rule(

@@ -23,7 +23,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
     inlet, outlet = (0, 1) if transposed else (1, 0)
     if groups == 1 and tracer.name_of(weight) not in tracer.grouped:
         tracer.tie(tracer.labels(x, channel), tracer.labels(weight, inlet), "reads an input of fixed size")
-        tracer.read(tracer.labels(weight, inlet))
+        _read(tracer, weight, inlet)
         made = tracer.labels(weight, outlet)
     else:
         made = _grouped(tracer, tracer.labels(x, channel), weight, x.shape[channel], groups, transposed)
@@ -32,6 +32,14 @@ def convolution(tracer: Tracer, call: Call) -> None:
         tracer.tie(made, tracer.labels(bias, 0), "has a bias of fixed size")
     batch = {0: tracer.labels(x, 0)} if channel > 0 else {}
     tracer.set_labels(call.output, {**batch, channel: made})
+
+
+def _read(tracer: Tracer, weight: Tensor, axis: int) -> None:
+    """Note that a weight reads channels along one axis, and whether its parameters can be masked in its place."""
+    labels = tracer.labels(weight, axis)
+    tracer.read(labels)
+    if tracer.shifts_zero(weight):
+        tracer.inexact(labels, "reads channels by a weight that is not zero where its parameters are")
 
 
 def _grouped(
@@ -65,7 +73,7 @@ def _contract(tracer: Tracer, left: Tensor, left_axis: int, right: Tensor, right
         tracer.inexact(summed, "sums over the product of two activations")
     for operand, inner in ((left, left_axis), (right, right_axis)):
         if tracer.is_weight(operand):
-            tracer.read(tracer.labels(operand, inner))
+            _read(tracer, operand, inner)
             outer = operand.dim() - 1 if inner % operand.dim() == operand.dim() - 2 else operand.dim() - 2
             tracer.produce(tracer.labels(operand, outer))
 
@@ -100,9 +108,9 @@ def matrix_vector_product(tracer: Tracer, call: Call) -> None:
     *bias, matrix, vector = call.args
     tracer.tie(tracer.labels(matrix, 1), tracer.labels(vector, 0), "multiplies a vector of fixed size")
     if tracer.is_weight(vector):
-        tracer.read(tracer.labels(vector, 0))
+        _read(tracer, vector, 0)
     elif tracer.is_weight(matrix):
-        tracer.read(tracer.labels(matrix, 1))
+        _read(tracer, matrix, 1)
         tracer.produce(tracer.labels(matrix, 0))
     else:
         tracer.inexact(tracer.labels(matrix, 1), "sums over the product of two activations")

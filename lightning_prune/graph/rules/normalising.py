@@ -66,3 +66,5 @@ def along_one_axis(tracer: Tracer, call: Call) -> None:
     tracer.hold(tracer.labels(x, axis), f"runs {call.name.removeprefix('aten.').lstrip('_')} along its channels")
     for output in call.outputs:
         tracer.set_labels(output, tracer.all_labels(x))
+        if call.name.endswith("softmax"):
+            tracer.shift_zero(output)
