@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.graph.coupling import Slot
 from lightning_prune.graph.modules import class_name, named_tensors, substituted
-from lightning_prune.graph.tracer import Constants, Labels, Note, Tracer
+from lightning_prune.graph.tracer import Labels, Note, Tracer, Values
 from lightning_prune.plan import PruningPlan
 
 __all__ = ["Forward", "Index", "as_call"]
@@ -91,7 +91,7 @@ class Forward:
             stand_ins = self._stand_ins(tracer, stays)
             args, kwargs = tree_map(self._input, (self.args, self.kwargs))
             stack.enter_context(substituted(self.part, stand_ins, training, watched))
-            stack.enter_context(Constants(tracer))
+            stack.enter_context(Values(tracer))
             stack.enter_context(tracer)
             output = self.part(*args, **kwargs)
         if self.real:  # outputs take memory

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_prune.graph.shapes import SHAPES
 
 __all__ = [
-    "FIXED", "Call", "Constants", "CostTerm", "Known", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "Visit",
+    "FIXED", "Call", "CostTerm", "Known", "Labels", "Note", "Record", "Tables", "Tie", "Tracer", "Values", "Visit",
     "is_user_code",
 ]  # fmt: skip
 
@@ -34,6 +34,7 @@ FIXED = 0  # the label of a position that no parameter can remove, such as a zer
 _FOREIGN = (os.path.join(os.path.dirname(torch.__file__), ""), os.path.join(os.path.dirname(__file__), ""), "<")
 _NEEDS_VALUES = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.masked_select")
 _MAKES_CONSTANTS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+_READS_VALUES = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 _TAKES_NUMBERS = ("aten.lift_fresh", "aten.scalar_tensor", "aten.full", "aten.full_like", "aten.new_full")
 
 
@@ -221,8 +222,8 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
-class Constants(TorchFunctionMode):
-    """Tell a tracer the number that a tensor is made of, which one without data does not show.
+class Values(TorchFunctionMode):
+    """Tell a tracer where a number becomes a tensor and tensors become numbers, which no operator shows.
 
     Args:
         tracer: The tracer.
@@ -238,6 +239,8 @@ class Constants(TorchFunctionMode):
         if func in _MAKES_CONSTANTS and not self.tracer.muted:
             found = _numbers(tree_leaves((args, kwargs)))
             self.tracer.constant = found if len(found) == 1 else []
+        elif func in _READS_VALUES and self.tracer.all_labels(args[0]):
+            self.tracer.unsure.add(self.tracer.where())
         return func(*args, **(kwargs or {}))
 
 

@@ -503,6 +503,8 @@ BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     "axes of one added": (lambda x: x.mean((2, 3)).view(2, 1, x.shape[1], 1).flatten(-3), [1, 4]),
     "unbound": (lambda x: torch.stack(x.unbind(-1), dim=1).mean((1, 3)), [1, 4]),
     "indexed in front": (lambda x: x[[1, 0]].mean((2, 3)), [1, 4]),
+    "masked in front": (lambda x: x[torch.tensor([True, True])].mean((2, 3)), [1, 4]),
+    "masked behind": (lambda x: x[:, :, torch.eye(8, dtype=torch.bool)].mean(2), [1, 4]),
     "indexed behind": (lambda x: x[:, :, [0, 1], [2, 3]].mean(2), [1, 4]),
 }
 FREE |= {

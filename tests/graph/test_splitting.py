@@ -191,6 +191,11 @@ HELD = {
     "one channel picked": (lambda x: x * x[:, 0].unsqueeze(1), "has its channels picked by select"),
     "a custom autograd function": (Doubling.apply, "runs the autograd function Doubling"),
     "an unknown operator": (lambda x: x.cummax(1).values, "runs aten.cummax, which has no rule"),
+    "what a mask over channels picks": (lambda x: x * x[x > 0].mean(), "has its channels picked by index"),
+    "values in a list": (
+        lambda x: x * torch.tensor(x.abs().tolist()).mean(),
+        "looks at values, and may do something else for others",
+    ),
     "complex numbers": (lambda x: torch.fft.fft2(x).real, "has no rule"),
 }
 

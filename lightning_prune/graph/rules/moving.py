@@ -233,10 +233,22 @@ def picked(tracer: Tracer, call: Call) -> None:
 def _axes_picked(call: Call) -> set[int]:
     dimensions = call.args[0].dim()
     if call.name == "aten.index":
-        return {axis for axis, index in enumerate(call.args[1]) if index is not None}
+        return _axes_indexed(call.args[1])
     if call.name == "aten.roll":  # without axes as one long row
         return {axis % dimensions for axis in call.argument(2, "dims") or range(dimensions)}
     return {call.argument(1, "dim", 0) % dimensions}
+
+
+def _axes_indexed(indices: list[Tensor | None]) -> set[int]:
+    """Return the axes that are indexed; a mask is over as many as it has itself."""
+    taken: set[int] = set()
+    axis = 0
+    for index in indices:
+        width = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            taken.update(range(axis, axis + width))
+        axis += width
+    return taken
 
 
 def _indexed(tracer: Tracer, call: Call, taken: set[int]) -> None:
