@@ -1,6 +1,5 @@
 """Run the forward pass of a model on stand-ins of its tensors, with labels on them."""
 
-import dataclasses
 import random
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -210,12 +209,18 @@ def _leaves(value: Any, seen: set[int]) -> Iterator[Tensor]:
             inside = list(value.values())
         elif isinstance(value, tuple | list | set | frozenset):
             inside = list(value)
-        elif dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
-            inside = list(vars(value).values())
         else:
-            inside = []
+            inside = _attributes(value)
         for item in inside:
             yield from _leaves(item, seen)
+
+
+def _attributes(value: Any) -> list[Any]:
+    """Return what an object holds, in its dictionary and in the slots of its classes."""
+    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for own in slots for name in ([own] if isinstance(own, str) else own) if name != "__dict__"]
+    found = [getattr(value, name) for name in names if hasattr(value, name)]
+    return [*found, *getattr(value, "__dict__", {}).values()]
 
 
 @contextmanager

@@ -294,15 +294,40 @@ class Output:
     more: dict
 
 
-def test_tensors_in_any_output_are_held():
+@dataclass(slots=True)
+class InSlots:
+    """An output that has no dictionary."""
+
+    features: Tensor
+    more: dict
+
+
+class OneSlot:
+    """Some of its attributes are in a slot, others in a dictionary, one is not set."""
+
+    __slots__ = "features"
+
+
+class TwoSlots(OneSlot):
+    """An output that inherits a slot."""
+
+    __slots__ = ("__dict__", "missing")
+
+    def __init__(self, features: Tensor, more: dict) -> None:
+        self.features, self.more = features, more
+
+
+@pytest.mark.parametrize("kind", [Output, InSlots, TwoSlots])
+def test_tensors_in_any_output_are_held(kind: type):
     class Nested(Around):
         def forward(self, x):
             x = self.stem(x)
-            return Output(self.head(x), {"list": [(x, None)]})
+            return kind(self.head(x), {"list": [(x, None)]})
 
     graph = lp.trace(Nested(None), IMAGE)
     assert not graph.groups
     assert graph.held["stem"].reason == "stem: is an output of the network"
+    assert "head" in graph.held
 
 
 def test_nested_inputs():
