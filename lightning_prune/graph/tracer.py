@@ -7,6 +7,7 @@ side; one that combines tensors element by element ties their labels. Labels tha
 only leave together. What happens to the labels at each operator is said in one table, `lightning_prune.graph.rules`.
 """
 
+import inspect
 import os
 import sys
 from collections import Counter
@@ -567,7 +568,7 @@ def _cut(made: Labels, given: list[Labels]) -> list[Labels]:
 def _custom_functions(kind: Any) -> Iterator[tuple[Any, str]]:
     """Find the code of the forward function, and the name, of every autograd function that is not part of torch."""
     for function in kind.__subclasses__():
-        code = getattr(function.forward, "__code__", None)
+        code = getattr(inspect.unwrap(function.forward), "__code__", None)
         if code is not None and is_user_code(code.co_filename):
             yield code, function.__name__
         yield from _custom_functions(function)

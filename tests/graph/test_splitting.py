@@ -161,6 +161,20 @@ class Doubling(torch.autograd.Function):
         return gradient * 2
 
 
+class Mixed(torch.autograd.Function):
+    """Written for mixed precision, which wraps both of its functions."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
 HELD = {
     "a size in a view": (hard_coded, "relies on the number of its channels"),
     "sizes in a split": (hard_split, "relies on the number of its channels"),
@@ -190,6 +204,7 @@ HELD = {
     "softmax over channels": (lambda x: x.softmax(1), "runs softmax along its channels"),
     "one channel picked": (lambda x: x * x[:, 0].unsqueeze(1), "has its channels picked by select"),
     "a custom autograd function": (Doubling.apply, "runs the autograd function Doubling"),
+    "one for mixed precision": (Mixed.apply, "runs the autograd function Mixed"),
     "an unknown operator": (lambda x: x.cummax(1).values, "runs aten.cummax, which has no rule"),
     "what a mask over channels picks": (lambda x: x * x[x > 0].mean(), "has its channels picked by index"),
     "values in a list": (
