@@ -198,7 +198,8 @@ class Known:
 
     Attributes:
         split: Which part of a split axis becomes shorter, by the line of code and the number of parts.
-        grouped: Names of the weights of grouped convolutions; one that has a single group left looks like any other.
+        grouped: Names of the weights of grouped convolutions, or where they are read if they are computed; one that has
+            a single group left looks like any other.
     """
 
     split: Mapping[tuple[str, int, int], int] = field(default_factory=dict)

@@ -387,6 +387,17 @@ def test_weight_norm_makes_channels_from_two_parameters():
         assert difference(model.eval(), graph, random_plan(graph), x) <= 1e-9
 
 
+def test_a_grouped_convolution_of_computed_weight_leaves_others_alone():
+    def normed(*sizes: int, groups: int = 1) -> nn.Module:
+        return nn.utils.parametrizations.weight_norm(nn.Conv1d(*sizes, groups=groups))
+
+    model = nn.Sequential(normed(3, 8, 1), normed(8, 8, 3, groups=8), normed(8, 16, 1), nn.ReLU(), nn.Conv1d(16, 2, 1))
+    graph = lp.trace(randomised(model.double()), torch.zeros(2, 3, 8, dtype=torch.float64))
+    assert graph.groups["2.parametrizations.weight"].size == 16
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    assert difference(model, graph, random_plan(graph, exact_only=True), x) <= 1e-9
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet; run the model once on a batch"):
         lp.trace(nn.Sequential(nn.LazyLinear(4)), IMAGE)

@@ -21,7 +21,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
         if axis > channel:
             tracer.hold(labels, "is a spatial axis of a convolution")
     inlet, outlet = (0, 1) if transposed else (1, 0)
-    if groups == 1 and tracer.name_of(weight) not in tracer.grouped:
+    if groups == 1 and _identity(tracer, weight) not in tracer.grouped:
         tracer.tie(tracer.labels(x, channel), tracer.labels(weight, inlet), "reads an input of fixed size")
         _read(tracer, weight, inlet)
         made = tracer.labels(weight, outlet)
@@ -32,6 +32,11 @@ def convolution(tracer: Tracer, call: Call) -> None:
         tracer.tie(made, tracer.labels(bias, 0), "has a bias of fixed size")
     batch = {0: tracer.labels(x, 0)} if channel > 0 else {}
     tracer.set_labels(call.output, {**batch, channel: made})
+
+
+def _identity(tracer: Tracer, weight: Tensor) -> str:
+    """Name a weight, or the place where it is read if it is computed."""
+    return tracer.name_of(weight) or tracer.where() + tracer.line()
 
 
 def _read(tracer: Tracer, weight: Tensor, axis: int) -> None:
@@ -49,7 +54,7 @@ def _grouped(
 
     A depthwise convolution is the case of one input a group, with or without a multiplier.
     """
-    tracer.grouped.add(tracer.name_of(weight))
+    tracer.grouped.add(_identity(tracer, weight))
     full, shared = tracer.labels(weight, 0), tracer.labels(weight, 1)
     tracer.hold(shared, "is the inner side of a grouped convolution")
     if full is None:
