@@ -367,6 +367,18 @@ INEXACT: dict[str, tuple[Network, Any, str, str, dict[str, int]]] = {
         f"q: {NOT_ALONE}",
         {"q.weight": 0, "q.bias": 0, "k.weight": 0, "k.bias": 0},
     ),
+    "normalised by the root of the mean square": (
+        Network(
+            lambda net, x: net.head(net.norm(net.stem(x))),
+            stem=nn.Linear(3, 8),
+            norm=nn.RMSNorm(8),
+            head=nn.Linear(8, 2),
+        ),
+        TOKENS,
+        "stem",
+        "norm: is normalised over its channels, fewer of which have other statistics",
+        {"stem.weight": 0, "stem.bias": 0, "norm.weight": 0, "head.weight": 1},
+    ),
     "read by a normalised weight": (
         Network(
             lambda net, x: net.head(net.stem(x)),

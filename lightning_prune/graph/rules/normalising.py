@@ -33,6 +33,14 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
     combine(tracer, [x, *affine], call.outputs[0])
 
 
+@rule("torch.nn.modules.normalization.RMSNorm")
+def rms_norm(tracer: Tracer, call: Call) -> None:
+    """Treat the module as the operator that it would run, were that not taken apart into a mean and more."""
+    module = call.operator
+    x = call.argument(0, "x")
+    layer_norm(tracer, Call(module, (x, module.normalized_shape, module.weight), {}, call.output))
+
+
 @rule("aten.native_group_norm")
 def group_norm(tracer: Tracer, call: Call) -> None:
     """Let whole groups of channels leave; a group's statistics do not depend on the other groups."""
