@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_prune.graph.shapes import SHAPES
 
@@ -488,9 +488,9 @@ class Tracer(TorchDispatchMode):
         entry = self._entries.get(func) or self._entry(func)
         self.running = Call(func, args, kwargs, None)
         output = NotImplemented if entry.shape is None else entry.shape(*args, **kwargs)
-        if output is NotImplemented:
-            output = func(*args, **kwargs)
         tensors = tensors_in(args) if not kwargs else tensors_in([*args, *kwargs.values()])
+        if output is NotImplemented:
+            output = _run(func, args, kwargs, tensors)
         self.of_weights = bool(tensors) and all(map(self.is_weight, tensors))
         if self.of_weights:
             for made in tensors_in(output):
@@ -564,6 +564,18 @@ def _cut(made: Labels, given: list[Labels]) -> list[Labels]:
     found = np.isin(np.concatenate(given), made.numpy(), kind="table")
     parts = np.split(found, np.cumsum([len(each) for each in given[:-1]]))
     return [each for each, part in zip(given, parts, strict=True) if part.any() and not part.all()]
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """Call an operator; constants that were made on some device meet tensors without data as ones without data too."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError:
+        writes_data = func._schema.is_mutable and not tensors[0].is_meta
+        if writes_data or len({tensor.is_meta for tensor in tensors}) < 2:
+            raise
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def _custom_functions(kind: Any) -> Iterator[tuple[Any, str]]:

@@ -129,6 +129,33 @@ def test_statistics_over_channels_are_inexact(between, why: str):
     assert why in graph.groups["stem"].inexact
 
 
+MADE_ANYWHERE = {
+    "subtracted": lambda x: x - torch.full((1, 1, 8, 8), 0.5),
+    "compared with": lambda x: x.masked_fill(torch.tril(torch.ones(8, 8)) == 0, -1.0).softmax(-1),
+    "compared with, in place": lambda x: x.clone().masked_fill_(torch.eye(8, dtype=torch.bool), 0.0),
+    "chosen by": lambda x: torch.where(torch.ones(8, 8) > 0, x, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", MADE_ANYWHERE)
+def test_a_constant_that_names_no_device_holds_nothing(case: str, monkeypatch: pytest.MonkeyPatch):
+    real = []
+    monkeypatch.setattr(
+        Forward, "real", property(lambda self: False, lambda self, value: real.append(value)), raising=False
+    )
+    assert list(lp.trace(Around(MADE_ANYWHERE[case]), IMAGE).groups) == ["stem"]
+    assert not any(real)
+
+
+def test_a_constant_beside_the_input_holds_nothing():
+    class Placed(Around):
+        def forward(self, x):
+            line = torch.linspace(0, 1, x.shape[-1]).expand(x.shape[0], 1, x.shape[-2], -1)
+            return super().forward(torch.cat([x[:, :2], line], 1))
+
+    assert list(lp.trace(Placed(torch.relu), IMAGE).groups) == ["stem"]
+
+
 def hard_coded(x: Tensor) -> Tensor:
     return x.reshape(-1, 8, 8, 8) * 2
 
