@@ -78,7 +78,8 @@ class Limits:
         self.step = np.array([round_to // math.gcd(round_to, g.width) for g in groups], dtype=np.int64)
         # The small number keeps 0.99 of 100 at 99, where the product may fall short of it.
         capped = np.array([g.size - math.floor(cap * g.size + 1e-9) for g in groups], dtype=np.int64)
-        least = -(-np.maximum(min_channels, capped) // self.step) * self.step
+        asked = np.array([max(min_channels, g.least) for g in groups], dtype=np.int64)
+        least = -(-np.maximum(asked, capped) // self.step) * self.step
         self.least = np.where(whole, self.most, np.minimum(np.maximum(least, self.step), self.most))
 
     def reachable(self, cost: CostModel) -> float:

@@ -36,6 +36,7 @@ class Group:
         readers: Where weights read them (the input side of the layers behind).
         others: What else is stored per channel: biases, normalisation.
         inexact: Why removing a channel is not the same as zeroing what is read from it; empty if it is the same.
+        least: How many must stay: two where an axis of one would be squeezed away.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Group:
     readers: tuple[Slice, ...]
     others: tuple[Slice, ...]
     inexact: str = ""
+    least: int = 1
 
     @property
     def slices(self) -> tuple[Slice, ...]:

@@ -196,6 +196,10 @@ def couple(slots: list[Slot], record: Record) -> Coupling:
     label_group, label_channel = channel_group[component], number_within[component]
     coupling = _assemble(slots, record, component, label_group, label_channel, held, inexact, (produced, read))
     coupling.pairs = _pairs(count, record.ties)
+    for axis in map(coupling.axis, record.squeezed):
+        if axis.fixed == 0 and [per_channel for _, per_channel in axis.groups] == [1]:
+            name = axis.groups[0][0]
+            coupling.groups[name] = replace(coupling.groups[name], least=2)
     return coupling
 
 

@@ -154,6 +154,7 @@ class Record:
         inexact: Channels whose removal is not the same as zeroing what is read from them.
         produced: Sides of weights that make channels.
         read: Sides of weights that read channels.
+        squeezed: Axes that would be gone if they had a single channel left.
         costs: Operations.
         course: The rule that each operator followed, and the numbers it was given;
             two passes of the same course do the same thing.
@@ -167,6 +168,7 @@ class Record:
     inexact: list[Note] = field(default_factory=list)
     produced: list[Labels] = field(default_factory=list)
     read: list[Labels] = field(default_factory=list)
+    squeezed: list[Labels] = field(default_factory=list)
     costs: list[CostTerm] = field(default_factory=list)
     course: list[tuple[Any, ...]] = field(default_factory=list)
     passed: list[dict[int, Labels]] = field(default_factory=list)
@@ -175,7 +177,7 @@ class Record:
 
     def extend(self, other: "Record") -> None:
         """Add what another pass showed about channels."""
-        for name in ("ties", "holds", "inexact", "produced", "read"):
+        for name in ("ties", "holds", "inexact", "produced", "read", "squeezed"):
             getattr(self, name).extend(getattr(other, name))
 
 
@@ -253,8 +255,8 @@ def _numbers(values: Iterable[Any]) -> list[float]:
 class Tracer(TorchDispatchMode):
     """Carry labels through the operators of a forward pass and record what they say about channels.
 
-    The methods `tie`, `tie_parts`, `hold`, `inexact`, `produce`, `read`, `computes_with` and `cost` are the vocabulary
-    of the rules.
+    The methods `tie`, `tie_parts`, `hold`, `inexact`, `produce`, `read`, `squeeze`, `computes_with` and `cost` are the
+    vocabulary of the rules.
 
     Args:
         tables: The rules and costs.
@@ -373,6 +375,11 @@ class Tracer(TorchDispatchMode):
     def computes_with(self, number: float) -> None:
         """Note a number that the operator computes with, which must stay the same when channels leave."""
         self.record.course[-1] += (number,)
+
+    def squeeze(self, labels: Labels | None) -> None:
+        """Note that this axis would be gone if it had a single channel left."""
+        if labels is not None:
+            self.record.squeezed.append(labels)
 
     def cost(self, coefficient: int, *axes: Labels | int) -> None:
         """Add operations: the coefficient times the length of every axis, given by its labels or as a number."""

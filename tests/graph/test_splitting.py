@@ -9,6 +9,7 @@ from engine import assert_pruned, difference, random_plan, randomised
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from lightning_prune.allocation import reachable
 from lightning_prune.graph.forward import Forward
 
 IMAGE = torch.zeros(2, 3, 8, 8)
@@ -127,6 +128,27 @@ def test_whole_groups_of_group_norm_leave():
 def test_statistics_over_channels_are_inexact(between, why: str):
     graph = lp.trace(Around(between), IMAGE)
     assert why in graph.groups["stem"].inexact
+
+
+SQUEEZED = {
+    "every axis of one": (lambda x: F.adaptive_avg_pool2d(x, 1).squeeze(), 2),
+    "the channels, if one": (lambda x: x.mean(3).squeeze(1).mean(-1), 2),
+    "pixels": (lambda x: F.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1), 1),
+    "several of each channel": (lambda x: F.adaptive_avg_pool2d(x, 2).flatten(1).squeeze(), 1),
+}
+
+
+@pytest.mark.parametrize("case", SQUEEZED)
+def test_channels_that_a_squeeze_would_drop_do_not_become_a_single_one(case: str):
+    between, least = SQUEEZED[case]
+    model = Around(between)
+    model.head = nn.Linear(32 if case.startswith("several") else 8, 2)
+    graph = lp.trace(model, IMAGE)
+    assert graph.groups["stem"].least == least
+    plan = lp.plan(graph, lp.criteria.magnitude(graph), reachable(graph, "params", round_to=1), "params", round_to=1)
+    lp.prune(model, plan)
+    assert model.stem.out_channels == least
+    assert model(IMAGE).shape == (2, 2)
 
 
 MADE_ANYWHERE = {

@@ -93,7 +93,17 @@ def rearrange(tracer: Tracer, call: Call) -> None:
     to = {stride: axis for axis, stride in enumerate(moved.stride())}
     for axis in known.keys() - {stride - 1000 for stride in to}:
         tracer.hold(known[axis], "has one of its channels picked out")
+    for axis in _axes_squeezed(call) & known.keys():
+        tracer.squeeze(known[axis])
     tracer.set_labels(call.output, {to[1000 + axis]: known[axis] for axis in known if 1000 + axis in to})
+
+
+def _axes_squeezed(call: Call) -> set[int]:
+    dimensions = call.args[0].dim()
+    if call.name != "aten.squeeze":
+        return set()
+    axes = call.argument(1, "dim", range(dimensions))
+    return {axis % dimensions for axis in ([axes] if isinstance(axes, int) else axes)}
 
 
 @rule("aten.view", "aten._unsafe_view", "aten.reshape")
