@@ -5,19 +5,20 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["as_written", "forget_compiled"]
+__all__ = ["as_written", "forget_compiled", "in_use"]
 
 
 def as_written() -> AbstractContextManager[object]:
     """Run what is compiled as it was written, in a context: sizes that are only tried out are not worth compiling."""
-    return torch.compiler.set_stance("force_eager") if _in_use() else nullcontext()
+    return torch.compiler.set_stance("force_eager") if in_use() else nullcontext()
 
 
 def forget_compiled() -> None:
     """Forget compiled code: it does not notice hooks that come or go, and few sizes of a network are kept at once."""
-    if _in_use():
+    if in_use():
         torch.compiler.reset()
 
 
-def _in_use() -> bool:
-    return "torch._dynamo" in sys.modules  # otherwise nothing has been compiled
+def in_use() -> bool:
+    """Tell whether anything can have been compiled."""
+    return "torch._dynamo" in sys.modules

@@ -104,6 +104,11 @@ class TaylorRankCallback(PruningCallback):
             self.listened = True
 
     @override
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        if self._collector is not None:
+            self._collector.before_backward()
+
+    @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._collector is not None:
             # Lightning divides the loss of each batch by the number of batches that a step accumulates.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.compiled import forget_compiled
+from lightning_prune.compiled import forget_compiled, in_use
 from lightning_prune.graph.channel_graph import ChannelGraph
 
 __all__ = ["check_readable", "evaluating", "sum_positions", "unwatch", "watch"]
@@ -29,6 +29,8 @@ def watch(graph: ChannelGraph, read: Read) -> list[RemovableHandle]:
         Handles for `unwatch`.
     """
     forget_compiled()
+    if in_use():
+        read = torch.compiler.disable(read)  # what is done with gradients depends on when, which compiled code forgets
     modules = dict(graph.model.named_modules())
     tensors = {part.tensor: None for group in graph.groups.values() for part in group.readers}
     handles = []

@@ -86,7 +86,9 @@ def taylor(
         collector.listen()
         with evaluating(graph.model), _all_trained(graph.model) as parameters, torch.enable_grad():
             for batch in batches:
-                found = torch.autograd.grad(loss(graph.model, batch), list(parameters.values()), allow_unused=True)
+                value = loss(graph.model, batch)
+                collector.before_backward()
+                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
                 collector.after_backward(1.0)
                 collector.before_step({n: g for n, g in zip(parameters, found, strict=True) if g is not None})
                 collector.after_batch()

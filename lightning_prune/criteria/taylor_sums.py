@@ -75,8 +75,11 @@ class Collector:
     def stop(self) -> None:
         """Leave the model as it was."""
 
+    def before_backward(self) -> None:
+        """Prepare for the backward pass of the loss: gradients of anything else do not count."""
+
     def after_backward(self, scale: float) -> None:
-        """Take what the backward passes since the last call have left.
+        """Take what the backward pass of the loss has left.
 
         Args:
             scale: What gradients must be multiplied with to be those of the mean loss.
@@ -105,7 +108,8 @@ class _Effects(Collector):
         super().__init__(graph, variant, totals)
         check_readable(graph, "The Taylor criterion")
         self._handles: list[RemovableHandle] = []
-        self._passes: dict[int, dict[str, Tensor]] = {}  # by number of examples, then by tensor that reads
+        # By number of examples, then by tensor that reads; None outside the backward pass of the loss.
+        self._passes: dict[int, dict[str, Tensor]] | None = None
 
     def listen(self) -> None:
         self._handles = watch(self.graph, self._read)
@@ -113,39 +117,49 @@ class _Effects(Collector):
     def stop(self) -> None:
         unwatch(self._handles)
         self._handles = []
-        self._passes.clear()
+        self._passes = None
+
+    def before_backward(self) -> None:
+        self._passes = {}
 
     def after_backward(self, scale: float) -> None:
-        examples = sum(self._passes)
-        found = {name: self._sum_over_examples(group) for name, group in self.graph.groups.items()}
+        passes, self._passes = self._passes or {}, None
+        examples = sum(passes)
+        found = {name: self._sum_over_examples(group, passes) for name, group in self.graph.groups.items()}
         # A mean loss has divided the gradient of each example by their number.
         self.totals.add(
             {name: total * (scale * examples) for name, total in found.items() if total is not None}, examples
         )
-        self._passes.clear()
 
     def _read(self, tensor: str, activation: Tensor, axis: int) -> Tensor | None:
+        return self._tap(tensor, activation, axis) if torch.is_grad_enabled() else None
+
+    def _tap(self, tensor: str, values: Tensor, axis: int) -> Tensor:
         """Let the gradient that flows back through one reader pass by."""
-        if not torch.is_grad_enabled():
-            return None
         # A node of its own, for the gradient through this reader alone; a leaf where nothing before it is trained.
-        tapped = activation.view_as(activation) if activation.requires_grad else activation.detach().requires_grad_()
-        tapped.register_hook(partial(self._collect, tensor, activation.detach(), axis))
+        tapped = values.view_as(values) if values.requires_grad else values.detach().requires_grad_()
+        tapped.register_hook(partial(self._collect, tensor, values.detach(), axis))
         return tapped
 
-    def _collect(self, tensor: str, activation: Tensor, axis: int, gradient: Tensor) -> None:
+    def _collect(self, tensor: str, values: Tensor, axis: int, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:  # which stands for zeros
+            return None
+        if self._passes is None:
+            # A factor on the channel would multiply this gradient too, and so act on a loss that is made of it.
+            return self._tap(tensor, gradient, axis) if gradient.requires_grad else None
         # In half precision, gradients that the loss is scaled for leave no room for a product.
-        precise = torch.promote_types(activation.dtype, torch.float32)
-        effect = sum_positions(self._absolute("position", activation.to(precise) * gradient.detach()), axis)
+        precise = torch.promote_types(values.dtype, torch.float32)
+        effect = sum_positions(self._absolute("position", values.to(precise) * gradient.detach()), axis)
         effects = self._passes.setdefault(len(effect), {})
         effects[tensor] = effects[tensor] + effect if tensor in effects else effect
+        return None
 
-    def _sum_over_examples(self, group: Group) -> Tensor | None:
+    def _sum_over_examples(self, group: Group, passes: Mapping[int, Mapping[str, Tensor]]) -> Tensor | None:
         """Return the effect of each live channel of a group, summed over examples: (live channels,)."""
         channels = self.graph.live(group.name)
         sums = []
         # Passes over equally many examples are passes over the same ones; others are examples of their own.
-        for effects in self._passes.values():
+        for effects in passes.values():
             found = [
                 effects[part.tensor][:, self.graph.positions_now(part, channels)]
                 .unflatten(1, (len(channels), -1))

@@ -182,6 +182,56 @@ def test_the_gate_needs_the_weights_that_read(tmp_path: Path) -> None:
         battery.train(tmp_path, TaylorRankCallback(variant="gate"), module=module)
 
 
+class OtherGradients(Frozen):
+    """Differentiates more than its loss; what it has found may count in it, as a penalty."""
+
+    def __init__(self, weight: float | None, shared: bool = False) -> None:
+        super().__init__()
+        self.weight, self.shared = weight, shared
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images = batch[0].clone().requires_grad_()
+        outputs = self(images)
+        loss = F.cross_entropy(outputs if self.shared else self(images), batch[1])
+        return loss + self.penalty(outputs, images)
+
+    def penalty(self, outputs: Tensor, images: Tensor) -> Tensor | float:
+        if self.weight is None:
+            torch.autograd.grad(outputs.logsumexp(1).sum(), images, retain_graph=self.shared)
+            return 0.0
+        (gradient,) = torch.autograd.grad(outputs.logsumexp(1).sum(), images, create_graph=True)
+        return self.weight * gradient.square().sum() / len(images)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("weight", [None, 0.0])
+@pytest.mark.parametrize("variant", ["a", "b", "c"])
+def test_gradients_of_something_else_do_not_count(
+    variant: str, weight: float | None, shared: bool, tmp_path: Path
+) -> None:
+    ranked = []
+    for module in (Frozen(), OtherGradients(weight, shared)):
+        callback = Keep(keep=0.5, round_to=1, variant=variant, normalize=False)
+        battery.train(tmp_path, callback, module=module, max_epochs=2)
+        ranked.append(callback.ranked)
+    for name, values in ranked[0].items():
+        assert torch.equal(values, ranked[1][name])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("variant", ["a", "c", "gate"])
+def test_a_gradient_penalty_counts_as_part_of_the_loss(variant: str, shared: bool, tmp_path: Path) -> None:
+    callback = Keep(keep=0.5, round_to=1, variant=variant, normalize=False)
+    module = OtherGradients(0.5, shared)
+    twin = copy.deepcopy(module).double()
+    battery.train(tmp_path, callback, module=module, max_epochs=2, precision="64-true")
+    expected = reference(
+        twin, doubled(), lambda model, batch: model.training_step(batch, 0) * len(batch[1]), READERS, variant
+    )
+    for name, values in callback.ranked.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-9, atol=1e-15)
+
+
 class OneForEachLayer(Frozen):
     """Every layer has an optimizer of its own; all step with the gradients of one backward pass."""
 
@@ -297,7 +347,9 @@ def test_what_has_been_compiled_before_is_watched_and_left_alone_again() -> None
         totals = Totals()
         collector = make_collector(graph, "a", totals)
         collector.listen()
-        run(images).square().sum().backward()
+        loss = run(images).square().sum()
+        collector.before_backward()
+        loss.backward()
         collector.after_backward(1.0)
         collector.stop()
         run(images).square().sum().backward()

@@ -119,6 +119,36 @@ def test_variants_by_definition(variant: str, graph: lp.graph.ChannelGraph) -> N
         torch.testing.assert_close(values, expected[name])
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+@pytest.mark.parametrize("variant", ["a", "c", "gate"])
+def test_a_loss_that_differentiates_itself(variant: str, weight: float, graph: lp.graph.ChannelGraph) -> None:
+    def penalised(model: nn.Module, batch: Any) -> Tensor:
+        images = batch[0].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(images).logsumexp(1).sum(), images, create_graph=True)
+        return loss(model, batch) + weight * gradient.square().sum() / len(images)
+
+    batches = some_batches()
+    scores = lp.criteria.taylor(graph, batches, penalised, variant, normalize=False)
+    graph.model.eval()
+    expected = reference(graph.model, batches, lambda m, batch: penalised(m, batch) * len(batch[0]), READERS, variant)
+    plain = lp.criteria.taylor(graph, batches, loss, variant, normalize=False)
+    for name, values in scores.items():
+        torch.testing.assert_close(values, expected[name])
+        assert torch.equal(values, plain[name]) == (weight == 0)
+
+
+def test_a_derivative_that_does_not_need_every_gradient(graph: lp.graph.ChannelGraph) -> None:
+    def curved(model: nn.Module, batch: Any) -> Tensor:
+        ones = torch.ones_like(batch[0])
+        _, product = torch.autograd.functional.hvp(lambda x: model(x).sum(), batch[0], ones, create_graph=True)
+        return loss(model, batch) + 0.0 * product.sum()
+
+    batches = some_batches()
+    plain = lp.criteria.taylor(graph, batches, loss)
+    for name, values in lp.criteria.taylor(graph, batches, curved).items():
+        assert torch.equal(values, plain[name])
+
+
 @pytest.mark.parametrize("variant", ["a", "b", "c"])
 def test_how_examples_are_batched_makes_no_difference(variant: str, graph: lp.graph.ChannelGraph) -> None:
     images, labels = (torch.cat(parts) for parts in zip(*some_batches(), strict=True))
