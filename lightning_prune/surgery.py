@@ -147,7 +147,7 @@ def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.
         optimizers: The optimizers that train the model, wrapped by Lightning or not.
 
     Returns:
-        The optimizers, without wrappers.
+        The optimizers, without wrappers, and those that they keep inside with state of their own.
 
     Raises:
         TypeError: If the model is wrapped for distributed training, or an optimizer cannot be sliced.
@@ -158,14 +158,10 @@ def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.
         Traceback (most recent call last):
         TypeError: LBFGS keeps its history for all parameters in one vector, which cannot lose channels; use another ...
     """
-    optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TypeError(f"The model is wrapped in {type(model).__name__}; prune `model.module` and wrap it again.")
-    for optimizer in optimizers:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"{type(optimizer).__name__} is no torch optimizer; pass the optimizers that train the model."
-            )
+    found = _with_those_inside(optimizers)
+    for optimizer in found:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
                 "LBFGS keeps its history for all parameters in one vector, which cannot lose channels; use another "
@@ -177,7 +173,30 @@ def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.
                 f"{type(optimizer).__name__} spreads its state over the ranks, where it cannot be sliced; use the "
                 f"{type(inner).__name__} in it as it is."
             )
-    return optimizers
+    return found
+
+
+def _with_those_inside(optimizers: Iterable[Any]) -> list[torch.optim.Optimizer]:
+    """Add the optimizers that others step with, as in sharpness-aware minimisation."""
+    found: list[torch.optim.Optimizer] = []
+    waiting = [_unwrapped(optimizer) for optimizer in optimizers]
+    for optimizer in waiting:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"{type(optimizer).__name__} is no torch optimizer; pass the optimizers that train the model."
+            )
+        if not any(optimizer is other or optimizer.state is other.state for other in found):
+            found.append(optimizer)
+            held = tree_leaves(list(vars(optimizer).values()))
+            waiting += [_unwrapped(inner) for inner in held if isinstance(inner, torch.optim.Optimizer)]
+    return found
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """Return what a wrapper wraps that has no state of its own, such as Lightning's."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    own = isinstance(optimizer, torch.optim.Optimizer) and getattr(inner, "state", None) is not optimizer.state
+    return optimizer if own else inner
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], plan: PruningPlan, earlier: PruningPlan | None) -> None:

@@ -259,6 +259,44 @@ def test_check_takes_off_the_wrappers_of_lightning():
     assert surgery.check(model, [LightningOptimizer(optimizer)]) == [optimizer]
 
 
+class _Around(torch.optim.Optimizer):
+    """Steps with another optimizer, and keeps state of its own besides, as sharpness-aware minimisation does."""
+
+    def __init__(self, parameters, name: str, listed: bool) -> None:
+        super().__init__(parameters, {})
+        inner = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+        self.step_inside = inner.step
+        setattr(self, name, [inner] if listed else inner)
+
+    def step(self, closure=None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["before"] = parameter.detach().clone()
+        self.step_inside()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("name", ["base_optimizer", "optimizer", "_inner"])
+def test_an_optimizer_inside_another_loses_the_same_channels(name: str, listed: bool):
+    model = network()
+    twin = copy.deepcopy(model)
+    around = _Around(model.parameters(), name, listed)
+    for trained, optimizer in ((model, around), (twin, torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9))):
+        train(trained, optimizer, 2)
+        lp.prune(trained, plan_for(trained), [optimizer])
+        train(trained, optimizer, 2)
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+        assert around.state[parameter]["before"].shape == parameter.shape
+
+
+def test_an_optimizer_inside_another_is_refused_like_any_other():
+    model = network()
+    around = _Around(model.parameters(), "base_optimizer", False)
+    around.base_optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(TypeError, match="LBFGS keeps its history"):
+        surgery.check(model, [around])
+
+
 def test_reshape_both_ways():
     model = network()
     plan = plan_for(model)

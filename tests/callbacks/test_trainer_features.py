@@ -154,6 +154,47 @@ def test_frozen_groups_stay_frozen_and_every_group_keeps_its_settings(name: str,
     assert not module.stem.weight.requires_grad
 
 
+class SharpnessAware(optim.Optimizer):
+    """Steps from where it is with the gradients of a worse place near by; the steps are those of another optimizer."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+        self.base_optimizer = optim.SGD(self.param_groups, 0.05, momentum=0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:
+        loss = torch.enable_grad()(closure)()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for parameter in parameters:
+            self.state[parameter]["before"] = parameter.clone()
+            parameter.add_(parameter.grad, alpha=0.05)
+        torch.enable_grad()(closure)()
+        for parameter in parameters:
+            parameter.copy_(self.state[parameter]["before"])
+        self.base_optimizer.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.base_optimizer.param_groups = self.param_groups
+
+
+@CALLBACKS
+def test_an_optimizer_that_steps_with_another_one(name: str, tmp_path: Path) -> None:
+    def fit(root: Path, path: Path | None = None) -> tuple[L.LightningModule, L.Trainer]:
+        module = optimized(lambda m: SharpnessAware(m.parameters()))
+        return battery.train(root, battery.make_callback(name), module=module, ckpt_path=path)
+
+    module, trainer = fit(tmp_path)
+    assert is_pruned(module)
+    for one in (trainer.optimizers[0], trainer.optimizers[0].base_optimizer):
+        assert len(one.state) == len(list(module.parameters()))
+        assert all(value.shape == p.shape for p, values in one.state.items() for value in values.values())
+    path = sorted(Path(last_path(trainer)).parent.glob("*.ckpt"))[1]
+    resumed, _ = fit(tmp_path / "resumed", path)
+    assert is_pruned(resumed)  # what the inner optimizer knew is in no checkpoint, so not to the same bits
+
+
 class ByHand(battery.ResidualClassifier):
     """Three optimizers that step in turn, each with a schedule of its own."""
 
