@@ -108,16 +108,25 @@ def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
 
 
 def refuse_averaged_models(pl_module: "pl.LightningModule", graph: ChannelGraph) -> None:
-    """Raise if the module itself holds an average of weights that can be pruned."""
-    for name, holder in pl_module.named_modules():
-        for attribute, held in (*holder._modules.items(), *vars(holder).items()):
-            for average in tree_leaves(held):
-                if isinstance(average, AveragedModel) and (source := _pruned_source(pl_module, graph, average)):
-                    raise ValueError(
-                        f"{f'{name}.{attribute}'.lstrip('.')!r} of {type(pl_module).__name__} averages the weights of "
-                        f"{source!r} in the shapes they have now, which does not follow when channels are removed; use "
-                        "Lightning's WeightAveraging or EMAWeightAveraging callback, which does."
-                    )
+    """Raise if the module or a callback of yours holds an average of weights that can be pruned."""
+    for holder, held in _held(pl_module):
+        for average in tree_leaves(held):
+            if isinstance(average, AveragedModel) and (source := _pruned_source(pl_module, graph, average)):
+                raise ValueError(
+                    f"{holder} averages the weights of {source!r} in the shapes they have now, which does not follow "
+                    "when channels are removed; use Lightning's WeightAveraging or EMAWeightAveraging callback, which "
+                    "does."
+                )
+
+
+def _held(pl_module: "pl.LightningModule") -> Iterator[tuple[str, Any]]:
+    """Return the attributes of the module, its parts and the callbacks, each with its name in words."""
+    for name, part in pl_module.named_modules():
+        for attribute, held in (*part._modules.items(), *vars(part).items()):
+            yield f"{f'{name}.{attribute}'.lstrip('.')!r} of {type(pl_module).__name__}", held
+    for callback in pl_module.trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, WeightAveraging):  # whose copies are pruned too
+            yield from ((f"{name!r} of {type(callback).__name__}", held) for name, held in vars(callback).items())
 
 
 def _pruned_source(pl_module: "pl.LightningModule", graph: ChannelGraph, average: AveragedModel) -> str | None:

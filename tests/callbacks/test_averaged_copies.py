@@ -110,3 +110,31 @@ def test_an_averaged_model_of_another_part_does_not_matter(hidden: bool, tmp_pat
     module, _ = battery.train(tmp_path, callback, module=Holding(hidden))
     assert module.other[0].out_features <= 8
     assert module.body[0].out_features == 32
+
+
+class ByHand(L.Callback):
+    """The average that many projects write for themselves."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.average = AveragedModel(pl_module.body, avg_fn=get_ema_avg_fn(0.9))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.average.update_parameters(pl_module.body)
+
+
+def without_average() -> Holding:
+    module = Holding(hidden=True)
+    module.averages, module.on_train_batch_end = None, lambda *_: None
+    return module
+
+
+def test_an_averaged_model_that_a_callback_holds_is_refused(tmp_path: Path) -> None:
+    said = "'average' of ByHand averages the weights of 'body' in the shapes they have now, which does not follow when"
+    with pytest.raises(ValueError, match="^" + re.escape(said)):
+        battery.train(tmp_path, PruningCallback(round_to=2), ByHand(), module=without_average())
+
+
+def test_an_averaged_model_of_another_part_that_a_callback_holds_does_not_matter(tmp_path: Path) -> None:
+    callback = PruningCallback(round_to=2, module="other", example_inputs=[1, 64])
+    module, _ = battery.train(tmp_path, callback, ByHand(), module=without_average())
+    assert module.other[0].out_features <= 8
