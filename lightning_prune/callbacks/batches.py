@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-__all__ = ["ValidationBatches", "gives_samples", "samples", "training_batches"]
+__all__ = ["ValidationBatches", "first_part", "gives_samples", "samples", "training_batches"]
 
 
 class ValidationBatches:
@@ -105,17 +105,34 @@ def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
         count: Number of batches; fewer if there are not so many.
         seed: Decides which samples, and how they are augmented.
     """
-    loader = next(iter(tree_leaves(trainer.train_dataloader)), None)
-    if not gives_samples(loader):
+    loaders, structure = tree_flatten(trainer.train_dataloader)
+    if not loaders or not all(gives_samples(loader) for loader in loaders):
         return list(ValidationBatches(trainer, count, "The callback")) if count else []
-    dataset: Any = loader.dataset
-    size = min(loader.batch_size or 128, len(dataset))
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [order[start : start + size] for start in range(0, len(order) - size + 1, size)][:count]
+    chosen = [_some_positions(loader, seed) for loader in loaders]
     with isolate_rng():
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(seed)
-        return [_moved(trainer, samples(loader, positions)) for positions in chosen]
+        drawn = []
+        for number in range(min(count, len(chosen[0]))):  # the other loaders begin again when they come to their end
+            parts = [samples(loader, some[number % len(some)]) for loader, some in zip(loaders, chosen, strict=True)]
+            drawn.append(first_part(trainer, _moved(trainer, tree_unflatten(parts, structure))))
+        return drawn
+
+
+def _some_positions(loader: "DataLoader[Any]", seed: int) -> list[list[int]]:
+    """Deal out the samples of a loader to batches at random."""
+    dataset: Any = loader.dataset
+    size = min(loader.batch_size or 128, len(dataset))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+
+
+def first_part(trainer: "pl.Trainer", batch: Any) -> Any:
+    """Return what the first of several training loaders has given to a batch, unless hooks have put it elsewhere."""
+    try:
+        return next(iter(tree_structure(trainer.train_dataloader).flatten_up_to(batch)), batch)
+    except ValueError:  # another structure than that of the loaders
+        return batch
 
 
 def gives_samples(loader: Any) -> "TypeGuard[DataLoader[Any]]":

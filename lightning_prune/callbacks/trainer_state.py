@@ -18,9 +18,9 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lightning_prune.callbacks.batches import gives_samples, samples
+from lightning_prune.callbacks.batches import first_part, gives_samples, samples
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.plan import PruningPlan
@@ -220,11 +220,14 @@ def example_inputs(
 
 def _first_sample(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tensor:
     """Return the inputs of one sample, or of a batch where the loader has no data set that can be asked for one."""
-    loader = next(iter(tree_leaves(trainer.train_dataloader)), None)
+    loaders, structure = tree_flatten(trainer.train_dataloader)
     with isolate_rng():
-        batch = samples(loader, [0]) if gives_samples(loader) else next(iter([] if loader is None else loader), None)
+        parts = [
+            samples(loader, [0]) if gives_samples(loader) else next(iter([] if loader is None else loader), None)
+            for loader in loaders
+        ]
         # What the model gets: data modules may leave the last steps to the hooks around the transfer to the device.
-        batch = trainer.strategy.batch_to_device(batch)
+        batch = first_part(trainer, trainer.strategy.batch_to_device(tree_unflatten(parts, structure)))
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(first, Tensor):
         raise ValueError(
