@@ -264,7 +264,7 @@ class LearnToPruneCallback(PruningCallback):
     def _finetuned(self, plan: PruningPlan, batches: ValidationBatches) -> float:
         """Return the accuracy of a copy that has been pruned and trained for some steps."""
         assert self._graph is not None
-        model = copy.deepcopy(self._graph.model)
+        model = self._copy(self._graph.model)
         prune(model, plan)
         for module in model.modules():
             module.__dict__["forward"] = alone(module, module.forward)
@@ -280,3 +280,12 @@ class LearnToPruneCallback(PruningCallback):
         with torch.no_grad():
             found = [(float(self.evaluate(model, batch)[1]), examples_in(batch)) for batch in batches]
         return sum(accuracy * count for accuracy, count in found) / sum(count for _, count in found)
+
+    def _copy(self, model: nn.Module) -> nn.Module:
+        try:
+            return copy.deepcopy(model)
+        except (TypeError, RuntimeError) as error:  # of locks, open files and the like; of tensors within a graph
+            raise ValueError(
+                f"finetune_steps={self.finetune_steps} trains copies of {type(model).__name__}, which cannot be "
+                f"copied: {error}; set finetune_steps=0, or keep that object out of the module."
+            ) from error

@@ -4,6 +4,7 @@ Settings out of range, schedules and batches: `test_schedule_and_messages.py`; c
 """
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_prune as lp
-from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
+from lightning_prune.callbacks import LearnToPruneCallback, PruningCallback, TaylorRankCallback
 from lightning_prune.checkpoint import save_plan
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -70,6 +71,12 @@ class Quantized(battery.ResidualClassifier):
     def __init__(self) -> None:
         super().__init__()
         self.extra = torch.ao.nn.quantized.dynamic.Linear(4, 4)
+
+
+class WithLock(battery.ResidualClassifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
 
 
 class Mix(nn.Module):
@@ -308,6 +315,11 @@ MODELS: dict[str, Row] = {
         fit(PruningCallback(), module=WithOddState()), TypeError,
         "SGD keeps 'history' of 'stem.weight' in shape (3, 108), where nothing says which numbers belong to which "
         "channel; use another optimizer, such as SGD or AdamW.",
+    ),
+    "a module that cannot be copied": (
+        fit(LearnToPruneCallback(finetune_steps=1), module=WithLock()), ValueError,
+        "finetune_steps=1 trains copies of WithLock, which cannot be copied: cannot pickle '_thread.lock' object; set "
+        "finetune_steps=0, or keep that object out of the module.",
     ),
     "quantized": (
         fit(PruningCallback(), module=Quantized()), ValueError,
