@@ -29,8 +29,8 @@ def watch(graph: ChannelGraph, read: Read) -> list[RemovableHandle]:
         Handles for `unwatch`.
     """
     forget_compiled()
-    if in_use():
-        read = torch.compiler.disable(read)  # what is done with gradients depends on when, which compiled code forgets
+    # What is done with a gradient depends on when it comes, which compiled code would not ask.
+    read = _NotCompiled(read)
     modules = dict(graph.model.named_modules())
     tensors = {part.tensor: None for group in graph.groups.values() for part in group.readers}
     handles = []
@@ -38,6 +38,20 @@ def watch(graph: ChannelGraph, read: Read) -> list[RemovableHandle]:
         reader = modules[tensor.rpartition(".")[0]]
         handles.append(reader.register_forward_pre_hook(partial(_before, read, tensor)))
     return handles
+
+
+class _NotCompiled:
+    """Call a function as it is from compiled code too; unlike what `torch.compiler.disable` returns, this is copied."""
+
+    def __init__(self, function: Read) -> None:
+        self.function = function
+        self.call = torch.compiler.disable(function) if in_use() else function
+
+    def __reduce__(self) -> tuple[type["_NotCompiled"], tuple[Read]]:
+        return _NotCompiled, (self.function,)
+
+    def __call__(self, tensor: str, values: Tensor, axis: int) -> Tensor | None:
+        return self.call(tensor, values, axis)
 
 
 def unwatch(handles: Iterable[RemovableHandle]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from taylor_reference import reference
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -358,3 +359,17 @@ def test_what_has_been_compiled_before_is_watched_and_left_alone_again() -> None
     assert int(found[0][0]) == 4
     torch.testing.assert_close(found[1], found[0])
     assert compiled[-1] == compiled[0]  # in one piece again
+
+
+def test_copies_and_pickles_made_while_the_model_is_watched_are_on_their_own() -> None:
+    images, _ = battery.images(4).tensors
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+    optim.SGD(network.parameters())  # which loads the compiler, as every training does
+    totals = Totals()
+    collector = make_collector(lp.trace(network, images), "a", totals)
+    collector.listen()
+    for again in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        collector.before_backward()
+        again(images).sum().backward()
+        collector.after_backward(1.0)
+        assert totals.sums == {}
