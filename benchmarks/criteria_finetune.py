@@ -70,7 +70,7 @@ class Runner:
         def train() -> dict[str, torch.Tensor]:
             if self.name in self.settings.weights:
                 load_weights(model, self.settings.weights[self.name])
-            self.train(model, steps, lr)
+            self.train(model.to(self.settings.device), steps, lr)
             return model.cpu().state_dict()
 
         model.load_state_dict(stored.kept(file, train))
@@ -80,7 +80,7 @@ class Runner:
         self, model: nn.Module, steps: int, lr: float, first_epoch: int = 0, before: Before | None = None
     ) -> None:
         """Train for some steps, with something done before some; the epoch decides on the order of the images."""
-        optimizer = torch.optim.SGD(model.to(self.settings.device).parameters(), lr, momentum=0.9, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         model.train()
         done, epoch = 0, first_epoch

@@ -1,6 +1,6 @@
 """The base of all pruning callbacks: schedule, budget, ranks, surgery, checkpoint and logging."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 from weakref import ref
@@ -112,7 +112,7 @@ class PruningCallback(Callback):
         self.batch_like: dict[str, Any] | None = None
         self._graph: ChannelGraph | None = None
         self._recorder: Recorder | None = None
-        self._trained: Callable[[], Any] = _nothing  # the module of the last run
+        self._trained: ref[pl.LightningModule] | None = None  # the module of the last run
         self._untried: list[str] = []  # the groups that have lost channels since the last training step
         self._epoch: int | None = None  # the epoch that has begun
 
@@ -186,7 +186,8 @@ class PruningCallback(Callback):
         follow(trainer)
         if stage == "fit":
             trainer_state.refuse_short_run(trainer, self)
-            if plan_in_force(pl_module) is None or self._trained() is not pl_module:
+            known = self._trained is not None and self._trained() is pl_module
+            if not known or plan_in_force(pl_module) is None:
                 self._start_anew()  # before the state of a run that is resumed is loaded
             self._trained = ref(pl_module)
 
@@ -247,8 +248,8 @@ class PruningCallback(Callback):
     ) -> None:
         self._untried = []
         # A run of a few batches that is to show whether all works, the prune and what comes after it among that.
-        last = batch_idx + 1 == max(1, trainer.num_training_batches - 1)
-        if trainer.fast_dev_run and last and self.steps_done < self.steps and self.ready():  # type: ignore[attr-defined]
+        due = batch_idx + 1 == max(1, trainer.num_training_batches - 1)
+        if trainer.fast_dev_run and due and self.steps_done < self.steps and self.ready():  # type: ignore[attr-defined]
             self._prune(trainer, pl_module, self.steps)
 
     @override
@@ -302,7 +303,7 @@ class PruningCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave references to modules out of copies and pickles."""
         state = {name: value for name, value in self.__dict__.items() if name != "log"}
-        return state | {"_graph": None, "_recorder": None, "_trained": _nothing}
+        return state | {"_graph": None, "_recorder": None, "_trained": None}
 
     def _begin_once(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._epoch != trainer.current_epoch:
@@ -361,7 +362,3 @@ class PruningCallback(Callback):
         self._untried = []
         show_with(None)
         self.__dict__.pop("log", None)  # Lightning gives every callback the module's bound method
-
-
-def _nothing() -> None:
-    """Stand for a reference to a module where there is none."""

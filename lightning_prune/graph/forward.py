@@ -95,10 +95,9 @@ class Forward:
             output = self.part(*args, **kwargs)
         if self.real:  # outputs take memory
             tracer.record.visits.clear()
-        for tensor in _leaves(output, set()):
-            for labels in tracer.all_labels(tensor).values():
-                if int(labels.max()) > 0:
-                    tracer.record.holds.append(Note(labels, self.maker(labels), "is an output of the network"))
+        for labels in tracer.labels_of(_leaves(output, set())):
+            if int(labels.max()) > 0:
+                tracer.record.holds.append(Note(labels, self.maker(labels), "is an output of the network"))
 
     def _stand_ins(self, tracer: Tracer, stays: Index) -> dict[int, Tensor]:
         stand_ins = {id(t): self._stand_in(name, t, stays.get(name, {})) for name, t in self.tensors.items()}
@@ -147,8 +146,8 @@ class Forward:
         why = "looks at values, and may do something else for others"
         for called, tensors in tracer.calls:
             if called == name:
-                for tensor in _leaves(tensors, set()):
-                    tracer.record.holds.extend(Note(along, name, why) for along in tracer.all_labels(tensor).values())
+                touched = tracer.labels_of(_leaves(tensors, set()))
+                tracer.record.holds.extend(Note(along, name, why) for along in touched)
         whole = name == self.names[id(self.part)]
         for slot in self.slots:
             if whole or slot.tensor.startswith(name + "."):

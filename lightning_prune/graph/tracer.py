@@ -302,7 +302,7 @@ class Tracer(TorchDispatchMode):
         return getattr(tensor, "_channel_labels", None) or {}
 
     @classmethod
-    def labels_of(cls, tensors: list[Any]) -> list[Labels]:
+    def labels_of(cls, tensors: Iterable[Any]) -> list[Labels]:
         """Return the labels of all axes of some tensors."""
         return [labels for tensor in tensors for labels in cls.all_labels(tensor).values()]
 
@@ -516,9 +516,8 @@ class Tracer(TorchDispatchMode):
     def _follow(self, entry: _Entry, call: Call, tensors: list[Tensor]) -> None:
         custom = self._custom_function()
         if custom:
-            for tensor in tensors:
-                for labels in self.all_labels(tensor).values():
-                    self.hold(labels, f"runs the autograd function {custom}, whose backward pass cannot be seen")
+            for labels in self.labels_of(tensors):
+                self.hold(labels, f"runs the autograd function {custom}, whose backward pass cannot be seen")
         if entry.takes_numbers:
             numbers = _numbers([*call.args, *call.kwargs.values(), *self.constant])
             self.record.course.append((entry.rule, call.operator, *numbers))
@@ -532,9 +531,8 @@ class Tracer(TorchDispatchMode):
         try:
             rule(self, call)
         except Exception as raised:  # a rule that was not made for this: as good as none
-            for tensor in tensors:
-                for labels in self.all_labels(tensor).values():
-                    self.hold(labels, f"runs {call.name} in a way that its rule does not know ({raised!r})")
+            for labels in self.labels_of(tensors):
+                self.hold(labels, f"runs {call.name} in a way that its rule does not know ({raised!r})")
         outputs = call.outputs
         if any(map(self.shifts_zero, tensors)):
             for output in outputs:

@@ -44,9 +44,8 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
 @rule("unknown")
 def unknown(tracer: Tracer, call: Call) -> None:
     """Keep every channel that an operator without a rule touches."""
-    for tensor in torch.utils._pytree.tree_leaves((call.args, call.kwargs)):
-        for labels in tracer.all_labels(tensor).values():
-            tracer.hold(labels, f"runs {call.name}, which has no rule")
+    for labels in tracer.labels_of(torch.utils._pytree.tree_leaves((call.args, call.kwargs))):
+        tracer.hold(labels, f"runs {call.name}, which has no rule")
     for output in call.outputs:  # an input again, where that is changed in place
         tracer.set_labels(output, {})
 
