@@ -25,12 +25,12 @@ from torch import Tensor
 from training import quiet_trainer, tested
 
 import lightning_prune as lp
-from lightning_prune.allocation import plan_by_layer
 from lightning_prune.callbacks import PruningCallback
 from lightning_prune.datamodules import ImageDataModule, ImageFolderDataModule, MNISTDataModule
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.models import ImageClassifier, Optimization
-from lightning_prune.plan import PruningPlan
+from lightning_prune.planning.allocation import plan_by_layer
+from lightning_prune.pruning_plan import PruningPlan
 
 # Network, its settings, its images, and a learning rate that trains it; "/4" is a quarter as wide.
 NETWORKS: dict[str, tuple[str, dict[str, float], str, float]] = {

@@ -31,13 +31,14 @@ from scipy import stats
 from torch import Tensor
 
 import lightning_prune as lp
-from lightning_prune.agents import make_agent
-from lightning_prune.agents.policy_search import PolicySearch
-from lightning_prune.agents.pruning_problem import OBSERVATION_SIZE, Measure, PruningProblem, accuracy_of, play
 from lightning_prune.datamodules import ImageFolderDataModule
-from lightning_prune.masking import recalibrate, zero_removed
 from lightning_prune.models import build_network
 from lightning_prune.models.weights import load_weights
+from lightning_prune.search import make_agent
+from lightning_prune.search.policy_search import PolicySearch
+from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, Measure, PruningProblem, accuracy_of, play
+from lightning_prune.surgery.batch_norm import recalibrate
+from lightning_prune.surgery.masks import mask
 
 RESULTS = Path(__file__).parent / "results" / "agents_vs_random_search.json"
 AGENTS = ("sac", "ppo-clip", "ppo-kl", "ppo-cim", "reinforce", "random")
@@ -142,7 +143,7 @@ def mask_and_run(problem: PruningProblem, plans: list[Any], rewarded: list[Batch
     rewards, graph = [], problem.graph
     before = copy.deepcopy(graph.model.state_dict())
     for plan in plans:
-        zero_removed(graph, plan)
+        mask(graph, plan)
         recalibrate(graph.model, [images for images, _ in batches])
         hits = sum(int((graph.model(images).argmax(1) == labels).sum()) for images, labels in rewarded)
         rewards.append(hits / sum(len(labels) for _, labels in rewarded))

@@ -29,7 +29,8 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from lightning_prune.agents import Agent, Transition, make_agent
+from lightning_prune.rl import Agent, Transition
+from lightning_prune.search import make_agent
 
 RESULTS = Path(__file__).parent / "results" / "agents_vs_sb3.json"
 AGENTS = (

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 import lightning_prune as lp
 from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.graph.modules import named_tensors
-from lightning_prune.masking import read_from_removed
+from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.models import build_network
+from lightning_prune.surgery.masks import in_positions_of_pruned
 
 GOAL = 2.5
 
@@ -59,7 +59,7 @@ def mask_and_run(graph: ChannelGraph, candidates: list[dict[str, Tensor]], batch
 @contextmanager
 def zeros(graph: ChannelGraph, candidate: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Zero what is read from removed channels, and give it back."""
-    places = list(read_from_removed(graph, graph.plan(candidate)))
+    places = list(in_positions_of_pruned(graph, graph.plan(candidate)))
     before = [tensors[name].index_select(axis, positions.to(tensors[name].device)) for name, axis, positions in places]
     for name, axis, positions in places:
         tensors[name].index_fill_(axis, positions.to(tensors[name].device), 0)

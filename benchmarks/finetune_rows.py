@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_prune as lp
 from lightning_prune import criteria
-from lightning_prune.agents.policy_search import PolicySearch
-from lightning_prune.agents.pruning_problem import PruningProblem, accuracy_of
-from lightning_prune.allocation import checked_scores, plan_by_layer
-from lightning_prune.budget import CostModel
-from lightning_prune.fitting import Limits
-from lightning_prune.latency.planning import by_score_per_cost
 from lightning_prune.models.cifar_resnet import PadShortcut
-from lightning_prune.plan import PruningPlan
+from lightning_prune.planning.allocation import checked_scores, plan_by_layer
+from lightning_prune.planning.by_time import by_score_per_cost
+from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning.fitting import Limits
+from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.search.policy_search import PolicySearch
+from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 STEPS = 8  # of the rows that prune in several

@@ -23,10 +23,10 @@ from timing import speed_ups
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune.budget import CostModel
-from lightning_prune.fitting import Limits
-from lightning_prune.latency.planning import by_score_per_cost, kept_score
-from lightning_prune.plan import PruningPlan
+from lightning_prune.planning.by_time import by_score_per_cost, kept_score
+from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning.fitting import Limits
+from lightning_prune.pruning_plan import PruningPlan
 
 NETWORKS = ["mobilenet_v2", "resnet18", "resnet50", "vgg16_bn"]
 SPEED_UPS = (1.5, 2.0, 3.0)

@@ -25,10 +25,10 @@ from training import outcome, quiet_trainer
 from typing_extensions import override
 
 from lightning_prune import criteria
-from lightning_prune.agents.filter_agent import FilterSearch
 from lightning_prune.callbacks import LearnToPruneCallback
 from lightning_prune.datamodules import ImageFolderDataModule
 from lightning_prune.models import ImageClassifier, Optimization
+from lightning_prune.search.filter_agent import FilterSearch
 
 # Network, its settings, and its number of layers that are pruned.
 NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {

@@ -31,12 +31,12 @@ from torch import Tensor
 from training import outcome, quiet_trainer
 from typing_extensions import override
 
-from lightning_prune.allocation import plan_by_layer
 from lightning_prune.callbacks import PruningCallback, RLJointPruneCallback
 from lightning_prune.datamodules import ImageFolderDataModule
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.models import ImageClassifier, Optimization
-from lightning_prune.plan import PruningPlan
+from lightning_prune.planning.allocation import plan_by_layer
+from lightning_prune.pruning_plan import PruningPlan
 
 KEEP = 0.5
 BUDGET: dict[str, Any] = {"keep": KEEP, "round_to": 1, "min_channels": 4}

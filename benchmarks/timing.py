@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.latency import measure_latency
+from lightning_prune.planning import measure_latency
 
 __all__ = ["speed_ups"]
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import lightning as L
 
-from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.models import ImageClassifier
+from lightning_prune.pruning_plan import plan_in_force
 
 __all__ = ["outcome", "quiet_trainer", "tested"]
 

@@ -29,8 +29,8 @@ from training import quiet_trainer, tested
 import lightning_prune as lp
 from lightning_prune.callbacks import TaylorRankCallback
 from lightning_prune.datamodules import ImageFolderDataModule
-from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.models import ImageClassifier, Optimization, Transfer
+from lightning_prune.pruning_plan import plan_in_force
 
 TARGET = ("cat", "dog")
 NETWORK, KEEP, STEPS = "vgg16_bn", 0.33, 5

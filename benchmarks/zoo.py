@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from engine import counted_flops, difference, random_plan, torchvision_model
 
 import lightning_prune as lp
-from lightning_prune.budget import CostModel
+from lightning_prune.planning.cost import CostModel
 
 LARGE = 150_000_000
 TABLE = Path(__file__).parent / "results" / "zoo.md"
@@ -77,11 +77,11 @@ def check(name: str) -> dict[str, object]:
     row["difference"] = difference(model, graph, random_plan(graph, exact_only=True), x)
     row["limit"] = 1e-9 if dtype == torch.float64 else 1e-3
     free = sum(group.size * group.width for group in graph.groups.values())
-    held = sum(held.channels for held in graph.held.values())
+    held = sum(held.channels for held in graph.unprunable.values())
     row["free"] = free / (free + held)
-    row["inexact"] = sum(bool(group.inexact) for group in graph.groups.values())
+    row["inexact"] = sum(bool(group.not_mask_exact) for group in graph.groups.values())
     row["groups"] = len(graph.groups)
-    row["held"] = Counter(held.reason.split(": ", 1)[1] for held in graph.held.values())
+    row["held"] = Counter(held.reason.split(": ", 1)[1] for held in graph.unprunable.values())
     return row
 
 

@@ -1,9 +1,9 @@
 """Structured pruning for PyTorch Lightning: the network gets physically smaller while it trains."""
 
 from lightning_prune import criteria
-from lightning_prune.allocation import plan
 from lightning_prune.checkpoint import load_pruned
 from lightning_prune.graph import trace
+from lightning_prune.planning.allocation import plan
 from lightning_prune.surgery import prune
 
 __all__ = ["criteria", "load_pruned", "plan", "prune", "trace"]

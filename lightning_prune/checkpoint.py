@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.graph.channel_graph import plan_in_force
-from lightning_prune.graph.modules import named_tensors
-from lightning_prune.plan import PruningPlan
+from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery import prune, reshape
 
 __all__ = [

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.masking import zero_removed
-from lightning_prune.plan import PruningPlan
+from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.surgery.masks import mask
 
 logging.getLogger("fvcore").setLevel(logging.ERROR)
 
@@ -53,7 +53,7 @@ def random_plan(graph: ChannelGraph, exact_only: bool = False) -> PruningPlan:
     """Keep a random set of channels of every group."""
     kept = {}
     for name, group in graph.groups.items():
-        if not (exact_only and group.inexact):
+        if not (exact_only and group.not_mask_exact):
             count = int(torch.randint(1, group.size + 1, ()))
             kept[name] = torch.randperm(group.size)[:count]
     return graph.plan(kept)
@@ -72,8 +72,8 @@ def difference(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, inputs:
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     masked, pruned = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
-    graph_of_masked = ChannelGraph(masked, graph.groups, graph.held, graph.shapes, graph.terms)
-    zero_removed(graph_of_masked, plan)
+    graph_of_masked = ChannelGraph(masked, graph.groups, graph.unprunable, graph.shapes, graph.terms)
+    mask(graph_of_masked, plan)
     lp.prune(pruned, plan)
     worst = 0.0
     for left, right in zip(leaves(masked(*arguments)), leaves(pruned(*arguments)), strict=True):

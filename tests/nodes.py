@@ -18,7 +18,7 @@ from torch.futures import Future
 from torch.utils.data import DataLoader, DistributedSampler
 from two_ranks import Compare
 
-from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.pruning_plan import plan_in_force
 
 
 class Compressed(DDPStrategy):

@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.graph.channel_graph import plan_in_force
-from lightning_prune.masking import zero_removed
+from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.surgery.masks import mask
 
 pytestmark = pytest.mark.parametrize("name", battery.CALLBACKS)
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -100,7 +100,7 @@ def test_one_step_after_a_prune_equals_the_sliced_step_of_the_masked_twin(name: 
             twin, small = before.twin, copy.deepcopy(pl_module)
             optimizer = small.configure_optimizers()["optimizer"]
             optimizer.load_state_dict(copy.deepcopy(trainer.optimizers[0].state_dict()))
-            zero_removed(lp.trace(twin, EXAMPLE.double()), plan)
+            mask(lp.trace(twin, EXAMPLE.double()), plan)
             batch = [images.double() if images.is_floating_point() else images for images in next(iter(loader))]
             for model, stepper in ((twin, before.optimizer), (small, optimizer)):
                 stepper.zero_grad()

@@ -10,8 +10,8 @@ from torch import nn
 
 import lightning_prune as lp
 from lightning_prune.checkpoint import CHECKPOINT_KEY, restore_shape, save_plan, widened
-from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.models import ImageClassifier
+from lightning_prune.pruning_plan import plan_in_force
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 

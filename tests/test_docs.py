@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from lightning_prune import callbacks, criteria, datamodules, models
-from lightning_prune.commands import COMMANDS
+from lightning_prune.cli.entry import COMMANDS
 from lightning_prune.criteria import CRITERIA
-from lightning_prune.graph import modules
+from lightning_prune.graph import sizes
 from lightning_prune.graph.rules import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def classes_in(content: Any) -> Iterator[dict[str, Any]]:
 def _as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run in an empty folder, and forget what is registered meanwhile."""
     monkeypatch.chdir(tmp_path)
-    tables: list[dict[str, Any]] = [CRITERIA, RULES, modules._OWN_SYNC]
+    tables: list[dict[str, Any]] = [CRITERIA, RULES, sizes._OWN_SYNC]
     before = [dict(table) for table in tables]
     yield
     for table, content in zip(tables, before, strict=True):

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.pruning_plan import plan_in_force
 
 
 class Compare(L.Callback):

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.graph.modules import named_tensors
-from lightning_prune.masking import leaving
-from lightning_prune.plan import PruningPlan
+from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.surgery.masks import pruned_channels
+from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["Alignment"]
 
@@ -47,8 +47,8 @@ class Alignment:
         self._masks: list[Tensor] = []  # 1 where weights would leave
         tensors = named_tensors(graph.model)
         for name, planned in plan.groups.items():
-            channels, group = leaving(graph, name, planned), graph.group(name)
-            for part in (*group.producers, *group.readers) if len(channels) else ():
+            channels, group = pruned_channels(graph, name, planned), graph.group(name)
+            for part in (*group.out_slices, *group.in_slices) if len(channels) else ():
                 weight = tensors[part.tensor]
                 if isinstance(weight, nn.Parameter):
                     positions = graph.positions_now(part, channels).to(weight.device)

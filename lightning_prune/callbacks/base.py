@@ -10,16 +10,17 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune import allocation, criteria
-from lightning_prune.budget import check_metric
+from lightning_prune import criteria
+from lightning_prune.planning import allocation
+from lightning_prune.planning.cost import check_metric
 from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.compiled import forget_compiled
 from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.ddp import rewrap
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.graph.channel_graph import plan_in_force
-from lightning_prune.plan import PruningPlan
+from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress, show_with
 from lightning_prune.reporting.history import History
 from lightning_prune.reporting.loggers import folder
@@ -206,7 +207,7 @@ class PruningCallback(Callback):
         self._graph = trace(pl_module, inputs, module=self.module, ignore=self.ignore)
         trainer_state.refuse_averaged_models(pl_module, self._graph)
         if not self._graph.groups:
-            reasons = "; ".join(held.reason for held in self._graph.held.values())
+            reasons = "; ".join(held.reason for held in self._graph.unprunable.values())
             raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")
         if self.steps_done < self.steps:
             self.check_budget(trainer, self._graph)

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.agents.filter_agent import FilterSearch, make_filter_agent
-from lightning_prune.agents.pruning_problem import accuracy_of
-from lightning_prune.agents.width_bounds import WidthBounds
-from lightning_prune.budget import CostModel
+from lightning_prune.search.filter_agent import FilterSearch, make_filter_agent
+from lightning_prune.search.pruning_problem import accuracy_of
+from lightning_prune.search.width_bounds import WidthBounds
+from lightning_prune.planning.cost import CostModel
 from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, training_batches
@@ -22,7 +22,7 @@ from lightning_prune.candidates import classification
 from lightning_prune.candidates.evaluator import alone
 from lightning_prune.candidates.measures import examples_in
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.plan import PruningPlan
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress
 from lightning_prune.reporting.progress import say
 from lightning_prune.surgery import prune
@@ -179,7 +179,7 @@ class LearnToPruneCallback(PruningCallback):
         """Let the agents of the layers whose turn it is decide."""
         cost = CostModel(graph, self.metric)
         bounds = WidthBounds(graph, cost, self.keep, int(self.round_to), self.min_channels, self.cap)
-        widths = np.array([len(graph.live(name)) for name in graph.groups])
+        widths = np.array([len(graph.kept(name)) for name in graph.groups])
         # Made once for all measurements, which share the workers that load it.
         self._validation = ValidationBatches(trainer, self.limit_batches, type(self).__name__)
         kept: dict[str, Tensor] = {}

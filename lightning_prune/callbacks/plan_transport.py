@@ -27,7 +27,7 @@ from lightning_prune.checkpoint import (
     saved_plan,
     widened,
 )
-from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.surgery import prune
 
 __all__ = ["carry_plans"]

@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.base import PruningCallback
-from lightning_prune.criteria.taylor import check_settings, finish
-from lightning_prune.criteria.taylor_sums import GRADIENT_FORMS, Collector, Totals, make_collector
+from lightning_prune.criteria.first_order import check_settings, finish
+from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, Collector, Totals, make_collector
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.graph.modules import named_tensors
+from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["TaylorRankCallback"]
 
@@ -227,7 +227,7 @@ def _sum_of_ranks(trainer: "pl.Trainer", graph: ChannelGraph, totals: Totals) ->
     none = torch.zeros((), dtype=torch.float64, device=device)
     parts = []
     for name in graph.groups:
-        live = len(graph.live(name))
+        live = len(graph.kept(name))
         sums = totals.sums[name].to(device) if name in totals.sums else none.expand(live)
         parts.append(torch.cat([sums, totals.counts.get(name, none).to(device).view(1)]))
     flat = trainer.strategy.reduce(torch.cat(parts), reduce_op="sum")

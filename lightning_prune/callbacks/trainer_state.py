@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_prune.callbacks.batches import first_part, gives_samples, samples
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.graph.channel_graph import plan_in_force
-from lightning_prune.plan import PruningPlan
+from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.pruning_plan import PruningPlan
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks.base import PruningCallback

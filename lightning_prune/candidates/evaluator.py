@@ -19,9 +19,9 @@ from lightning_prune.candidates.runner import Runner
 from lightning_prune.candidates.variants import Candidate, Noise, digest
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.modules import named_tensors, substituted
-from lightning_prune.plan import PruningPlan
+from lightning_prune.graph.substitution import named_tensors, substituted
 from lightning_prune.progress import progress
+from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["Measured", "alone", "evaluate_candidates"]
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
-from lightning_prune.budget import CostModel
 from lightning_prune.candidates.replay import Course
 from lightning_prune.candidates.variants import Candidate, Noise
-from lightning_prune.graph.channel_graph import ChannelGraph, plan_in_force
-from lightning_prune.masking import leaving, read_from_removed
-from lightning_prune.plan import PruningPlan
+from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.planning.cost import CostModel
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
+from lightning_prune.surgery.masks import in_positions_of_pruned, pruned_channels
 
 __all__ = ["Job", "Planner", "share"]
 
@@ -80,15 +80,15 @@ class Planner:
         """Return the boundary, the way to run a candidate, and what that costs."""
         now = self.before.widths
         if isinstance(candidate, Noise):
-            first = self._first(part.tensor for part in self.graph.group(candidate.group).producers)
+            first = self._first(part.tensor for part in self.graph.group(candidate.group).out_slices)
             return first, "noisy", self._cost_behind(first)(now)
         plan = candidate.after(self.before)
-        losing = [name for name, group in candidate.groups.items() if len(leaving(self.graph, name, group))]
-        read = [(name, axis) for name, axis, _ in read_from_removed(self.graph, candidate)]
+        losing = [name for name, group in candidate.groups.items() if len(pruned_channels(self.graph, name, group))]
+        read = [(name, axis) for name, axis, _ in in_positions_of_pruned(self.graph, candidate)]
         masked, sliced = self._first(name for name, _ in read), self._first(plan.index())
         if masked == self.end:  # nothing leaves, or nothing that is run reads it
             return self.end, "plain", self._cost_behind(0)(now)
-        inexact = any(self.graph.group(name).inexact for name in losing)
+        inexact = any(self.graph.group(name).not_mask_exact for name in losing)
         cost_masked, cost_sliced = self._cost_behind(masked)(now), self._cost_behind(sliced)(plan.widths)
         if inexact or cost_sliced < _WORTH_SLICING * cost_masked:
             return sliced, "sliced", cost_sliced

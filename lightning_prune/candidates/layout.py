@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from lightning_prune.graph.modules import put
+from lightning_prune.graph.substitution import put
 
 __all__ = ["Pair", "fold", "foldable", "put_channels_last"]
 

@@ -23,10 +23,10 @@ from lightning_prune.candidates.measures import (
 from lightning_prune.candidates.replay import Replay, observe
 from lightning_prune.candidates.variants import Candidate, Noise, input_masks, masked, noisy, plain_readers
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.modules import named_tensors, substituted
-from lightning_prune.masking import recalibrate
-from lightning_prune.plan import PruningPlan
+from lightning_prune.graph.substitution import named_tensors, substituted
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery import pruned_tensors
+from lightning_prune.surgery.batch_norm import recalibrate
 
 __all__ = ["Runner"]
 
@@ -154,7 +154,9 @@ class Runner:
 
     def _plain(self, member: int) -> Numbers:
         candidate = self.candidates[member]
-        inexact = isinstance(candidate, PruningPlan) and any(self.graph.group(n).inexact for n in candidate.groups)
+        inexact = isinstance(candidate, PruningPlan) and any(
+            self.graph.group(n).not_mask_exact for n in candidate.groups
+        )
         with self._standing_in("sliced" if inexact or self.recalibration else "masked", candidate):
             if self.recalibration:
                 self._recalibrate(member)

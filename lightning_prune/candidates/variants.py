@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.masking import read_from_removed
-from lightning_prune.plan import PruningPlan
+from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.surgery.masks import in_positions_of_pruned
 
 __all__ = ["Candidate", "Noise", "digest", "input_masks", "masked", "noisy", "plain_readers"]
 
@@ -48,7 +48,7 @@ def masked(graph: ChannelGraph, plan: PruningPlan, tensors: Mapping[str, Tensor]
         tensors: The tensors of the model, by name.
     """
     found: dict[str, Tensor] = {}
-    for name, axis, positions in read_from_removed(graph, plan):
+    for name, axis, positions in in_positions_of_pruned(graph, plan):
         if name not in found:
             found[name] = tensors[name].detach().clone()
         found[name].index_fill_(axis, positions.to(found[name].device), 0)
@@ -65,7 +65,7 @@ def noisy(graph: ChannelGraph, noise: Noise, tensors: Mapping[str, Tensor]) -> d
     """
     generator = torch.Generator().manual_seed(noise.seed)
     found = {}
-    for name in dict.fromkeys(part.tensor for part in graph.group(noise.group).producers):
+    for name in dict.fromkeys(part.tensor for part in graph.group(noise.group).out_slices):
         weight = tensors[name].detach()
         drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
         found[name] = weight + noise.strength * weight.std(correction=0) * drawn
@@ -106,7 +106,7 @@ def input_masks(graph: ChannelGraph, plans: Sequence[PruningPlan], tensors: Mapp
     """
     masks: dict[str, Tensor] = {}
     for row, plan in enumerate(plans):
-        for name, _, positions in read_from_removed(graph, plan):
+        for name, _, positions in in_positions_of_pruned(graph, plan):
             if name not in masks:
                 masks[name] = tensors[name].new_ones(len(plans), tensors[name].shape[1])
             masks[name][row, positions.to(masks[name].device)] = 0

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.live import divide_by_norm, number
-from lightning_prune.criteria.readers import check_readable, evaluating, sum_positions, unwatch, watch
+from lightning_prune.criteria.numbering import divide_by_norm, number
 from lightning_prune.criteria.registry import Loss, register
+from lightning_prune.criteria.watching import check_readable, evaluating, sum_positions, unwatch, watch
 from lightning_prune.graph.channel_graph import ChannelGraph
 
 __all__ = ["apoz", "mean_activation"]
@@ -103,8 +103,8 @@ def _means(
 
 
 def _mean(graph: ChannelGraph, name: str, sums: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
-    channels = graph.live(name)
-    readers = [part for part in graph.groups[name].readers if part.tensor in sums]
+    channels = graph.kept(name)
+    readers = [part for part in graph.groups[name].in_slices if part.tensor in sums]
     if not readers:
         raise ValueError(f"Nothing was read of group {name!r}: there is no batch, or the loss does not run the model.")
     each = []

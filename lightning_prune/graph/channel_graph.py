@@ -7,22 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.graph.modules import named_tensors
-from lightning_prune.plan import PruningPlan, Slice
+from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.pruning_plan import PlannedGroup, PruningPlan, Slice, plan_in_force
 
-__all__ = ["Axis", "ChannelGraph", "Group", "Held", "Term", "plan_in_force"]
-
-_RECORD = "_pruning_plan"
-
-
-def plan_in_force(model: nn.Module) -> PruningPlan | None:
-    """Return the plan that has been applied to a model, or None for a model that was never pruned."""
-    return model.__dict__.get(_RECORD)
-
-
-def record_plan(model: nn.Module, plan: PruningPlan | None) -> None:
-    """Note on the model which plan has been applied to it; the note travels with copies and pickles of the model."""
-    model.__dict__[_RECORD] = plan
+__all__ = ["Axis", "ChannelGraph", "Group", "Term", "Unprunable"]
 
 
 @dataclass(frozen=True)
@@ -32,36 +20,36 @@ class Group:
     Attributes:
         name: Name of the module that makes the channels first.
         size: Number of channels in the original model.
-        producers: Where weights make the channels (rows of a convolution, say).
-        readers: Where weights read them (the input side of the layers behind).
-        others: What else is stored per channel: biases, normalisation.
-        inexact: Why removing a channel is not the same as zeroing what is read from it; empty if it is the same.
+        out_slices: Where weights produce the channels (rows of a convolution, say).
+        in_slices: Where weights consume the channels (columns of the layers behind, say).
+        other_slices: What else is stored per channel: biases, normalisation.
+        not_mask_exact: Why pruning a channel is not the same as masking it; empty if it is the same.
         least: How many must stay: two where an axis of one would be squeezed away.
     """
 
     name: str
     size: int
-    producers: tuple[Slice, ...]
-    readers: tuple[Slice, ...]
-    others: tuple[Slice, ...]
-    inexact: str = ""
+    out_slices: tuple[Slice, ...]
+    in_slices: tuple[Slice, ...]
+    other_slices: tuple[Slice, ...]
+    not_mask_exact: str = ""
     least: int = 1
 
     @property
     def slices(self) -> tuple[Slice, ...]:
         """All slices of a channel."""
-        return self.producers + self.others + self.readers
+        return self.out_slices + self.other_slices + self.in_slices
 
     @property
     def width(self) -> int:
         """How many output channels of its first layer one channel of the group stands for."""
-        first = self.producers[0]
-        alike = [part for part in self.producers if (part.tensor, part.axis) == (first.tensor, first.axis)]
+        first = self.out_slices[0]
+        alike = [part for part in self.out_slices if (part.tensor, part.axis) == (first.tensor, first.axis)]
         return sum(len(part.table[0]) if part.table else part.width for part in alike)
 
 
 @dataclass(frozen=True)
-class Held:
+class Unprunable:
     """Channels that stay whole.
 
     Attributes:
@@ -100,7 +88,7 @@ class ChannelGraph:
     Attributes:
         model: The model that was traced.
         groups: The groups that can lose channels, in the order of the forward pass, by name.
-        held: The channels that stay whole, by the name of the module that makes them, with the reason.
+        unprunable: The channels that cannot be pruned, by the name of the module that makes them, with the reason.
         shapes: Original shape of every parameter and buffer.
         terms: What the model costs, by metric ("flops", "params", "channels"; "latency" once it has been measured), as
             sums of products of axis lengths.
@@ -110,7 +98,7 @@ class ChannelGraph:
 
     model: nn.Module
     groups: dict[str, Group]
-    held: dict[str, Held]
+    unprunable: dict[str, Unprunable]
     shapes: dict[str, tuple[int, ...]]
     terms: dict[str, list[Term]] = field(repr=False)
     module: str = ""
@@ -125,8 +113,6 @@ class ChannelGraph:
         Raises:
             ValueError: If a name is no group of this graph, or a group would lose its last channel.
         """
-        from lightning_prune.plan import PlannedGroup
-
         planned = {}
         for name, channels in kept.items():
             group = self.group(name)
@@ -142,11 +128,11 @@ class ChannelGraph:
         """
         if name in self.groups:
             return self.groups[name]
-        if name in self.held:
-            raise ValueError(f"The channels of {name!r} stay whole: {self.held[name].reason}.")
+        if name in self.unprunable:
+            raise ValueError(f"The channels of {name!r} stay whole: {self.unprunable[name].reason}.")
         raise ValueError(f"{name!r} is no channel group of this model; the groups are {', '.join(self.groups)}.")
 
-    def live(self, name: str) -> Tensor:
+    def kept(self, name: str) -> Tensor:
         """Return the channels of a group that the model still has, as (n,) int64."""
         plan = plan_in_force(self.model)
         if plan is None or name not in plan.groups:
@@ -180,7 +166,7 @@ class ChannelGraph:
             (live channels, values per channel), on the device of the tensor.
         """
         tensor = (values if values is not None else named_tensors(self.model))[part.tensor].detach()
-        channels = self.live(name)
+        channels = self.kept(name)
         # Most often the axis holds the channels of this group and nothing else, in order.
         alone = not part.table and part.step == part.width and channels.shape[0] * part.width == tensor.shape[part.axis]
         if not alone:
@@ -193,13 +179,13 @@ class ChannelGraph:
         Args:
             name: Name of a group, of a module that is part of one, or of held channels.
         """
-        if name in self.held and name not in self.groups:
-            held = self.held[name]
+        if name in self.unprunable and name not in self.groups:
+            held = self.unprunable[name]
             return f"{name}: {held.channels} channels stay whole, because {held.reason}"
         for group in self.groups.values():
             members = {part.tensor.rpartition(".")[0]: None for part in group.slices}
             if name == group.name or name in members:
-                how = f"not exactly, because {group.inexact}" if group.inexact else "exactly"
+                how = f"not exactly, because {group.not_mask_exact}" if group.not_mask_exact else "exactly"
                 others = ", ".join(member for member in members if member != name)
                 return f"{name}: group {group.name!r} of {group.size} channels, removable {how}; shared with {others}"
         raise ValueError(f"{name!r} makes or reads no channels; the groups are {', '.join(self.groups)}.")

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from lightning_prune.compiled import as_written
-from lightning_prune.graph.channel_graph import ChannelGraph, Held, Term
+from lightning_prune.graph.channel_graph import ChannelGraph, Term, Unprunable
 from lightning_prune.graph.costs import COSTS
-from lightning_prune.graph.coupling import Coupling, couple
-from lightning_prune.graph.forward import Forward, as_call
-from lightning_prune.graph.probing import UNEXPLAINED, Finding, Prober
+from lightning_prune.graph.groups import Coupling, couple
 from lightning_prune.graph.rules import RULES
+from lightning_prune.graph.run import Forward, as_call
 from lightning_prune.graph.tracer import CostTerm, Known, Note, Record, Tables, Tracer
+from lightning_prune.graph.verification import UNEXPLAINED, Finding, Prober
 from lightning_prune.progress import progress
 
-__all__ = ["Held", "as_call", "trace"]
+__all__ = ["Unprunable", "as_call", "trace"]
 
 
 def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Sequence[str] = ()) -> ChannelGraph:
@@ -50,15 +50,15 @@ def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Se
         >>> graph = trace(model, torch.zeros(1, 3, 8, 8))
         >>> graph.groups["0"].size
         8
-        >>> graph.held
-        {'3': Held(channels=10, reason='3: is an output of the network')}
+        >>> graph.unprunable
+        {'3': Unprunable(channels=10, reason='3: is an output of the network')}
     """
     with progress(f"Tracing {type(model).__name__}"), as_written():
         forward = Forward(model, module, example_inputs)
         ignored = list(_ignored(forward, ignore))
         coupling, flops = _Search(forward, ignored).settle()
         terms = _terms(forward, coupling, flops)
-    return ChannelGraph(model, coupling.groups, coupling.held, forward.shapes, terms, module, example_inputs)
+    return ChannelGraph(model, coupling.groups, coupling.unprunable, forward.shapes, terms, module, example_inputs)
 
 
 class _Search:
@@ -157,7 +157,7 @@ def _terms(forward: Forward, coupling: Coupling, flops: list[CostTerm]) -> dict[
             params.append(CostTerm(torch.Size(fixed).numel(), tuple(axes.values()), name.rpartition(".")[0]))
     makers: dict[tuple[str, int], None] = {}
     for group in coupling.groups.values():
-        makers.update({(part.tensor, part.axis): None for part in group.producers})
+        makers.update({(part.tensor, part.axis): None for part in group.out_slices})
     channels = [CostTerm(1, (forward.labels(name)[axis],), name.rpartition(".")[0]) for name, axis in makers]
     counted = {"flops": flops, "params": params, "channels": channels}
     return {metric: [coupling.term(cost, known) for cost in costs] for metric, costs in counted.items()}

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.latency.profiling import time_by_layer
-from lightning_prune.plan import PruningPlan
+from lightning_prune.planning.profiling import time_by_layer
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.summary import Measurement
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Prune:
         step: Its number, from 1.
         epoch: Number of epochs trained before it.
         budget: What was asked, reachable, rounded and achieved, as fractions of the original; see
-            `lightning_prune.plan`.
+            `lightning_prune.pruning_plan`.
         widths: Channels that stay, by group name.
         left: The network that is left.
     """
@@ -113,7 +113,7 @@ class History:
             settings=_settings(callback),
             module=graph.module,
             groups={name: group.size for name, group in graph.groups.items()},
-            held={name: (held.channels, held.reason) for name, held in graph.held.items()},
+            held={name: (held.channels, held.reason) for name, held in graph.unprunable.items()},
             before=before,
             layers_before=layers_at(graph, {}),
         )

@@ -1,7 +1,7 @@
 """What can be pruned in a network and what cannot, as text."""
 
-from lightning_prune.budget import CostModel
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.planning.cost import CostModel
 
 __all__ = ["describe"]
 
@@ -32,7 +32,7 @@ def describe(graph: ChannelGraph) -> str:
     for name, group in graph.groups.items():
         shares = [f"{1 - cost({name: 1}) / max(cost.original, 1):.1%}" for cost in costs]
         layers = dict.fromkeys(part.tensor.rpartition(".")[0] for part in group.slices)
-        inexact = f" (not exact: {group.inexact})" if group.inexact else ""
+        inexact = f" (not exact: {group.not_mask_exact})" if group.not_mask_exact else ""
         rows.append([name, str(group.size), *shares, ", ".join(layers) + inexact])
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     total = sum(group.size for group in graph.groups.values())
@@ -40,7 +40,7 @@ def describe(graph: ChannelGraph) -> str:
     for row in rows:
         cells = [number.rjust(width) for number, width in zip(row[1:4], widths[1:], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells, row[4]]))
-    for name, held in graph.held.items():
+    for name, held in graph.unprunable.items():
         lines.append(f"stays whole: {name} ({_count(held.channels, 'channel')}): {held.reason}")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback
-from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.pruning_plan import plan_in_force
 
 DECAY = 0.8
 AVERAGES: dict[str, Any] = {

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
-from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.pruning_plan import plan_in_force
 
 
 @pytest.mark.parametrize("weights_only", [False, True])

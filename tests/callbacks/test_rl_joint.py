@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_prune.callbacks import RLJointPruneCallback, trainer_state
-from lightning_prune.graph.channel_graph import plan_in_force
-from lightning_prune.plan import PruningPlan
+from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.pruning_plan import PruningPlan
 
 LITTLE: dict[str, Any] = {"agent_updates": 3, "environment_updates": 2, "environment_size": 4}
 KEPT = {"stem": [0, 1, 2, 5, 7, 11], "first": list(range(3, 20))}
@@ -265,7 +265,7 @@ class Dense(battery.ResidualClassifier):
         return self.head(F.adaptive_avg_pool2d(F.relu(self.second(x)), 2).flatten(1))
 
 
-@pytest.mark.parametrize("agent", ["ppo-clip", "ppo-kl", "reinforce", "lightning_prune.agents.RandomSearch"])
+@pytest.mark.parametrize("agent", ["ppo-clip", "ppo-kl", "reinforce", "lightning_prune.search.RandomSearch"])
 def test_any_groups_in_a_development_run(agent: str, tmp_path: Path) -> None:
     callback = Recorded(**{**SHORT, "agent": agent, "start_epoch": 2, "rounds": 9})
     module, _ = battery.train(tmp_path, callback, module=Dense(), fast_dev_run=1)

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune.callbacks import TaylorRankCallback
-from lightning_prune.criteria.taylor_sums import Totals, make_collector
-from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.criteria.first_order_sums import Totals, make_collector
+from lightning_prune.pruning_plan import plan_in_force
 
 READERS = {"stem": ("first", "head"), "first": ("second",)}
 VARIANTS = ["a", "b", "c", "gate", "sum_then_square", "square_then_sum"]

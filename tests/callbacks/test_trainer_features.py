@@ -31,9 +31,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import lightning_prune as lp
-from lightning_prune.budget import CostModel
+from lightning_prune.planning.cost import CostModel
 from lightning_prune.callbacks.trainer_state import unlogged
-from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.pruning_plan import plan_in_force
 
 # What only reads the weights at a prune, and what follows every step; where gradients matter, what changes them too.
 CALLBACKS = pytest.mark.parametrize("name", ["magnitude", "taylor"])

@@ -57,7 +57,7 @@ def test_all_have_one_signature_and_one_kind_of_result(name: str, graph: lp.grap
             assert values.is_floating_point()
             assert values.device.type == "cpu"
             assert not values.requires_grad
-            assert values[graph.live(group)].isfinite().all()
+            assert values[graph.kept(group)].isfinite().all()
         plan = lp.plan(graph, scores, 0.6, round_to=1)
         lp.prune(graph.model, plan)
 

@@ -52,7 +52,7 @@ def test_against_pruning_a_copy_for_each_channel(absolute: bool, pruned: bool) -
     )
     before, signs = by_hand(model, {}, graph), set()
     for name, group in graph.groups.items():
-        live = graph.live(name)
+        live = graph.kept(name)
         for channel in range(group.size):
             if channel not in live:
                 expected = -math.inf

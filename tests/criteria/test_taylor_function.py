@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_prune as lp
-from lightning_prune.budget import CostModel
+from lightning_prune.planning.cost import CostModel
 
 
 def two_maps() -> tuple[nn.Module, Tensor]:
@@ -206,15 +206,15 @@ def test_frozen_layers_are_scored_like_others(graph: lp.graph.ChannelGraph) -> N
 @pytest.mark.parametrize("variant", ["a", "b", "c", "gate", "sum_then_square", "square_then_sum"])
 def test_after_a_prune_channels_keep_their_numbers(variant: str, graph: lp.graph.ChannelGraph) -> None:
     """Zeroing what is read of a channel first, so that removing it changes nothing."""
-    from lightning_prune.masking import zero_removed
+    from lightning_prune.surgery.masks import mask
 
     plan, batches = graph.plan({"stem": torch.tensor([0, 3, 4]), "block": torch.tensor([1, 2, 6, 7])}), some_batches()
-    zero_removed(graph, plan)
+    mask(graph, plan)
     before = lp.criteria.taylor(graph, batches, loss, variant, normalize=False)
     lp.prune(graph.model, plan)
     after = lp.criteria.taylor(graph, batches, loss, variant, normalize=False)
     for name, group in plan.groups.items():
-        assert after[name][group.removed].tolist() == [-math.inf] * len(group.removed)
+        assert after[name][group.pruned].tolist() == [-math.inf] * len(group.pruned)
         if variant != "square_then_sum":  # which also counts the weights that read channels that are gone: zeros
             torch.testing.assert_close(after[name][list(group.kept)], before[name][list(group.kept)])
 

@@ -114,7 +114,7 @@ def test_group_magnitude_is_that_of_what_pruning_channel_by_channel_leaves(graph
     for score, name, channel in order[: -len(scores)]:  # the last one of each group cannot be pruned
         ratios = {}
         for each, group in graph.groups.items():
-            norms = {int(live): 0.0 for live in graph.live(each)}
+            norms = {int(live): 0.0 for live in graph.kept(each)}
             for part in group.slices:
                 if part.tensor.endswith("weight") and "norm" not in part.tensor:
                     for live, row in zip(norms, graph.rows(each, part), strict=True):
@@ -124,7 +124,7 @@ def test_group_magnitude_is_that_of_what_pruning_channel_by_channel_leaves(graph
         assert (name, channel) == min(ratios, key=lambda at: ratios[at])
         before = max(before, ratios[name, channel])
         assert score == pytest.approx(before, rel=1e-9)
-        left = graph.live(name)
+        left = graph.kept(name)
         lp.prune(graph.model, graph.plan({name: left[left != channel]}))
 
 

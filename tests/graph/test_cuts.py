@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.graph import rule
-from lightning_prune.graph.forward import Forward
 from lightning_prune.graph.rules import RULES
+from lightning_prune.graph.run import Forward
 
 IMAGE = torch.zeros(2, 3, 8, 8)
 
@@ -34,7 +34,7 @@ def assert_masked_equals_removed(model: nn.Module) -> None:
     model = randomised(model).double().eval()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     graph = lp.trace(model, x)
-    exact = {name: group.size for name, group in graph.groups.items() if not group.inexact}
+    exact = {name: group.size for name, group in graph.groups.items() if not group.not_mask_exact}
     for channels in (lambda size: torch.arange(size // 2, size), lambda size: torch.arange((size + 1) // 2)):
         kept = {name: channels(size) for name, size in exact.items()}
         for some in (kept, *({name: each} for name, each in kept.items())):
@@ -84,7 +84,7 @@ def test_places_that_only_fit_the_whole_network_are_held(case: str):
         model.head = nn.Conv2d(14, 2, 1)
     graph = lp.trace(model, IMAGE)
     assert "stem" not in graph.groups
-    assert graph.held["stem"].reason.startswith("Around: relies on the number of its channels (test_cuts.py:")
+    assert graph.unprunable["stem"].reason.startswith("Around: relies on the number of its channels (test_cuts.py:")
     assert_masked_equals_removed(model)
 
 
@@ -106,8 +106,8 @@ def test_partial_convolution_is_held():
     graph = lp.trace(PartialConvolution(), IMAGE)
     assert "stem" not in graph.groups
     why = "PartialConvolution: relies on the number of its channels (test_cuts.py:"
-    assert graph.held["stem"].channels == 8
-    assert graph.held["stem"].reason.startswith(why)
+    assert graph.unprunable["stem"].channels == 8
+    assert graph.unprunable["stem"].reason.startswith(why)
     assert_masked_equals_removed(PartialConvolution())
 
 
@@ -138,9 +138,9 @@ def test_parts_of_what_was_put_side_by_side_are_free():
 @pytest.mark.parametrize("taken", [1, 2, 3])
 def test_a_place_that_is_the_width_of_another_layer_is_held(taken: int):
     graph = lp.trace(Joined(taken), IMAGE)
-    assert "layers.0" in graph.held
-    assert f"layers.{taken}" in graph.held
-    assert "Joined: relies on the number of its channels (test_cuts.py:" in graph.held["layers.0"].reason
+    assert "layers.0" in graph.unprunable
+    assert f"layers.{taken}" in graph.unprunable
+    assert "Joined: relies on the number of its channels (test_cuts.py:" in graph.unprunable["layers.0"].reason
     assert_masked_equals_removed(Joined(taken))
 
 
@@ -161,7 +161,7 @@ class Heads(nn.Module):
 def test_heads_of_the_width_of_another_layer_are_held():
     graph = lp.trace(Heads(), IMAGE)
     assert list(graph.groups) == ["middle"]
-    assert graph.held["value"].reason.startswith("Heads: relies on the number of its channels (test_cuts.py:")
+    assert graph.unprunable["value"].reason.startswith("Heads: relies on the number of its channels (test_cuts.py:")
     assert_masked_equals_removed(Heads())
 
 
@@ -175,7 +175,7 @@ class InTraining(Around):
 
 def test_what_only_training_mode_cuts_is_held():
     graph = lp.trace(InTraining(quarter), IMAGE)
-    assert graph.held["stem"].reason.startswith("InTraining: relies on the number of its channels (test_cuts.py:")
+    assert graph.unprunable["stem"].reason.startswith("InTraining: relies on the number of its channels (test_cuts.py:")
 
 
 def test_a_rule_of_ones_own_that_cuts():
@@ -228,7 +228,7 @@ def test_groups_whose_number_does_not_follow_are_held(make, groups: int, channel
     model = make(groups, channels)
     graph = lp.trace(model, IMAGE)
     assert not graph.groups
-    assert re.search("(computes with|relies on) the number of its channels", graph.held["stem"].reason)
+    assert re.search("(computes with|relies on) the number of its channels", graph.unprunable["stem"].reason)
 
 
 @pytest.mark.parametrize(("groups", "channels"), [(4, 8), (32, 64), (3, 12)])

@@ -36,8 +36,8 @@ def test_plain_chain():
 def test_the_output_of_the_network_is_held():
     graph = lp.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)), IMAGE)
     assert list(graph.groups) == ["0"]
-    assert graph.held["1"].channels == 6
-    assert graph.held["1"].reason == "1: is an output of the network"
+    assert graph.unprunable["1"].channels == 6
+    assert graph.unprunable["1"].reason == "1: is an output of the network"
 
 
 class Basic(nn.Module):
@@ -133,7 +133,7 @@ def test_option_a_shortcut_ties_stages_and_holds_what_meets_the_padding():
         },
     )
     graph = lp.trace(model, IMAGE)
-    assert graph.held["down"].channels == 4
+    assert graph.unprunable["down"].channels == 4
 
 
 @pytest.mark.parametrize("multiplier", [1, 2])
@@ -315,7 +315,7 @@ def test_sizes_written_into_the_code_are_held_with_the_module_and_the_line():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Fixed(), nn.Linear(4, 2))
     graph = lp.trace(model, IMAGE)
     assert not graph.groups
-    assert graph.held["0"].reason.startswith("1: relies on the number of its channels (test_indices.py:")
+    assert graph.unprunable["0"].reason.startswith("1: relies on the number of its channels (test_indices.py:")
 
 
 def test_unknown_operators_are_held_with_the_module_and_the_operator():
@@ -326,7 +326,7 @@ def test_unknown_operators_are_held_with_the_module_and_the_operator():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Sorted(), nn.Conv2d(4, 2, 1))
     graph = lp.trace(model, IMAGE)
     assert not graph.groups
-    assert graph.held["0"].reason == "1: runs aten.cummax, which has no rule"
+    assert graph.unprunable["0"].reason == "1: runs aten.cummax, which has no rule"
 
 
 @pytest.mark.parametrize("model", [Basic(), Bottleneck(), OptionA(), Concat(), Excitation()])

@@ -7,8 +7,8 @@ import torch
 from engine import counted_flops, difference, random_plan, torchvision_model
 
 import lightning_prune as lp
-from lightning_prune.allocation import reachable
-from lightning_prune.budget import CostModel
+from lightning_prune.planning.allocation import reachable
+from lightning_prune.planning.cost import CostModel
 
 SIZES = {"resnet18": 40, "resnet50": 40, "mobilenet_v2": 40, "alexnet": 80, "vgg11_bn": 40}
 FAMILIES = {
@@ -29,13 +29,13 @@ def traced(request: pytest.FixtureRequest):
 
 def test_masked_equals_removed(traced):
     model, x, graph = traced
-    assert not any(group.inexact for group in graph.groups.values())
+    assert not any(group.not_mask_exact for group in graph.groups.values())
     assert difference(model, graph, random_plan(graph), x) <= 1e-9
 
 
 def test_only_the_classes_are_held(traced):
     _, _, graph = traced
-    assert [(held.channels, held.reason.split(": ")[1]) for held in graph.held.values()] == [
+    assert [(held.channels, held.reason.split(": ")[1]) for held in graph.unprunable.values()] == [
         (1000, "is an output of the network")
     ]
 
@@ -50,7 +50,7 @@ def test_costs_are_those_of_the_pruned_network(traced):
     lp.prune(pruned, plan)
     assert flops(plan.widths) == counted_flops(pruned, x)
     assert params(plan.widths) == sum(p.numel() for p in pruned.parameters())
-    produced = {part.tensor for group in graph.groups.values() for part in group.producers}
+    produced = {part.tensor for group in graph.groups.values() for part in group.out_slices}
     tensors = dict(pruned.named_parameters())
     assert channels(plan.widths) == sum(tensors[name].shape[0] for name in produced)
 
@@ -69,10 +69,10 @@ def test_one_network_of_every_family(name: str):
     cost = CostModel(graph, "flops")
     assert cost(plan.widths) == counted_flops(model, x)
     free = sum(group.size * group.width for group in graph.groups.values())
-    held = sum(held.channels for held in graph.held.values())
+    held = sum(held.channels for held in graph.unprunable.values())
     assert free > 0.4 * (free + held)
 
 
 def test_reasons_name_lines_of_torchvision():
     graph = lp.trace(torchvision_model("swin_t"), torch.zeros(1, 3, 64, 64, dtype=torch.float64))
-    assert "relies on the number of its channels (swin_transformer.py:" in graph.held["features.0.0"].reason
+    assert "relies on the number of its channels (swin_transformer.py:" in graph.unprunable["features.0.0"].reason

@@ -8,7 +8,7 @@ from engine import assert_pruned, randomised
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.graph import modules, rule, size_attributes
+from lightning_prune.graph import rule, size_attributes, sizes
 from lightning_prune.graph.rules import RULES
 
 IMAGE = torch.zeros(2, 3, 8, 8)
@@ -56,7 +56,7 @@ def tables() -> Iterator[None]:
     yield
     for name in (SCALE, HALVES):
         RULES.pop(name, None)
-        modules._OWN_SYNC.pop(name, None)
+        sizes._OWN_SYNC.pop(name, None)
 
 
 def teach_scale() -> None:
@@ -80,7 +80,7 @@ def network() -> nn.Module:
 def test_without_a_rule_the_module_is_held():
     graph = lp.trace(network(), IMAGE)
     assert not graph.groups
-    assert "autograd function Scale" in graph.held["0"].reason
+    assert "autograd function Scale" in graph.unprunable["0"].reason
 
 
 def test_a_rule_and_size_attributes_make_it_prunable(tables):
@@ -113,7 +113,7 @@ def test_a_rule_that_says_too_little_is_found_out(tables):
 
     graph = lp.trace(network(), IMAGE)
     assert not graph.groups
-    assert "1: relies on the number of its channels" in graph.held["0"].reason
+    assert "1: relies on the number of its channels" in graph.unprunable["0"].reason
 
 
 def test_a_rule_that_raises_holds_what_the_module_touches(tables):
@@ -123,7 +123,9 @@ def test_a_rule_that_raises_holds_what_the_module_touches(tables):
 
     graph = lp.trace(network(), IMAGE)
     assert not graph.groups
-    assert "ChannelScale in a way that its rule does not know (KeyError('no such thing'))" in graph.held["0"].reason
+    assert (
+        "ChannelScale in a way that its rule does not know (KeyError('no such thing'))" in graph.unprunable["0"].reason
+    )
 
 
 def test_channels_of_the_input_may_be_tied_to_each_other(tables):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.budget import CostModel
+from lightning_prune.planning.cost import CostModel
 
 
 class Random(nn.Module):

@@ -295,12 +295,12 @@ HELD: dict[str, tuple[Network, Any, str, str]] = {
 def test_held_for_exactly_this_reason(case: str):
     model, inputs, name, why = HELD[case]
     graph = lp.trace(model, inputs)
-    assert graph.held[name].reason == (why if ": " in why else f"Network: {why}")
+    assert graph.unprunable[name].reason == (why if ": " in why else f"Network: {why}")
 
 
 def test_the_other_channels_are_free_when_one_is_held():
     graph = lp.trace(around(gated(lambda gate: gate.reshape(2, 1, -1).view(2, 1, 8, 8))), IMAGE)
-    assert graph.held["stem"].channels == 1
+    assert graph.unprunable["stem"].channels == 1
     assert_pruned(
         randomised(around(gated(torch.clone))),
         IMAGE,
@@ -423,7 +423,7 @@ def test_a_computed_weight_masks_exactly_where_zero_stays_zero(case: str):
     combined, why = COMPUTED[case]
     model = randomised(buffered(combined)).double().eval()
     graph = lp.trace(model, IMAGE.double())
-    assert graph.groups["stem"].inexact == why
+    assert graph.groups["stem"].not_mask_exact == why
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     assert why or difference(model, graph, random_plan(graph), x) <= 1e-9
 
@@ -431,7 +431,7 @@ def test_a_computed_weight_masks_exactly_where_zero_stays_zero(case: str):
 @pytest.mark.parametrize("case", INEXACT)
 def test_inexact_for_exactly_this_reason(case: str):
     model, inputs, name, why, axes = INEXACT[case]
-    assert lp.trace(model, inputs).groups[name].inexact == why
+    assert lp.trace(model, inputs).groups[name].not_mask_exact == why
     assert_pruned(randomised(model), inputs, {name: [2, 5]}, {tensor: {axis: [2, 5]} for tensor, axis in axes.items()})
 
 
@@ -532,7 +532,7 @@ def test_free_at_these_positions(case: str):
     inputs = torch.randn(inputs.shape, dtype=torch.float64) if inputs.is_floating_point() else inputs
     assert_pruned(model, inputs, {name: [1, 4]}, kept)
     graph = lp.trace(model, inputs)
-    assert not graph.groups[name].inexact
+    assert not graph.groups[name].not_mask_exact
     for _ in range(2):
         assert difference(model, graph, random_plan(graph), inputs) <= 1e-9
 

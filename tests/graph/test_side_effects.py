@@ -12,7 +12,7 @@ import torchmetrics
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.latency import measure_latency
+from lightning_prune.planning import measure_latency
 
 
 class Model(nn.Module):

@@ -9,8 +9,8 @@ from engine import assert_pruned, difference, random_plan, randomised
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.allocation import reachable
-from lightning_prune.graph.forward import Forward
+from lightning_prune.graph.run import Forward
+from lightning_prune.planning.allocation import reachable
 
 IMAGE = torch.zeros(2, 3, 8, 8)
 
@@ -104,7 +104,7 @@ def test_whole_groups_of_group_norm_leave():
     model = Around(nn.GroupNorm(2, 8))
     graph = lp.trace(model, IMAGE)
     assert graph.groups["stem"].size == 2
-    assert not graph.groups["stem"].inexact
+    assert not graph.groups["stem"].not_mask_exact
     back = list(range(4, 8))
     assert_pruned(
         randomised(model),
@@ -127,7 +127,7 @@ def test_whole_groups_of_group_norm_leave():
 )
 def test_statistics_over_channels_are_inexact(between, why: str):
     graph = lp.trace(Around(between), IMAGE)
-    assert why in graph.groups["stem"].inexact
+    assert why in graph.groups["stem"].not_mask_exact
 
 
 SQUEEZED = {
@@ -269,10 +269,10 @@ def test_held_with_module_and_reason(case: str):
     between, why = HELD[case]
     graph = lp.trace(Around(between), IMAGE)
     assert "stem" not in graph.groups
-    assert graph.held["stem"].reason.startswith("Around: ")
-    assert why in graph.held["stem"].reason
+    assert graph.unprunable["stem"].reason.startswith("Around: ")
+    assert why in graph.unprunable["stem"].reason
     if why.endswith("number of its channels"):
-        assert "(test_splitting.py:" in graph.held["stem"].reason
+        assert "(test_splitting.py:" in graph.unprunable["stem"].reason
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_an_output_of_one_channel_tells_of_the_width(after, why: str):
     model = Narrow(None)
     model.head = nn.Conv2d(8, 1, 1)
     graph = lp.trace(model, IMAGE)
-    assert why in graph.held["stem"].reason if why else "stem" in graph.groups
+    assert why in graph.unprunable["stem"].reason if why else "stem" in graph.groups
 
 
 class Heads(nn.Module):
@@ -324,12 +324,12 @@ def test_all_modules_that_fail_are_found_in_few_runs(where: str, held: str, monk
     assert len(runs) <= 10
     blocks = range(1, 13)
     if held:
-        assert {f"{i}.{held}" for i in blocks} | {"13"} == set(graph.held)
-        assert all(graph.held[f"{i}.{held}"].reason.startswith(f"{i}: relies on the number") for i in blocks)
+        assert {f"{i}.{held}" for i in blocks} | {"13"} == set(graph.unprunable)
+        assert all(graph.unprunable[f"{i}.{held}"].reason.startswith(f"{i}: relies on the number") for i in blocks)
         assert set(graph.groups) == {"0", *(f"{i}.up" for i in blocks)}, "what is innocent is free"
     else:
-        assert {"0", "13"} == set(graph.held)
-        assert graph.held["0"].reason.startswith("1: relies on the number of its channels (test_splitting.py:")
+        assert {"0", "13"} == set(graph.unprunable)
+        assert graph.unprunable["0"].reason.startswith("1: relies on the number of its channels (test_splitting.py:")
 
 
 class Careful(nn.Module):
@@ -347,7 +347,7 @@ def test_control_flow_on_values_holds_the_module_and_what_it_is_given():
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), Careful(), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1))
     graph = lp.trace(model, torch.ones(2, 3, 8, 8))
     assert list(graph.groups) == ["0", "3"]
-    assert graph.held["1"].reason == "2: looks at values, and may do something else for others"
+    assert graph.unprunable["1"].reason == "2: looks at values, and may do something else for others"
 
 
 @dataclass
@@ -390,8 +390,8 @@ def test_tensors_in_any_output_are_held(kind: type):
 
     graph = lp.trace(Nested(None), IMAGE)
     assert not graph.groups
-    assert graph.held["stem"].reason == "stem: is an output of the network"
-    assert "head" in graph.held
+    assert graph.unprunable["stem"].reason == "stem: is an output of the network"
+    assert "head" in graph.unprunable
 
 
 def test_nested_inputs():
@@ -405,13 +405,13 @@ def test_nested_inputs():
 
     inputs = {"inputs": {"a": torch.zeros(2, 3), "b": [torch.zeros(2, 2)]}, "scale": 2.0, "extra": torch.zeros(2, 1)}
     graph = lp.trace(Nested(), inputs)
-    assert [part.tensor for part in graph.groups["left"].producers] == ["left.weight", "right.weight"]
+    assert [part.tensor for part in graph.groups["left"].out_slices] == ["left.weight", "right.weight"]
 
 
 def test_hidden_width_of_a_transformer_layer():
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.1)
     graph = lp.trace(model, torch.zeros(2, 5, 16))
-    assert [(name, group.size, group.inexact) for name, group in graph.groups.items()] == [("linear1", 32, "")]
+    assert [(name, group.size, group.not_mask_exact) for name, group in graph.groups.items()] == [("linear1", 32, "")]
 
 
 @pytest.mark.parametrize(
@@ -474,14 +474,14 @@ def test_nothing_is_seen_to_make_channels(model: nn.Module):
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     graph = lp.trace(model, IMAGE.to(dtype))
     assert not graph.groups
-    assert not graph.held
+    assert not graph.unprunable
 
 
 def test_ignored_modules_are_held_with_the_pattern():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
     graph = lp.trace(model, IMAGE, ignore=["0"])
     assert list(graph.groups) == ["1"]
-    assert graph.held["0"].reason == "0: is ignored by the pattern '0'"
+    assert graph.unprunable["0"].reason == "0: is ignored by the pattern '0'"
 
 
 def test_a_rule_of_ones_own():

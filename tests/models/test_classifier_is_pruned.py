@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback
-from lightning_prune.graph.channel_graph import plan_in_force
 from lightning_prune.models import ImageClassifier, build_network
+from lightning_prune.pruning_plan import plan_in_force
 
 EPOCHS = 4
 SETTINGS = {

@@ -12,7 +12,7 @@ from fvcore.nn import FlopCountAnalysis
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_prune.callbacks import TaylorRankCallback
-from lightning_prune.graph.channel_graph import plan_in_force
+from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.history import FORMAT_VERSION, History, read_histories, run_folder, write_history
 from lightning_prune.reporting.summary import Measurement
 

@@ -1,0 +1,126 @@
+"""``lightning-prune benchmark CKPT``: latency and throughput of a pruned model against the original."""
+
+import argparse
+import copy
+import statistics
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prune.cli.loading import add_loading_options, load
+from lightning_prune.export import random_inputs
+from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.planning.timing import placed, timed
+from lightning_prune.progress import progress
+from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.reporting.summary import aligned
+from lightning_prune.surgery import reshape
+
+__all__ = ["main", "original_of", "times"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``lightning-prune benchmark``.
+
+    Args:
+        arguments: The command line after ``benchmark``.
+    """
+    parser = argparse.ArgumentParser(
+        "lightning-prune benchmark",
+        description="Time a pruned model and its original in evaluation mode, turn and turn about.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of a pruned model")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each model (default: 10)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    add_loading_options(parser)
+    given = parser.parse_args(arguments)
+    if min(given.batch_sizes) < 1 or given.rounds < 1 or given.threads < 1:
+        parser.error("batch sizes, rounds and threads must be at least 1")
+    try:
+        loaded = load(given.checkpoint, given.model, given.input_shape)
+        device = _device(given.device)
+        original = original_of(loaded.model)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    torch.set_num_threads(given.threads)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {given.threads} threads"
+    turns = f"median (quartiles) of {given.rounds} turns"
+    print(f"{type(loaded.model).__name__} on {where}, torch {torch.__version__}; {turns}")
+    rows: list[tuple[str, ...]] = [
+        ("batch", "original (ms)", "pruned (ms)", "speed-up", "original (1/s)", "pruned (1/s)")
+    ]
+    for size in given.batch_sizes:
+        inputs = random_inputs(loaded.inputs, size)
+        taken = times([original.to(device), loaded.model.to(device)], inputs, given.rounds)
+        rows.append(_row(size, *taken))
+    print("\n".join(aligned(rows)))
+
+
+def original_of(model: nn.Module) -> nn.Module:
+    """Return a model of the original shape for a pruned one; the values are without meaning.
+
+    Raises:
+        ValueError: If the model was never pruned.
+    """
+    if plan_in_force(model) is None:
+        raise ValueError(f"{type(model).__name__} was never pruned, so there is no original to compare it with.")
+    original = copy.deepcopy(model)
+    reshape(original, None)
+    with torch.no_grad():
+        for tensor in named_tensors(original).values():
+            if tensor.is_floating_point() and not tensor.any():
+                tensor.fill_(0.01)  # zeros would be faster on some machines
+    return original
+
+
+@torch.no_grad()
+def times(models: Sequence[nn.Module], example_inputs: Any, rounds: int) -> list[list[float]]:
+    """Time models in evaluation mode, turn and turn about, after a warm-up of each turn.
+
+    Args:
+        models: The models, each on its device.
+        example_inputs: What they take, as for `lightning_prune.trace`.
+        rounds: Number of turns of each.
+
+    Returns:
+        For each model and turn the median time of one forward pass, in milliseconds.
+    """
+    taken: list[list[float]] = [[] for _ in models]
+    with progress("Timing, turn and turn about", rounds * len(models)) as work:
+        for model, turns in [*zip(models, taken, strict=True)] * rounds:
+            args, kwargs = placed(example_inputs, model)
+            device = next(model.parameters()).device
+            run = partial(model.eval(), *args, **kwargs)
+            warm = max(timed(run, device), 1e-3)
+            turns.append(statistics.median(timed(run, device) for _ in range(int(min(50, max(3, 100 / warm))))))
+            work.advance()
+    return taken
+
+
+def _row(size: int, original: list[float], pruned: list[float]) -> tuple[str, ...]:
+    ratio = statistics.median(before / after for before, after in zip(original, pruned, strict=True))
+    rates = [f"{1000 * size / statistics.median(each):,.0f}" for each in (original, pruned)]
+    return str(size), _told(original), _told(pruned), f"{ratio:.2f}x", *rates
+
+
+def _told(taken: list[float]) -> str:
+    low, middle, high = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else taken * 3
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as raised:
+        raise ValueError(f"There is no device {name!r} here: choose another with --device.") from raised
+    return device

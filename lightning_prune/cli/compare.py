@@ -1,0 +1,67 @@
+"""``lightning-prune compare A B``: two runs, or two checkpoints, side by side."""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_prune.cli.benchmark import times
+from lightning_prune.cli.loading import Loaded, add_loading_options, load
+from lightning_prune.graph import trace
+from lightning_prune.planning.cost import CostModel
+from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.reporting.history import read_histories
+from lightning_prune.reporting.summary import Measurement, summarize
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``lightning-prune compare``.
+
+    Args:
+        arguments: The command line after ``compare``.
+    """
+    parser = argparse.ArgumentParser(
+        "lightning-prune compare",
+        description="Compare two runs by what they logged at their end, or two checkpoints by counting and timing them "
+        "here and now; metrics are those of the last validation.",
+    )
+    parser.add_argument("a", type=Path, help="folder of a run, or a checkpoint")
+    parser.add_argument("b", type=Path, help="another of the same kind")
+    add_loading_options(parser)
+    given = parser.parse_args(arguments)
+    try:
+        if given.a.is_dir() != given.b.is_dir():
+            raise ValueError("A run and a checkpoint were not timed side by side: give two runs, or two checkpoints.")
+        note = ""
+        if given.a.is_dir():
+            note = "\nEach run measured its latency by itself, at its end; checkpoints are timed turn and turn about."
+            first, second = (read_histories(run)[0].last for run in (given.a, given.b))
+        else:
+            first, second = _measured([load(path, given.model, given.input_shape) for path in (given.a, given.b)])
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    print(f"A: {given.a}\nB: {given.b}\n")
+    print("\n".join([*summarize(first, second, ("A", "B")), note]).rstrip())
+
+
+def _measured(checkpoints: list[Loaded]) -> list[Measurement]:
+    """Count two models, and time them turn and turn about."""
+    latencies = times([each.model for each in checkpoints], checkpoints[0].inputs, rounds=5)
+    return [
+        Measurement(
+            params=sum(parameter.numel() for parameter in each.model.parameters()),
+            flops=_flops(each),
+            latency_ms=statistics.median(taken),
+            metrics=each.histories[0].last.metrics if each.histories else {},
+        )
+        for each, taken in zip(checkpoints, latencies, strict=True)
+    ]
+
+
+def _flops(checkpoint: Loaded) -> int:
+    plan = plan_in_force(checkpoint.model)
+    cost = CostModel(trace(checkpoint.model, checkpoint.inputs), "flops")
+    return int(cost(plan.widths if plan is not None else {}))

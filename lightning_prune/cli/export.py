@@ -1,0 +1,37 @@
+"""``lightning-prune export CKPT OUT``: a checkpoint as ONNX, as a program of torch.export, or as plain weights."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_prune.cli.loading import add_loading_options, load
+from lightning_prune.export import BATCH_SIZES, export
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``lightning-prune export``.
+
+    Args:
+        arguments: The command line after ``export``.
+    """
+    parser = argparse.ArgumentParser(
+        "lightning-prune export",
+        description="Export the model of a checkpoint, and check the file against the model on random inputs.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of a pruned or an unpruned model")
+    parser.add_argument(
+        "out", type=Path, help="file to write: .onnx, .pt2 (torch.export), or .pt (weights; the plan goes beside it)"
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="how far outputs may be apart (default: 1e-5)")
+    add_loading_options(parser)
+    given = parser.parse_args(arguments)
+    try:
+        loaded = load(given.checkpoint, given.model, given.input_shape)
+        apart = export(loaded.model, loaded.inputs, given.out, given.tolerance)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(str(error))
+    sizes = ", ".join(map(str, BATCH_SIZES))
+    print(f"Written to {given.out}: batches of {sizes} give the model's outputs, at most {apart:.1e} apart")

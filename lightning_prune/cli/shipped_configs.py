@@ -1,0 +1,110 @@
+"""The configs that ship with the package: found by name, listed, and copied out for an installed user.
+
+A config may take its model and its data from files beside it (``data: datasets/imagenet.yaml``), which LightningCLI
+reads as they stand. A copy holds all of it in one file.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["FOLDER", "copy", "find", "listing", "main"]
+
+FOLDER = Path(__file__).parents[1] / "configs"
+_PART = re.compile(r"^(\w+): (\S+\.yaml)$", re.MULTILINE)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``lightning-prune configs``: list the configs that ship with the package, or copy one out.
+
+    Args:
+        arguments: The command line after ``configs``.
+    """
+    parser = argparse.ArgumentParser("lightning-prune configs", description="List the shipped configs, or copy one.")
+    parser.add_argument("name", nargs="?", help="the config to copy; without it, all are listed")
+    parser.add_argument("destination", nargs="?", default=".", help="folder or file to copy it to (default: here)")
+    given = parser.parse_args(arguments)
+    if given.name is None:
+        print("\n".join(listing()))
+        return
+    try:
+        print(f"Copied to {copy(given.name, Path(given.destination))}")
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+def listing() -> list[str]:
+    """Return a line for each config, with its name and what its first line says.
+
+    Example:
+        >>> from lightning_prune.cli import shipped_configs
+        >>> [line for line in shipped_configs.listing() if "quickstart" in line][0].split()[:3]
+        ['quickstart', 'Train', 'on']
+    """
+    paths = sorted(FOLDER.glob("*.yaml"))
+    width = max(len(path.stem) for path in paths)
+    return [f"{path.stem:{width}}  {path.read_text().partition(chr(10))[0].removeprefix('# ')}" for path in paths]
+
+
+def copy(name: str, destination: Path) -> Path:
+    """Copy a config out of the package, as one file that stands alone.
+
+    Args:
+        name: Name of the config, with or without ``.yaml``.
+        destination: The folder or the file to copy it to.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there is no such config.
+        FileExistsError: If the file is there already.
+        FileNotFoundError: If the folder of the file does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from lightning_prune.cli import shipped_configs
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     shipped_configs.copy("quickstart", Path(folder)).name
+        'quickstart.yaml'
+    """
+    source = FOLDER / f"{name.removesuffix('.yaml')}.yaml"
+    if source.parent != FOLDER or not source.is_file():
+        names = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+        raise ValueError(f"No config {name!r} ships with lightning-prune: choose one of {names}.")
+    target = destination / source.name if destination.is_dir() else destination
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(target.parent)!r}: make it first.")
+    text = _PART.sub(_inline, source.read_text())
+    try:
+        with target.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        raise FileExistsError(f"{str(target)!r} exists: give another name, or remove it first.") from None
+    return target
+
+
+def find(argument: str) -> str:
+    """Return the shipped file for an argument that names a config which is not there, other arguments as they are.
+
+    Args:
+        argument: One argument of the command line, such as ``configs/quickstart.yaml`` or ``--config=quickstart.yaml``.
+
+    Example:
+        >>> from lightning_prune.cli import shipped_configs
+        >>> shipped_configs.find("--trainer.max_epochs=3")
+        '--trainer.max_epochs=3'
+    """
+    option, equals, path = argument.rpartition("=")
+    if not path.endswith((".yaml", ".yml")) or Path(path).exists():
+        return argument
+    inside = FOLDER / path.removeprefix("configs/")
+    return f"{option}{equals}{inside}" if inside.is_file() else argument
+
+
+def _inline(part: re.Match[str]) -> str:
+    lines = (FOLDER / part[2]).read_text().splitlines()
+    return "\n".join([f"{part[1]}:", *(f"  {line}".rstrip() for line in lines)])

@@ -1,0 +1,55 @@
+"""Rank channels by the scale that batch normalisation gives them."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.criteria.numbering import number
+from lightning_prune.criteria.registry import register
+from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.substitution import named_tensors
+
+__all__ = ["batch_norm_scale"]
+
+
+@register("batch_norm_scale")
+def batch_norm_scale(graph: ChannelGraph) -> dict[str, Tensor]:
+    """Score channels by the absolute value of their scale in batch normalisation.
+
+    Args:
+        graph: The traced model; the scales are read as they are now.
+
+    Returns:
+        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed.
+
+    Raises:
+        ValueError: If a group passes no batch normalisation that has scales.
+
+    Note:
+        The criterion is that of Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (ICCV
+        2017), where channels of all layers compete by it as it stands; the paper also trains with an L1 penalty on the
+        scales, which is left to the user. Interpretation: where a channel passes several normalisations, or takes
+        several places in one, the mean counts.
+
+    Example:
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1))
+        >>> _ = model[1].weight.data.copy_(torch.tensor([0.5, -2.0]))
+        >>> batch_norm_scale(trace(model, torch.zeros(1, 1, 4, 4)))["0"]
+        tensor([0.5000, 2.0000])
+    """
+    tensors = named_tensors(graph.model)
+    scales = {
+        f"{name}.weight"
+        for name, module in graph.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    means = {}
+    for name, group in graph.groups.items():
+        rows = [graph.rows(name, part, tensors) for part in group.other_slices if part.tensor in scales]
+        if not rows:
+            raise ValueError(
+                f"Group {name!r} passes no batch normalisation with scales; add {name!r} to ignore, or use another "
+                "criterion."
+            )
+        means[name] = torch.cat(rows, dim=1).abs().mean(1)
+    return number(graph, means)

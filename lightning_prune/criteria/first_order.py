@@ -1,0 +1,159 @@
+"""Rank channels by a first-order estimate of what removing them does to the loss."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, VARIANTS, Totals, make_collector
+from lightning_prune.criteria.numbering import divide_by_norm, number
+from lightning_prune.criteria.registry import Loss, register
+from lightning_prune.criteria.watching import evaluating
+from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.planning.cost import CostModel
+from lightning_prune.pruning_plan import plan_in_force
+
+__all__ = ["check_settings", "finish", "taylor"]
+
+
+@register("taylor")
+def taylor(
+    graph: ChannelGraph,
+    batches: Iterable[Any],
+    loss: Loss,
+    variant: str = "a",
+    normalize: bool | None = None,
+    flops_penalty: float = 0.0,
+) -> dict[str, Tensor]:
+    """Score channels by how much the loss changes, to first order, when all that is read from them is set to zero.
+
+    ============================ ===========================================================================
+    variant                      score, with activation a and gradient g of the loss where layers read
+    ============================ ===========================================================================
+    ``"a"``                      mean over examples of the absolute sum of ``a * g`` over positions
+    ``"b"``                      mean over examples of the sum of ``|a * g|`` over positions
+    ``"c"``                      absolute mean over all examples of the sum of ``a * g`` over positions
+    ``"gate"``                   mean over batches of the squared derivative by a factor on the channel
+    ``"sum_then_square"``        mean over batches of the squared sum of weight times gradient
+    ``"square_then_sum"``        mean over batches of the sum of squared weight times gradient
+    ============================ ===========================================================================
+
+    The last two read the parameters that make the channel: filters, biases and normalisation.
+
+    Args:
+        graph: The traced model, run in evaluation mode; its gradients are left alone.
+        batches: Batches of data.
+        loss: Given the model and a batch, returns the loss as a scalar: the mean over the examples.
+        variant: One of those above.
+        normalize: Divide the scores of each group by their Euclidean norm; default, as the sources do, for ``"a"``,
+            ``"b"`` and ``"c"`` only.
+        flops_penalty: How much of the cost of a channel is subtracted from its score, after the division: the FLOPs
+            that one channel less would save, divided by their sum over the groups.
+
+    Returns:
+        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed.
+
+    Raises:
+        ValueError: If a setting is out of range, a layer that reads channels cannot be watched (variants a, b, c), or
+            no finite gradient of a group was seen.
+
+    Note:
+        Variant a is the equation of Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient
+        Inference" (ICLR 2017), with the L2 norm of each layer and the FLOPs term; b is that of the authors' later code
+        and c that of a popular reimplementation. Gate and weight forms are those of Molchanov et al., "Importance
+        Estimation for Neural Network Pruning" (CVPR 2019): ``sum_then_square`` as in the paper, ``square_then_sum`` as
+        in its code. Interpretations: positions are summed rather than averaged, which the norm cancels; contributions
+        of several layers that read a channel are added, since removing it takes it away from all of them, and are not
+        divided by their number as in the code of 2019; the norm is taken once, of the means (the code takes it per
+        batch); the paper's weight of 0.001 is for a FLOPs term whose units are not known, so that it is 0 here; the
+        gate covers all that is read of a channel, behind the activation function.
+
+    Example:
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [2.0]]))
+        >>> _ = model[2].weight.data.copy_(torch.tensor([[3.0, 2.0]]))
+        >>> x = torch.tensor([[1.0], [1.0]])
+        >>> taylor(trace(model, x), [x], lambda model, x: model(x).mean())["0"]  # 3 and 4, by their norm
+        tensor([0.6000, 0.8000], dtype=torch.float64)
+    """
+    check_settings(variant, flops_penalty)
+    totals = Totals()
+    collector = make_collector(graph, variant, totals)
+    try:
+        collector.listen()
+        with evaluating(graph.model), _all_trained(graph.model) as parameters, torch.enable_grad():
+            for batch in batches:
+                value = loss(graph.model, batch)
+                collector.before_backward()
+                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+                collector.after_backward(1.0)
+                collector.before_step({n: g for n, g in zip(parameters, found, strict=True) if g is not None})
+                collector.after_batch()
+    finally:
+        collector.stop()
+    unseen = totals.unseen(graph)
+    if unseen:
+        raise ValueError(
+            f"No finite gradient was seen of {', '.join(unseen)}: no batch, or the loss does not need them."
+        )
+    return finish(graph, totals, variant, normalize, flops_penalty)
+
+
+def finish(
+    graph: ChannelGraph, totals: Totals, variant: str, normalize: bool | None, flops_penalty: float
+) -> dict[str, Tensor]:
+    """Turn totals into scores; see `taylor`.
+
+    Args:
+        graph: The traced model.
+        totals: Sums and counts of every group.
+        variant: The variant that they are of.
+        normalize: Divide by the Euclidean norm of the group; None for what the source of the variant does.
+        flops_penalty: Weight of the cost of a channel.
+    """
+    means = {name: totals.sums[name].cpu() / totals.counts[name].cpu() for name in graph.groups}
+    if variant == "c":
+        means = {name: mean.abs() for name, mean in means.items()}
+    if normalize if normalize is not None else variant not in GRADIENT_FORMS:
+        means = divide_by_norm(means)
+    if flops_penalty:
+        saved = _flops_per_channel(graph)
+        means = {name: mean - flops_penalty * saved[name] for name, mean in means.items()}
+    return number(graph, means)
+
+
+def check_settings(variant: str, flops_penalty: float) -> None:
+    """Raise a ValueError unless the settings are in range."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}.")
+    if not 0 <= flops_penalty < float("inf"):
+        raise ValueError(f"flops_penalty must be a number of at least 0; got {flops_penalty!r}.")
+
+
+def _flops_per_channel(graph: ChannelGraph) -> dict[str, float]:
+    """Return what one channel less in each group would save now, as parts of 1."""
+    cost, plan = CostModel(graph, "flops"), plan_in_force(graph.model)
+    widths: Mapping[str, int] = plan.widths if plan is not None else {}
+    now = cost(widths)
+    saved = {
+        name: now - cost({**widths, name: widths.get(name, group.size) - 1}) for name, group in graph.groups.items()
+    }
+    return {name: flops / max(sum(saved.values()), 1) for name, flops in saved.items()}
+
+
+@contextmanager
+def _all_trained(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Let gradients flow to every parameter for a while, frozen ones included."""
+    found = {n: p for n, p in named_tensors(model).items() if isinstance(p, nn.Parameter) and p.is_floating_point()}
+    before = {name: parameter.requires_grad for name, parameter in found.items()}
+    try:
+        for parameter in found.values():
+            parameter.requires_grad_(True)
+        yield found
+    finally:
+        for name, parameter in found.items():
+            parameter.requires_grad_(before[name])

@@ -1,0 +1,47 @@
+"""Rank channels by their distance from the other channels of their group."""
+
+import torch
+from torch import Tensor
+
+from lightning_prune.criteria.numbering import divide_by_mean, number
+from lightning_prune.criteria.registry import register
+from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.substitution import named_tensors
+
+__all__ = ["fpgm"]
+
+
+@register("fpgm")
+def fpgm(graph: ChannelGraph) -> dict[str, Tensor]:
+    """Score channels by the sum of the Euclidean distances of their filters to all others of the group.
+
+    A filter close to all others, near their geometric median, is one that the others can replace.
+
+    Args:
+        graph: The traced model; the weights are read as they are now.
+
+    Returns:
+        (channels,) score of each group, divided by its mean in the group, higher is kept; ``-inf`` for channels that
+        have been removed.
+
+    Note:
+        The criterion is that of He et al., "Filter Pruning via Geometric Median for Deep Neural Networks Acceleration"
+        (CVPR 2019), which prunes each layer by the same ratio. Interpretation: filters of coupled layers that make the
+        same channel are joined to one vector, and the mean makes groups comparable.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]]))
+        >>> distances = fpgm(trace(model, torch.zeros(1, 2)))["0"]  # 5 + 1, 5 + 18 ** 0.5, 1 + 18 ** 0.5
+        >>> distances.argsort().tolist()
+        [2, 0, 1]
+    """
+    tensors = named_tensors(graph.model)
+    sums = {}
+    for name, group in graph.groups.items():
+        rows = [graph.rows(name, part, tensors).to("cpu", torch.float64) for part in group.out_slices]
+        filters = torch.cat(rows, dim=1)
+        sums[name] = torch.cdist(filters, filters).fill_diagonal_(0.0).sum(1)  # which rounding leaves above 0
+    return number(graph, divide_by_mean(sums))

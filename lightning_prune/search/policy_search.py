@@ -1,0 +1,174 @@
+"""An agent that looks for the widths that earn most, while the network may change from epoch to epoch."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_prune.rl.environment_model import EnvironmentModel
+from lightning_prune.rl.transition import Transition
+from lightning_prune.search.agents import make_agent
+from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, PruningProblem, play
+
+__all__ = ["REWARDED", "PolicySearch"]
+
+REWARDED = ("every_step", "last_step")
+
+_LEAST_SPREAD = 0.01  # of the first rewards: where they hardly differ, differences are not blown up without limit
+
+
+class PolicySearch:
+    """Let an agent play episodes, and learn from what they have earned.
+
+    Agents learn from rewards from which the mean of the first episodes is subtracted, and which are divided by their
+    standard deviation, so that the same settings serve for every network; the environment model learns from the
+    rewards themselves.
+
+    Args:
+        agent: As for `make_agent`: a name, or the import path of a class.
+        steps: Number of steps of an episode.
+        episodes: Number of episodes before each round of learning, at least 2.
+        epochs: Number of epochs that there can be.
+        seed: Seed of all random numbers.
+        rewarded: ``"every_step"``: each step earns what its episode earned in the end, and looks no further ahead;
+            ``"last_step"``: the last step earns it, and earlier ones learn of it step by step.
+        agent_updates: Updates of the agent in a round of learning.
+        environment_updates: Updates of the environment model in a round of learning.
+        environment_size: Numbers in the representation of an epoch that the agent is given; 0 for no environment model.
+        agent_settings: As for the agent's class.
+
+    Raises:
+        ValueError: If a setting is unknown or out of range.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Linear(1, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 1, bias=False))
+        >>> problem = PruningProblem(trace(model, torch.zeros(1, 1)), keep=0.5, metric="params")
+        >>> search = PolicySearch("ppo-clip", steps=2, episodes=16)
+        >>> for _ in range(20):
+        ...     widths = search.explore(problem)
+        ...     figures = search.learn(torch.from_numpy(widths[:, 0]) / 8)  # the wider the first layer, the better
+        >>> search.settle(problem)
+        array([[8, 3]])
+    """
+
+    def __init__(
+        self,
+        agent: str,
+        *,
+        steps: int,
+        episodes: int = 10,
+        epochs: int = 1,
+        seed: int = 0,
+        rewarded: str = "every_step",
+        agent_updates: int = 200,
+        environment_updates: int = 100,
+        environment_size: int = 0,
+        agent_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        if rewarded not in REWARDED:
+            raise ValueError(f"rewarded must be one of {', '.join(REWARDED)}; got {rewarded!r}.")
+        if episodes < 2:
+            raise ValueError(f"episodes must be at least 2, for rewards to be compared; got {episodes!r}.")
+        self.episodes, self.rewarded = episodes, rewarded
+        self.agent_updates, self.environment_updates = agent_updates, environment_updates
+        self.environment: EnvironmentModel | None = None
+        context: dict[str, Any] = {}
+        if environment_size:
+            self.environment = EnvironmentModel(
+                OBSERVATION_SIZE, 1, seed, epochs=epochs, representation_size=environment_size
+            )
+            context = {"context": self.environment.representation, "context_size": environment_size}
+        settings = {**_defaults(agent, steps, episodes, rewarded), **(agent_settings or {}), **context}
+        self.agent = make_agent(agent, OBSERVATION_SIZE, 1, seed, **settings)
+        self.scale: tuple[float, float] | None = None  # mean and standard deviation of the first rewards
+        self._played: list[Transition] = []
+
+    def explore(self, problem: PruningProblem, epoch: int = 0) -> np.ndarray:
+        """Play episodes to learn from.
+
+        Args:
+            problem: What is decided on.
+            epoch: The epoch of training.
+
+        Returns:
+            The (episodes, groups) widths.
+        """
+        widths, self._played = play(problem, self.agent, self.episodes, epoch=epoch)
+        return widths
+
+    def settle(self, problem: PruningProblem, epoch: int = 0) -> np.ndarray:
+        """Return the (1, groups) widths that the agent takes to be best.
+
+        Args:
+            problem: What is decided on.
+            epoch: The epoch of training.
+        """
+        return play(problem, self.agent, 1, explore=False, epoch=epoch)[0]
+
+    def learn(self, rewards: Tensor) -> dict[str, float]:
+        """Learn from the episodes that `explore` has played.
+
+        Args:
+            rewards: (episodes,) what they have earned.
+
+        Returns:
+            Losses and other figures of the last updates, by name.
+        """
+        rewards = rewards.float().cpu()
+        if self.scale is None:
+            self.scale = float(rewards.mean()), max(float(rewards.std()), _LEAST_SPREAD)
+        mean, spread = self.scale
+        for transition in self._played:
+            earned = self.rewarded == "every_step" or transition.terminated
+            self.agent.observe(replace(transition, reward=(rewards - mean) / spread if earned else 0.0))
+            if self.environment is not None:
+                self.environment.observe(replace(transition, reward=rewards))
+        self._played = []
+        figures: dict[str, float] = {}
+        # The agent first: what it saw when it acted must be what it sees when it learns from that.
+        for _ in range(self.agent_updates):
+            figures |= self.agent.update()
+        for _ in range(self.environment_updates if self.environment is not None else 0):
+            figures |= self.environment.update()  # type: ignore[union-attr]
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later process needs to go on to the same bits."""
+        environment = None if self.environment is None else self.environment.state_dict()
+        return {"agent": self.agent.state_dict(), "environment": environment, "scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken.
+
+        Args:
+            state: What `state_dict` of a search with the same settings returned.
+        """
+        if self.environment is not None:
+            self.environment.load_state_dict(state["environment"])
+        self.agent.load_state_dict(state["agent"])
+        self.scale = None if state["scale"] is None else tuple(state["scale"])
+
+
+def _defaults(agent: str, steps: int, episodes: int, rewarded: str) -> dict[str, Any]:
+    """Return the settings that suit some hundreds of episodes, where policies learn from those of one round.
+
+    Gaussian policies start narrow: with the usual deviation of 1, a third of the draws lie beyond the range of actions
+    and many more beyond the bounds of a step, and a draw that is clipped hardly says which way to go. Actions are at
+    most 1 here and policies narrower still, where a kernel of the width 1 hardly tells two of them apart. REINFORCE
+    makes a single step of the optimizer in each round, hence its great learning rate.
+    """
+    discount = {"discount": 0.0} if rewarded == "every_step" else {}
+    policy = {"policy": {"name": "gaussian", "initial_std": 0.3}}
+    if agent == "sac":
+        return discount
+    if agent == "reinforce":
+        return {**policy, "samples": episodes, "learning_rate": 2e-2}
+    if not agent.startswith("ppo-"):  # random search, and agents from elsewhere, which know best
+        return {}
+    kernel = {"trust_region": {"sigma": 0.3}} if agent.startswith("ppo-cim") else {}
+    return {**policy, **kernel, **discount, "rollout": steps * episodes, "learning_rate": 3e-3}

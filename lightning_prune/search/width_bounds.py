@@ -1,0 +1,127 @@
+"""How wide each group may be, one after the other, for a budget to stay within reach."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning.fitting import Limits
+
+__all__ = ["WidthBounds"]
+
+
+class WidthBounds:
+    """Know the widths that are allowed to the next group, once those before it are decided.
+
+    The widest is what leaves room for all later groups at their least, so that the budget is never missed. The
+    narrowest is what meets the budget with all later groups whole: to remove more would be more than was asked. Costs
+    are exact for the widths as they are, so that it does not matter which groups share a layer.
+
+    Args:
+        graph: The traced model, pruned already or not.
+        cost: What the network costs; must not fall where a group gets wider.
+        keep: Fraction of the original cost that may stay.
+        round_to: Layers that lose channels keep a multiple of this many.
+        min_channels: Least number of channels of a group.
+        cap: Greatest fraction of its original channels that a group may lose, in (0, 1].
+
+    Raises:
+        ValueError: If the budget cannot be reached.
+
+    Note:
+        The bounds of He et al., "AMC" (ECCV 2018) and Ganjdanesh et al. (CVPR 2024): later groups count with what they
+        keep at least, as in AMC, not as removed. An addition: layers that two groups share are counted at the widths
+        of both.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Linear(1, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 1, bias=False))
+        >>> graph = trace(model, torch.zeros(1, 1))
+        >>> bounds = WidthBounds(graph, CostModel(graph, "params"), keep=0.5)
+        >>> bounds.after([])  # of 40 parameters, 3 + 3 x 8 + 8 are the most behind which 8 fit, and 8 + 8 + 1 fit too
+        (3, 8)
+        >>> bounds.after([8])  # 8 + 8 x 3 + 3
+        (3, 3)
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        cost: CostModel,
+        keep: float,
+        round_to: int = 1,
+        min_channels: int = 1,
+        cap: float = 1.0,
+    ) -> None:
+        live = {name: torch.full((group.size,), -torch.inf) for name, group in graph.groups.items()}
+        for name, scores in live.items():
+            scores[graph.kept(name)] = 0
+        limits = Limits(graph, live, round_to, min_channels, cap)
+        self.cost = cost
+        self.keep, self.round_to = keep, round_to
+        self.budget = keep * cost.original
+        self.least, self.most = limits.least, limits.most
+        limits.check(keep, cost.metric, limits.reachable(cost))
+        self.allowed = [_allowed(limits, group) for group in range(len(self.most))]
+
+    def after(self, decided: Sequence[int] | np.ndarray) -> tuple[int, int]:
+        """Return the narrowest and the widest that the next group may be.
+
+        Args:
+            decided: Widths of the groups before it, each within its own bounds.
+        """
+        return self._widest(decided, self.most), self._widest(decided, self.least)
+
+    def nearest(self, group: int, width: float, narrowest: int, widest: int) -> int:
+        """Return the allowed width that is nearest to one that is wished for, the narrower one of two.
+
+        Args:
+            group: Number of the group.
+            width: The wish.
+            narrowest: Least width.
+            widest: Greatest width.
+        """
+        return min((w for w in self.allowed[group] if narrowest <= w <= widest), key=lambda w: abs(w - width))
+
+    def report(self, widths: np.ndarray) -> dict[str, Any]:
+        """Return what plans tell of their budget.
+
+        Args:
+            widths: (groups,) channels that stay.
+        """
+        achieved = self.cost.of(widths) / self.cost.original
+        return {
+            "metric": self.cost.metric,
+            "asked": self.keep,
+            "reachable": self.cost.of(self.least) / self.cost.original,
+            "rounded": achieved,
+            "achieved": achieved,
+            "original": self.cost.original,
+            "round_to": self.round_to,
+        }
+
+    def _widest(self, decided: Sequence[int] | np.ndarray, later: np.ndarray) -> int:
+        """Return the widest that fits with later groups as given; the least allowed width if none fits."""
+        group = len(decided)
+        widths = later.copy()
+        widths[:group] = decided
+
+        def too_wide(width: int) -> bool:
+            widths[group] = width
+            return self.cost.of(widths) > self.budget
+
+        fitting = bisect_left(self.allowed[group], True, key=too_wide)
+        return self.allowed[group][max(fitting - 1, 0)]
+
+
+def _allowed(limits: Limits, group: int) -> list[int]:
+    """Return the widths that a group may have, ascending."""
+    widths = [int(limits.least[group])]
+    while widths[-1] < limits.most[group]:
+        widths.append(limits.above(widths[-1], group))
+    return widths

@@ -1,0 +1,208 @@
+"""The subcommands that come after training, as a person types them."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import battery
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+import lightning_prune as lp
+from lightning_prune.cli.benchmark import original_of, times
+from lightning_prune.cli.entry import main
+from lightning_prune.cli.loading import load
+from lightning_prune.pruning_plan import plan_in_force
+
+SHAPE = ["--input_shape", "1", "1", "8", "8"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that has pruned, with its last checkpoint."""
+    root = tmp_path_factory.mktemp("run")
+    logger = CSVLogger(root, name="", version="")
+    battery.train(root, battery.make_callback("magnitude"), logger=logger)
+    max((root / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns).rename(root / "last.ckpt")
+    return root
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """Run a command that must end with one sentence, and return it."""
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    assert isinstance(left.value.code, str)
+    assert "\n" not in left.value.code
+    assert capsys.readouterr().out == ""
+    return left.value.code
+
+
+def test_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["report", str(run), str(tmp_path / "page.html")])
+    assert capsys.readouterr().out == f"Written to {tmp_path / 'page.html'}\n"
+    assert "ResidualClassifier pruned by" in (tmp_path / "page.html").read_text()
+    main(["report", str(run)])
+    assert capsys.readouterr().out == f"Written to {run / 'report.html'}\n"
+    assert "There is no run at" in fails(capsys, "report", tmp_path / "nowhere")
+
+
+def test_classes_of_the_current_folder_are_found(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_network.py").write_text("from battery import ResidualClassifier as Network\n")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    monkeypatch.chdir(tmp_path)
+    main(["export", str(run / "last.ckpt"), "model.pt", "--model", "own_network.Network", *SHAPE])
+    assert "Written to model.pt" in capsys.readouterr().out
+
+
+def test_export_finds_the_class_that_the_callback_has_noted(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["export", str(run / "last.ckpt"), str(tmp_path / "model.pt2"), *SHAPE])
+    assert "batches of 1, 2, 5 give the model's outputs, at most" in capsys.readouterr().out
+    images = torch.randn(3, 1, 8, 8)
+    expected = lp.load_pruned(battery.ResidualClassifier, run / "last.ckpt")(images)
+    torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(images), expected)
+
+
+def test_export_says_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, checkpoint = tmp_path / "model.pt2", run / "last.ckpt"
+    assert "There is no checkpoint at 'nothing.ckpt'." in fails(capsys, "export", "nothing.ckpt", out)
+    assert "cannot be read as a checkpoint" in fails(capsys, "export", run / "pruning.json", out)
+    assert "has no example_input_array; say what its forward takes" in fails(capsys, "export", checkpoint, out)
+    assert "'no.such.Net' cannot be imported" in fails(capsys, "export", checkpoint, out, "--model", "no.such.Net")
+    assert "'os.system' is no LightningModule" in fails(capsys, "export", checkpoint, out, "--model", "os.system")
+    assert "The format of" in fails(capsys, "export", checkpoint, tmp_path / "model.tflite", *SHAPE)
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.ckpt")
+    assert "no checkpoint of a Lightning Trainer" in fails(capsys, "export", tmp_path / "weights.ckpt", out)
+    torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
+    assert "does not say of which class it is: give --model" in fails(capsys, "export", tmp_path / "bare.ckpt", out)
+    assert not out.exists()
+
+
+def test_classes_are_found_by_what_the_command_line_noted_first(run: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    checkpoint["callbacks"] = {}
+    checkpoint["hyper_parameters"]["_class_path"] = "battery.ResidualClassifier"
+    torch.save(checkpoint, tmp_path / "cli.ckpt")
+    loaded = load(tmp_path / "cli.ckpt", input_shape=[1, 1, 8, 8])
+    assert isinstance(loaded.model, battery.ResidualClassifier)
+    assert loaded.histories == []
+    del checkpoint["hyper_parameters"]["_class_path"]
+    torch.save(checkpoint, tmp_path / "plain.ckpt")
+    assert plan_in_force(load(tmp_path / "plain.ckpt", "battery.ResidualClassifier", [1, 1, 8, 8]).model) is not None
+
+
+def test_benchmark_tells_what_ran_where(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    command = ["benchmark", str(run / "last.ckpt"), "--batch_sizes", "1", "4", "--rounds", "2", *SHAPE]
+    main([*command, "--threads", str(threads)])
+    head, columns, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith(f"ResidualClassifier on CPU, {threads} thread")
+    assert f"torch {torch.__version__}; median (quartiles) of 2 turns" in head
+    assert [word in columns for word in ("original (ms)", "pruned (ms)", "speed-up", "pruned (1/s)")] == [True] * 4
+    assert [row.split()[0] for row in rows] == ["1", "4"]
+    for row in rows:
+        size, before, _, after, _, ratio, *rates = row.split()
+        assert float(ratio.removesuffix("x")) > 0
+        for time, rate in zip((before, after), rates, strict=True):  # as printed, to two digits of a millisecond
+            assert float(rate.replace(",", "")) * (float(time) - 0.006) / 1000 < int(size)
+            assert int(size) < (float(rate.replace(",", "")) + 1) * (float(time) + 0.006) / 1000
+
+
+def test_benchmark_says_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = run / "last.ckpt"
+    assert "There is no device 'nonsense' here" in fails(
+        capsys, "benchmark", checkpoint, *SHAPE, "--device", "nonsense"
+    )
+    whole = {"state_dict": battery.ResidualClassifier().state_dict(), "hyper_parameters": {}}
+    torch.save(whole, tmp_path / "whole.ckpt")
+    told = fails(capsys, "benchmark", tmp_path / "whole.ckpt", *SHAPE, "--model", "battery.ResidualClassifier")
+    assert "was never pruned" in told
+    with pytest.raises(SystemExit) as left:
+        main(["benchmark", str(checkpoint), "--rounds", "0"])
+    assert left.value.code == 2
+
+
+def test_the_original_has_the_original_shape_and_no_zeros(run: Path) -> None:
+    pruned = load(run / "last.ckpt", input_shape=[1, 1, 8, 8]).model
+    original = original_of(pruned)
+    fresh = battery.ResidualClassifier()
+    assert {n: t.shape for n, t in original.state_dict().items()} == {n: t.shape for n, t in fresh.state_dict().items()}
+    assert all(bool(p.any()) for p in original.parameters())
+    assert plan_in_force(pruned) is not None
+    assert plan_in_force(original) is None
+
+
+def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    class Named(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ran.append(self.name)
+            assert not self.training
+            return super().forward(x)
+
+    models = [Named(2, 2), Named(2, 2)]
+    models[0].name, models[1].name = "a", "b"
+    taken = times(models, torch.zeros(1, 2), rounds=3)
+    assert [len(each) for each in taken] == [3, 3]
+    turns = [name for name, earlier in zip(ran, ["", *ran], strict=False) if name != earlier]
+    assert turns == ["a", "b"] * 3
+    assert min(ran.count("a"), ran.count("b")) >= 3 * 4  # a run to warm up and three that count
+
+
+def test_compare_shows_two_checkpoints_or_two_runs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = next(iter((run / "checkpoints").glob("epoch=0*")))
+    main(["compare", str(first), str(run / "last.ckpt"), *SHAPE])
+    told = capsys.readouterr().out
+    small = lp.load_pruned(battery.ResidualClassifier, run / "last.ckpt")
+    for model in (battery.ResidualClassifier(), small):
+        assert f"{sum(p.numel() for p in model.parameters()):,}" in told
+    assert "latency (ms)" in told
+    assert "val/accuracy" in told
+    main(["compare", str(run), str(run)])
+    *rows, _, note = capsys.readouterr().out.splitlines()[5:]
+    assert "checkpoints are timed turn and turn about" in note
+    assert [row.split()[-1] for row in rows] == ["1.000"] * 4  # parameters, FLOPs, latency, accuracy
+    assert "give two runs, or two checkpoints" in fails(capsys, "compare", run, run / "last.ckpt")
+    assert "There is no checkpoint at" in fails(capsys, "compare", tmp_path / "a", tmp_path / "b")
+
+
+def test_the_program_itself_prints_plain_lines(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lightning_prune", "report", str(run), str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"Written to {tmp_path / 'page.html'}\n")
+    assert "\x1b" not in done.stdout + done.stderr
+    done = subprocess.run([*command[:-2], "nowhere"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "There is no run at 'nowhere': give the folder with its logs."
+
+
+class Wrapper(battery.ResidualClassifier):
+    """Takes a layer, which the command line notes by its class."""
+
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+
+
+def test_classes_that_the_command_line_noted_as_arguments_are_made_again(tmp_path: Path) -> None:
+    stem = ["--model.stem=torch.nn.Conv2d", "--model.stem.in_channels=1", "--model.stem.out_channels=12"]
+    settings = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    callback = battery.make_callback("magnitude", start_epoch=1, steps=1)
+    cli = LightningCLI(
+        Wrapper, run=False, save_config_callback=None, args=[*stem, "--model.stem.kernel_size=1"],
+        trainer_defaults={**settings, "default_root_dir": str(tmp_path), "callbacks": [callback]},
+    )  # fmt: skip
+    cli.trainer.fit(cli.model, *battery.loaders())
+    loaded = load(Path(cli.trainer.checkpoint_callback.best_model_path), input_shape=[1, 1, 8, 8])
+    assert battery.differences(cli.model, loaded.model) == []
+    assert plan_in_force(loaded.model) == plan_in_force(cli.model) is not None

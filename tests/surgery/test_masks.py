@@ -1,0 +1,36 @@
+"""Masks on small networks; over real networks, see graph/test_networks.py."""
+
+import pytest
+import torch
+from engine import randomised
+from torch import nn
+
+import lightning_prune as lp
+from lightning_prune.surgery.masks import mask
+
+
+def test_only_what_is_read_from_removed_channels_becomes_zero():
+    model = randomised(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    graph = lp.trace(model, torch.zeros(1, 3, 4, 4))
+    mask(graph, graph.plan({"0": torch.tensor([0, 2])}))
+    expected = before | {"3.weight": before["3.weight"].clone()}
+    expected["3.weight"][:, 4:8] = 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_only_batch_normalisation_is_estimated_anew():
+    model = nn.Sequential(nn.InstanceNorm2d(2, track_running_stats=True), nn.BatchNorm2d(2)).eval()
+    model[0].running_mean.fill_(5.0)
+    lp.surgery.recalibrate(model, [torch.randn(8, 2, 4, 4), torch.randn(8, 2, 4, 4)])
+    assert model[0].running_mean.tolist() == [5.0, 5.0]
+    assert model[1].num_batches_tracked == 2
+
+
+def test_statistics_are_kept_where_there_are_no_batches():
+    norm = nn.BatchNorm1d(1)
+    norm.running_mean.fill_(5.0)
+    with pytest.raises(ValueError, match="There are no batches to estimate the statistics"):
+        lp.surgery.recalibrate(norm, [])
+    assert norm.running_mean.tolist() == [5.0]
