@@ -255,8 +255,8 @@ def _numbers(values: Iterable[Any]) -> list[float]:
 class Tracer(TorchDispatchMode):
     """Carry labels through the operators of a forward pass and record what they say about channels.
 
-    The methods `tie`, `tie_parts`, `hold`, `inexact`, `produce`, `read`, `squeeze`, `computes_with` and `cost` are the
-    vocabulary of the rules.
+    The methods `tie`, `tie_parts`, `mark_unprunable`, `mark_not_mask_exact`, `mark_out_slice`, `mark_in_slice`,
+    `mark_squeezed`, `computes_with` and `cost` are the vocabulary of the rules.
 
     Args:
         tables: The rules and costs.
@@ -342,7 +342,7 @@ class Tracer(TorchDispatchMode):
         if first is second:
             return
         if first is None or second is None:
-            self.hold(second if first is None else first, why)
+            self.mark_unprunable(second if first is None else first, why)
             return
         self.record.ties.append(Tie(first, second, self.where(), why, self.of_weights))
 
@@ -352,22 +352,22 @@ class Tracer(TorchDispatchMode):
         for part in others:
             self.tie(first, part, "is split into parts")
 
-    def hold(self, labels: Labels | None, why: str) -> None:
+    def mark_unprunable(self, labels: Labels | None, why: str) -> None:
         """Keep channels whole, with the reason; the name of the module that runs is put before it."""
         if labels is not None:
             self.record.holds.append(Note(labels, self.where(), why))
 
-    def inexact(self, labels: Labels | None, why: str) -> None:
+    def mark_not_mask_exact(self, labels: Labels | None, why: str) -> None:
         """Note that removing these channels is not the same as zeroing what is read from them."""
         if labels is not None:
             self.record.inexact.append(Note(labels, self.where(), why))
 
-    def produce(self, labels: Labels | None) -> None:
+    def mark_out_slice(self, labels: Labels | None) -> None:
         """Note that these positions of a weight make channels."""
         if labels is not None:
             self.record.produced.append(labels)
 
-    def read(self, labels: Labels | None) -> None:
+    def mark_in_slice(self, labels: Labels | None) -> None:
         """Note that these positions of a weight read channels."""
         if labels is not None:
             self.record.read.append(labels)
@@ -376,7 +376,7 @@ class Tracer(TorchDispatchMode):
         """Note a number that the operator computes with, which must stay the same when channels leave."""
         self.record.course[-1] += (number,)
 
-    def squeeze(self, labels: Labels | None) -> None:
+    def mark_squeezed(self, labels: Labels | None) -> None:
         """Note that this axis would be gone if it had a single channel left."""
         if labels is not None:
             self.record.squeezed.append(labels)
@@ -517,7 +517,7 @@ class Tracer(TorchDispatchMode):
         custom = self._custom_function()
         if custom:
             for labels in self.labels_of(tensors):
-                self.hold(labels, f"runs the autograd function {custom}, whose backward pass cannot be seen")
+                self.mark_unprunable(labels, f"runs the autograd function {custom}, whose backward pass cannot be seen")
         if entry.takes_numbers:
             numbers = _numbers([*call.args, *call.kwargs.values(), *self.constant])
             self.record.course.append((entry.rule, call.operator, *numbers))
@@ -532,7 +532,7 @@ class Tracer(TorchDispatchMode):
             rule(self, call)
         except Exception as raised:  # a rule that was not made for this: as good as none
             for labels in self.labels_of(tensors):
-                self.hold(labels, f"runs {call.name} in a way that its rule does not know ({raised!r})")
+                self.mark_unprunable(labels, f"runs {call.name} in a way that its rule does not know ({raised!r})")
         outputs = call.outputs
         if any(map(self.shifts_zero, tensors)):
             for output in outputs:

@@ -188,8 +188,8 @@ class _Locator(_Trial):
         super().tie(first, second, why)
         self._note()
 
-    def hold(self, labels: Labels | None, why: str) -> None:
-        super().hold(labels, why)
+    def mark_unprunable(self, labels: Labels | None, why: str) -> None:
+        super().mark_unprunable(labels, why)
         self._note()
 
     def _apply(self, rule: Callable[[Tracer, Call], None], call: Call, tensors: list[Tensor]) -> None:

@@ -21,7 +21,7 @@ def combine(tracer: Tracer, tensors: Iterable[Tensor], output: Tensor) -> None:
         for own, size in enumerate(tensor.shape):
             _along(tracer, result, fixed, labels.get(own), (own + offset, size, output.shape[own + offset]))
     for axis in fixed & result.keys():
-        tracer.hold(result[axis], "is combined with a tensor of fixed size")
+        tracer.mark_unprunable(result[axis], "is combined with a tensor of fixed size")
     tracer.set_labels(output, result)
 
 
@@ -31,7 +31,7 @@ def _along(
     """Add one axis of one tensor to what is known of the output; ``sizes``: output axis, own size, output size."""
     axis, own, whole = sizes
     if own != whole:
-        tracer.hold(labels, "is repeated over a tensor of fixed size")
+        tracer.mark_unprunable(labels, "is repeated over a tensor of fixed size")
     elif labels is None:
         if own > 1:
             fixed.add(axis)
@@ -85,7 +85,7 @@ def same_shape(tracer: Tracer, call: Call) -> None:
 def embedding(tracer: Tracer, call: Call) -> None:
     """Take rows of a table: its columns are channels."""
     table, index = call.args[0], call.args[1]
-    tracer.hold(tracer.labels(table, 0), "is looked up by number")
+    tracer.mark_unprunable(tracer.labels(table, 0), "is looked up by number")
     result: Mapping[int, Labels | None] = {index.dim(): tracer.labels(table, 1)}
-    tracer.produce(tracer.labels(table, 1))
+    tracer.mark_out_slice(tracer.labels(table, 1))
     tracer.set_labels(call.output, {**tracer.all_labels(index), **result})

@@ -16,10 +16,10 @@ def convolution(tracer: Tracer, call: Call) -> None:
     transposed, groups = call.argument(6, "transposed", False), call.argument(8, "groups", 1)
     channel = x.dim() - weight.dim() + 1  # an input without a batch axis has its channels first
     for axis in range(2, weight.dim()):
-        tracer.hold(tracer.labels(weight, axis), "is the kernel size of a convolution")
+        tracer.mark_unprunable(tracer.labels(weight, axis), "is the kernel size of a convolution")
     for axis, labels in tracer.all_labels(x).items():
         if axis > channel:
-            tracer.hold(labels, "is a spatial axis of a convolution")
+            tracer.mark_unprunable(labels, "is a spatial axis of a convolution")
     inlet, outlet = (0, 1) if transposed else (1, 0)
     if groups == 1 and _identity(tracer, weight) not in tracer.grouped:
         tracer.tie(tracer.labels(x, channel), tracer.labels(weight, inlet), "reads an input of fixed size")
@@ -27,7 +27,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
         made = tracer.labels(weight, outlet)
     else:
         made = _grouped(tracer, tracer.labels(x, channel), weight, x.shape[channel], groups, transposed)
-    tracer.produce(made)
+    tracer.mark_out_slice(made)
     if bias is not None:
         tracer.tie(made, tracer.labels(bias, 0), "has a bias of fixed size")
     batch = {0: tracer.labels(x, 0)} if channel > 0 else {}
@@ -42,9 +42,9 @@ def _identity(tracer: Tracer, weight: Tensor) -> str:
 def _read(tracer: Tracer, weight: Tensor, axis: int) -> None:
     """Note that a weight reads channels along one axis, and whether its parameters can be masked in its place."""
     labels = tracer.labels(weight, axis)
-    tracer.read(labels)
+    tracer.mark_in_slice(labels)
     if tracer.shifts_zero(weight):
-        tracer.inexact(labels, "reads channels by a weight that is not zero where its parameters are")
+        tracer.mark_not_mask_exact(labels, "reads channels by a weight that is not zero where its parameters are")
 
 
 def _grouped(
@@ -56,9 +56,9 @@ def _grouped(
     """
     tracer.grouped.add(_identity(tracer, weight))
     full, shared = tracer.labels(weight, 0), tracer.labels(weight, 1)
-    tracer.hold(shared, "is the inner side of a grouped convolution")
+    tracer.mark_unprunable(shared, "is the inner side of a grouped convolution")
     if full is None:
-        tracer.hold(read, "is read by a grouped convolution of fixed size")
+        tracer.mark_unprunable(read, "is read by a grouped convolution of fixed size")
         return None
     first = full.view(groups, -1)[:, :1]  # one label stands for its convolution group
     if full.numel() > groups:
@@ -75,12 +75,12 @@ def _contract(tracer: Tracer, left: Tensor, left_axis: int, right: Tensor, right
     summed = tracer.labels(left, left_axis)
     tracer.tie(summed, tracer.labels(right, right_axis), "multiplies a matrix of fixed size")
     if not tracer.is_weight(left) and not tracer.is_weight(right):
-        tracer.inexact(summed, "sums over the product of two activations")
+        tracer.mark_not_mask_exact(summed, "sums over the product of two activations")
     for operand, inner in ((left, left_axis), (right, right_axis)):
         if tracer.is_weight(operand):
             _read(tracer, operand, inner)
             outer = operand.dim() - 1 if inner % operand.dim() == operand.dim() - 2 else operand.dim() - 2
-            tracer.produce(tracer.labels(operand, outer))
+            tracer.mark_out_slice(tracer.labels(operand, outer))
 
 
 @rule("aten.mm", "aten.bmm")
@@ -116,9 +116,9 @@ def matrix_vector_product(tracer: Tracer, call: Call) -> None:
         _read(tracer, vector, 0)
     elif tracer.is_weight(matrix):
         _read(tracer, matrix, 1)
-        tracer.produce(tracer.labels(matrix, 0))
+        tracer.mark_out_slice(tracer.labels(matrix, 0))
     else:
-        tracer.inexact(tracer.labels(matrix, 1), "sums over the product of two activations")
+        tracer.mark_not_mask_exact(tracer.labels(matrix, 1), "sums over the product of two activations")
     tracer.set_labels(call.output, {0: tracer.labels(matrix, 0)})
     if bias:
         combine(tracer, [call.output, bias[0]], call.output)
@@ -128,7 +128,7 @@ def matrix_vector_product(tracer: Tracer, call: Call) -> None:
 def dot(tracer: Tracer, call: Call) -> None:
     """Sum over both vectors: what is left depends on all channels, whatever reads it."""
     for vector in call.args[:2]:
-        tracer.hold(tracer.labels(vector, 0), "is summed up to one number")
+        tracer.mark_unprunable(tracer.labels(vector, 0), "is summed up to one number")
 
 
 @rule("aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_attention_math")
@@ -136,9 +136,9 @@ def attention(tracer: Tracer, call: Call) -> None:
     """Keep the width of queries and keys whole, because their scale depends on it; pass on that of the values."""
     query, key, value = call.args[:3]
     for tensor in (query, key):
-        tracer.hold(tracer.labels(tensor, -1), "is the width of an attention head")
+        tracer.mark_unprunable(tracer.labels(tensor, -1), "is the width of an attention head")
     for tensor in (query, key, value):
-        tracer.hold(tracer.labels(tensor, -2), "is a sequence that attention runs over")
+        tracer.mark_unprunable(tracer.labels(tensor, -2), "is a sequence that attention runs over")
     last = query.dim() - 1
     for axis in range(last - 1):
         for other in (key, value):

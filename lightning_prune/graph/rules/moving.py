@@ -41,7 +41,7 @@ def _one_axis(tracer: Tracer, moved: Tensor) -> tuple[int, Labels] | None:
     varying = _varying(moved)
     if not varying:
         if moved.numel() > 0:
-            tracer.hold(moved.reshape(-1)[:1], "has one of its channels picked out")
+            tracer.mark_unprunable(moved.reshape(-1)[:1], "has one of its channels picked out")
         return None
     axis = varying[0]
     if len(varying) > 1:
@@ -57,7 +57,7 @@ def _give(tracer: Tracer, output: Tensor, axis: int, labels: Labels) -> None:
     known = dict(tracer.all_labels(output))
     if axis in known:
         for both in (known.pop(axis), labels):
-            tracer.hold(both, "holds two kinds of channels along one axis")
+            tracer.mark_unprunable(both, "holds two kinds of channels along one axis")
     else:
         known[axis] = labels
     tracer.set_labels(output, known)
@@ -92,9 +92,9 @@ def rearrange(tracer: Tracer, call: Call) -> None:
     moved = call.operator(numbered, *call.args[1:], **call.kwargs)
     to = {stride: axis for axis, stride in enumerate(moved.stride())}
     for axis in known.keys() - {stride - 1000 for stride in to}:
-        tracer.hold(known[axis], "has one of its channels picked out")
+        tracer.mark_unprunable(known[axis], "has one of its channels picked out")
     for axis in _axes_squeezed(call) & known.keys():
-        tracer.squeeze(known[axis])
+        tracer.mark_squeezed(known[axis])
     tracer.set_labels(call.output, {to[1000 + axis]: known[axis] for axis in known if 1000 + axis in to})
 
 
@@ -163,7 +163,7 @@ def restride(tracer: Tracer, call: Call) -> None:
     if same and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return
     for labels in known.values():
-        tracer.hold(labels, "is given strides by hand")
+        tracer.mark_unprunable(labels, "is given strides by hand")
     tracer.set_labels(x, {})
 
 
@@ -183,7 +183,7 @@ def part(tracer: Tracer, call: Call) -> None:
     if size and len(labels) % size == 0 and torch.equal(own, labels[(start := _start(labels, own)) : start + size]):
         tracer.tie_parts(labels, size)
     elif not size:
-        tracer.hold(labels, "has none of its channels taken")
+        tracer.mark_unprunable(labels, "has none of its channels taken")
     tracer.set_labels(output, {**tracer.all_labels(x), axis: own})
     return None
 
@@ -228,7 +228,7 @@ def picked(tracer: Tracer, call: Call) -> None:
     taken = _axes_picked(call) if call.name != "aten.gather" else set(range(x.dim()))
     touched = {axis: labels for axis, labels in tracer.all_labels(x).items() if axis in taken}
     for labels in touched.values():
-        tracer.hold(labels, f"has its channels picked by {call.name.removeprefix('aten.')}")
+        tracer.mark_unprunable(labels, f"has its channels picked by {call.name.removeprefix('aten.')}")
     if call.name == "aten.index":
         return _indexed(tracer, call, taken)
     if call.name in ("aten.roll", "aten.gather"):
@@ -273,7 +273,7 @@ def _indexed(tracer: Tracer, call: Call, taken: set[int]) -> None:
         if neighbours:
             known[axis if axis < first else axis + output.dim() - x.dim()] = labels
         else:
-            tracer.hold(labels, "is indexed along several axes")
+            tracer.mark_unprunable(labels, "is indexed along several axes")
     tracer.set_labels(output, known)
 
 

@@ -29,7 +29,9 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
     x, shape = call.args[0], call.args[1]
     affine = [tensor for tensor in call.args[2:4] if isinstance(tensor, Tensor)]
     for axis in range(x.dim() - len(shape), x.dim()):
-        tracer.inexact(tracer.labels(x, axis), "is normalised over its channels, fewer of which have other statistics")
+        tracer.mark_not_mask_exact(
+            tracer.labels(x, axis), "is normalised over its channels, fewer of which have other statistics"
+        )
     combine(tracer, [x, *affine], call.outputs[0])
 
 
@@ -63,7 +65,7 @@ def weight_norm(tracer: Tracer, call: Call) -> None:
     own = call.argument(2, "dim", 0) % direction.dim()
     for axis, labels in tracer.all_labels(direction).items():
         if axis != own:
-            tracer.inexact(labels, "is part of the length that a weight is normalised by")
+            tracer.mark_not_mask_exact(labels, "is part of the length that a weight is normalised by")
     combine(tracer, [direction, length], call.outputs[0])
 
 
@@ -71,7 +73,9 @@ def weight_norm(tracer: Tracer, call: Call) -> None:
 def along_one_axis(tracer: Tracer, call: Call) -> None:
     """Keep the labels; channels along the axis that is normalised or summed up stay whole."""
     x, axis = call.args[0], call.argument(1, "dim", -1)
-    tracer.hold(tracer.labels(x, axis), f"runs {call.name.removeprefix('aten.').lstrip('_')} along its channels")
+    tracer.mark_unprunable(
+        tracer.labels(x, axis), f"runs {call.name.removeprefix('aten.').lstrip('_')} along its channels"
+    )
     for output in call.outputs:
         tracer.set_labels(output, tracer.all_labels(x))
         if call.name.endswith("softmax"):

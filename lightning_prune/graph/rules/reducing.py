@@ -17,7 +17,7 @@ def _spatial(axes: int) -> Rule:
         kept = {}
         for axis, labels in tracer.all_labels(x).items():
             if axis >= x.dim() - axes:
-                tracer.hold(labels, "is a spatial axis that is pooled or resized")
+                tracer.mark_unprunable(labels, "is a spatial axis that is pooled or resized")
             else:
                 kept[axis] = labels
         for output in call.outputs:
@@ -64,7 +64,9 @@ def reduction(tracer: Tracer, call: Call) -> None:
     """Drop the reduced axes; channels that are reduced over stay whole."""
     reduced = _reduced_axes(call.args[0], call.argument(2 if call.name in _AXES_SECOND else 1, "dim"))
     for axis in reduced:
-        tracer.hold(tracer.labels(call.args[0], axis), f"takes {call.name.removeprefix('aten.')} over its channels")
+        tracer.mark_unprunable(
+            tracer.labels(call.args[0], axis), f"takes {call.name.removeprefix('aten.')} over its channels"
+        )
     _drop(tracer, call, reduced)
 
 
@@ -73,7 +75,9 @@ def summation(tracer: Tracer, call: Call) -> None:
     """Drop the summed axes; what a removed channel held is then missing from the sum."""
     reduced = _reduced_axes(call.args[0], call.argument(1, "dim"))
     for axis in reduced:
-        tracer.inexact(tracer.labels(call.args[0], axis), "is summed over its channels, and no weight can mask one")
+        tracer.mark_not_mask_exact(
+            tracer.labels(call.args[0], axis), "is summed over its channels, and no weight can mask one"
+        )
     _drop(tracer, call, reduced)
 
 

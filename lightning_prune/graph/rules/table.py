@@ -45,7 +45,7 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
 def unknown(tracer: Tracer, call: Call) -> None:
     """Keep every channel that an operator without a rule touches."""
     for labels in tracer.labels_of(torch.utils._pytree.tree_leaves((call.args, call.kwargs))):
-        tracer.hold(labels, f"runs {call.name}, which has no rule")
+        tracer.mark_unprunable(labels, f"runs {call.name}, which has no rule")
     for output in call.outputs:  # an input again, where that is changed in place
         tracer.set_labels(output, {})
 
