@@ -494,7 +494,7 @@ def test_a_rule_of_ones_own():
     from lightning_prune.graph.rules import RULES
 
     model = Around(lambda x: twice(x))
-    assert "runs lightning_prune_tests.twice, which has no rule" in lp.trace(model, IMAGE).held["stem"].reason
+    assert "runs lightning_prune_tests.twice, which has no rule" in lp.trace(model, IMAGE).unprunable["stem"].reason
 
     @rule("lightning_prune_tests.twice")
     def keep_labels(tracer, call):
