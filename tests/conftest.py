@@ -1,17 +1,25 @@
 """What all tests share."""
 
+import os
+from pathlib import Path
+
 import pytest
-import torch
+
+# The networks are small, and on a busy machine threads that wait for each other take many times longer; so here, in
+# the workers, and in whatever processes the tests start. Before torch is imported, which not all of these need.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def pytest_configure() -> None:
-    """Keep to one thread."""
-    # The networks are small, and on a busy machine threads that wait for each other take many times longer.
-    torch.set_num_threads(1)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Give each core a worker; one file alone is through before workers have started."""
+    if len(config.args) == 1 and config.args[0].partition("::")[0].endswith(".py"):
+        return 0
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin that distributes them reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave long runs out unless they are asked for with ``-m long``."""
+    """Leave long runs out unless they are asked for with ``-m long``; say which tests have to share a worker."""
     if "long" not in (config.option.markexpr or ""):
         items[:] = [item for item in items if item.get_closest_marker("long") is None]
 
@@ -19,4 +27,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Start every test from the same random numbers, whatever ran before it."""
+    import torch
+
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train every row of the battery and every kind of DDP on two ranks that are started once; return what they wrote.
+
+    Tests that ask for this stand in the group "two ranks", so that one worker runs them all.
+    """
+    import battery
+    from processes import run_nodes
+    from two_ranks import KINDS
+
+    root = tmp_path_factory.mktemp("two_ranks")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--master_port=0"]
+    script = str(Path(__file__).with_name("two_ranks.py"))
+    try:
+        run_nodes([[*launch, script, str(root), "1", "2", *battery.CALLBACKS, *KINDS]], [{}], timeout=300)
+    except AssertionError as error:  # what was written before that is still of use
+        (root / "error.txt").write_text(str(error))
+    return root
