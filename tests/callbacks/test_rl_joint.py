@@ -81,6 +81,7 @@ def one_epoch(root: Path, module: L.LightningModule, *callbacks: L.Callback, **t
     return battery.train(root, *callbacks, module=module, max_epochs=1, **trainer)[0]
 
 
+@pytest.mark.filterwarnings("ignore:Training has ended with")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -35,6 +35,7 @@ from lightning_prune.pruning_plan import plan_in_force
 
 # What only reads the weights at a prune, and what follows every step; where gradients matter, what changes them too.
 CALLBACKS = pytest.mark.parametrize("name", ["magnitude", "taylor"])
+pytestmark = pytest.mark.filterwarnings("ignore:Prune . of .")  # removes nothing, in steps of two channels
 GRADIENTS = pytest.mark.parametrize("name", ["magnitude", "taylor", "rl_joint"])
 
 
@@ -269,6 +270,7 @@ def test_schedules_go_on_as_if_nothing_was_pruned(schedule: str, tmp_path: Path)
     assert len(set(plain.seen)) > 1
 
 
+@pytest.mark.filterwarnings("ignore:Training has ended with")
 def test_a_plateau_schedule_and_stopping_early_see_their_metric(tmp_path: Path) -> None:
     plateau = partial(optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0)
     module = optimized(_scheduled(plateau, monitor="train/loss"))

@@ -94,7 +94,10 @@ def test_every_config_trains_and_prunes(path: Path) -> None:
     copied = shipped_configs.copy(path.stem, Path())
     content = yaml.safe_load(copied.read_text())
     model = content["model"]["init_args"]
-    shape = [model["input_shape"][0], *(min(size, SIZES.get(model["network"], 32)) for size in model["input_shape"][1:])]
+    shape = [
+        model["input_shape"][0],
+        *(min(size, SIZES.get(model["network"], 32)) for size in model["input_shape"][1:]),
+    ]
     cli = instantiate(copied, f"--model.init_args.input_shape={shape}")
     data: Any = cli.datamodule
     assert list(data.input_shape) == model["input_shape"]
