@@ -57,5 +57,7 @@ def run_nodes(commands: list[list[str]], environments: list[dict[str, str]], tim
 
 
 def of_both_ranks(root: Path, name: str) -> list[dict[str, Any]]:
-    """Return what each of two ranks has written about one of its runs."""
-    return [json.loads((root / f"{name}.rank{rank}.json").read_text()) for rank in range(2)]
+    """Return what each of two ranks has written about one of its runs, or fail with what they said instead."""
+    paths = [root / f"{name}.rank{rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in paths), (root / "error.txt").read_text()
+    return [json.loads(path.read_text()) for path in paths]
