@@ -47,7 +47,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--master_port=0"]
     script = str(Path(__file__).with_name("two_ranks.py"))
     try:
-        run_nodes([[*launch, script, str(root), "1", "2", *battery.CALLBACKS, *KINDS]], [{}], timeout=300)
+        run_nodes([[*launch, script, str(root), "1", "2", *battery.CALLBACKS, *KINDS]], [{}], timeout=600)
     except AssertionError as error:  # what was written before that is still of use
         (root / "error.txt").write_text(str(error))
     return root

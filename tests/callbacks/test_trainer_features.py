@@ -715,7 +715,7 @@ def _torchrun(root: Path, *kinds: str) -> None:
     run = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
     run += [f"--master_port={_free_port()}"]
     script = _on_two_nodes(root, *kinds)
-    run_nodes([[*run, f"--node_rank={rank}", *script] for rank in range(2)], [{}] * 2, timeout=150)
+    run_nodes([[*run, f"--node_rank={rank}", *script] for rank in range(2)], [{}] * 2, timeout=600)
 
 
 def _srun(root: Path, *kinds: str) -> None:
@@ -725,7 +725,7 @@ def _srun(root: Path, *kinds: str) -> None:
         "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(_free_port()),
     }  # fmt: skip
     tasks = [{**job, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)]
-    run_nodes([_on_two_nodes(root, *kinds)] * 2, tasks, timeout=150)
+    run_nodes([_on_two_nodes(root, *kinds)] * 2, tasks, timeout=600)
 
 
 def _on_two_nodes(root: Path, *kinds: str) -> list[str]:
@@ -749,9 +749,7 @@ def test_every_kind_of_ddp_agrees(two_ranks: Path) -> None:
 
 @pytest.mark.xdist_group("two ranks")
 @pytest.mark.parametrize("launch", [_torchrun, _srun])
-def test_two_nodes_equal_one_node_with_two_ranks(
-    launch: Callable[..., None], two_ranks: Path, tmp_path: Path
-) -> None:
+def test_two_nodes_equal_one_node_with_two_ranks(launch: Callable[..., None], two_ranks: Path, tmp_path: Path) -> None:
     launch(tmp_path / "nodes", "plain")
     nodes, one = of_both_ranks(tmp_path / "nodes", "plain"), of_both_ranks(two_ranks, "plain")
     assert [rank.pop("place") for rank in nodes] == [[0, 0, 0], [1, 1, 0]]
