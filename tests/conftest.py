@@ -34,20 +34,19 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train every row of the battery and every kind of DDP on two ranks that are started once; return what they wrote.
+    """Train with every callback and under every kind of DDP on two ranks, started once; return where they wrote of it.
 
     Tests that ask for this stand in the group "two ranks", so that one worker runs them all.
     """
-    import battery
     from processes import run_nodes
-    from two_ranks import KINDS
+    from two_ranks import CALLBACKS, KINDS
 
     root = tmp_path_factory.mktemp("two_ranks")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--master_port=0"]
     script = str(Path(__file__).with_name("two_ranks.py"))
     try:
-        run_nodes([[*launch, script, str(root), "1", "2", *battery.CALLBACKS, *KINDS]], [{}], timeout=600)
+        run_nodes([[*launch, script, str(root), "1", "2", *KINDS, *CALLBACKS]], [{}], timeout=600)
     except AssertionError as error:  # what was written before that is still of use
         (root / "error.txt").write_text(str(error))
     return root

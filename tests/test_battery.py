@@ -16,6 +16,7 @@ from fvcore.nn import FlopCountAnalysis
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import of_both_ranks, warm
 from torch import Tensor, nn
+from two_ranks import CALLBACKS
 
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback
@@ -158,14 +159,14 @@ def test_one_step_after_a_prune_equals_the_sliced_step_of_the_masked_twin(name: 
 
 
 @pytest.mark.xdist_group("two ranks")
-@pytest.mark.parametrize("name", battery.CALLBACKS)
+@pytest.mark.parametrize("name", CALLBACKS)
 def test_two_ranks_agree_to_the_last_bit(name: str, two_ranks: Path, tmp_path: Path) -> None:
     ranks = of_both_ranks(two_ranks, name)
     assert ranks[0]["difference"] == ranks[1]["difference"] == 0.0
     assert ranks[0]["digest"] == ranks[1]["digest"]
     # The same data in one process, in float64: without batch normalisation it sums the same gradients.
     plain = battery.ResidualClassifier(norm=False)
-    alone, _ = battery.train(tmp_path / "alone", battery.make_callback(name), module=plain, precision="64-true")
+    alone, _ = battery.train(tmp_path / "alone", CALLBACKS[name](), module=plain, precision="64-true")
     assert ranks[0]["widths"] == plan_in_force(alone).widths
     assert ranks[0]["digest"] == plan_in_force(alone).digest
 

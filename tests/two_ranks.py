@@ -3,7 +3,8 @@
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.futures import Future
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_prune.callbacks import PruningCallback
+from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import plan_in_force
 
 
@@ -28,6 +31,14 @@ class Compare(L.Callback):
         flat = torch.nn.utils.parameters_to_vector(pl_module.parameters()).detach()
         both = trainer.strategy.all_gather(flat)
         self.difference = float((both[0] - both[1]).abs().max())
+
+
+class Disagreeing(PruningCallback):
+    """Scores the channels at random, differently on each rank."""
+
+    def scores(self, trainer: L.Trainer, graph: ChannelGraph) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(trainer.global_rank)
+        return {name: torch.rand(group.size, generator=generator) for name, group in graph.groups.items()}
 
 
 class Compressed(DDPStrategy):
@@ -52,13 +63,18 @@ KINDS: dict[str, tuple[type[DDPStrategy], dict[str, Any], list[L.Callback]]] = {
     "compressed": (Compressed, {}, []),
     "averaged": (DDPStrategy, {}, [EMAWeightAveraging(decay=0.9)]),
 }
+# What is trained with: the rows of the battery, and a callback whose ranks would each prune other channels.
+CALLBACKS: dict[str, Callable[[], PruningCallback]] = {
+    **{name: partial(battery.make_callback, name) for name in battery.CALLBACKS},
+    "disagreeing": partial(Disagreeing, keep=0.5, start_epoch=1, round_to=2),
+}
 
 
-def train_row(name: str, nodes: int, devices: int) -> dict[str, Any]:
-    """Train with the callback of a row of the battery, as one process does that takes twice as many images a step."""
+def train_with(name: str, nodes: int, devices: int) -> dict[str, Any]:
+    """Train with a callback, as one process does that takes twice as many images a step."""
     module = battery.ResidualClassifier(norm=False)
     strategy = DDPStrategy(process_group_backend="gloo")
-    return _train(module, battery.make_callback(name), strategy, nodes, devices, precision="64-true")
+    return _train(module, CALLBACKS[name](), strategy, nodes, devices, precision="64-true")
 
 
 def train_kind(kind: str, nodes: int, devices: int) -> dict[str, Any]:
@@ -94,11 +110,11 @@ def _train(
 
 
 def main(root: Path, nodes: int, devices: int, names: list[str]) -> None:
-    """Run rows of the battery and kinds of DDP, and write what came of each as soon as it is known."""
+    """Train with callbacks or under kinds of DDP, and write what came of each as soon as it is known."""
     torch.set_num_threads(1)
     for name in names:
         L.seed_everything(0, verbose=False)
-        train = train_row if name in battery.CALLBACKS else train_kind
+        train = train_with if name in CALLBACKS else train_kind
         result = train(name, nodes, devices)
         (root / f"{name}.rank{result['place'][0]}.json").write_text(json.dumps(result))
 
