@@ -36,7 +36,7 @@ def test_against_a_naive_reference(p: float):
         sum(
             abs(float(v)) ** p
             for weight in (model.block.weight[2 * i : 2 * i + 2], model.grouped.weight[4 * i : 4 * i + 4])
-            for v in weight.flatten()
+            for v in weight.detach().flatten()
         )
         ** (1 / p)
         for i in range(3)
