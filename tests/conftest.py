@@ -38,15 +38,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Tests that ask for this stand in the group "two ranks", so that one worker runs them all.
     """
-    from processes import run_nodes
-    from two_ranks import CALLBACKS, KINDS
+    from processes import torchrun
+    from two_ranks import CALLBACKS, KINDS, main
 
     root = tmp_path_factory.mktemp("two_ranks")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
-    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--master_port=0"]
-    script = str(Path(__file__).with_name("two_ranks.py"))
     try:
-        run_nodes([[*launch, script, str(root), "1", "2", *KINDS, *CALLBACKS]], [{}], timeout=600)
+        torchrun(main, root, 1, *KINDS, *CALLBACKS)
     except AssertionError as error:  # what was written before that is still of use
         (root / "error.txt").write_text(str(error))
     return root

@@ -150,7 +150,7 @@ def test_one_step_after_a_prune_equals_the_sliced_step_of_the_masked_twin(name: 
             for key, value in twin.named_parameters():
                 for axis, stays in index.get(key, {}).items():
                     value = value.index_select(axis, stays)
-                found[key] = float((value - small.get_parameter(key)).abs().max())
+                found[key] = float((value - small.get_parameter(key)).detach().abs().max())
 
     before, loader = Before(), battery.loaders()[0]
     battery.train(tmp_path, before, callback, After(), precision="64-true", max_epochs=2)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -109,7 +108,7 @@ def _train(
     }
 
 
-def main(root: Path, nodes: int, devices: int, names: list[str]) -> None:
+def main(root: Path, nodes: int, devices: int, names: Sequence[str]) -> None:
     """Train with callbacks or under kinds of DDP, and write what came of each as soon as it is known."""
     torch.set_num_threads(1)
     for name in names:
@@ -117,7 +116,3 @@ def main(root: Path, nodes: int, devices: int, names: list[str]) -> None:
         train = train_with if name in CALLBACKS else train_kind
         result = train(name, nodes, devices)
         (root / f"{name}.rank{result['place'][0]}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

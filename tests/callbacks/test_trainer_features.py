@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ import battery
 import lightning as L
 import pytest
 import torch
-import two_ranks
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
@@ -23,10 +21,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
-from processes import of_both_ranks, run_nodes
+from processes import of_both_ranks, srun, torchrun
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from two_ranks import main
 
 import lightning_prune as lp
 from lightning_prune.planning.cost import CostModel
@@ -704,35 +703,6 @@ def test_synchronized_normalization_loses_the_same_channels(tmp_path: Path) -> N
     assert battery.differences(plain, reverted) == []
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _torchrun(root: Path, *kinds: str) -> None:
-    """Two nodes of one rank, as torchrun tells them of each other."""
-    run = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
-    run += [f"--master_port={_free_port()}"]
-    script = _on_two_nodes(root, *kinds)
-    run_nodes([[*run, f"--node_rank={rank}", *script] for rank in range(2)], [{}] * 2, timeout=600)
-
-
-def _srun(root: Path, *kinds: str) -> None:
-    """Two nodes as SLURM's own launcher tells them of each other."""
-    job = {
-        "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(_free_port()),
-    }  # fmt: skip
-    tasks = [{**job, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)]
-    run_nodes([_on_two_nodes(root, *kinds)] * 2, tasks, timeout=600)
-
-
-def _on_two_nodes(root: Path, *kinds: str) -> list[str]:
-    root.mkdir()
-    return [two_ranks.__file__, str(root), "2", "1", *kinds]
-
-
 @pytest.mark.xdist_group("two ranks")
 def test_every_kind_of_ddp_agrees(two_ranks: Path) -> None:
     """Those kinds that sum the same numbers end in the same bits."""
@@ -748,10 +718,13 @@ def test_every_kind_of_ddp_agrees(two_ranks: Path) -> None:
 
 
 @pytest.mark.xdist_group("two ranks")
-@pytest.mark.parametrize("launch", [_torchrun, _srun])
-def test_two_nodes_equal_one_node_with_two_ranks(launch: Callable[..., None], two_ranks: Path, tmp_path: Path) -> None:
-    launch(tmp_path / "nodes", "plain")
-    nodes, one = of_both_ranks(tmp_path / "nodes", "plain"), of_both_ranks(two_ranks, "plain")
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_two_nodes_equal_one_node_with_two_ranks(launcher: str, two_ranks: Path, tmp_path: Path) -> None:
+    if launcher == "torchrun":
+        torchrun(main, tmp_path, 2, "plain")
+    else:
+        srun(main, tmp_path, "plain")
+    nodes, one = of_both_ranks(tmp_path, "plain"), of_both_ranks(two_ranks, "plain")
     assert [rank.pop("place") for rank in nodes] == [[0, 0, 0], [1, 1, 0]]
     assert [rank.pop("place") for rank in one] == [[0, 0, 0], [1, 0, 1]]
     assert nodes == one
