@@ -1,7 +1,6 @@
 """What all tests share."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -17,11 +16,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin that distributes them reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave long runs out unless they are asked for with ``-m long``; say which tests have to share a worker."""
+    """Leave long runs out unless they are asked for with ``-m long``."""
     if "long" not in (config.option.markexpr or ""):
         items[:] = [item for item in items if item.get_closest_marker("long") is None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _autograd_has_started() -> None:
+    """Let autograd look for devices before an export registers some of its own: forks could not run backward then."""
+    import torch
+
+    torch.zeros(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True)
@@ -30,20 +36,3 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train with every callback and under every kind of DDP on two ranks, started once; return where they wrote of it.
-
-    Tests that ask for this stand in the group "two ranks", so that one worker runs them all.
-    """
-    from processes import torchrun
-    from two_ranks import CALLBACKS, KINDS, main
-
-    root = tmp_path_factory.mktemp("two_ranks")
-    try:
-        torchrun(main, root, 1, *KINDS, *CALLBACKS)
-    except AssertionError as error:  # what was written before that is still of use
-        (root / "error.txt").write_text(str(error))
-    return root

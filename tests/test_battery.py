@@ -14,19 +14,15 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import of_both_ranks, warm
+from processes import warm
 from torch import Tensor, nn
-from two_ranks import CALLBACKS
 
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.surgery.masks import mask
 
-# One worker runs the tests of a row, which share a run.
-ROWS = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in battery.CALLBACKS], scope="module"
-)
+ROWS = pytest.mark.parametrize("name", battery.CALLBACKS, scope="module")  # the tests of a row share a run
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 # In steps of two channels some rows come to their budget in fewer than three prunes.
 pytestmark = pytest.mark.filterwarnings("ignore:Prune . of .")
@@ -158,19 +154,6 @@ def test_one_step_after_a_prune_equals_the_sliced_step_of_the_masked_twin(name: 
     assert max(found.values()) <= 1e-12, found
 
 
-@pytest.mark.xdist_group("two ranks")
-@pytest.mark.parametrize("name", CALLBACKS)
-def test_two_ranks_agree_to_the_last_bit(name: str, two_ranks: Path, tmp_path: Path) -> None:
-    ranks = of_both_ranks(two_ranks, name)
-    assert ranks[0]["difference"] == ranks[1]["difference"] == 0.0
-    assert ranks[0]["digest"] == ranks[1]["digest"]
-    # The same data in one process, in float64: without batch normalisation it sums the same gradients.
-    plain = battery.ResidualClassifier(norm=False)
-    alone, _ = battery.train(tmp_path / "alone", CALLBACKS[name](), module=plain, precision="64-true")
-    assert ranks[0]["widths"] == plan_in_force(alone).widths
-    assert ranks[0]["digest"] == plan_in_force(alone).digest
-
-
 @ROWS
 def test_reloads_without_a_trainer(run: Run) -> None:
     assert run.trainer.checkpoint_callback.best_model_path == str(run.checkpoint)
@@ -289,11 +272,7 @@ def _kill_and_resume(name: str, unbroken: Run, root: Path, kills: int) -> None:
 
 
 # A rule, what collects in every step, and a search; the long test kills all of them.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("magnitude", "taylor", "rl_joint")],
-    scope="module",
-)
+@pytest.mark.parametrize("name", ["magnitude", "taylor", "rl_joint"], scope="module")
 def test_killed_and_resumed_equals_unbroken(name: str, run: Run, tmp_path: Path) -> None:
     _kill_and_resume(name, run, tmp_path, kills=2)
 

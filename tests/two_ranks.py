@@ -1,4 +1,4 @@
-"""What each of two ranks runs, one training after the other; see the fixture `two_ranks` in `conftest.py`."""
+"""What each of two ranks runs, one training after the other; see `test_two_ranks.py`."""
 
 import hashlib
 import json

@@ -21,11 +21,9 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
-from processes import of_both_ranks, srun, torchrun
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from two_ranks import main
 
 import lightning_prune as lp
 from lightning_prune.planning.cost import CostModel
@@ -701,33 +699,6 @@ def test_synchronized_normalization_loses_the_same_channels(tmp_path: Path) -> N
     assert not isinstance(reverted.norm, nn.SyncBatchNorm)
     assert reverted.norm.num_features == plain.norm.num_features < 24
     assert battery.differences(plain, reverted) == []
-
-
-@pytest.mark.xdist_group("two ranks")
-def test_every_kind_of_ddp_agrees(two_ranks: Path) -> None:
-    """Those kinds that sum the same numbers end in the same bits."""
-    same, others = ("plain", "find_unused", "static_graph", "bucket_view"), ("compressed", "averaged")
-    first, second = ({kind: of_both_ranks(two_ranks, kind)[rank] for kind in (*same, *others)} for rank in range(2))
-    assert {tuple(result.pop("place")) for result in first.values()} == {(0, 0, 0)}  # global rank, node, local rank
-    assert {tuple(result.pop("place")) for result in second.values()} == {(1, 0, 1)}
-    assert first == second
-    assert {result["difference"] for result in first.values()} == {0.0}
-    assert all(first[kind] == first["plain"] for kind in same)
-    assert len({first[kind]["weights"] for kind in ("plain", *others)}) == 3
-    assert first["compressed"]["compressed"] >= battery.EPOCHS * battery.BATCHES  # after each prune too
-
-
-@pytest.mark.xdist_group("two ranks")
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_two_nodes_equal_one_node_with_two_ranks(launcher: str, two_ranks: Path, tmp_path: Path) -> None:
-    if launcher == "torchrun":
-        torchrun(main, tmp_path, 2, "plain")
-    else:
-        srun(main, tmp_path, "plain")
-    nodes, one = of_both_ranks(tmp_path, "plain"), of_both_ranks(two_ranks, "plain")
-    assert [rank.pop("place") for rank in nodes] == [[0, 0, 0], [1, 1, 0]]
-    assert [rank.pop("place") for rank in one] == [[0, 0, 0], [1, 0, 1]]
-    assert nodes == one
 
 
 # -- what the model logs itself ----------------------------------------------------------------------------------------

@@ -131,7 +131,6 @@ def sample_root(tmp_path_factory):
 
 
 @pytest.mark.long
-@pytest.mark.xdist_group("samples")
 @pytest.mark.parametrize("network", ["torchvision/resnet18", "torchvision/mobilenet_v2"])
 def test_samples_train_prune_and_resume_on_two_ranks(sample_root, network):
     folder = sample_root / Path(network).name

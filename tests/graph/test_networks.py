@@ -19,7 +19,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SIZES])
+@pytest.fixture(scope="module", params=SIZES)
 def traced(request: pytest.FixtureRequest):
     torch.manual_seed(0)
     model = torchvision_model(request.param)

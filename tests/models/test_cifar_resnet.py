@@ -110,7 +110,6 @@ def every_twentieth_test_image():
 
 # On all 10,000 images of this copy, the published weights reach 81.0 % and 83.2 %. The standard deviation of an
 # accuracy of 0.82 over 500 images is 0.017, so that 0.05 is three of them; a wrong shortcut costs far more.
-@pytest.mark.xdist_group("test images")
 @pytest.mark.parametrize(
     ("name", "file", "accuracy"),
     [("resnet20", "resnet20-12fca82f.th", 0.810), ("resnet56", "resnet56-4bfd9763.th", 0.832)],
