@@ -271,8 +271,7 @@ def _kill_and_resume(name: str, unbroken: Run, root: Path, kills: int) -> None:
         runs += 1
 
 
-# A rule, what collects in every step, and a search; the long test kills all of them.
-@pytest.mark.parametrize("name", ["magnitude", "taylor", "rl_joint"], scope="module")
+@ROWS
 def test_killed_and_resumed_equals_unbroken(name: str, run: Run, tmp_path: Path) -> None:
     _kill_and_resume(name, run, tmp_path, kills=2)
 
