@@ -219,9 +219,7 @@ def test_several_rounds_in_an_epoch_build_on_each_other(tmp_path: Path) -> None:
 def test_stopped_equals_unbroken(agent: str, tmp_path: Path) -> None:
     def callback() -> RLJointPruneCallback:
         changes = {"agent_settings": {"random_steps": 8}} if agent == "sac" else {}
-        return make_callback(
-            agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings={**LITTLE, **changes}
-        )
+        return make_callback(agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings={**LITTLE, **changes})
 
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
     unbroken, _ = battery.train(tmp_path, callback(), saver)
