@@ -1,14 +1,25 @@
-"""What each of two ranks runs; started by `torch.distributed.run` from `test_battery.py`."""
+"""What each of two ranks runs, one training after the other; see `test_two_ranks.py`."""
 
+import hashlib
 import json
-import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import battery
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.futures import Future
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_prune.callbacks import PruningCallback
+from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import plan_in_force
 
 
@@ -21,22 +32,87 @@ class Compare(L.Callback):
         self.difference = float((both[0] - both[1]).abs().max())
 
 
-def main(name: str, root: Path) -> None:
-    torch.set_num_threads(1)
-    L.seed_everything(0, verbose=False)
-    module, compare = battery.ResidualClassifier(norm=False), Compare()
+class Disagreeing(PruningCallback):
+    """Scores the channels at random, differently on each rank."""
+
+    def scores(self, trainer: L.Trainer, graph: ChannelGraph) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(trainer.global_rank)
+        return {name: torch.rand(group.size, generator=generator) for name, group in graph.groups.items()}
+
+
+class Compressed(DDPStrategy):
+    """Sends half as many bits; Lightning itself registers hooks on GPUs alone."""
+
+    calls = 0
+
+    def _register_ddp_hooks(self) -> None:
+        self.model.register_comm_hook(None, self.compress)
+
+    def compress(self, state: None, bucket: GradBucket) -> Future[Tensor]:
+        self.calls += 1
+        return bf16_compress_hook(state, bucket)
+
+
+# Kinds of DDP: the strategy, its settings, and the callbacks beside the one that prunes.
+KINDS: dict[str, tuple[type[DDPStrategy], dict[str, Any], list[L.Callback]]] = {
+    "plain": (DDPStrategy, {}, []),
+    "find_unused": (DDPStrategy, {"find_unused_parameters": True}, []),
+    "static_graph": (DDPStrategy, {"static_graph": True}, []),
+    "bucket_view": (DDPStrategy, {"gradient_as_bucket_view": True}, []),
+    "compressed": (Compressed, {}, []),
+    "averaged": (DDPStrategy, {}, [EMAWeightAveraging(decay=0.9)]),
+}
+# What is trained with: the rows of the battery, and a callback whose ranks would each prune other channels.
+CALLBACKS: dict[str, Callable[[], PruningCallback]] = {
+    **{name: partial(battery.make_callback, name) for name in battery.CALLBACKS},
+    "disagreeing": partial(Disagreeing, keep=0.5, start_epoch=1, round_to=2),
+}
+
+
+def train_with(name: str, nodes: int, devices: int) -> dict[str, Any]:
+    """Train with a callback, as one process does that takes twice as many images a step."""
+    module = battery.ResidualClassifier(norm=False)
+    strategy = DDPStrategy(process_group_backend="gloo")
+    return _train(module, CALLBACKS[name](), strategy, nodes, devices, precision="64-true")
+
+
+def train_kind(kind: str, nodes: int, devices: int) -> dict[str, Any]:
+    """Train under one kind of DDP."""
+    make, settings, others = KINDS[kind]
+    strategy = make(process_group_backend="gloo", **settings)
+    module, callback = battery.ResidualClassifier(), battery.make_callback("taylor")
+    result = _train(module, callback, strategy, nodes, devices, others)
+    weights = torch.nn.utils.parameters_to_vector(module.parameters()).detach().numpy().tobytes()
+    return {**result, "weights": hashlib.sha256(weights).hexdigest(), "compressed": getattr(strategy, "calls", 0)}
+
+
+def _train(
+    module: L.LightningModule, callback: L.Callback, strategy: DDPStrategy, nodes: int, devices: int,
+    others: Sequence[L.Callback] = (), **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    compare = Compare()
     trainer = L.Trainer(
-        max_epochs=battery.EPOCHS, accelerator="cpu", devices=2, strategy="ddp", logger=False, num_sanity_val_steps=0,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=root,
-        callbacks=[battery.make_callback(name), compare], use_distributed_sampler=False, precision="64-true",
+        max_epochs=battery.EPOCHS, accelerator="cpu", num_nodes=nodes, devices=devices, strategy=strategy, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        callbacks=[callback, *others, compare], use_distributed_sampler=False, **settings,
     )  # fmt: skip
     # Each step the ranks share the 16 images that one process would take; Lightning's own sampler would shuffle.
     sampler = DistributedSampler(battery.images(16 * battery.BATCHES), 2, trainer.global_rank, shuffle=False)
     trainer.fit(module, DataLoader(sampler.dataset, 8, sampler=sampler), battery.loaders()[1])
     plan = plan_in_force(module)
-    result = {"difference": compare.difference, "digest": plan.digest, "widths": plan.widths}
-    (root / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+    return {
+        "place": [trainer.global_rank, trainer.node_rank, trainer.local_rank],
+        "difference": compare.difference,
+        "digest": plan.digest,
+        "widths": plan.widths,
+    }
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+def main(root: Path, nodes: int, devices: int, names: Sequence[str]) -> None:
+    """Train with callbacks or under kinds of DDP, and write what came of each as soon as it is known."""
+    torch.set_num_threads(1)
+    for name in names:
+        L.seed_everything(0, verbose=False)
+        train = train_with if name in CALLBACKS else train_kind
+        result = train(name, nodes, devices)
+        (root / f"{name}.rank{result['place'][0]}.json").write_text(json.dumps(result))

@@ -99,6 +99,7 @@ def fit_on_two_loaders(module: L.LightningModule, *callbacks: L.Callback) -> Non
     trainer.fit(module, {"images": training, "other": few}, validation)
 
 
+@pytest.mark.filterwarnings("ignore:Prune . of .")
 @pytest.mark.parametrize("name", ["magnitude", "rl_joint", "learn_to_prune"])
 def test_hooks_get_the_batches_of_several_loaders_together(name: str) -> None:
     callback = battery.make_callback(name)

@@ -105,6 +105,7 @@ class Watched(LearnToPruneCallback):
         return found
 
 
+@pytest.mark.filterwarnings("ignore:Prune . of .")
 @pytest.mark.parametrize("finetune_steps", [0, 2])
 def test_nothing_changes_until_an_agent_has_learned(finetune_steps: int, tmp_path: Path) -> None:
     callback = Watched(keep=0.5, steps=2, round_to=1, updates=2, samples=2, finetune_steps=finetune_steps)

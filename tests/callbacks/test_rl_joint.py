@@ -81,6 +81,7 @@ def one_epoch(root: Path, module: L.LightningModule, *callbacks: L.Callback, **t
     return battery.train(root, *callbacks, module=module, max_epochs=1, **trainer)[0]
 
 
+@pytest.mark.filterwarnings("ignore:Training has ended with")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -133,6 +134,7 @@ class Shared(L.LightningDataModule):
         return battery.loaders()[1]
 
 
+@pytest.mark.filterwarnings("ignore:Training has ended with")
 def test_the_gradient_on_two_ranks_is_that_of_the_explicit_loss_on_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -169,6 +169,7 @@ def test_scalars_have_their_documented_names(tmp_path: Path) -> None:
     assert "prune/channels/first" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:Prune . of .")
 def test_the_same_run_without_pruning_sees_the_same_random_numbers(tmp_path: Path) -> None:
     """A callback that never prunes (keep=1) changes no bit of the weights."""
     plain, _ = battery.train(tmp_path / "plain")

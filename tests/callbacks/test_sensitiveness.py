@@ -137,6 +137,7 @@ def shuffled(root: Path, callback: L.Callback) -> L.LightningModule:
     return module
 
 
+@pytest.mark.filterwarnings("ignore:Training has ended with")
 def test_measuring_leaves_training_alone(tmp_path: Path) -> None:
     class Measures(SensitivenessCallback):
         def allocate(self, graph: ChannelGraph, scores: object, keep: float) -> PruningPlan:

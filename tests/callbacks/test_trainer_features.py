@@ -1,12 +1,7 @@
 """What else people ask of a Trainer, with a pruning callback in it."""
 
 import copy
-import json
-import os
 import pickle
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,8 +32,8 @@ from lightning_prune.pruning_plan import plan_in_force
 
 # What only reads the weights at a prune, and what follows every step; where gradients matter, what changes them too.
 CALLBACKS = pytest.mark.parametrize("name", ["magnitude", "taylor"])
+pytestmark = pytest.mark.filterwarnings("ignore:Prune . of .")  # removes nothing, in steps of two channels
 GRADIENTS = pytest.mark.parametrize("name", ["magnitude", "taylor", "rl_joint"])
-NODES = Path(__file__).parents[1] / "nodes.py"
 
 
 class Optimized(battery.ResidualClassifier):
@@ -272,6 +267,7 @@ def test_schedules_go_on_as_if_nothing_was_pruned(schedule: str, tmp_path: Path)
     assert len(set(plain.seen)) > 1
 
 
+@pytest.mark.filterwarnings("ignore:Training has ended with")
 def test_a_plateau_schedule_and_stopping_early_see_their_metric(tmp_path: Path) -> None:
     plateau = partial(optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0)
     module = optimized(_scheduled(plateau, monitor="train/loss"))
@@ -703,69 +699,6 @@ def test_synchronized_normalization_loses_the_same_channels(tmp_path: Path) -> N
     assert not isinstance(reverted.norm, nn.SyncBatchNorm)
     assert reverted.norm.num_features == plain.norm.num_features < 24
     assert battery.differences(plain, reverted) == []
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _launch(root: Path, commands: list[list[str]], environments: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Start a node with each command, on loopback; return what each of two ranks wrote."""
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(NODES.parent), "GLOO_SOCKET_IFNAME": "lo"}
-    launched = [
-        subprocess.Popen(
-            [sys.executable, *command], env={**shared, **own}, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for command, own in zip(commands, environments, strict=True)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=150)[0] for process in launched]
-    finally:
-        for process in launched:
-            process.kill()
-    assert [process.returncode for process in launched] == [0] * len(launched), "\n".join(t[-3000:] for t in said)
-    return [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)]
-
-
-def _torchrun(root: Path, nodes: int, *kinds: str) -> list[dict[str, Any]]:
-    root.mkdir()
-    per_node, port = 2 // nodes, _free_port()
-    run = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={per_node}"]
-    run += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    script = [str(NODES), str(root), str(nodes), str(per_node), *kinds]
-    commands = [[*run, f"--node_rank={rank}", *script] for rank in range(nodes)]
-    return _launch(root, commands, [{}] * nodes)
-
-
-def _srun(root: Path, *kinds: str) -> list[dict[str, Any]]:
-    """Two nodes as SLURM's own launcher tells them of each other."""
-    root.mkdir()
-    job = {
-        "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(_free_port()),
-    }  # fmt: skip
-    tasks = [{**job, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in range(2)]
-    return _launch(root, [[str(NODES), str(root), "2", "1", *kinds]] * 2, tasks)
-
-
-def test_two_nodes_equal_one_node_with_two_ranks(tmp_path: Path) -> None:
-    """One node runs every kind of DDP; those that sum the same numbers end in the same bits."""
-    same, others = ("plain", "find_unused", "static_graph", "bucket_view"), ("compressed", "averaged")
-    one = _torchrun(tmp_path / "one", 1, *same, *others)
-    two, slurm = _torchrun(tmp_path / "two", 2, "plain"), _srun(tmp_path / "slurm", "plain")
-    assert [rank.pop("place") for rank in one] == [[0, 0, 0], [1, 0, 1]]  # global rank, node, local rank
-    for nodes in (two, slurm):
-        assert [rank.pop("place") for rank in nodes] == [[0, 0, 0], [1, 1, 0]]
-        assert nodes == [{"plain": one[0]["plain"]}] * 2
-    assert one[0] == one[1]
-    assert list(one[0]) == [*same, *others]
-    assert {result["difference"] for result in one[0].values()} == {0.0}
-    assert all(one[0][kind] == one[0]["plain"] for kind in same)
-    assert len({one[0][kind]["weights"] for kind in ("plain", *others)}) == 3
-    assert one[0]["compressed"]["compressed"] >= battery.EPOCHS * battery.BATCHES  # after each prune too
 
 
 # -- what the model logs itself ----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import multiprocessing
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine import random_plan, randomised
+from processes import warm
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -365,7 +365,7 @@ def _measure_slowly(folder: str) -> None:
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_measure_slowly, args=(str(tmp_path),))
+    process = warm().Process(target=_measure_slowly, args=(str(tmp_path),))
     process.start()
     journal = tmp_path / "rank0.jsonl"
     while process.is_alive() and (not journal.exists() or journal.read_bytes().count(b"\n") < 20):
@@ -463,7 +463,8 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    warm()
+    torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     graph, batches = made(Blocks)
     candidates = [{}, *removals(graph), Noise("stem", 0.5, 0)]
     alone = evaluate_candidates(graph, candidates, batches)

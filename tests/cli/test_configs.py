@@ -13,7 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import WeightsEnum, get_model
 
-from lightning_prune.callbacks import PruningCallback, SensitivenessCallback
+from lightning_prune.callbacks import (
+    LearnToPruneCallback,
+    PruningCallback,
+    RLJointPruneCallback,
+    SensitivenessCallback,
+)
 from lightning_prune.cli import shipped_configs
 from lightning_prune.cli.entry import PruneCLI, main
 from lightning_prune.pruning_plan import plan_in_force
@@ -23,6 +28,8 @@ HERE = [
     "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true",
     "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
 ]  # fmt: skip
+# Images as small as the network can bear, where 32 pixels are too few, or more than is needed.
+SIZES = {"alexnet": 64, "torchvision/alexnet": 64, "resnet18": 16, "resnet20": 16, "resnet56": 16}
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
@@ -66,6 +73,16 @@ def narrow_head(network: nn.Module) -> None:
             network.set_submodule(name, nn.Linear(*sizes))
 
 
+def shorten(pruner: PruningCallback) -> None:
+    """Take as few measurements as the callback can do with."""
+    if isinstance(pruner, SensitivenessCallback):
+        pruner.levels, pruner.draws = [0.5], 1
+    if isinstance(pruner, LearnToPruneCallback):
+        pruner.samples = 2
+    if isinstance(pruner, RLJointPruneCallback):
+        pruner.search_settings.update(agent_updates=1, environment_updates=1)
+
+
 def pruner_of(callbacks: list[Callback]) -> PruningCallback:
     (pruner,) = [callback for callback in callbacks if isinstance(callback, PruningCallback)]
     return pruner
@@ -77,7 +94,10 @@ def test_every_config_trains_and_prunes(path: Path) -> None:
     copied = shipped_configs.copy(path.stem, Path())
     content = yaml.safe_load(copied.read_text())
     model = content["model"]["init_args"]
-    shape = [model["input_shape"][0], *(min(size, 64) for size in model["input_shape"][1:])]
+    shape = [
+        model["input_shape"][0],
+        *(min(size, SIZES.get(model["network"], 32)) for size in model["input_shape"][1:]),
+    ]
     cli = instantiate(copied, f"--model.init_args.input_shape={shape}")
     data: Any = cli.datamodule
     assert list(data.input_shape) == model["input_shape"]
@@ -87,8 +107,7 @@ def test_every_config_trains_and_prunes(path: Path) -> None:
     assert pruner.last_prune_epoch < content["trainer"]["max_epochs"]
 
     narrow_head(cli.model.network)
-    if isinstance(pruner, SensitivenessCallback):  # otherwise 25 damages of each of the layers
-        pruner.levels, pruner.draws = [0.5], 1
+    shorten(pruner)
     batch = TensorDataset(torch.randn(2, *shape), torch.tensor([0, model["num_classes"] - 1]))
     cli.trainer.fit(cli.model, DataLoader(batch, 2), DataLoader(batch, 2))
     plan = plan_in_force(cli.model)

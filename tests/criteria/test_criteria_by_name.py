@@ -18,7 +18,7 @@ from lightning_prune.criteria.registry import find, needs_data
 
 def largest_output(graph: lp.graph.ChannelGraph, batches: Any, loss: Any, scale: float = 1.0) -> dict[str, Tensor]:
     """A criterion of a user's own, known by its import path."""
-    value = float(loss(graph.model, next(iter(batches))))
+    value = loss(graph.model, next(iter(batches))).item()
     return {name: torch.full((group.size,), scale * value) for name, group in graph.groups.items()}
 
 

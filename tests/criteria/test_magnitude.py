@@ -30,13 +30,13 @@ def test_against_a_naive_reference(p: float):
     model = randomised(Network()).double()
     graph = lp.trace(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
     scores = lp.criteria.magnitude(graph, p)
-    stem = [sum(abs(float(v)) ** p for v in model.stem.weight[i].flatten()) ** (1 / p) for i in range(6)]
+    stem = [sum(abs(float(v)) ** p for v in model.stem.weight[i].detach().flatten()) ** (1 / p) for i in range(6)]
     # a channel of `block` is a group of `grouped`: two filters of the one, four of the other
     grouped = [
         sum(
             abs(float(v)) ** p
             for weight in (model.block.weight[2 * i : 2 * i + 2], model.grouped.weight[4 * i : 4 * i + 4])
-            for v in weight.flatten()
+            for v in weight.detach().flatten()
         )
         ** (1 / p)
         for i in range(3)

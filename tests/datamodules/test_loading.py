@@ -1,12 +1,12 @@
 """Split, order, batches, shards and the way back into an epoch."""
 
 import json
-import subprocess
-import sys
-import textwrap
 
+import lightning as L
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DistributedSampler, RandomSampler
 
 from lightning_prune.datamodules import DigitsDataModule, ImageDataModule
@@ -239,61 +239,55 @@ def test_loader_of_training_images_is_resumable_and_pins_no_memory_without_a_gpu
 # ---- two processes ----
 
 
-DISTRIBUTED = """
-    import json, os, sys
-    import lightning as L
-    import torch
-    from lightning_prune.datamodules import DigitsDataModule
-    from torch import nn
-    from torch.nn import functional as F
+class Classifier(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
 
-    torch.set_num_threads(1)
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
 
-    class Classifier(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(64, 10)
+    def validation_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+        self.log("val/loss", loss, sync_dist=True)
 
-        def training_step(self, batch, batch_idx):
-            return F.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
 
-        def validation_step(self, batch, batch_idx):
-            loss = F.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
-            self.log("val/loss", loss, sync_dist=True)
 
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.1)
+class DisagreeingDigits(DigitsDataModule):
+    """Ranks that disagree about the global generator must still agree about the split."""
 
-    class Watch(L.Callback):
-        seen = []
+    def setup(self, stage=None):
+        torch.manual_seed(self.trainer.global_rank)
+        super().setup(stage)
 
-        def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            self.seen += [hash(tuple(image.flatten().tolist())) for image in batch[0]]
 
-    # Ranks that disagree about the global generator must still agree about the split.
-    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
-    data = DigitsDataModule(batch_size=100)
-    module, watch = Classifier(), Watch()
-    trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, callbacks=[watch], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )
-    trainer.fit(module, data)
-    result = {
-        "train": data.train_set.indices.tolist(), "val": data.val_set.indices.tolist(), "seen": watch.seen,
-        "batches": trainer.num_training_batches, "loss": trainer.logged_metrics["val/loss"].item(),
-        "weights": module.layer.weight.double().sum().item(),
-    }
-    with open(f"{sys.argv[1]}/{trainer.global_rank}.json", "w") as file:
-        json.dump(result, file)
-"""
+class Record(L.Callback):
+    """Write down what each rank has seen."""
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen += [hash(tuple(image.flatten().tolist())) for image in batch[0]]
+
+    def on_train_end(self, trainer, module):
+        data = trainer.datamodule
+        result = {
+            "train": data.train_set.indices.tolist(), "val": data.val_set.indices.tolist(), "seen": self.seen,
+            "batches": trainer.num_training_batches, "loss": trainer.logged_metrics["val/loss"].item(),
+            "weights": module.layer.weight.double().sum().item(),
+        }  # fmt: skip
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
 def test_two_processes_share_the_images_and_agree(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED))
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, callbacks=[Record(tmp_path)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Classifier(), DisagreeingDigits(batch_size=100))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for name in ("train", "val", "batches", "loss", "weights"):
         assert first[name] == second[name], name

@@ -100,7 +100,7 @@ def test_a_resumed_run_goes_on_with_the_history_of_its_checkpoint(epoch: int, tm
 
 def test_of_two_ranks_the_first_writes(tmp_path: Path) -> None:
     callback, logger = battery.make_callback("magnitude"), CSVLogger(tmp_path, version=0)
-    module, _ = battery.train(tmp_path, callback, logger=logger, strategy="ddp_spawn", devices=2)
+    module, _ = battery.train(tmp_path, callback, logger=logger, strategy="ddp_fork", devices=2)
     assert [path.name for path in tmp_path.rglob("*pruning*")] == ["pruning.json"]
     (history,) = read_histories(logger.log_dir)
     assert history.widths == plan_in_force(module).widths
