@@ -3,14 +3,13 @@
 import argparse
 import copy
 import inspect
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from lightning_prune.files import read_checkpoint
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery import prune, reshape
@@ -19,6 +18,7 @@ __all__ = [
     "CHECKPOINT_KEY",
     "fitted",
     "load_pruned",
+    "plan_belongs_to",
     "refuse_other_shapes",
     "restore_shape",
     "save_plan",
@@ -29,6 +29,9 @@ __all__ = [
 CHECKPOINT_KEY = "lightning_prune"
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+# -- the plan in a checkpoint ------------------------------------------------------------------------------------------
 
 
 def save_plan(model: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -57,6 +60,33 @@ def saved_plan(checkpoint: Mapping[str, Any]) -> PruningPlan | None:
     return PruningPlan.from_json(content["plan"])
 
 
+def plan_belongs_to(model: nn.Module, weights: Mapping[str, Any]) -> bool:
+    """Tell whether weights are those of a pruned model, by their names and shapes.
+
+    Args:
+        model: The model.
+        weights: What may be its state dict, or that of something else.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> original = model.state_dict()
+        >>> report = prune(model, trace(model, torch.zeros(1, 2)).plan({"0": torch.tensor([0, 2])}))
+        >>> plan_belongs_to(model, model.state_dict()), plan_belongs_to(model, original)
+        (True, False)
+    """
+    plan = plan_in_force(model)
+    if plan is None:
+        return False
+    aliases = _aliases(model, plan)
+    known = any(aliases.get(key, key) in plan.shapes for key in weights)
+    return known and _misshapen(weights, aliases, plan) is None
+
+
+# -- shapes of weights and models --------------------------------------------------------------------------------------
+
+
 def widened(checkpoint: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
     """Return a checkpoint as if nothing had been pruned: its weights in their original shapes, without a plan.
 
@@ -65,32 +95,31 @@ def widened(checkpoint: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
         plan: The plan in it.
 
     Returns:
-        The checkpoint, with zeros where channels were removed.
+        The checkpoint, with zeros where channels were pruned.
 
     Raises:
         ValueError: If the weights do not have the shapes that the plan says.
     """
     weights = copy.copy(checkpoint["state_dict"])  # with the versions that torch notes on it
     aliases = checkpoint[CHECKPOINT_KEY].get("aliases")
-    if aliases is None:  # an older checkpoint: names that share a tensor mostly share their numbers in the file too
-        names = {(tensor.data_ptr(), tensor.shape): name for name, tensor in weights.items() if name in plan.shapes}
-        tensors = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
-        aliases = {name: names.get((tensor.data_ptr(), tensor.shape), name) for name, tensor in tensors.items()}
-    index, shapes = plan.index(), plan.pruned_shapes()
-    for alias, tensor in weights.items():
-        name = aliases.get(alias, alias)
-        if name in shapes and tuple(tensor.shape) != shapes[name]:
-            raise ValueError(
-                f"The checkpoint is damaged: {name!r} has shape {tuple(tensor.shape)}, where its plan says "
-                f"{shapes[name]}."
-            )
-        for axis, stays in index.get(name, {}).items():
-            shape = list(tensor.shape)
-            shape[axis] = plan.shapes[name][axis]
-            tensor = tensor.new_zeros(shape).index_copy(axis, stays.to(tensor.device), tensor)
-        weights[alias] = tensor
-    rest = {key: value for key, value in checkpoint.items() if key != CHECKPOINT_KEY}
-    return {**rest, "state_dict": weights}
+    if aliases is None:
+        aliases = _aliases_by_memory(weights, plan)
+    misshapen = _misshapen(weights, aliases, plan)
+    if misshapen is not None:
+        name, shape = misshapen
+        raise ValueError(
+            f"The checkpoint is damaged: {name!r} has shape {shape}, where its plan says {plan.pruned_shapes()[name]}."
+        )
+    index = plan.index()
+    for key, tensor in weights.items():
+        name = aliases.get(key, key)
+        for axis, kept in index.get(name, {}).items():
+            wide = list(tensor.shape)
+            wide[axis] = plan.shapes[name][axis]
+            tensor = tensor.new_zeros(wide).index_copy(axis, kept.to(tensor.device), tensor)
+        weights[key] = tensor
+    others = {key: value for key, value in checkpoint.items() if key != CHECKPOINT_KEY}
+    return {**others, "state_dict": weights}
 
 
 def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -105,18 +134,19 @@ def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             tensors that it does not hold.
     """
     plan, earlier = saved_plan(checkpoint), plan_in_force(model)
-    if plan != earlier:
-        if earlier is not None and not _removes_more(plan, earlier):
-            _refuse_lost(model, earlier, checkpoint.get("state_dict", {}))
-            reshape(model, None)
-        if plan is not None:
-            prune(model, plan)  # buffers that are in no checkpoint keep their numbers
+    if plan == earlier:
+        return
+    if earlier is not None and not _prunes_more(plan, earlier):
+        _refuse_missing(model, earlier, checkpoint.get("state_dict", {}))
+        reshape(model, None)
+    if plan is not None:
+        prune(model, plan)  # buffers that are in no checkpoint keep their numbers
 
 
 def fitted(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Bring a checkpoint and a model to the same shapes; once the weights are loaded, `prune` by the plan saved in it.
 
-    A model that is whole stays so until then: hooks of its own may go by the original shapes of the weights.
+    An unpruned model keeps its shapes until then: hooks of its own may go by the original shapes of the weights.
 
     Args:
         model: The model that the weights go into, of the original architecture, pruned already or not.
@@ -133,6 +163,20 @@ def fitted(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
         return widened(checkpoint, plan)
     restore_shape(model, checkpoint)
     return checkpoint
+
+
+def refuse_other_shapes(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names a tensor whose shape is not that of the model, if there is one."""
+    for name, tensor in named_tensors(model).items():
+        saved = weights.get(name)
+        if isinstance(saved, Tensor) and saved.shape != tensor.shape:
+            raise ValueError(
+                f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
+                f"{tuple(tensor.shape)} in {type(model).__name__}; build it with the settings of the training."
+            )
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: Any = "cpu", **settings: Any) -> Model:
@@ -157,64 +201,51 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
 
             model = load_pruned(ImageClassifier, "logs/version_0/checkpoints/last.ckpt")
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}.")
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as raised:
-        raise ValueError(
-            f"{str(path)!r} cannot be read as a checkpoint: the file is damaged, or holds more than tensors and plain "
-            "values."
-        ) from raised
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{str(path)!r} is no checkpoint of a Lightning Trainer: it has no 'state_dict'.")
-    made: Any = _instantiate(model, checkpoint, settings) if isinstance(model, type) else model
+    checkpoint = read_checkpoint(path, map_location)
+    instance: Any = _instantiate(model, checkpoint, settings) if isinstance(model, type) else model
     # The hooks of a LightningModule, in Lightning's order.
-    if hasattr(made, "configure_model"):
-        made.configure_model()
+    if hasattr(instance, "configure_model"):
+        instance.configure_model()
     if isinstance(model, type):
-        made.to(next((t.device for t in checkpoint["state_dict"].values() if isinstance(t, Tensor)), "cpu"))
-    plan, checkpoint = saved_plan(checkpoint), fitted(made, checkpoint)
-    if hasattr(made, "on_load_checkpoint"):
-        made.on_load_checkpoint(checkpoint)
-    refuse_other_shapes(made, checkpoint["state_dict"])
+        instance.to(_device_of(checkpoint["state_dict"]))
+    plan = saved_plan(checkpoint)
+    checkpoint = fitted(instance, checkpoint)
+    if hasattr(instance, "on_load_checkpoint"):
+        instance.on_load_checkpoint(checkpoint)
+    refuse_other_shapes(instance, checkpoint["state_dict"])
     try:
-        made.load_state_dict(checkpoint["state_dict"], strict=getattr(made, "strict_loading", True))
+        instance.load_state_dict(checkpoint["state_dict"], strict=getattr(instance, "strict_loading", True))
     except RuntimeError as raised:
         raise ValueError(f"The checkpoint {str(path)!r} is of another architecture. {raised}") from raised
     if plan is not None:
-        prune(made, plan)
-    return made.eval()
+        prune(instance, plan)
+    return instance.eval()
 
 
-def refuse_other_shapes(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names a tensor whose shape is not that of the model, if there is one."""
-    for name, tensor in named_tensors(model).items():
-        saved = weights.get(name)
-        if isinstance(saved, Tensor) and saved.shape != tensor.shape:
-            raise ValueError(
-                f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
-                f"{tuple(tensor.shape)} in {type(model).__name__}; build it with the settings of the training."
-            )
+def _device_of(weights: Mapping[str, Any]) -> Any:
+    """Return the device of the first tensor."""
+    return next((value.device for value in weights.values() if isinstance(value, Tensor)), "cpu")
 
 
 def _instantiate(model: type[Model], checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> Model:
     """Make an instance from the hyper-parameters that Lightning saved, as ``load_from_checkpoint`` does."""
     saved = dict(checkpoint.get("hyper_parameters", {}))
-    by_parser = saved.pop("_instantiator", None) is not None
+    made_by_parser = saved.pop("_instantiator", None) is not None
     parameters = inspect.signature(model).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    whole = checkpoint.get("hparams_name")
-    if whole in names:  # of `save_hyperparameters(conf)`: they are all in one argument
-        saved = {whole: {**saved, **{k: v for k, v in settings.items() if k not in names}}}
-        settings = {k: v for k, v in settings.items() if k in names}
-    elif any(p.kind is p.VAR_KEYWORD for p in parameters):
-        saved = {k: v for k, v in saved.items() if by_parser or not k.startswith("_")}
-    else:
-        saved = {k: v for k, v in saved.items() if k in names}
+    single = checkpoint.get("hparams_name")
+    if single in names:  # of `save_hyperparameters(conf)`: they are all in one argument
+        inside = {name: value for name, value in settings.items() if name not in names}
+        saved = {single: {**saved, **inside}}
+        settings = {name: value for name, value in settings.items() if name in names}
+    elif not takes_any:
+        saved = {name: value for name, value in saved.items() if name in names}
+    elif not made_by_parser:
+        saved = {name: value for name, value in saved.items() if not name.startswith("_")}
+    arguments = {**saved, **settings}
     try:
-        return _parsed(model, {**saved, **settings}) if by_parser else model(**{**saved, **settings})
+        return _instantiate_by_parser(model, arguments) if made_by_parser else model(**arguments)
     except (TypeError, argparse.ArgumentError) as raised:
         raise ValueError(
             f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "
@@ -222,11 +253,14 @@ def _instantiate(model: type[Model], checkpoint: Mapping[str, Any], settings: Ma
         ) from raised
 
 
-def _parsed(model: type[Model], arguments: dict[str, Any]) -> Model:
+def _instantiate_by_parser(model: type[Model], arguments: dict[str, Any]) -> Model:
     """Make an instance as `LightningCLI` does, which notes classes and their arguments by name."""
     from lightning.pytorch.cli import instantiate_module
 
     return instantiate_module(model, arguments)
+
+
+# -- names that share a tensor -----------------------------------------------------------------------------------------
 
 
 def _aliases(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
@@ -236,20 +270,41 @@ def _aliases(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
     return {name: known[id(tensor)] for name, tensor in named if id(tensor) in known and name not in plan.shapes}
 
 
-def _removes_more(plan: PruningPlan | None, earlier: PruningPlan) -> bool:
-    """Return whether a plan keeps nothing that an earlier one has removed."""
+def _aliases_by_memory(weights: Mapping[str, Any], plan: PruningPlan) -> dict[str, str]:
+    """Return the aliases in an older checkpoint: names that share a tensor mostly share its memory in the file too."""
+    tensors = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    places = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in tensors.items()}
+    known = {place: name for name, place in places.items() if name in plan.shapes}
+    return {name: known.get(place, name) for name, place in places.items()}
+
+
+def _misshapen(
+    weights: Mapping[str, Any], aliases: Mapping[str, str], plan: PruningPlan
+) -> tuple[str, tuple[int, ...]] | None:
+    """Return the name and shape of the first tensor whose shape is not what a plan says, or None."""
+    shapes = plan.pruned_shapes()
+    for key, tensor in weights.items():
+        name = aliases.get(key, key)
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            return name, tuple(tensor.shape)
+    return None
+
+
+def _prunes_more(plan: PruningPlan | None, earlier: PruningPlan) -> bool:
+    """Tell whether a plan keeps nothing that an earlier one has pruned."""
     try:
         return plan is not None and plan.after(earlier) == plan
     except ValueError:
         return False
 
 
-def _refuse_lost(model: nn.Module, plan: PruningPlan, weights: Mapping[str, Any]) -> None:
-    """Raise if a tensor that has lost channels is not among the weights that are to bring them back."""
+def _refuse_missing(model: nn.Module, plan: PruningPlan, weights: Mapping[str, Any]) -> None:
+    """Raise if a tensor whose channels were pruned is not among the weights that are to bring them back."""
     aliases = _aliases(model, plan)
-    held = {aliases.get(name, name) for name in weights}
-    if lost := [name for name in plan.index() if name not in held]:
+    present = {aliases.get(name, name) for name in weights}
+    missing = [name for name in plan.index() if name not in present]
+    if missing:
         raise ValueError(
-            f"{type(model).__name__} has lost channels that the checkpoint brings back, but without the values of "
-            f"{', '.join(map(repr, lost))}, which is not in it; load it onto a fresh instance."
+            f"{type(model).__name__} has been pruned of channels that the checkpoint brings back, but without the "
+            f"values of {', '.join(map(repr, missing))}, which is not in it; load it onto a fresh instance."
         )

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.surgery.masks import pruned_channels
 from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.surgery.masks import pruned_channels
 
 __all__ = ["Alignment"]
 

@@ -11,17 +11,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune import criteria
-from lightning_prune.planning import allocation
-from lightning_prune.planning.cost import check_metric
 from lightning_prune.callbacks import trainer_state
+from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.compiled import forget_compiled
 from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.ddp import rewrap
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.planning import allocation
+from lightning_prune.planning.cost import check_metric
 from lightning_prune.progress import progress, show_with
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History
 from lightning_prune.reporting.loggers import folder
 from lightning_prune.reporting.progress import follow, say, warn
@@ -184,6 +184,7 @@ class PruningCallback(Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         trainer_state.refuse_strategy(trainer)
         trainer_state.refuse_other_callbacks(trainer, self)
+        carry_plans(trainer)
         follow(trainer)
         if stage == "fit":
             trainer_state.refuse_short_run(trainer, self)

@@ -11,10 +11,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.search.filter_agent import FilterSearch, make_filter_agent
-from lightning_prune.search.pruning_problem import accuracy_of
-from lightning_prune.search.width_bounds import WidthBounds
-from lightning_prune.planning.cost import CostModel
 from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, training_batches
@@ -22,9 +18,13 @@ from lightning_prune.candidates import classification
 from lightning_prune.candidates.evaluator import alone
 from lightning_prune.candidates.measures import examples_in
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.planning.cost import CostModel
 from lightning_prune.progress import progress
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.progress import say
+from lightning_prune.search.filter_agent import FilterSearch, make_filter_agent
+from lightning_prune.search.pruning_problem import accuracy_of
+from lightning_prune.search.width_bounds import WidthBounds
 from lightning_prune.surgery import prune
 
 __all__ = ["LearnToPruneCallback", "reward"]

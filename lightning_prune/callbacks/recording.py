@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_prune.planning.cost import METRICS, CostModel
 from lightning_prune.callbacks.trainer_state import metrics
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.planning import measure_latency
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.planning.cost import METRICS, CostModel
 from lightning_prune.progress import progress
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History, run_folder, write_history
 from lightning_prune.reporting.loggers import log_end, log_prune
 from lightning_prune.reporting.progress import say

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.search.policy_search import PolicySearch
-from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
 from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.alignment import Alignment
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, training_batches
 from lightning_prune.candidates import classification
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.progress import say
+from lightning_prune.search.policy_search import PolicySearch
+from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
 
 __all__ = ["RLJointPruneCallback"]
 

@@ -7,12 +7,12 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.planning.allocation import plan_by_layer
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches
 from lightning_prune.candidates import classification, evaluate_candidates
 from lightning_prune.criteria.damage import LEVELS, RATIOS, check_settings, layer_importance, sensitiveness
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.planning.allocation import plan_by_layer
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["SensitivenessCallback"]

@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_prune.callbacks.batches import first_part, gives_samples, samples
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks.base import PruningCallback
@@ -46,6 +45,12 @@ __all__ = [
 # -- strategies and ranks ----------------------------------------------------------------------------------------------
 
 
+def can_prune_under(strategy: Any) -> bool:
+    """Tell whether a strategy keeps every parameter whole, on each device, in the module itself."""
+    shards = isinstance(strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)
+    return isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not shards
+
+
 def refuse_strategy(trainer: "pl.Trainer") -> None:
     """Raise unless parameters can be replaced under the strategy of this trainer."""
     if not isinstance(trainer, pl.Trainer):
@@ -53,8 +58,7 @@ def refuse_strategy(trainer: "pl.Trainer") -> None:
             f"The Trainer is that of {type(trainer).__module__.partition('.')[0]!r}, whose classes are other ones than "
             "those of lightning; write `import lightning.pytorch as pl`, and Trainer, modules and callbacks from there."
         )
-    shards = isinstance(trainer.strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)
-    if shards or not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    if not can_prune_under(trainer.strategy):
         raise ValueError(
             f"Pruning does not work with {type(trainer.strategy).__name__}, which shards or moves the parameters; use "
             "strategy='ddp' or a single device."

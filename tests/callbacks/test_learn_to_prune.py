@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.search.filter_agent import FilterNetwork, FilterSearch
-from lightning_prune.search.width_bounds import WidthBounds
-from lightning_prune.planning.cost import CostModel
 from lightning_prune.callbacks import LearnToPruneCallback
 from lightning_prune.callbacks.learn_to_prune import reward
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.planning.cost import CostModel
 from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.search.filter_agent import FilterNetwork, FilterSearch
+from lightning_prune.search.width_bounds import WidthBounds
 
 
 def make_callback(**changes: Any) -> LearnToPruneCallback:

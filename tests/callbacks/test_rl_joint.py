@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_prune.callbacks import RLJointPruneCallback, trainer_state
-from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 LITTLE: dict[str, Any] = {"agent_updates": 3, "environment_updates": 2, "environment_size": 4}
 KEPT = {"stem": [0, 1, 2, 5, 7, 11], "first": list(range(3, 20))}
@@ -217,7 +216,9 @@ def test_several_rounds_in_an_epoch_build_on_each_other(tmp_path: Path) -> None:
 def test_stopped_equals_unbroken(agent: str, tmp_path: Path) -> None:
     def callback() -> RLJointPruneCallback:
         changes = {"agent_settings": {"random_steps": 8}} if agent == "sac" else {}
-        return make_callback(agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings={**LITTLE, **changes})
+        return make_callback(
+            agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings={**LITTLE, **changes}
+        )
 
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
     unbroken, _ = battery.train(tmp_path, callback(), saver)
@@ -337,5 +338,5 @@ def test_batches_of_the_training_split_are_taken_without_touching_its_loader(tmp
 def test_a_run_from_another_ones_checkpoint_needs_episodes_to_choose_from(tmp_path: Path) -> None:
     battery.train(tmp_path / "plain", max_epochs=4)
     path = next((tmp_path / "plain" / "checkpoints").glob("epoch=3*"))
-    with pytest.raises(ValueError, match="nothing to choose from: the run goes on at epoch 4, .* Raise start_epoch"):
+    with pytest.raises(ValueError, match=r"nothing to choose from: the run goes on at epoch 4, .* Raise start_epoch"):
         battery.train(tmp_path, make_callback(start_epoch=3), ckpt_path=path, max_epochs=6)

@@ -18,8 +18,7 @@ import lightning_prune as lp
 from lightning_prune.callbacks import SensitivenessCallback
 from lightning_prune.criteria import layer_importance, sensitiveness
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 SETTINGS: dict[str, Any] = {"levels": [0.25, 0.75], "draws": 3, "round_to": 1}
 
