@@ -1,4 +1,4 @@
-"""Distributed training of a model whose parameters have changed; for any trainer whose strategy wraps a model in DDP."""
+"""Distributed training of a model whose parameters have changed, by any trainer with a strategy that wraps in DDP."""
 
 from typing import Any
 

@@ -18,7 +18,8 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.callbacks.trainer_state import averaged_copies, can_prune_under
+from lightning_prune.callbacks.refusals import can_prune_under
+from lightning_prune.callbacks.trainer_state import averaged_copies
 from lightning_prune.checkpoint import (
     CHECKPOINT_KEY,
     fitted,

@@ -44,7 +44,7 @@ def test_settings_out_of_range_are_refused_by_the_constructor(settings: dict[str
 def test_the_state_of_earlier_versions_is_read() -> None:
     callback = PruningCallback(steps=3)
     callback.load_state_dict({"steps_done": 2, "before": None, "batch_like": {"shape": [1, 3], "dtype": "float32"}})
-    assert (callback.steps_done, callback.batch_like["shape"], callback.history) == (2, [1, 3], None)
+    assert (callback.steps_done, callback.state.batch_like["shape"], callback.history) == (2, [1, 3], None)
 
 
 def test_taylor_needs_an_epoch_to_rank() -> None:

@@ -327,7 +327,7 @@ def test_totals_of_earlier_versions_are_read() -> None:
     totals = {"sums": {"a": torch.ones(2)}, "counts": {"a": torch.tensor(3.0)}}
     callback = TaylorRankCallback()
     callback.load_state_dict({"steps_done": 0, "batch_like": None, "listened": True, "last_scores": {}, **totals})
-    assert (callback.totals.sums, callback.totals.counts) == (totals["sums"], totals["counts"])
+    assert (callback.state.totals.sums, callback.state.totals.counts) == (totals["sums"], totals["counts"])
 
 
 def test_what_has_been_compiled_before_is_watched_and_left_alone_again() -> None:
