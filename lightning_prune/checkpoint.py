@@ -5,7 +5,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -29,6 +29,9 @@ __all__ = [
 CHECKPOINT_KEY = "lightning_prune"
 
 Model = TypeVar("Model", bound=nn.Module)
+Checkpoint = Mapping[str, Any]
+Weights = Mapping[str, Any]  # the state dict in a checkpoint: mostly tensors
+Aliases = Mapping[str, str]  # from the names of weights to those that a plan knows them by, where they differ
 
 
 # -- the plan in a checkpoint ------------------------------------------------------------------------------------------
@@ -46,7 +49,7 @@ def save_plan(model: nn.Module, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = {"plan": plan.to_json(), "aliases": _aliases(model, plan)}
 
 
-def saved_plan(checkpoint: Mapping[str, Any]) -> PruningPlan | None:
+def saved_plan(checkpoint: Checkpoint) -> PruningPlan | None:
     """Return the plan that belongs to the weights in a checkpoint, or None if they were never pruned.
 
     Raises:
@@ -60,7 +63,7 @@ def saved_plan(checkpoint: Mapping[str, Any]) -> PruningPlan | None:
     return PruningPlan.from_json(content["plan"])
 
 
-def plan_belongs_to(model: nn.Module, weights: Mapping[str, Any]) -> bool:
+def plan_belongs_to(model: nn.Module, weights: Weights) -> bool:
     """Tell whether weights are those of a pruned model, by their names and shapes.
 
     Args:
@@ -87,7 +90,7 @@ def plan_belongs_to(model: nn.Module, weights: Mapping[str, Any]) -> bool:
 # -- shapes of weights and models --------------------------------------------------------------------------------------
 
 
-def widened(checkpoint: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
+def widened(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, Any]:
     """Return a checkpoint as if nothing had been pruned: its weights in their original shapes, without a plan.
 
     Args:
@@ -100,29 +103,38 @@ def widened(checkpoint: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
     Raises:
         ValueError: If the weights do not have the shapes that the plan says.
     """
-    weights = copy.copy(checkpoint["state_dict"])  # with the versions that torch notes on it
+    weights = checkpoint["state_dict"]
     aliases = checkpoint[CHECKPOINT_KEY].get("aliases")
     if aliases is None:
         aliases = _aliases_by_memory(weights, plan)
     misshapen = _misshapen(weights, aliases, plan)
     if misshapen is not None:
-        name, shape = misshapen
+        expected = plan.pruned_shapes()[misshapen.name]
         raise ValueError(
-            f"The checkpoint is damaged: {name!r} has shape {shape}, where its plan says {plan.pruned_shapes()[name]}."
+            f"The checkpoint is damaged: {misshapen.name!r} has shape {misshapen.shape}, where its plan says "
+            f"{expected}."
         )
+    wide = copy.copy(weights)  # with the versions that torch notes on it
     index = plan.index()
     for key, tensor in weights.items():
         name = aliases.get(key, key)
         for axis, kept in index.get(name, {}).items():
-            wide = list(tensor.shape)
-            wide[axis] = plan.shapes[name][axis]
-            tensor = tensor.new_zeros(wide).index_copy(axis, kept.to(tensor.device), tensor)
-        weights[key] = tensor
-    others = {key: value for key, value in checkpoint.items() if key != CHECKPOINT_KEY}
-    return {**others, "state_dict": weights}
+            tensor = _widened(tensor, axis, kept, plan.shapes[name][axis])
+        wide[key] = tensor
+    result = {**checkpoint, "state_dict": wide}
+    del result[CHECKPOINT_KEY]
+    return result
 
 
-def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def _widened(tensor: Tensor, axis: int, kept: Tensor, size: int) -> Tensor:
+    """Return a tensor with an axis of its original size, zero where nothing was kept."""
+    shape = list(tensor.shape)
+    shape[axis] = size
+    zeros = tensor.new_zeros(shape)
+    return zeros.index_copy(axis, kept.to(tensor.device), tensor)
+
+
+def restore_shape(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Give a model the shapes that the weights in a checkpoint have, before they are loaded.
 
     Args:
@@ -165,15 +177,16 @@ def fitted(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint
 
 
-def refuse_other_shapes(model: nn.Module, weights: Mapping[str, Any]) -> None:
+def refuse_other_shapes(model: nn.Module, weights: Weights) -> None:
     """Raise a ValueError that names a tensor whose shape is not that of the model, if there is one."""
     for name, tensor in named_tensors(model).items():
         saved = weights.get(name)
-        if isinstance(saved, Tensor) and saved.shape != tensor.shape:
-            raise ValueError(
-                f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
-                f"{tuple(tensor.shape)} in {type(model).__name__}; build it with the settings of the training."
-            )
+        if not isinstance(saved, Tensor) or saved.shape == tensor.shape:
+            continue
+        raise ValueError(
+            f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
+            f"{tuple(tensor.shape)} in {type(model).__name__}; build it with the settings of the training."
+        )
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -222,28 +235,20 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
     return instance.eval()
 
 
-def _device_of(weights: Mapping[str, Any]) -> Any:
+def _device_of(weights: Weights) -> Any:
     """Return the device of the first tensor."""
-    return next((value.device for value in weights.values() if isinstance(value, Tensor)), "cpu")
+    for value in weights.values():
+        if isinstance(value, Tensor):
+            return value.device
+    return "cpu"
 
 
-def _instantiate(model: type[Model], checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> Model:
+def _instantiate(model: type[Model], checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Model:
     """Make an instance from the hyper-parameters that Lightning saved, as ``load_from_checkpoint`` does."""
     saved = dict(checkpoint.get("hyper_parameters", {}))
-    made_by_parser = saved.pop("_instantiator", None) is not None
-    parameters = inspect.signature(model).parameters.values()
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    single = checkpoint.get("hparams_name")
-    if single in names:  # of `save_hyperparameters(conf)`: they are all in one argument
-        inside = {name: value for name, value in settings.items() if name not in names}
-        saved = {single: {**saved, **inside}}
-        settings = {name: value for name, value in settings.items() if name in names}
-    elif not takes_any:
-        saved = {name: value for name, value in saved.items() if name in names}
-    elif not made_by_parser:
-        saved = {name: value for name, value in saved.items() if not name.startswith("_")}
-    arguments = {**saved, **settings}
+    made_by_parser = "_instantiator" in saved
+    saved.pop("_instantiator", None)
+    arguments = _arguments(model, saved, checkpoint.get("hparams_name"), settings, made_by_parser)
     try:
         return _instantiate_by_parser(model, arguments) if made_by_parser else model(**arguments)
     except (TypeError, argparse.ArgumentError) as raised:
@@ -251,6 +256,35 @@ def _instantiate(model: type[Model], checkpoint: Mapping[str, Any], settings: Ma
             f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "
             "`self.save_hyperparameters()` in its constructor, or pass the missing arguments or an instance."
         ) from raised
+
+
+def _arguments(
+    model: type[nn.Module], saved: dict[str, Any], single: str | None, settings: Mapping[str, Any], made_by_parser: bool
+) -> dict[str, Any]:
+    """Return the arguments to make an instance with.
+
+    Args:
+        model: The class.
+        saved: The hyper-parameters in the checkpoint.
+        single: Name of the one argument that they are all in, as ``save_hyperparameters(conf)`` saves them, or None.
+        settings: Arguments that were given, which come first.
+        made_by_parser: Whether a parser makes the instance, which knows also the names that start with an underscore.
+    """
+    parameters = inspect.signature(model).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = {parameter.name for parameter in parameters if parameter.kind not in variadic}
+    if single in names:
+        arguments: dict[str, Any] = {single: saved}
+        for name, value in settings.items():
+            holder = arguments if name in names else saved
+            holder[name] = value
+        return arguments
+    if not takes_any:
+        saved = {name: value for name, value in saved.items() if name in names}
+    elif not made_by_parser:
+        saved = {name: value for name, value in saved.items() if not name.startswith("_")}
+    return {**saved, **settings}
 
 
 def _instantiate_by_parser(model: type[Model], arguments: dict[str, Any]) -> Model:
@@ -265,46 +299,66 @@ def _instantiate_by_parser(model: type[Model], arguments: dict[str, Any]) -> Mod
 
 def _aliases(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
     """Return the other names of the tensors in a plan that have several, with the name that the plan knows them by."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    named: list[tuple[str, Tensor]] = []
+    named += model.named_parameters(remove_duplicate=False)
+    named += model.named_buffers(remove_duplicate=False)
     known = {id(tensor): name for name, tensor in named if name in plan.shapes}
-    return {name: known[id(tensor)] for name, tensor in named if id(tensor) in known and name not in plan.shapes}
+    aliases = {}
+    for name, tensor in named:
+        known_name = known.get(id(tensor), name)
+        if name not in plan.shapes and known_name != name:
+            aliases[name] = known_name
+    return aliases
 
 
-def _aliases_by_memory(weights: Mapping[str, Any], plan: PruningPlan) -> dict[str, str]:
+def _aliases_by_memory(weights: Weights, plan: PruningPlan) -> dict[str, str]:
     """Return the aliases in an older checkpoint: names that share a tensor mostly share its memory in the file too."""
-    tensors = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
-    places = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in tensors.items()}
+    places = {}
+    for name, tensor in weights.items():
+        if isinstance(tensor, Tensor):
+            places[name] = (tensor.data_ptr(), tensor.shape)
     known = {place: name for name, place in places.items() if name in plan.shapes}
     return {name: known.get(place, name) for name, place in places.items()}
 
 
-def _misshapen(
-    weights: Mapping[str, Any], aliases: Mapping[str, str], plan: PruningPlan
-) -> tuple[str, tuple[int, ...]] | None:
-    """Return the name and shape of the first tensor whose shape is not what a plan says, or None."""
+class _Misshapen(NamedTuple):
+    """A tensor whose shape is not what a plan says."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def _misshapen(weights: Weights, aliases: Aliases, plan: PruningPlan) -> _Misshapen | None:
+    """Return the first tensor whose shape is not what a plan says, or None."""
     shapes = plan.pruned_shapes()
     for key, tensor in weights.items():
         name = aliases.get(key, key)
-        if name in shapes and tuple(tensor.shape) != shapes[name]:
-            return name, tuple(tensor.shape)
+        if name not in shapes:
+            continue
+        shape = tuple(tensor.shape)
+        if shape != shapes[name]:
+            return _Misshapen(name, shape)
     return None
 
 
 def _prunes_more(plan: PruningPlan | None, earlier: PruningPlan) -> bool:
     """Tell whether a plan keeps nothing that an earlier one has pruned."""
+    if plan is None:
+        return False
     try:
-        return plan is not None and plan.after(earlier) == plan
+        return plan.after(earlier) == plan
     except ValueError:
         return False
 
 
-def _refuse_missing(model: nn.Module, plan: PruningPlan, weights: Mapping[str, Any]) -> None:
+def _refuse_missing(model: nn.Module, plan: PruningPlan, weights: Weights) -> None:
     """Raise if a tensor whose channels were pruned is not among the weights that are to bring them back."""
     aliases = _aliases(model, plan)
     present = {aliases.get(name, name) for name in weights}
-    missing = [name for name in plan.index() if name not in present]
-    if missing:
-        raise ValueError(
-            f"{type(model).__name__} has been pruned of channels that the checkpoint brings back, but without the "
-            f"values of {', '.join(map(repr, missing))}, which is not in it; load it onto a fresh instance."
-        )
+    missing = [repr(name) for name in plan.index() if name not in present]
+    if not missing:
+        return
+    raise ValueError(
+        f"{type(model).__name__} has been pruned of channels that the checkpoint brings back, but without the values "
+        f"of {', '.join(missing)}, which is not in it; load it onto a fresh instance."
+    )

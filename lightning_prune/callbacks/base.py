@@ -42,7 +42,7 @@ class PruningCallback(Schedule, Callback):
     At the start of every ``every_n_epochs``-th epoch, from ``start_epoch`` on, the channels that matter least are
     pruned for good, until after ``steps`` prunes the budget is met. Training then goes on: optimizers keep their state,
     distributed training is wrapped anew, and checkpoints hold the plan, so that a run resumes in the pruned shape. With
-    ``fast_dev_run`` the network is pruned to the whole budget before the last training batch, or after the only one, to
+    ``fast_dev_run`` the network is pruned down to the budget before the last training batch, or after the only one, to
     show that all of it works.
 
     A subclass says how to prune, in `make_plan` or in `scores` and `allocate`, and declares in ``State`` what has to

@@ -96,9 +96,11 @@ class ValidationBatches:
         """The loader, but with some of the samples that validation runs on."""
         batch_size = self.loader.batch_sampler.batch_size
         torch.manual_seed(0)  # also for samplers that shuffle
-        positions = sorted(islice(_sampler(self.loader), int(self.available) * batch_size))
+        available = islice(_sampler(self.loader), int(self.available) * batch_size)
+        positions = sorted(available)
         order = torch.randperm(len(positions)).tolist()
-        chosen = [positions[place] for place in order[: int(self.count) * batch_size]]
+        first = order[: int(self.count) * batch_size]
+        chosen = [positions[place] for place in first]
         # A copy has the workers, and what else its class does; a loader refuses another sampler except in this way.
         loader = copy.copy(self.loader)
         loader.__dict__.update(sampler=chosen, batch_sampler=BatchSampler(chosen, batch_size, False), _iterator=None)
@@ -150,10 +152,12 @@ def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
 def _batches_of_positions(loader: "DataLoader[Any]", seed: int) -> list[list[int]]:
     """Deal out the samples of a loader to batches at random."""
     dataset: Any = loader.dataset
-    size = min(loader.batch_size or _USUAL_BATCH_SIZE, len(dataset))
+    available = len(dataset)
+    size = min(loader.batch_size or _USUAL_BATCH_SIZE, available)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset), generator=generator).tolist()
-    return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    order = torch.randperm(available, generator=generator).tolist()
+    starts = range(0, available - size + 1, size)
+    return [order[start : start + size] for start in starts]
 
 
 def first_loaders_share(trainer: "pl.Trainer", batch: Any) -> Any:

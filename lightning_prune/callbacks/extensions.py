@@ -1,4 +1,4 @@
-"""Extensions of Lightning that let a pruned module be restored where no pruning callback takes part.
+"""Extensions of Lightning that let a pruned module be restored without a pruning callback.
 
 A run that only trains a pruned module on, validates it or hands it back from spawned ranks has no callback of this
 package that could set anything up, and ``load_from_checkpoint`` has not even a Trainer. So two things are extended when

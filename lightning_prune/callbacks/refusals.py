@@ -50,7 +50,7 @@ def refuse_strategy(trainer: "pl.Trainer") -> None:
             "strategy='ddp' or a single device."
         )
     memory = getattr(trainer.strategy, "_ddp_comm_state", None)
-    if hasattr(memory, "error_dict"):  # the PowerSGD hooks: what they left out of earlier gradients, by bucket
+    if hasattr(memory, "error_dict"):  # the PowerSGD hooks: what they did not send of earlier gradients, by bucket
         raise ValueError(
             f"{type(memory).__name__} remembers gradients in the shapes they have now, which does not follow when "
             "channels are pruned; use fp16_compress_hook or bf16_compress_hook."

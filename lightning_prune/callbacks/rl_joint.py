@@ -262,14 +262,16 @@ class RLJointPruneCallback(PruningCallback):
             rewards = self.measure(plans)
         explored = rewards[: search.episodes]
         losses = decided_by_first_rank(trainer, lambda: search.learn(explored))
-        order = rewards.argsort(descending=True, stable=True).tolist()
+        best_first = rewards.argsort(descending=True, stable=True).tolist()
+        best_plan = plans[best_first[0]]
         # The one in force is always among those that are measured again.
-        self.state.best = _distinct(widths[order].tolist())[: max(1, self.finalists)]
-        self.state.in_force = {name: list(group.kept) for name, group in plans[order[0]].groups.items()}
-        self.state.figures = {"reward": float(explored.mean()), "best_reward": float(rewards.max()), **losses}
+        self.state.best = _distinct(widths[best_first].tolist())[: max(1, self.finalists)]
+        self.state.in_force = {name: list(group.kept) for name, group in best_plan.groups.items()}
+        mean, greatest = float(explored.mean()), float(rewards.max())
+        self.state.figures = {"reward": mean, "best_reward": greatest, **losses}
         seconds_to_come = rounds_to_come * (time.monotonic() - began)
         say(
-            f"Episodes before epoch {epoch}: reward {explored.mean():.4f} on average, {rewards.max():.4f} in force; "
+            f"Episodes before epoch {epoch}: reward {mean:.4f} on average, {greatest:.4f} in force; "
             f"{rounds_to_come} rounds to come, {seconds_to_come:.0f} s"
         )
 

@@ -117,6 +117,6 @@ class SensitivenessCallback(PruningCallback):
 
     @override
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
-        importance = layer_importance(self.state.sensitiveness, self.ratio)
+        by_group = layer_importance(self.state.sensitiveness, self.ratio)
         limits = self.round_to, self.min_channels, self.cap
-        return plan_by_layer(graph, importance, scores, keep, self.metric, *limits)
+        return plan_by_layer(graph, by_group, scores, keep, self.metric, *limits)

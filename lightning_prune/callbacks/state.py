@@ -18,13 +18,16 @@ __all__ = ["State", "deal_out", "from_checkpoint", "gather", "per_rank", "stored
 
 _FORM = "lightning_prune"  # in the metadata of a field
 
+Convert = Callable[[Any], Any]
+Content = dict[str, Any]  # plain values and tensors, by the name of the field
+
 
 @dataclass(frozen=True)
 class _Form:
     """How the value of a field is written to a checkpoint and read from it."""
 
-    write: Callable[[Any], Any]
-    read: Callable[[Any], Any]
+    write: Convert
+    read: Convert
     per_rank: bool = False
 
 
@@ -35,7 +38,7 @@ def _as_it_is(value: Any) -> Any:
 _PLAIN = _Form(_as_it_is, _as_it_is)
 
 
-def stored(write: Callable[[Any], Any], read: Callable[[Any], Any]) -> dict[str, Any]:
+def stored(write: Convert, read: Convert) -> Content:
     """Return the ``metadata`` of a field of a `State` that is neither a plain value nor a tensor.
 
     Args:
@@ -45,7 +48,7 @@ def stored(write: Callable[[Any], Any], read: Callable[[Any], Any]) -> dict[str,
     return {_FORM: _Form(write, read)}
 
 
-def per_rank(write: Callable[[Any], Any], read_all: Callable[[list[Any]], Any]) -> dict[str, Any]:
+def per_rank(write: Convert, read_all: Callable[[list[Any]], Any]) -> Content:
     """Return the ``metadata`` of a field of a `State` that differs between the ranks: checkpoints hold all of them.
 
     Args:
@@ -56,11 +59,11 @@ def per_rank(write: Callable[[Any], Any], read_all: Callable[[list[Any]], Any]) 
     return {_FORM: _Form(write, read_all, per_rank=True)}
 
 
-def _write_history(history: History | None) -> dict[str, Any] | None:
+def _write_history(history: History | None) -> Content | None:
     return history.to_json() if history is not None else None
 
 
-def _read_history(content: dict[str, Any] | None) -> History | None:
+def _read_history(content: Content | None) -> History | None:
     return History.from_json(content) if content else None
 
 
@@ -85,7 +88,7 @@ class State:
     """
 
     steps_done: int = 0
-    batch_like: dict[str, Any] | None = None
+    batch_like: Content | None = None
     history: History | None = field(default=None, metadata=stored(_write_history, _read_history))
 
     @classmethod
@@ -97,12 +100,13 @@ class State:
 AnyState = TypeVar("AnyState", bound=State)
 
 
-def to_checkpoint(state: State) -> dict[str, Any]:
+def to_checkpoint(state: State) -> Content:
     """Return the fields of a state as plain values and tensors on the CPU; those that differ by rank as a list."""
-    content: dict[str, Any] = {}
+    content: Content = {}
     for declared in fields(state):
         form = _form_of(declared)
-        written = tree_map(_on_cpu, form.write(getattr(state, declared.name)))
+        value = getattr(state, declared.name)
+        written = tree_map(_on_cpu, form.write(value))
         content[declared.name] = [written] if form.per_rank else written
     return content
 
@@ -115,24 +119,30 @@ def from_checkpoint(kind: type[AnyState], content: Mapping[str, Any]) -> AnyStat
         content: What was saved, by this or an earlier version.
     """
     content = kind.upgraded(content)
-    saved = [declared for declared in fields(kind) if declared.name in content]
-    return kind(**{declared.name: _form_of(declared).read(content[declared.name]) for declared in saved})
+    values = {}
+    for declared in fields(kind):
+        if declared.name in content:
+            form = _form_of(declared)
+            values[declared.name] = form.read(content[declared.name])
+    return kind(**values)
 
 
-def gather(kind: type[State], content: dict[str, Any]) -> None:
+def gather(kind: type[State], content: Content) -> None:
     """Replace the fields that differ between the ranks by those of all ranks; to be called on each of them.
 
     Args:
         kind: The class of the state.
         content: What `to_checkpoint` returned on this rank, changed in place.
     """
+    ranks = distributed.get_world_size()
     for name in _names_per_rank(kind):
-        everyone: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everyone, content[name])
-        content[name] = [value for (value,) in everyone]
+        everyones: list[Any] = [None] * ranks
+        (own,) = content[name]
+        distributed.all_gather_object(everyones, own)
+        content[name] = everyones
 
 
-def deal_out(kind: type[State], content: dict[str, Any], rank: int, ranks: int) -> None:
+def deal_out(kind: type[State], content: Content, rank: int, ranks: int) -> None:
     """Give a rank its share of the fields that differ between the ranks.
 
     Args:
@@ -147,7 +157,8 @@ def deal_out(kind: type[State], content: dict[str, Any], rank: int, ranks: int) 
 
 
 def _names_per_rank(kind: type[State]) -> list[str]:
-    return [declared.name for declared in fields(kind) if _form_of(declared).per_rank]
+    differing = [declared for declared in fields(kind) if _form_of(declared).per_rank]
+    return [declared.name for declared in differing]
 
 
 def _form_of(declared: "Field[Any]") -> _Form:

@@ -13,8 +13,8 @@ __all__ = ["averaged_copies", "log_epoch", "loss_scale", "metrics", "unlogged"]
 
 def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
     """Return the copies of the module whose weights `WeightAveraging` callbacks average."""
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
-    averages = [callback._average_model for callback in callbacks]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averages = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
     return [average.module for average in averages if average is not None]
 
 
@@ -52,5 +52,8 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 
 def metrics(trainer: "pl.Trainer") -> dict[str, float]:
     """Return the metrics of the last validation."""
-    logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
-    return {name: value for name, value in sorted(logged.items()) if not name.endswith(("_step", "_epoch"))}
+    found = {}
+    for name, value in sorted(trainer.callback_metrics.items()):
+        if name.startswith("val") and not name.endswith(("_step", "_epoch")):
+            found[name] = float(value)
+    return found
