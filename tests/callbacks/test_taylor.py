@@ -267,7 +267,7 @@ def test_several_optimizers_make_no_difference(variant: str, tmp_path: Path) -> 
     [
         ({"variant": "d"}, "variant must be one of a, b, c, gate, sum_then_square, square_then_sum; got 'd'"),
         ({"flops_penalty": -1.0}, "flops_penalty must be a number of at least 0; got -1.0"),
-        ({"momentum": 1.0}, r"momentum must be the part of the last scores that stays, in \[0, 1\); got 1.0"),
+        ({"momentum": 1.0}, r"momentum must be the fraction of the last scores that is kept, in \[0, 1\); got 1.0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
