@@ -48,9 +48,7 @@ def test_the_state_of_earlier_versions_is_read() -> None:
 
 
 def test_taylor_needs_an_epoch_to_rank() -> None:
-    with pytest.raises(
-        ValueError, match="start_epoch must be at least 1: the Taylor criterion scores during the epoch"
-    ):
+    with pytest.raises(ValueError, match="start_epoch must be at least 1: the Taylor criterion scores during"):
         TaylorRankCallback(start_epoch=0)
 
 

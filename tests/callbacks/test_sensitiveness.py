@@ -143,7 +143,7 @@ def test_measuring_leaves_training_alone(tmp_path: Path) -> None:
             return graph.plan({})
 
     callback = Measures(keep=0.5, **SETTINGS)
-    with pytest.warns(UserWarning, match="Prune 1 of 1 removed nothing"):
+    with pytest.warns(UserWarning, match="Prune 1 of 1 has pruned nothing"):
         measured = shuffled(tmp_path, callback)
     assert callback.measured.keys() == {"stem", "first"}
     assert battery.differences(measured, shuffled(tmp_path, L.Callback())) == []
