@@ -83,7 +83,8 @@ def plan_belongs_to(model: nn.Module, weights: Weights) -> bool:
     if plan is None:
         return False
     aliases = _aliases(model, plan)
-    known = any(aliases.get(key, key) in plan.shapes for key in weights)
+    names = {aliases.get(key, key) for key in weights}
+    known = not names.isdisjoint(plan.shapes)
     return known and _misshapen(weights, aliases, plan) is None
 
 
@@ -225,9 +226,11 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
     checkpoint = fitted(instance, checkpoint)
     if hasattr(instance, "on_load_checkpoint"):
         instance.on_load_checkpoint(checkpoint)
-    refuse_other_shapes(instance, checkpoint["state_dict"])
+    weights = checkpoint["state_dict"]  # with what the hook has made of them
+    refuse_other_shapes(instance, weights)
+    strict = getattr(instance, "strict_loading", True)
     try:
-        instance.load_state_dict(checkpoint["state_dict"], strict=getattr(instance, "strict_loading", True))
+        instance.load_state_dict(weights, strict=strict)
     except RuntimeError as raised:
         raise ValueError(f"The checkpoint {str(path)!r} is of another architecture. {raised}") from raised
     if plan is not None:
