@@ -54,9 +54,8 @@ class Chosen(LearnToPruneCallback):
         self.criterion, self.widths = criterion, widths
 
     @override
-    def _decide(self, trainer: L.Trainer, search: FilterSearch, name: str, kept: dict[str, Tensor]) -> Tensor:
-        assert self._graph is not None
-        scores = criteria.score(self._graph, self.criterion)[name]
+    def decide(self, search: FilterSearch, name: str, kept: dict[str, Tensor]) -> Tensor:
+        scores = criteria.score(self.run.graph, self.criterion)[name]
         return scores.topk(self.widths[name]).indices.sort().values
 
 

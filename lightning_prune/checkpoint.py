@@ -3,14 +3,13 @@
 import argparse
 import copy
 import inspect
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from lightning_prune.files import read_checkpoint
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery import prune, reshape
@@ -19,6 +18,7 @@ __all__ = [
     "CHECKPOINT_KEY",
     "fitted",
     "load_pruned",
+    "plan_belongs_to",
     "refuse_other_shapes",
     "restore_shape",
     "save_plan",
@@ -29,6 +29,12 @@ __all__ = [
 CHECKPOINT_KEY = "lightning_prune"
 
 Model = TypeVar("Model", bound=nn.Module)
+Checkpoint = Mapping[str, Any]
+Weights = Mapping[str, Any]  # the state dict in a checkpoint: mostly tensors
+Aliases = Mapping[str, str]  # from the names of weights to those that a plan knows them by, where they differ
+
+
+# -- the plan in a checkpoint ------------------------------------------------------------------------------------------
 
 
 def save_plan(model: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -43,7 +49,7 @@ def save_plan(model: nn.Module, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = {"plan": plan.to_json(), "aliases": _aliases(model, plan)}
 
 
-def saved_plan(checkpoint: Mapping[str, Any]) -> PruningPlan | None:
+def saved_plan(checkpoint: Checkpoint) -> PruningPlan | None:
     """Return the plan that belongs to the weights in a checkpoint, or None if they were never pruned.
 
     Raises:
@@ -57,7 +63,35 @@ def saved_plan(checkpoint: Mapping[str, Any]) -> PruningPlan | None:
     return PruningPlan.from_json(content["plan"])
 
 
-def widened(checkpoint: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
+def plan_belongs_to(model: nn.Module, weights: Weights) -> bool:
+    """Tell whether weights are those of a pruned model, by their names and shapes.
+
+    Args:
+        model: The model.
+        weights: What may be its state dict, or that of something else.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> original = model.state_dict()
+        >>> report = prune(model, trace(model, torch.zeros(1, 2)).plan({"0": torch.tensor([0, 2])}))
+        >>> plan_belongs_to(model, model.state_dict()), plan_belongs_to(model, original)
+        (True, False)
+    """
+    plan = plan_in_force(model)
+    if plan is None:
+        return False
+    aliases = _aliases(model, plan)
+    names = {aliases.get(key, key) for key in weights}
+    known = not names.isdisjoint(plan.shapes)
+    return known and _misshapen(weights, aliases, plan) is None
+
+
+# -- shapes of weights and models --------------------------------------------------------------------------------------
+
+
+def widened(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, Any]:
     """Return a checkpoint as if nothing had been pruned: its weights in their original shapes, without a plan.
 
     Args:
@@ -65,35 +99,43 @@ def widened(checkpoint: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
         plan: The plan in it.
 
     Returns:
-        The checkpoint, with zeros where channels were removed.
+        The checkpoint, with zeros where channels were pruned.
 
     Raises:
         ValueError: If the weights do not have the shapes that the plan says.
     """
-    weights = copy.copy(checkpoint["state_dict"])  # with the versions that torch notes on it
+    weights = checkpoint["state_dict"]
     aliases = checkpoint[CHECKPOINT_KEY].get("aliases")
-    if aliases is None:  # an older checkpoint: names that share a tensor mostly share their numbers in the file too
-        names = {(tensor.data_ptr(), tensor.shape): name for name, tensor in weights.items() if name in plan.shapes}
-        tensors = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
-        aliases = {name: names.get((tensor.data_ptr(), tensor.shape), name) for name, tensor in tensors.items()}
-    index, shapes = plan.index(), plan.pruned_shapes()
-    for alias, tensor in weights.items():
-        name = aliases.get(alias, alias)
-        if name in shapes and tuple(tensor.shape) != shapes[name]:
-            raise ValueError(
-                f"The checkpoint is damaged: {name!r} has shape {tuple(tensor.shape)}, where its plan says "
-                f"{shapes[name]}."
-            )
-        for axis, stays in index.get(name, {}).items():
-            shape = list(tensor.shape)
-            shape[axis] = plan.shapes[name][axis]
-            tensor = tensor.new_zeros(shape).index_copy(axis, stays.to(tensor.device), tensor)
-        weights[alias] = tensor
-    rest = {key: value for key, value in checkpoint.items() if key != CHECKPOINT_KEY}
-    return {**rest, "state_dict": weights}
+    if aliases is None:
+        aliases = _aliases_by_memory(weights, plan)
+    misshapen = _misshapen(weights, aliases, plan)
+    if misshapen is not None:
+        expected = plan.pruned_shapes()[misshapen.name]
+        raise ValueError(
+            f"The checkpoint is damaged: {misshapen.name!r} has shape {misshapen.shape}, where its plan says "
+            f"{expected}."
+        )
+    wide = copy.copy(weights)  # with the versions that torch notes on it
+    index = plan.index()
+    for key, tensor in weights.items():
+        name = aliases.get(key, key)
+        for axis, kept in index.get(name, {}).items():
+            tensor = _widened(tensor, axis, kept, plan.shapes[name][axis])
+        wide[key] = tensor
+    result = {**checkpoint, "state_dict": wide}
+    del result[CHECKPOINT_KEY]
+    return result
 
 
-def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def _widened(tensor: Tensor, axis: int, kept: Tensor, size: int) -> Tensor:
+    """Return a tensor with an axis of its original size, zero where nothing was kept."""
+    shape = list(tensor.shape)
+    shape[axis] = size
+    zeros = tensor.new_zeros(shape)
+    return zeros.index_copy(axis, kept.to(tensor.device), tensor)
+
+
+def restore_shape(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Give a model the shapes that the weights in a checkpoint have, before they are loaded.
 
     Args:
@@ -105,18 +147,19 @@ def restore_shape(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             tensors that it does not hold.
     """
     plan, earlier = saved_plan(checkpoint), plan_in_force(model)
-    if plan != earlier:
-        if earlier is not None and not _removes_more(plan, earlier):
-            _refuse_lost(model, earlier, checkpoint.get("state_dict", {}))
-            reshape(model, None)
-        if plan is not None:
-            prune(model, plan)  # buffers that are in no checkpoint keep their numbers
+    if plan == earlier:
+        return
+    if earlier is not None and not _prunes_more(plan, earlier):
+        _refuse_missing(model, earlier, checkpoint.get("state_dict", {}))
+        reshape(model, None)
+    if plan is not None:
+        prune(model, plan)  # buffers that are in no checkpoint keep their numbers
 
 
 def fitted(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Bring a checkpoint and a model to the same shapes; once the weights are loaded, `prune` by the plan saved in it.
 
-    A model that is whole stays so until then: hooks of its own may go by the original shapes of the weights.
+    An unpruned model keeps its shapes until then: hooks of its own may go by the original shapes of the weights.
 
     Args:
         model: The model that the weights go into, of the original architecture, pruned already or not.
@@ -133,6 +176,21 @@ def fitted(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
         return widened(checkpoint, plan)
     restore_shape(model, checkpoint)
     return checkpoint
+
+
+def refuse_other_shapes(model: nn.Module, weights: Weights) -> None:
+    """Raise a ValueError that names a tensor whose shape is not that of the model, if there is one."""
+    for name, tensor in named_tensors(model).items():
+        saved = weights.get(name)
+        if not isinstance(saved, Tensor) or saved.shape == tensor.shape:
+            continue
+        raise ValueError(
+            f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
+            f"{tuple(tensor.shape)} in {type(model).__name__}; build it with the settings of the training."
+        )
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: Any = "cpu", **settings: Any) -> Model:
@@ -157,64 +215,45 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
 
             model = load_pruned(ImageClassifier, "logs/version_0/checkpoints/last.ckpt")
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}.")
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as raised:
-        raise ValueError(
-            f"{str(path)!r} cannot be read as a checkpoint: the file is damaged, or holds more than tensors and plain "
-            "values."
-        ) from raised
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{str(path)!r} is no checkpoint of a Lightning Trainer: it has no 'state_dict'.")
-    made: Any = _instantiate(model, checkpoint, settings) if isinstance(model, type) else model
+    checkpoint = read_checkpoint(path, map_location)
+    instance: Any = _instantiate(model, checkpoint, settings) if isinstance(model, type) else model
     # The hooks of a LightningModule, in Lightning's order.
-    if hasattr(made, "configure_model"):
-        made.configure_model()
+    if hasattr(instance, "configure_model"):
+        instance.configure_model()
     if isinstance(model, type):
-        made.to(next((t.device for t in checkpoint["state_dict"].values() if isinstance(t, Tensor)), "cpu"))
-    plan, checkpoint = saved_plan(checkpoint), fitted(made, checkpoint)
-    if hasattr(made, "on_load_checkpoint"):
-        made.on_load_checkpoint(checkpoint)
-    refuse_other_shapes(made, checkpoint["state_dict"])
+        instance.to(_device_of(checkpoint["state_dict"]))
+    plan = saved_plan(checkpoint)
+    checkpoint = fitted(instance, checkpoint)
+    if hasattr(instance, "on_load_checkpoint"):
+        instance.on_load_checkpoint(checkpoint)
+    weights = checkpoint["state_dict"]  # with what the hook has made of them
+    refuse_other_shapes(instance, weights)
+    strict = getattr(instance, "strict_loading", True)
     try:
-        made.load_state_dict(checkpoint["state_dict"], strict=getattr(made, "strict_loading", True))
+        instance.load_state_dict(weights, strict=strict)
     except RuntimeError as raised:
         raise ValueError(f"The checkpoint {str(path)!r} is of another architecture. {raised}") from raised
     if plan is not None:
-        prune(made, plan)
-    return made.eval()
+        prune(instance, plan)
+    return instance.eval()
 
 
-def refuse_other_shapes(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names a tensor whose shape is not that of the model, if there is one."""
-    for name, tensor in named_tensors(model).items():
-        saved = weights.get(name)
-        if isinstance(saved, Tensor) and saved.shape != tensor.shape:
-            raise ValueError(
-                f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
-                f"{tuple(tensor.shape)} in {type(model).__name__}; build it with the settings of the training."
-            )
+def _device_of(weights: Weights) -> Any:
+    """Return the device of the first tensor."""
+    for value in weights.values():
+        if isinstance(value, Tensor):
+            return value.device
+    return "cpu"
 
 
-def _instantiate(model: type[Model], checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> Model:
+def _instantiate(model: type[Model], checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Model:
     """Make an instance from the hyper-parameters that Lightning saved, as ``load_from_checkpoint`` does."""
     saved = dict(checkpoint.get("hyper_parameters", {}))
-    by_parser = saved.pop("_instantiator", None) is not None
-    parameters = inspect.signature(model).parameters.values()
-    names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    whole = checkpoint.get("hparams_name")
-    if whole in names:  # of `save_hyperparameters(conf)`: they are all in one argument
-        saved = {whole: {**saved, **{k: v for k, v in settings.items() if k not in names}}}
-        settings = {k: v for k, v in settings.items() if k in names}
-    elif any(p.kind is p.VAR_KEYWORD for p in parameters):
-        saved = {k: v for k, v in saved.items() if by_parser or not k.startswith("_")}
-    else:
-        saved = {k: v for k, v in saved.items() if k in names}
+    made_by_parser = "_instantiator" in saved
+    saved.pop("_instantiator", None)
+    arguments = _arguments(model, saved, checkpoint.get("hparams_name"), settings, made_by_parser)
     try:
-        return _parsed(model, {**saved, **settings}) if by_parser else model(**{**saved, **settings})
+        return _instantiate_by_parser(model, arguments) if made_by_parser else model(**arguments)
     except (TypeError, argparse.ArgumentError) as raised:
         raise ValueError(
             f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "
@@ -222,34 +261,107 @@ def _instantiate(model: type[Model], checkpoint: Mapping[str, Any], settings: Ma
         ) from raised
 
 
-def _parsed(model: type[Model], arguments: dict[str, Any]) -> Model:
+def _arguments(
+    model: type[nn.Module], saved: dict[str, Any], single: str | None, settings: Mapping[str, Any], made_by_parser: bool
+) -> dict[str, Any]:
+    """Return the arguments to make an instance with.
+
+    Args:
+        model: The class.
+        saved: The hyper-parameters in the checkpoint.
+        single: Name of the one argument that they are all in, as ``save_hyperparameters(conf)`` saves them, or None.
+        settings: Arguments that were given, which come first.
+        made_by_parser: Whether a parser makes the instance, which knows also the names that start with an underscore.
+    """
+    parameters = inspect.signature(model).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = {parameter.name for parameter in parameters if parameter.kind not in variadic}
+    if single in names:
+        arguments: dict[str, Any] = {single: saved}
+        for name, value in settings.items():
+            holder = arguments if name in names else saved
+            holder[name] = value
+        return arguments
+    if not takes_any:
+        saved = {name: value for name, value in saved.items() if name in names}
+    elif not made_by_parser:
+        saved = {name: value for name, value in saved.items() if not name.startswith("_")}
+    return {**saved, **settings}
+
+
+def _instantiate_by_parser(model: type[Model], arguments: dict[str, Any]) -> Model:
     """Make an instance as `LightningCLI` does, which notes classes and their arguments by name."""
     from lightning.pytorch.cli import instantiate_module
 
     return instantiate_module(model, arguments)
 
 
+# -- names that share a tensor -----------------------------------------------------------------------------------------
+
+
 def _aliases(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
     """Return the other names of the tensors in a plan that have several, with the name that the plan knows them by."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    named: list[tuple[str, Tensor]] = []
+    named += model.named_parameters(remove_duplicate=False)
+    named += model.named_buffers(remove_duplicate=False)
     known = {id(tensor): name for name, tensor in named if name in plan.shapes}
-    return {name: known[id(tensor)] for name, tensor in named if id(tensor) in known and name not in plan.shapes}
+    aliases = {}
+    for name, tensor in named:
+        known_name = known.get(id(tensor), name)
+        if name not in plan.shapes and known_name != name:
+            aliases[name] = known_name
+    return aliases
 
 
-def _removes_more(plan: PruningPlan | None, earlier: PruningPlan) -> bool:
-    """Return whether a plan keeps nothing that an earlier one has removed."""
+def _aliases_by_memory(weights: Weights, plan: PruningPlan) -> dict[str, str]:
+    """Return the aliases in an older checkpoint: names that share a tensor mostly share its memory in the file too."""
+    places = {}
+    for name, tensor in weights.items():
+        if isinstance(tensor, Tensor):
+            places[name] = (tensor.data_ptr(), tensor.shape)
+    known = {place: name for name, place in places.items() if name in plan.shapes}
+    return {name: known.get(place, name) for name, place in places.items()}
+
+
+class _Misshapen(NamedTuple):
+    """A tensor whose shape is not what a plan says."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def _misshapen(weights: Weights, aliases: Aliases, plan: PruningPlan) -> _Misshapen | None:
+    """Return the first tensor whose shape is not what a plan says, or None."""
+    shapes = plan.pruned_shapes()
+    for key, tensor in weights.items():
+        name = aliases.get(key, key)
+        if name not in shapes:
+            continue
+        shape = tuple(tensor.shape)
+        if shape != shapes[name]:
+            return _Misshapen(name, shape)
+    return None
+
+
+def _prunes_more(plan: PruningPlan | None, earlier: PruningPlan) -> bool:
+    """Tell whether a plan keeps nothing that an earlier one has pruned."""
+    if plan is None:
+        return False
     try:
-        return plan is not None and plan.after(earlier) == plan
+        return plan.after(earlier) == plan
     except ValueError:
         return False
 
 
-def _refuse_lost(model: nn.Module, plan: PruningPlan, weights: Mapping[str, Any]) -> None:
-    """Raise if a tensor that has lost channels is not among the weights that are to bring them back."""
+def _refuse_missing(model: nn.Module, plan: PruningPlan, weights: Weights) -> None:
+    """Raise if a tensor whose channels were pruned is not among the weights that are to bring them back."""
     aliases = _aliases(model, plan)
-    held = {aliases.get(name, name) for name in weights}
-    if lost := [name for name in plan.index() if name not in held]:
-        raise ValueError(
-            f"{type(model).__name__} has lost channels that the checkpoint brings back, but without the values of "
-            f"{', '.join(map(repr, lost))}, which is not in it; load it onto a fresh instance."
-        )
+    present = {aliases.get(name, name) for name in weights}
+    missing = [repr(name) for name in plan.index() if name not in present]
+    if not missing:
+        return
+    raise ValueError(
+        f"{type(model).__name__} has been pruned of channels that the checkpoint brings back, but without the values "
+        f"of {', '.join(missing)}, which is not in it; load it onto a fresh instance."
+    )

@@ -1,19 +1,21 @@
-"""Distributed training of a model whose parameters have changed."""
+"""Distributed training of a model whose parameters have changed, by any trainer with a strategy that wraps in DDP."""
 
-import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy
+from typing import Any
+
 from torch import nn
 
 __all__ = ["rewrap"]
 
 
-def rewrap(trainer: "pl.Trainer") -> None:
+def rewrap(trainer: Any) -> None:
     """Wrap the model for distributed training anew: the wrapper knows only the parameters it was made with.
 
     Args:
-        trainer: The trainer; nothing is done if its strategy wraps no model.
+        trainer: The trainer, whose ``strategy`` has the wrapped ``model`` and wraps it in ``configure_ddp()``. Nothing
+            is done if that model is not wrapped.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel):
-        strategy.model = strategy.model.module
+    wrapper = getattr(strategy, "model", None)
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        strategy.model = wrapper.module
         strategy.configure_ddp()

@@ -188,7 +188,7 @@ def test_values_that_are_in_no_checkpoint_are_not_made_up(earlier: nn.Module, tm
     model, path = scaled(1, 3, 11), save(earlier, tmp_path / "a.ckpt", hyper_parameters={})
     before = {name: value.clone() for name, value in model.state_dict(keep_vars=True).items()}
     message = (
-        "Scaled has lost channels that the checkpoint brings back, but without the values of 'scale', which is not"
+        "Scaled has been pruned of channels that the checkpoint brings back, but without the values of 'scale', which"
     )
     with pytest.raises(ValueError, match=message):
         lp.load_pruned(model, path)

@@ -2,8 +2,8 @@
 
 from lightning_prune.callbacks.afie import AFIEEarlyPruneCallback
 from lightning_prune.callbacks.base import PruningCallback
+from lightning_prune.callbacks.extensions import extend_lightning
 from lightning_prune.callbacks.learn_to_prune import LearnToPruneCallback
-from lightning_prune.callbacks.plan_transport import carry_plans
 from lightning_prune.callbacks.rl_joint import RLJointPruneCallback
 from lightning_prune.callbacks.sensitiveness import SensitivenessCallback
 from lightning_prune.callbacks.taylor import TaylorRankCallback
@@ -17,4 +17,4 @@ __all__ = [
     "TaylorRankCallback",
 ]
 
-carry_plans()
+extend_lightning()

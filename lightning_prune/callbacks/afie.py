@@ -1,15 +1,15 @@
-"""Prune early: how much each layer gives is told by the entropy of its weights after the first epoch."""
+"""Early pruning: how much each layer gives is told by the entropy of its weights after the first epoch."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.planning.allocation import plan_by_layer
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.criteria import afie
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.planning.allocation import plan_by_layer
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["AFIEEarlyPruneCallback"]
@@ -23,7 +23,7 @@ class AFIEEarlyPruneCallback(PruningCallback):
 
     Args:
         within: What chooses the channels within a group: a criterion, such as ``"l1"``, ``"l2"`` or ``"random"``.
-        flatten: Read a filter as one row of inputs times positions, instead of averaging it over its positions.
+        flatten: Take a filter as one row of inputs times positions, instead of averaging it over its positions.
         settings: As for `PruningCallback`, without ``criterion``.
 
     Raises:
@@ -34,7 +34,7 @@ class AFIEEarlyPruneCallback(PruningCallback):
         2024). Its budget counts filters, which is ``metric="channels"`` here. The paper does not say how filters are
         chosen within a layer; the smallest L1 norm is a choice made here, as are several prunes, ``flatten`` and what
         becomes of coupled layers (see `lightning_prune.criteria.afie`). The first layer has few inputs, so that it is
-        pruned strongly; put it into ``ignore`` to keep it whole.
+        pruned strongly; put it into ``ignore`` to keep all of its channels.
 
     Example:
         >>> callback = AFIEEarlyPruneCallback(keep=0.5, metric="channels", within="l2")
@@ -42,28 +42,27 @@ class AFIEEarlyPruneCallback(PruningCallback):
         (1, 1, 'l2')
     """
 
+    @dataclass
+    class State(PruningCallback.State):
+        """What has to survive a checkpoint.
+
+        Attributes:
+            entropy: Average filter information entropy by group, once it is measured; on the first rank.
+        """
+
+        entropy: dict[str, float] = field(default_factory=dict)
+
     cap = 0.99  # as in the paper
+
+    state: State
 
     def __init__(self, within: str | dict[str, Any] = "l1", flatten: bool = False, **settings: Any) -> None:
         super().__init__(criterion=within, **settings)
         self.flatten = flatten
-        self.entropy: dict[str, float] = {}
 
     @override
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
-        self.entropy = self.entropy or afie(graph, self.flatten)
-        return plan_by_layer(graph, self.entropy, scores, keep, self.metric, self.round_to, self.min_channels, self.cap)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "entropy": self.entropy}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.entropy = dict(state_dict["entropy"])
-
-    @override
-    def _start_anew(self) -> None:
-        super()._start_anew()
-        self.entropy = {}
+        if not self.state.entropy:
+            self.state.entropy = afie(graph, self.flatten)
+        limits = self.round_to, self.min_channels, self.cap
+        return plan_by_layer(graph, self.state.entropy, scores, keep, self.metric, *limits)

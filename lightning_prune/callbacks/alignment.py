@@ -1,25 +1,40 @@
-"""Soft regularization that aligns weights with the channels that are to stay."""
+"""Alignment: a soft regularization that draws the weights of channels to be pruned towards zero."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.surgery.masks import pruned_channels
 from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.surgery.masks import pruned_channels
 
 __all__ = ["Alignment"]
 
 
-class Alignment:
-    """Pull the weights of channels that a plan removes towards zero, layer by layer.
+@dataclass
+class _Slices:
+    """The slices of one parameter that belong to the pruned channels of one group.
 
-    The penalty is the sum, over the layers that make the channels and those that read them, of the Euclidean norm of
-    all weights of the layer that would leave. Its gradient is added to that of the loss.
+    Attributes:
+        parameter: The parameter.
+        mask: 1 in these slices and 0 elsewhere, in the shape of the parameter.
+    """
+
+    parameter: nn.Parameter
+    mask: Tensor
+
+
+class Alignment:
+    """Pull the weights of channels that a plan prunes towards zero, layer by layer.
+
+    The penalty is the sum, over the out-channel and in-channel slices of the groups, of the Euclidean norm of all
+    weights in them that would be pruned. Its gradient is added to that of the loss.
 
     Args:
         graph: The traced model, pruned already or not.
-        plan: The channels that are to stay.
+        plan: The channels to keep.
         strength: What the penalty is multiplied by.
         squared: Whether norms are squared.
 
@@ -37,32 +52,36 @@ class Alignment:
         0.6414...
         >>> model[0].weight.grad = torch.zeros(3, 1)
         >>> alignment.add_gradient()
-        >>> model[0].weight.grad.flatten()  # 0.1 / 5 times the weights that would leave
+        >>> model[0].weight.grad.flatten()  # 0.1 / 5 times the weights that would be pruned
         tensor([0.0000, 0.0600, 0.0800])
     """
 
     def __init__(self, graph: ChannelGraph, plan: PruningPlan, strength: float, squared: bool = False) -> None:
-        self.strength, self.squared = strength, squared
-        self._parameters: list[Tensor] = []
-        self._masks: list[Tensor] = []  # 1 where weights would leave
+        self.strength = strength
+        self.squared = squared
+        self._slices: list[_Slices] = []
         tensors = named_tensors(graph.model)
         for name, planned in plan.groups.items():
-            channels, group = pruned_channels(graph, name, planned), graph.group(name)
-            for part in (*group.out_slices, *group.in_slices) if len(channels) else ():
-                weight = tensors[part.tensor]
-                if isinstance(weight, nn.Parameter):
-                    positions = graph.positions_now(part, channels).to(weight.device)
-                    self._parameters.append(weight)
-                    self._masks.append(torch.zeros_like(weight, requires_grad=False))
-                    self._masks[-1].index_fill_(part.axis, positions, 1)
+            channels = pruned_channels(graph, name, planned)
+            if len(channels) == 0:
+                continue
+            group = graph.group(name)
+            for slice_ in (*group.out_slices, *group.in_slices):
+                weight = tensors[slice_.tensor]
+                if not isinstance(weight, nn.Parameter):
+                    continue
+                positions = graph.positions_now(slice_, channels).to(weight.device)
+                mask = torch.zeros_like(weight, requires_grad=False)
+                self._slices.append(_Slices(weight, mask.index_fill_(slice_.axis, positions, 1)))
 
     @torch.no_grad()
     def penalty(self) -> float:
         """Return what is added to the loss."""
-        if not self._parameters:
+        if not self._slices:
             return 0.0
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm(self._leaving())])
-        return self.strength * float((norms.square() if self.squared else norms).sum())
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm(self._masked_weights())])
+        terms = norms.square() if self.squared else norms
+        return self.strength * float(terms.sum())
 
     @torch.no_grad()
     def add_gradient(self, factor: float = 1.0) -> None:
@@ -71,19 +90,23 @@ class Alignment:
         Args:
             factor: What the loss was multiplied by before its gradients were computed.
         """
-        if not self._parameters:
+        if not self._slices:
             return
-        leaving = self._leaving()
-        for parameter, weights, slope in zip(self._parameters, leaving, self._slopes(leaving), strict=True):
-            if parameter.grad is not None:
-                parameter.grad.add_(weights * slope, alpha=self.strength * factor)
+        masked = self._masked_weights()
+        for slices, weights, slope in zip(self._slices, masked, self._slopes(masked), strict=True):
+            gradient = slices.parameter.grad
+            if gradient is not None:
+                gradient.add_(weights * slope, alpha=self.strength * factor)
 
-    def _leaving(self) -> list[Tensor]:
-        return list(torch._foreach_mul([parameter.detach() for parameter in self._parameters], self._masks))
+    def _masked_weights(self) -> list[Tensor]:
+        """Return each parameter with zeros for all weights that would be kept."""
+        weights = [slices.parameter.detach() for slices in self._slices]
+        masks = [slices.mask for slices in self._slices]
+        return list(torch._foreach_mul(weights, masks))
 
-    def _slopes(self, leaving: list[Tensor]) -> list[Tensor]:
-        """Return what weights are multiplied by for the gradient of their norm; none where all are zero."""
-        norms = torch._foreach_norm(leaving)
+    def _slopes(self, masked: list[Tensor]) -> list[Tensor]:
+        """Return what weights are multiplied by for the gradient of their norm; nothing where all are zero."""
+        norms = torch._foreach_norm(masked)
         if self.squared:
             return [torch.full_like(norm, 2.0) for norm in norms]
         return [norm.reciprocal().masked_fill(norm == 0, 0.0) for norm in norms]

@@ -1,67 +1,78 @@
-"""The base of all pruning callbacks: schedule, budget, ranks, surgery, checkpoint and logging."""
+"""The base of all pruning callbacks: what a subclass says, and the hooks that prune by it while a network trains."""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 from weakref import ref
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, distributed
 from typing_extensions import override
 
 from lightning_prune import criteria
+from lightning_prune.callbacks import refusals
+from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
+from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
+from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
+from lightning_prune.callbacks.recording import Recorder
+from lightning_prune.callbacks.run import Run as BaseRun
+from lightning_prune.callbacks.schedule import Schedule, check_whole_number
+from lightning_prune.callbacks.state import State as BaseState
+from lightning_prune.callbacks.state import deal_out, from_checkpoint, gather, to_checkpoint
+from lightning_prune.callbacks.surgery_step import prune_in_training
+from lightning_prune.callbacks.trainer_state import log_epoch, unlogged
+from lightning_prune.criteria.registry import find, needs_data
+from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.planning import allocation
 from lightning_prune.planning.cost import check_metric
-from lightning_prune.callbacks import trainer_state
-from lightning_prune.callbacks.recording import Recorder
-from lightning_prune.compiled import forget_compiled
-from lightning_prune.criteria.registry import find, needs_data
-from lightning_prune.ddp import rewrap
-from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress, show_with
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History
 from lightning_prune.reporting.loggers import folder
 from lightning_prune.reporting.progress import follow, say, warn
-from lightning_prune.surgery import check, prune
+from lightning_prune.surgery import check
 
 __all__ = ["PruningCallback"]
 
 
-class PruningCallback(Callback):
+class PruningCallback(Schedule, Callback):
     """Prune a network step by step while it trains, by the norm of its filters or another criterion.
 
-    At the start of every ``every_n_epochs``-th epoch, from ``start_epoch`` on, the channels that matter least leave
-    for good, until after ``steps`` prunes the budget is met. Training then goes on: optimizers keep their state,
+    At the start of every ``every_n_epochs``-th epoch, from ``start_epoch`` on, the channels that matter least are
+    pruned for good, until after ``steps`` prunes the budget is met. Training then goes on: optimizers keep their state,
     distributed training is wrapped anew, and checkpoints hold the plan, so that a run resumes in the pruned shape. With
-    ``fast_dev_run`` the whole budget goes before the last training batch, or after the only one, to show that all of
-    it works.
+    ``fast_dev_run`` the network is pruned down to the budget before the last training batch, or after the only one, to
+    show that all of it works.
 
-    Subclasses say how to rank: see `scores`.
+    A subclass says how to prune, in `make_plan` or in `scores` and `allocate`, and declares in ``State`` what has to
+    survive a checkpoint and in ``Run`` what exists while it trains; see the guide "Write your own callback".
 
     Args:
-        keep: Fraction of the original cost that stays in the end, in (0, 1].
+        keep: Fraction of the original cost that is kept in the end, in (0, 1].
         metric: What the fraction is of: ``"flops"``, ``"params"``, ``"channels"``, or ``"latency"``: the time of a
             forward pass of the example inputs in evaluation mode, measured on the device of the first rank.
         start_epoch: Number of epochs to train before the first prune, at least 0.
         every_n_epochs: Number of epochs from one prune to the next, at least 1.
         steps: Number of prunes; the cost goes down by the same amount at each.
-        round_to: Layers that lose channels keep a multiple of this many; for latency also ``"auto"``, the multiple
-            that keeps most on this device.
+        round_to: Layers that are pruned keep a multiple of this many channels; for latency also ``"auto"``, the
+            multiple that keeps most on this device.
         min_channels: Least number of channels of a group.
-        ignore: Patterns of module names (``"network.layer1.*"``) whose channels stay whole.
-        module: Dotted name of the part to prune; default the whole LightningModule.
-        example_inputs: What the ``forward`` of that part takes: a tensor, a tuple, a dictionary, or in YAML the shape
+        ignore: Patterns of module names (``"network.layer1.*"``) whose channels are not pruned.
+        module: Dotted name of the submodule to prune; default the LightningModule itself.
+        example_inputs: What the ``forward`` of that module takes: a tensor, a tuple, a dictionary, or in YAML the shape
             of one tensor as a list of numbers. Default: ``example_input_array`` of the LightningModule, else the first
             training batch.
-        criterion: What ranks the channels: a name in ``lightning_prune.criteria.CRITERIA`` or the import path of a
+        criterion: What scores the channels: a name in ``lightning_prune.criteria.CRITERIA`` or the import path of a
             function, with settings as a mapping such as ``{"name": "magnitude", "p": 2}``; one that needs no data.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
             schedule does not fit into the run, a pattern matches nothing or no example input is to be had.
+
+    Attributes:
+        state: What has to survive a checkpoint.
+        run: What refers to the module, the graph and the trainer; it exists from the start to the end of training.
 
     Example:
         >>> callback = PruningCallback(keep=0.5, steps=3, start_epoch=2)
@@ -69,7 +80,12 @@ class PruningCallback(Callback):
         [1.0, 0.8333333333333334, 0.6666666666666667, 0.5]
     """
 
+    State: TypeAlias = BaseState
+    Run: TypeAlias = BaseRun
     cap: ClassVar[float] = 1.0  # greatest fraction of its channels that a group may lose
+
+    state: BaseState
+    run: BaseRun
 
     def __init__(
         self,
@@ -87,15 +103,12 @@ class PruningCallback(Callback):
     ) -> None:
         allocation.check_keep(keep)
         check_metric(metric)
-        for name, value, least in (
-            ("start_epoch", start_epoch, 0),
-            ("every_n_epochs", every_n_epochs, 1),
-            ("steps", steps, 1),
-            ("round_to", 1 if (metric, round_to) == ("latency", "auto") else round_to, 1),
-            ("min_channels", min_channels, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        check_whole_number("start_epoch", start_epoch, 0)
+        check_whole_number("every_n_epochs", every_n_epochs, 1)
+        check_whole_number("steps", steps, 1)
+        if (metric, round_to) != ("latency", "auto"):
+            check_whole_number("round_to", round_to, 1)
+        check_whole_number("min_channels", min_channels, 1)
         self.keep = keep
         self.metric = metric
         self.start_epoch = start_epoch
@@ -108,44 +121,51 @@ class PruningCallback(Callback):
         self.example_inputs = example_inputs
         self.criterion = criterion
         self.check_criterion()
-        self.steps_done = 0
-        self.history: History | None = None
-        self.batch_like: dict[str, Any] | None = None
-        self._graph: ChannelGraph | None = None
-        self._recorder: Recorder | None = None
-        self._trained: ref[pl.LightningModule] | None = None  # the module of the last run
-        self._untried: list[str] = []  # the groups that have lost channels since the last training step
-        self._epoch: int | None = None  # the epoch that has begun
+        self.state = self.State()
+        self._last_module: ref[pl.LightningModule] | None = None
 
-    # -- what subclasses say ---------------------------------------------------------------------------------------
+    @property
+    def steps_done(self) -> int:
+        """Number of prunes so far."""
+        return self.state.steps_done
+
+    @property
+    def history(self) -> History | None:
+        """What became of the network; on the first rank, once training has started."""
+        return self.state.history
+
+    # -- what a subclass may say -----------------------------------------------------------------------------------
+
+    def make_plan(
+        self, trainer: "pl.Trainer", graph: ChannelGraph, keep: float
+    ) -> tuple[PruningPlan, dict[str, Tensor]]:
+        """Say what is kept at a prune; called on every rank, and the plan of the first one is what is pruned by.
+
+        By default the first rank makes the plan, by `allocate` from what `scores` returns.
+
+        Args:
+            trainer: The trainer.
+            graph: The traced model; ``graph.model`` is the LightningModule.
+            keep: Fraction of the original cost that may be kept.
+
+        Returns:
+            The plan, and the (channels,) score of each group, which is logged.
+        """
+        scores = self.scores(trainer, graph)
+        plan = agreed_plan(trainer, partial(self.allocate, graph, scores, keep))
+        return plan, scores
 
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
-        """Rank the channels; called at each prune, with the same result on every rank.
+        """Score the channels; called at each prune, with the same result on every rank.
 
         Args:
             trainer: The trainer.
             graph: The traced model; ``graph.model`` is the LightningModule.
 
         Returns:
-            (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed.
+            (channels,) score of each group, higher is kept; ``-inf`` for channels that have been pruned.
         """
         return criteria.score(graph, self.criterion)
-
-    def check_criterion(self) -> None:
-        """Raise a ValueError unless `scores` can be worked out by the criterion; called by the constructor."""
-        if needs_data(find(self.criterion)):
-            raise ValueError(
-                f"Criterion {self.criterion!r} needs data, and {type(self).__name__} ranks by the weights alone; use "
-                "TaylorRankCallback, or rank with lightning_prune.criteria.score."
-            )
-
-    def check_budget(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
-        """Raise a ValueError if the budget cannot be reached; called when training starts."""
-        limits = self.round_to, self.min_channels, self.cap
-        with progress(f"Measuring the {self.metric} of {type(graph.model).__name__}"):
-            trainer_state.decided_by_first_rank(
-                trainer, lambda: allocation.check_reachable(graph, self.keep, self.metric, *limits)
-            )
 
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
         """Make the plan for one prune, on the first rank; by default all channels compete for the budget.
@@ -153,138 +173,116 @@ class PruningCallback(Callback):
         Args:
             graph: The traced model.
             scores: What `scores` returned.
-            keep: Fraction of the original cost that may stay.
+            keep: Fraction of the original cost that may be kept.
         """
         return allocation.plan(graph, scores, keep, self.metric, self.round_to, self.min_channels)
 
+    def check_criterion(self) -> None:
+        """Raise a ValueError unless `scores` can be worked out by the criterion; called by the constructor."""
+        if needs_data(find(self.criterion)):
+            raise ValueError(
+                f"Criterion {self.criterion!r} needs data, and {type(self).__name__} scores by the weights alone; use "
+                "TaylorRankCallback, or score with lightning_prune.criteria.score."
+            )
+
+    def check_budget(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
+        """Raise a ValueError if the budget cannot be reached; called when training starts."""
+        limits = self.round_to, self.min_channels, self.cap
+        with progress(f"Measuring the {self.metric} of {type(graph.model).__name__}"):
+            decided_by_first_rank(trainer, lambda: allocation.check_reachable(graph, self.keep, self.metric, *limits))
+
+    def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
+        """Set up what the run needs, and refuse what cannot work; called when training starts."""
+
+    def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Do what an epoch starts with, after the prune if one is due; called once for each epoch of a run."""
+
     def ready(self) -> bool:
-        """Tell whether all that ranking needs is there; a prune that is due waits for it."""
+        """Tell whether all that a plan is made from is there; a prune that is due waits for it."""
         return True
-
-    # -- the schedule ----------------------------------------------------------------------------------------------
-
-    def keep_after(self, step: int) -> float:
-        """Return the fraction of the original cost that stays after a number of prunes."""
-        return 1 - (1 - self.keep) * step / self.steps if step < self.steps else float(self.keep)
-
-    def steps_due(self, epoch: int) -> int:
-        """Return how many prunes an epoch starts with behind it."""
-        if epoch < self.start_epoch:
-            return 0
-        return min(self.steps, (epoch - self.start_epoch) // self.every_n_epochs + 1)
-
-    @property
-    def last_prune_epoch(self) -> int:
-        """The epoch that the last prune comes before."""
-        return self.start_epoch + (self.steps - 1) * self.every_n_epochs
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        trainer_state.refuse_strategy(trainer)
-        trainer_state.refuse_other_callbacks(trainer, self)
+        refusals.refuse_strategy(trainer)
+        refusals.refuse_other_callbacks(trainer, self)
+        carry_plans(trainer)
         follow(trainer)
-        if stage == "fit":
-            trainer_state.refuse_short_run(trainer, self)
-            known = self._trained is not None and self._trained() is pl_module
-            if not known or plan_in_force(pl_module) is None:
-                self._start_anew()  # before the state of a run that is resumed is loaded
-            self._trained = ref(pl_module)
+        if stage != "fit":
+            return
+        refusals.refuse_short_run(trainer, self)
+        same_module = self._last_module is not None and self._last_module() is pl_module
+        if not same_module or plan_in_force(pl_module) is None:
+            self.state = self.State()  # before the state of a run that is resumed is loaded
+        self._last_module = ref(pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        with trainer_state.unlogged(pl_module):
-            self.prepare(trainer, pl_module)
-
-    def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Trace the model, and refuse what cannot work; called when training starts."""
-        check(pl_module, trainer.optimizers)
-        inputs = trainer_state.example_inputs(trainer, pl_module, self.module, self.example_inputs, self.batch_like)
-        if self.example_inputs is None and pl_module.example_input_array is None:
-            # A resumed run must not look at a batch again: loaders that know their position would lose it.
-            self.batch_like = {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
-        self._graph = trace(pl_module, inputs, module=self.module, ignore=self.ignore)
-        trainer_state.refuse_averaged_models(pl_module, self._graph)
-        if not self._graph.groups:
-            reasons = "; ".join(held.reason for held in self._graph.unprunable.values())
-            raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")
-        if self.steps_done < self.steps:
-            self.check_budget(trainer, self._graph)
-        self._recorder = Recorder(trainer, self._graph, self.history)
-        self._recorder.begin(self)
-        self.history = self._recorder.history
+        with unlogged(pl_module):
+            graph = self._trace(trainer, pl_module)
+            if self.steps_done < self.steps:
+                self.check_budget(trainer, graph)
+            recorder = Recorder(trainer, graph, self.history)
+            recorder.begin(self)
+            self.state.history = recorder.history
+            self.run = self.Run(trainer, graph, recorder)
+            self.prepare(trainer, graph)
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._begin_once(trainer, pl_module)
+        self._begin_epoch_once(trainer, pl_module)
 
     @override
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         # A run that resumes in the middle of an epoch, or right after its last batch, starts without the hook above.
-        self._begin_once(trainer, pl_module)
-
-    def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Prune if it is time; called once before the first batch of each epoch, or of what is left of it."""
-        # Checkpoints of an epoch are written before the next one starts, so each holds the network as it was trained
-        # and a resumed run prunes from the same state as an unbroken one.
-        due = self.steps_due(trainer.current_epoch)
-        if due > self.steps_done and self.ready():
-            if due > self.steps_done + 1:
-                warn(
-                    f"Prunes {self.steps_done + 1} to {due} of {self.steps} happen at once, before epoch "
-                    f"{trainer.current_epoch}: the run goes on from a checkpoint without them. To spread them, raise "
-                    "start_epoch."
-                )
-            self._prune(trainer, pl_module, due)
-        assert self._recorder is not None
-        for metric, fraction in self._recorder.kept.items():
-            trainer_state.log_epoch(pl_module, f"{folder(self.module)}/keep_{metric}", fraction)
+        self._begin_epoch_once(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._untried = []
+        self.run.untried = []
         # A run of a few batches that is to show whether all works, the prune and what comes after it among that.
-        due = batch_idx + 1 == max(1, trainer.num_training_batches - 1)
-        if trainer.fast_dev_run and due and self.steps_done < self.steps and self.ready():  # type: ignore[attr-defined]
+        is_second_to_last = batch_idx + 1 == max(1, trainer.num_training_batches - 1)
+        trying_out = trainer.fast_dev_run and is_second_to_last  # type: ignore[attr-defined]
+        if trying_out and self.steps_done < self.steps and self.ready():
             self._prune(trainer, pl_module, self.steps)
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self._recorder is not None:  # not before training has started, nor after it
-            self._recorder.add_validation()
+        if self._is_running:
+            self.run.recorder.add_validation()
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._warn_if_short()
-        assert self._recorder is not None
-        with trainer_state.unlogged(pl_module):
-            self._recorder.end()  # later hooks find the module on the CPU again, whatever it was trained on
+        with unlogged(pl_module):
+            self.run.recorder.end()  # later hooks find the module on the CPU again, whatever it was trained on
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self._recorder is not None:  # a run that is resumed after its end does not train
-            self._recorder.tell()
+        if self._is_running:  # a run that is resumed after its end does not train
+            self.run.recorder.tell()
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._let_go()
+        self._end_run()
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        if self._untried and isinstance(exception, RuntimeError):
+        untried = self.run.untried if self._is_running else []
+        if untried and isinstance(exception, RuntimeError):
             warn(
-                f"This was the first training step after channels of {', '.join(self._untried)} have left. Where "
+                f"This was the first training step after channels of {', '.join(untried)} were pruned. Where "
                 "training_step or a hook hands what is inside the network to a layer that forward does not run, that "
-                "layer stays as it was: put the layer that it reads into ignore, or let forward run both."
+                "layer was not pruned: put the layer whose output it takes into ignore, or let forward run both."
             )
-        self._let_go()
+        self._end_run()
 
-    # -- checkpoint ------------------------------------------------------------------------------------------------
+    # -- checkpoint of the state -----------------------------------------------------------------------------------
 
     @property
     @override
@@ -293,56 +291,111 @@ class PruningCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        history = None if self.history is None else self.history.to_json()
-        return {"steps_done": self.steps_done, "batch_like": self.batch_like, "history": history}
+        return to_checkpoint(self.state)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps_done, self.batch_like = state_dict["steps_done"], state_dict["batch_like"]
-        self.history = History.from_json(state_dict["history"]) if state_dict.get("history") else None
+        self.state = from_checkpoint(self.State, state_dict)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        several = distributed.is_available() and distributed.is_initialized()
+        if several and not trainer.interrupted:  # after a failure the other ranks may not be there to be asked
+            gather(self.State, checkpoint["callbacks"][self.state_key])
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        content = checkpoint["callbacks"].get(self.state_key, {})
+        deal_out(self.State, content, trainer.global_rank, trainer.world_size)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave references to modules out of copies and pickles."""
-        state = {name: value for name, value in self.__dict__.items() if name != "log"}
-        return state | {"_graph": None, "_recorder": None, "_trained": None}
+        """Return what copies and pickles hold: nothing that refers to the module, which Lightning's ``log`` does."""
+        without = ("run", "log")
+        kept = {name: value for name, value in vars(self).items() if name not in without}
+        return {**kept, "_last_module": None}
 
-    def _begin_once(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self._epoch != trainer.current_epoch:
-            self._epoch = trainer.current_epoch
-            self.begin_epoch(trainer, pl_module)
+    # -- one run ---------------------------------------------------------------------------------------------------
 
-    # -- one prune -------------------------------------------------------------------------------------------------
+    @property
+    def _is_running(self) -> bool:
+        return "run" in vars(self)
+
+    def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> ChannelGraph:
+        """Trace the model, and refuse what cannot be pruned."""
+        check(pl_module, trainer.optimizers)
+        inputs = find_example_inputs(trainer, pl_module, self.module, self.example_inputs, self.state.batch_like)
+        if self.example_inputs is None and pl_module.example_input_array is None:
+            # A resumed run must not look at a batch again: loaders that know their position would lose it.
+            dtype = str(inputs.dtype).removeprefix("torch.")
+            self.state.batch_like = {"shape": list(inputs.shape), "dtype": dtype}
+        graph = trace(pl_module, inputs, module=self.module, ignore=self.ignore)
+        refusals.refuse_averaged_models(pl_module, graph)
+        if not graph.groups:
+            reasons = "; ".join(unprunable.reason for unprunable in graph.unprunable.values())
+            raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")
+        return graph
+
+    def _begin_epoch_once(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if self.run.epoch == trainer.current_epoch:
+            return
+        self.run.epoch = trainer.current_epoch
+        # Checkpoints of an epoch are written before the next one starts, so each holds the network as it was trained
+        # and a resumed run prunes from the same state as an unbroken one.
+        due = self.steps_due(trainer.current_epoch)
+        if due > self.steps_done and self.ready():
+            self._warn_if_several(due, trainer.current_epoch)
+            self._prune(trainer, pl_module, due)
+        for metric, fraction in self.run.recorder.kept.items():
+            log_epoch(pl_module, f"{folder(self.module)}/keep_{metric}", fraction)
+        self.begin_epoch(trainer, pl_module)
 
     def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
-        assert self._graph is not None
+        self.run.step = step
         doing = f"Pruning {type(pl_module).__name__}, step {step} of {self.steps}"
-        with trainer_state.unlogged(pl_module), progress(doing):
-            scores = self.scores(trainer, self._graph)
-            keep = self.keep_after(step)
-            plan = trainer_state.agree(trainer, partial(self.allocate, self._graph, scores, keep))
-            report = prune(pl_module, plan, trainer.optimizers)
-            for averaged in trainer_state.averaged_copies(trainer):
-                prune(averaged, plan)
-            rewrap(trainer)
-            forget_compiled()
-        self.steps_done, self._untried = step, list(report.widths)
+        with unlogged(pl_module), progress(doing):
+            made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
+            plan = agreed_plan(trainer, lambda: made)
+            report = prune_in_training(trainer, plan)
+        self.state.steps_done = step
+        self.run.untried = list(report.widths)
         if not report.widths:
             warn(
-                f"Prune {step} of {self.steps} removed nothing: the next smaller network in steps of "
+                f"Prune {step} of {self.steps} has pruned nothing: the next smaller network in steps of "
                 f"round_to={self.round_to} is below the budget. Lower round_to, or take fewer steps."
             )
         say(f"{self._headline(trainer, plan, step)}\n{report}")
-        assert self._recorder is not None
-        with trainer_state.unlogged(pl_module):
-            self._recorder.add_prune(plan, step, scores)
+        with unlogged(pl_module):
+            self.run.recorder.add_prune(plan, step, scores)
+
+    def _end_run(self) -> None:
+        """Drop every reference to the module."""
+        if self._is_running:
+            self.run.end()
+            del self.run
+        show_with(None)
+        vars(self).pop("log", None)  # Lightning gives every callback the module's bound method
+
+    # -- messages --------------------------------------------------------------------------------------------------
 
     def _headline(self, trainer: "pl.Trainer", plan: PruningPlan, step: int) -> str:
         budget = plan.budget or {}
         told = ", ".join(f"{budget[name]:.3f} {name}" for name in ("asked", "rounded", "achieved") if name in budget)
         return f"Prune {step} of {self.steps} before epoch {trainer.current_epoch}: {self.metric} {told}"
 
+    def _warn_if_several(self, due: int, epoch: int) -> None:
+        if due == self.steps_done + 1:
+            return
+        warn(
+            f"Prunes {self.steps_done + 1} to {due} of {self.steps} happen at once, before epoch {epoch}: the run goes "
+            "on from a checkpoint without them. To spread them, raise start_epoch."
+        )
+
     def _warn_if_short(self) -> None:
-        # Not what the plan in force says: another callback may have pruned another part after this one.
+        # Not what the plan in force says: another callback may have pruned another submodule after this one.
         prunes = self.history.prunes if self.history is not None else []
         kept = prunes[-1].budget.get("achieved", 1.0) if prunes else 1.0
         if self.steps_done >= self.steps and kept <= self.keep:
@@ -352,14 +405,3 @@ class PruningCallback(Callback):
             f"after {self.steps_done} of {self.steps} prunes: prunes happen before epochs {self.start_epoch} to "
             f"{self.last_prune_epoch} (counted from 0), once each."
         )
-
-    def _start_anew(self) -> None:
-        """Forget what is known of a module that was trained before, to the end or not."""
-        self.steps_done, self.history, self.batch_like = 0, None, None
-
-    def _let_go(self) -> None:
-        """Drop every reference to modules."""
-        self._graph = self._recorder = self._epoch = None
-        self._untried = []
-        show_with(None)
-        self.__dict__.pop("log", None)  # Lightning gives every callback the module's bound method

@@ -1,8 +1,10 @@
-"""Batches that callbacks measure on: drawing them leaves no trace in training."""
+"""Batches that callbacks measure on: drawing them makes no difference to training."""
 
 import copy
+import math
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from typing import Any, TypeGuard
@@ -14,11 +16,25 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-__all__ = ["ValidationBatches", "first_part", "gives_samples", "samples", "training_batches"]
+__all__ = ["ValidationBatches", "check_limit", "first_loaders_share", "gives_samples", "samples", "training_batches"]
+
+_USUAL_BATCH_SIZE = 128  # where a loader makes its batches in a way of its own
+
+
+def check_limit(limit_batches: int | None) -> None:
+    """Raise a ValueError unless a setting is a number of batches, or None."""
+    if limit_batches is not None and limit_batches < 1:
+        raise ValueError(f"limit_batches must be a whole number of at least 1, or None; got {limit_batches!r}.")
+
+
+# -- the validation split ----------------------------------------------------------------------------------------------
 
 
 class ValidationBatches:
-    """The batches of the validation split, as validation would get them on this rank; drawing them leaves no trace.
+    """The batches of the validation split, as validation would get them on this rank.
+
+    Training goes on after they are drawn as if they had not been: random numbers, the generators of the loader and the
+    state of the trainer are as before.
 
     Args:
         trainer: The trainer.
@@ -39,59 +55,70 @@ class ValidationBatches:
                 f"{who} measures on the validation split, and this run has none; give the Trainer "
                 "validation data, and see that limit_val_batches is not 0."
             )
-        self.trainer, self.loader, self.all = trainer, loaders[0], counts[0]
-        self.count = self.all if limit is None else min(limit, self.all)
+        self.trainer = trainer
+        self.loader = loaders[0]
+        self.available: int | float = counts[0]  # infinite if the loader does not know
+        self.count = self.available if limit is None else min(limit, self.available)
 
     def __length_hint__(self) -> int:
-        return 0 if self.count == float("inf") else int(self.count)
+        return 0 if self.count == math.inf else int(self.count)
 
     def __iter__(self) -> Iterator[Any]:
-        drawn_from = [getattr(self.loader, "generator", None), getattr(_sampler(self.loader), "generator", None)]
-        states = [(each, each.get_state()) for each in drawn_from if isinstance(each, torch.Generator)]
+        with self._without_a_trace():
+            for batch in self._batches():
+                yield _moved(self.trainer, batch)
+
+    def _batches(self) -> Iterator[Any]:
+        takes_fewer = self.count < self.available < math.inf
+        if takes_fewer and _takes_samples(self.loader):
+            return iter(self._fewer_samples)
+        return islice(self.loader, self.__length_hint__() or None)
+
+    @contextmanager
+    def _without_a_trace(self) -> Iterator[None]:
+        """Put random numbers and the state of the trainer back in the end."""
+        owners = self.loader, _sampler(self.loader)
+        generators = [getattr(owner, "generator", None) for owner in owners]
+        states = [(made, made.get_state()) for made in generators if isinstance(made, torch.Generator)]
+        was_training = self.trainer.training
         # Data modules may augment what is trained on, and ask the trainer what it is doing.
-        training, self.trainer.validating = self.trainer.training, True
+        self.trainer.validating = True
         try:
             with isolate_rng():
-                some = self.count < self.all < float("inf") and _takes_samples(self.loader)
-                loader = self._chosen if some else islice(self.loader, self.__length_hint__() or None)
-                for batch in loader:
-                    yield _moved(self.trainer, batch)
+                yield
         finally:
-            self.trainer.training = training
+            self.trainer.training = was_training
             for generator, state in states:
                 generator.set_state(state)
 
     @cached_property
-    def _chosen(self) -> "DataLoader[Any]":
+    def _fewer_samples(self) -> "DataLoader[Any]":
         """The loader, but with some of the samples that validation runs on."""
-        size = self.loader.batch_sampler.batch_size
+        batch_size = self.loader.batch_sampler.batch_size
         torch.manual_seed(0)  # also for samplers that shuffle
-        positions = sorted(islice(_sampler(self.loader), int(self.all) * size))
-        chosen = [positions[at] for at in torch.randperm(len(positions))[: int(self.count) * size].tolist()]
+        available = islice(_sampler(self.loader), int(self.available) * batch_size)
+        positions = sorted(available)
+        order = torch.randperm(len(positions)).tolist()
+        first = order[: int(self.count) * batch_size]
+        chosen = [positions[place] for place in first]
         # A copy has the workers, and what else its class does; a loader refuses another sampler except in this way.
         loader = copy.copy(self.loader)
-        loader.__dict__.update(sampler=chosen, batch_sampler=BatchSampler(chosen, size, False), _iterator=None)
+        loader.__dict__.update(sampler=chosen, batch_sampler=BatchSampler(chosen, batch_size, False), _iterator=None)
         return loader
 
 
-def _sampler(loader: Any) -> Any:
-    """Return what names the samples of a loader; one that was given a batch sampler has another, unused one besides."""
-    batches = getattr(loader, "batch_sampler", None)
-    return getattr(batches if hasattr(batches, "sampler") else loader, "sampler", None)
-
-
-def _takes_samples(loader: Any) -> bool:
-    """Tell whether a loader makes its batches of the samples that a sampler names."""
-    return gives_samples(loader) and type(loader.batch_sampler) is BatchSampler
-
-
 def _load_validation_split(trainer: "pl.Trainer") -> None:
-    """Have Lightning ask for the validation split now, which it may leave until the first validation."""
-    if trainer.val_dataloaders is None and trainer.enable_validation:
-        training, trainer.validating = trainer.training, True
-        with isolate_rng():
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        trainer.training = training
+    """Have Lightning ask for the validation split now, which it may put off until the first validation."""
+    if trainer.val_dataloaders is not None or not trainer.enable_validation:
+        return
+    was_training = trainer.training
+    trainer.validating = True
+    with isolate_rng():
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    trainer.training = was_training
+
+
+# -- the training split ------------------------------------------------------------------------------------------------
 
 
 def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
@@ -108,31 +135,42 @@ def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
     loaders, structure = tree_flatten(trainer.train_dataloader)
     if not loaders or not all(gives_samples(loader) for loader in loaders):
         return list(ValidationBatches(trainer, count, "The callback")) if count else []
-    chosen = [_some_positions(loader, seed) for loader in loaders]
+    positions = [_batches_of_positions(loader, seed) for loader in loaders]
     with isolate_rng():
-        for seeded in (random.seed, np.random.seed, torch.manual_seed):
-            seeded(seed)
+        for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+            set_seed(seed)
         drawn = []
-        for number in range(min(count, len(chosen[0]))):  # the other loaders begin again when they come to their end
-            parts = [samples(loader, some[number % len(some)]) for loader, some in zip(loaders, chosen, strict=True)]
-            drawn.append(first_part(trainer, _moved(trainer, tree_unflatten(parts, structure))))
+        for number in range(min(count, len(positions[0]))):
+            shares = []  # of each loader; those after the first begin again when they come to their end
+            for loader, of_batches in zip(loaders, positions, strict=True):
+                shares.append(samples(loader, of_batches[number % len(of_batches)]))
+            batch = _moved(trainer, tree_unflatten(shares, structure))
+            drawn.append(first_loaders_share(trainer, batch))
         return drawn
 
 
-def _some_positions(loader: "DataLoader[Any]", seed: int) -> list[list[int]]:
+def _batches_of_positions(loader: "DataLoader[Any]", seed: int) -> list[list[int]]:
     """Deal out the samples of a loader to batches at random."""
     dataset: Any = loader.dataset
-    size = min(loader.batch_size or 128, len(dataset))
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    available = len(dataset)
+    size = min(loader.batch_size or _USUAL_BATCH_SIZE, available)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(available, generator=generator).tolist()
+    starts = range(0, available - size + 1, size)
+    return [order[start : start + size] for start in starts]
 
 
-def first_part(trainer: "pl.Trainer", batch: Any) -> Any:
+def first_loaders_share(trainer: "pl.Trainer", batch: Any) -> Any:
     """Return what the first of several training loaders has given to a batch, unless hooks have put it elsewhere."""
+    structure = tree_structure(trainer.train_dataloader)
     try:
-        return next(iter(tree_structure(trainer.train_dataloader).flatten_up_to(batch)), batch)
+        shares = structure.flatten_up_to(batch)
     except ValueError:  # another structure than that of the loaders
         return batch
+    return shares[0] if shares else batch
+
+
+# -- loaders -----------------------------------------------------------------------------------------------------------
 
 
 def gives_samples(loader: Any) -> "TypeGuard[DataLoader[Any]]":
@@ -145,11 +183,25 @@ def gives_samples(loader: Any) -> "TypeGuard[DataLoader[Any]]":
 def samples(loader: "DataLoader[Any]", positions: list[int]) -> Any:
     """Return a batch of some samples, without starting the loader: one that knows its position would lose it."""
     dataset: Any = loader.dataset
-    asked = dataset.__getitems__(positions) if hasattr(dataset, "__getitems__") else [dataset[i] for i in positions]
-    return loader.collate_fn(asked)
+    if hasattr(dataset, "__getitems__"):
+        return loader.collate_fn(dataset.__getitems__(positions))
+    return loader.collate_fn([dataset[position] for position in positions])
+
+
+def _sampler(loader: Any) -> Any:
+    """Return what names the samples of a loader; one that was given a batch sampler has another, unused one besides."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owner = batch_sampler if hasattr(batch_sampler, "sampler") else loader
+    return getattr(owner, "sampler", None)
+
+
+def _takes_samples(loader: Any) -> bool:
+    """Tell whether a loader makes its batches of the samples that a sampler names."""
+    return gives_samples(loader) and type(loader.batch_sampler) is BatchSampler
 
 
 def _moved(trainer: "pl.Trainer", batch: Any) -> Any:
+    """Return a batch as the module gets it: its type, its device and what hooks make of it."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch)
     return trainer.strategy.batch_to_device(batch)

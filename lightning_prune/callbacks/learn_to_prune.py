@@ -1,7 +1,8 @@
-"""Prune layer after layer, by agents that try out which filters can go."""
+"""Learning to prune: layer after layer, agents try out which filters the network can do without."""
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,20 +12,21 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.search.filter_agent import FilterSearch, make_filter_agent
-from lightning_prune.search.pruning_problem import accuracy_of
-from lightning_prune.search.width_bounds import WidthBounds
-from lightning_prune.planning.cost import CostModel
-from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.base import PruningCallback
-from lightning_prune.callbacks.batches import ValidationBatches, training_batches
+from lightning_prune.callbacks.batches import ValidationBatches, check_limit, training_batches
+from lightning_prune.callbacks.ranks import decided_by_first_rank
+from lightning_prune.callbacks.trainer_state import log_epoch
 from lightning_prune.candidates import classification
 from lightning_prune.candidates.evaluator import alone
 from lightning_prune.candidates.measures import examples_in
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.planning.cost import CostModel
 from lightning_prune.progress import progress
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.progress import say
+from lightning_prune.search.filter_agent import FilterSearch, make_filter_agent
+from lightning_prune.search.pruning_problem import accuracy_of
+from lightning_prune.search.width_bounds import WidthBounds
 from lightning_prune.surgery import prune
 
 __all__ = ["LearnToPruneCallback", "reward"]
@@ -36,15 +38,15 @@ def reward(accuracy: Tensor, before: float, accepted_drop: float, channels: int,
     """Return what choices of filters earn.
 
     Args:
-        accuracy: (n,) accuracy that is left, from 0 to 1.
+        accuracy: (n,) accuracy with each choice, from 0 to 1.
         before: Accuracy of the network before, from 0 to 1.
         accepted_drop: The drop at which nothing is earned, in points of accuracy (hundredths).
         channels: Number of channels.
-        kept: (n,) number of channels that stay.
+        kept: (n,) number of channels that are kept.
 
     Note:
-        The product of Huang et al. (WACV 2018): one factor says how much of the accepted drop is left, the other is the
-        logarithm of how many times fewer channels there are.
+        The product of Huang et al. (WACV 2018): one factor says how much of the accepted drop is not used up, the
+        other is the logarithm of how many times fewer channels there are.
 
     Example:
         >>> reward(torch.tensor([0.89, 0.86]), before=0.9, accepted_drop=2.0, channels=8, kept=torch.tensor([4, 4]))
@@ -55,14 +57,14 @@ def reward(accuracy: Tensor, before: float, accepted_drop: float, channels: int,
 
 
 class LearnToPruneCallback(PruningCallback):
-    """Prune one layer after the other, from the input to the output; an agent for each learns which filters can go.
+    """Prune one layer after the other, from the input to the output; an agent for each learns which filters to keep.
 
-    At a prune the agent of the layer sees its filters, draws some choices of those that stay, each choice is tried out
-    on the validation split, and the agent learns from what it has earned: much for few filters and a small drop of the
-    accuracy. The network itself stays as it was until the agent has learned; then the layer is pruned, and training
+    At a prune the agent of the layer sees its filters, draws some choices of those to keep, each choice is tried out on
+    the validation split, and the agent learns from what it has earned: much for few filters and a small drop of the
+    accuracy. The network itself does not change until the agent has learned; then the layer is pruned, and training
     goes on until it is the next one's turn. The budget bounds the choices: an agent that would keep so much that
-    the layers behind it cannot make up for it loses the least probable filters, one that would remove more than is
-    asked in all keeps the most probable ones.
+    the layers behind it cannot make up for it does without the least probable filters, one that would prune more than
+    is asked in all keeps the most probable ones.
 
     Args:
         start_epoch: Number of epochs to train before the first prune, at least 0.
@@ -71,7 +73,7 @@ class LearnToPruneCallback(PruningCallback):
         accepted_drop: The drop of accuracy at which a choice earns nothing, in points (hundredths). If it is so small
             that the first layers keep nearly all, the last ones have to make up for it.
         samples: Number of choices that an agent learns from at once, at least 2.
-        updates: How often it learns.
+        updates: Number of times that it learns.
         finetune_steps: Training steps that a copy of the network gets after a choice, before it is measured; 0 to
             estimate the statistics of batch normalisation anew instead.
         finetune_lr: Learning rate of these steps, of gradient descent with a momentum of 0.9.
@@ -79,7 +81,7 @@ class LearnToPruneCallback(PruningCallback):
         limit_batches: Number of validation batches to measure on, of samples drawn at random, the same ones each time;
             default all that validation runs on.
         evaluate: Given the LightningModule and a batch, returns loss and accuracy (from 0 to 1) as means over its
-            examples, the loss with gradients where they are enabled; in YAML the import path of a function.
+            samples, the loss with gradients where they are enabled; in YAML the import path of a function.
         seed: Seed of the agents.
         agent_settings: As for `make_filter_agent`: ``keep``, ``baseline``, ``learning_rate``.
         settings: As for `PruningCallback`, without ``criterion``.
@@ -100,7 +102,32 @@ class LearnToPruneCallback(PruningCallback):
         25
     """
 
+    @dataclass
+    class State(PruningCallback.State):
+        """What has to survive a checkpoint.
+
+        Attributes:
+            figures: What is logged of the agent that learned last, by name.
+        """
+
+        figures: dict[str, float] = field(default_factory=dict)
+
+    @dataclass
+    class Run(PruningCallback.Run):
+        """What exists while training goes on.
+
+        Attributes:
+            training: Batches to fine-tune copies or to estimate statistics on.
+            validation: Batches to measure on; made once for all measurements of a prune, which share its workers.
+        """
+
+        training: list[Any] = field(default_factory=list)
+        validation: ValidationBatches = field(init=False)
+
     cap = 0.8
+
+    state: State
+    run: Run
 
     def __init__(
         self,
@@ -127,18 +154,18 @@ class LearnToPruneCallback(PruningCallback):
             raise ValueError("finetune_steps needs batches to train on: raise recalibrate_batches to 1 or more.")
         if updates < 0 or finetune_steps < 0 or recalibrate_batches < 0:
             raise ValueError("updates, finetune_steps and recalibrate_batches must be at least 0.")
-        if limit_batches is not None and limit_batches < 1:
-            raise ValueError(f"limit_batches must be a whole number of at least 1, or None; got {limit_batches!r}.")
-        self.accepted_drop, self.samples, self.updates = accepted_drop, samples, updates
-        self.finetune_steps, self.finetune_lr = finetune_steps, finetune_lr
-        self.recalibrate_batches, self.limit_batches = recalibrate_batches, limit_batches
+        check_limit(limit_batches)
+        self.accepted_drop = accepted_drop
+        self.samples = samples
+        self.updates = updates
+        self.finetune_steps = finetune_steps
+        self.finetune_lr = finetune_lr
+        self.recalibrate_batches = recalibrate_batches
+        self.limit_batches = limit_batches
         self.evaluate = evaluate or classification
-        self.seed, self.agent_settings = seed, dict(agent_settings or {})
+        self.seed = seed
+        self.agent_settings = dict(agent_settings or {})
         make_filter_agent(torch.eye(2), seed, samples, **self.agent_settings)  # refuses wrong settings
-        self.figures: dict[str, float] = {}
-        self._due: list[str] = []
-        self._batches: list[Any] = []
-        self._validation: ValidationBatches | None = None
 
     def layers(self, names: list[str], done: int, step: int) -> list[str]:
         """Return the groups whose turn it is.
@@ -148,138 +175,119 @@ class LearnToPruneCallback(PruningCallback):
             done: Number of prunes that have been made.
             step: Number of the prune that is due.
         """
-        first, end = (-(-len(names) * number // self.steps) for number in (done, step))
+        first, end = (-(-len(names) * number // self.steps) for number in (done, step))  # rounded up
         return names[first:end]
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     @override
-    def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().prepare(trainer, pl_module)
+    def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         if self.steps_done < self.steps:
-            self._batches = training_batches(trainer, self.recalibrate_batches, self.seed)
-            self._validation = ValidationBatches(trainer, 1, type(self).__name__)
-            self._measure(trainer, [PruningPlan()])  # refuses now what would fail later
-            self._validation = None
+            self.run.training = training_batches(trainer, self.recalibrate_batches, self.seed)
+            self.run.validation = ValidationBatches(trainer, 1, type(self).__name__)
+            self.measure([PruningPlan()])  # refuses now what would fail later
+            del self.run.validation
 
     @override
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().begin_epoch(trainer, pl_module)
-        for name, value in self.figures.items():
-            trainer_state.log_epoch(pl_module, f"agent/{name}", value)
+        for name, value in self.state.figures.items():
+            log_epoch(pl_module, f"agent/{name}", value)
+
+    # -- what to prune ---------------------------------------------------------------------------------------------
 
     @override
-    def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
-        assert self._graph is not None
-        self._due = self.layers(list(self._graph.groups), self.steps_done, step)
-        super()._prune(trainer, pl_module, step)
-
-    @override
-    def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
+    def make_plan(
+        self, trainer: "pl.Trainer", graph: ChannelGraph, keep: float
+    ) -> tuple[PruningPlan, dict[str, Tensor]]:
         """Let the agents of the layers whose turn it is decide."""
         cost = CostModel(graph, self.metric)
         bounds = WidthBounds(graph, cost, self.keep, int(self.round_to), self.min_channels, self.cap)
-        widths = np.array([len(graph.kept(name)) for name in graph.groups])
-        # Made once for all measurements, which share the workers that load it.
-        self._validation = ValidationBatches(trainer, self.limit_batches, type(self).__name__)
+        self.run.validation = ValidationBatches(trainer, self.limit_batches, type(self).__name__)
+        names = list(graph.groups)
+        widths = np.array([len(graph.kept(name)) for name in names])  # (groups,)
         kept: dict[str, Tensor] = {}
-        for name in self._due:
+        for name in self.layers(names, self.steps_done, self.run.step):
             search = FilterSearch(graph, name, bounds, widths, self.seed, samples=self.samples, **self.agent_settings)
-            kept[name] = self._decide(trainer, search, name, kept)
-            widths[list(graph.groups).index(name)] = len(kept[name])
-        self._validation = None
-        made = graph.plan(kept)
-        self._chosen = PruningPlan(made.groups, made.shapes, bounds.report(widths))
-        return super().scores(trainer, graph)
+            kept[name] = self.decide(search, name, kept)
+            widths[names.index(name)] = len(kept[name])
+        del self.run.validation
+        plan = replace(graph.plan(kept), budget=bounds.report(widths))
+        return plan, self.scores(trainer, graph)
 
-    @override
-    def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
-        return self._chosen
-
-    # -- checkpoint ------------------------------------------------------------------------------------------------
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "figures": self.figures}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.figures = state_dict["figures"]
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_batches": [], "_validation": None}
-
-    @override
-    def _start_anew(self) -> None:
-        super()._start_anew()
-        self.figures = {}
-
-    @override
-    def _let_go(self) -> None:
-        super()._let_go()
-        self._batches, self._validation = [], None
-
-    # -- one layer -------------------------------------------------------------------------------------------------
-
-    def _decide(self, trainer: "pl.Trainer", search: FilterSearch, name: str, kept: dict[str, Tensor]) -> Tensor:
-        """Return the channels of a group that stay.
+    def decide(self, search: FilterSearch, name: str, kept: dict[str, Tensor]) -> Tensor:
+        """Let the agent of a group learn, and return the channels of the group to keep.
 
         Args:
-            trainer: The trainer.
             search: The agent of the group.
             name: The group.
-            kept: The channels that stay of the groups that were decided on just before.
+            kept: The channels to keep of the groups that were decided on just before.
         """
-        assert self._graph is not None
-        graph = self._graph
-        before = float(self._measure(trainer, [graph.plan(kept)])[0])
+        trainer, graph = self.run.trainer, self.run.graph
+        channels_before = len(search.live)
+        accuracy_before = float(self.measure([graph.plan(kept)])[0])
         updates = 1 if trainer.fast_dev_run else self.updates  # type: ignore[attr-defined]
         with progress(name, updates) as work:
             for _ in range(updates):
-                drawn, tried = trainer_state.decided_by_first_rank(trainer, lambda: search.draw(self.samples))
-                accuracy = self._measure(trainer, [graph.plan({**kept, name: channels}) for channels in tried])
-                counts = torch.tensor([len(channels) for channels in tried])
-                earned = reward(accuracy, before, self.accepted_drop, len(search.live), counts)
-                self.figures = {"reward": float(earned.mean()), **search.learn(drawn, earned)}
-                work.advance(note=f"reward {self.figures['reward']:.3f}")
-        _, (best,) = trainer_state.decided_by_first_rank(trainer, lambda: search.draw(1, explore=False))
-        told = ", ".join(f"{figure} {value:.3f}" for figure, value in self.figures.items())
+                drawn, choices = decided_by_first_rank(trainer, lambda: search.draw(self.samples))
+                accuracy = self.measure([graph.plan({**kept, name: channels}) for channels in choices])
+                counts = torch.tensor([len(channels) for channels in choices])
+                earned = reward(accuracy, accuracy_before, self.accepted_drop, channels_before, counts)
+                self.state.figures = {"reward": float(earned.mean()), **search.learn(drawn, earned)}
+                work.advance(note=f"reward {self.state.figures['reward']:.3f}")
+        _, (best,) = decided_by_first_rank(trainer, lambda: search.draw(1, explore=False))
+        figures = ", ".join(f"{figure} {value:.3f}" for figure, value in self.state.figures.items())
         least, most = search.limits
-        say(f"{name}: {len(best)} of {len(search.live)} channels stay (between {least} and {most} are allowed); {told}")
+        say(
+            f"{name}: {len(best)} of {channels_before} channels are kept (between {least} and {most} are allowed); "
+            f"{figures}"
+        )
         return best
 
-    def _measure(self, trainer: "pl.Trainer", plans: list[PruningPlan]) -> Tensor:
-        """Return the accuracy with each plan."""
-        assert self._graph is not None
-        assert self._validation is not None
-        batches = self._validation
-        if not self.finetune_steps:
-            settings = {"evaluate": self.evaluate, "recalibrate": self._batches, "own_data": True}
-            return accuracy_of(self._graph, batches, **settings)(plans)
-        found = [self._finetuned(plan, batches) for plan in plans]
-        return trainer.strategy.reduce(torch.tensor(found, device=trainer.strategy.root_device), reduce_op="mean").cpu()
+    # -- measuring -------------------------------------------------------------------------------------------------
 
-    def _finetuned(self, plan: PruningPlan, batches: ValidationBatches) -> float:
+    def measure(self, plans: list[PruningPlan]) -> Tensor:
+        """Return the accuracy on the validation split with each plan: (plans,), the same on every rank."""
+        if not self.finetune_steps:
+            measure = accuracy_of(
+                self.run.graph,
+                self.run.validation,
+                evaluate=self.evaluate,
+                recalibrate=self.run.training,
+                own_data=True,
+            )
+            return measure(plans)
+        strategy = self.run.trainer.strategy
+        accuracy = torch.tensor([self._finetuned(plan) for plan in plans], device=strategy.root_device)
+        return strategy.reduce(accuracy, reduce_op="mean").cpu()
+
+    def _finetuned(self, plan: PruningPlan) -> float:
         """Return the accuracy of a copy that has been pruned and trained for some steps."""
-        assert self._graph is not None
-        model = self._copy(self._graph.model)
+        model = self._copy(self.run.graph.model)
         prune(model, plan)
         for module in model.modules():
             module.__dict__["forward"] = alone(module, module.forward)
+        self._train(model)
+        model.eval()
+        total, samples = 0.0, 0
+        with torch.no_grad():
+            for batch in self.run.validation:
+                _, accuracy = self.evaluate(model, batch)
+                total += float(accuracy) * examples_in(batch)
+                samples += examples_in(batch)
+        return total / samples
+
+    def _train(self, model: nn.Module) -> None:
+        """Train a copy for some steps."""
         optimizer = torch.optim.SGD(model.parameters(), self.finetune_lr, momentum=MOMENTUM)
+        batches = self.run.training
         model.train()
         with isolate_rng():
             torch.manual_seed(self.seed)
             for step in range(self.finetune_steps):
                 optimizer.zero_grad()
-                self.evaluate(model, self._batches[step % len(self._batches)])[0].backward()
+                loss, _ = self.evaluate(model, batches[step % len(batches)])
+                loss.backward()
                 optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            found = [(float(self.evaluate(model, batch)[1]), examples_in(batch)) for batch in batches]
-        return sum(accuracy * count for accuracy, count in found) / sum(count for _, count in found)
 
     def _copy(self, model: nn.Module) -> nn.Module:
         try:

@@ -1,4 +1,4 @@
-"""What a pruning callback records of a run: for its checkpoints, the loggers, and the table at the end."""
+"""Recording of a run: for the checkpoints of the callback, the loggers, and the table at the end."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_prune.planning.cost import METRICS, CostModel
 from lightning_prune.callbacks.trainer_state import metrics
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.planning import measure_latency
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.planning.cost import METRICS, CostModel
 from lightning_prune.progress import progress
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History, run_folder, write_history
 from lightning_prune.reporting.loggers import log_end, log_prune
 from lightning_prune.reporting.progress import say
@@ -45,7 +44,7 @@ class Recorder:
 
     @property
     def kept(self) -> dict[str, float]:
-        """What is left now, as a fraction of the original, by metric."""
+        """What is kept now, as a fraction of the original cost, by metric."""
         widths = self._widths
         return {metric: cost(widths) / cost.original for metric, cost in self._costs.items()}
 
@@ -56,7 +55,7 @@ class Recorder:
                 self.history = History.begin(callback, self.graph, self._measure())
 
     def add_prune(self, plan: PruningPlan, step: int, scores: dict[str, Tensor]) -> None:
-        """Measure what a prune has left, and log it."""
+        """Measure the network after a prune, and log it."""
         if self.history is None or not self.trainer.is_global_zero:
             return
         self.history.add_prune(self.graph, plan, step, self.trainer.current_epoch, self._measure())
@@ -95,9 +94,9 @@ class Recorder:
 
     def _measure(self) -> Measurement:
         """Count and time the network as it is now."""
-        part = self.graph.model.get_submodule(self.graph.module)
+        module = self.graph.model.get_submodule(self.graph.module)
         return Measurement(
-            params=sum(parameter.numel() for parameter in part.parameters()),
+            params=sum(parameter.numel() for parameter in module.parameters()),
             flops=int(self._costs["flops"](self._widths)),
-            latency_ms=measure_latency(part, self.graph.example_inputs),
+            latency_ms=measure_latency(module, self.graph.example_inputs),
         )

@@ -1,7 +1,8 @@
-"""Train and prune at the same time: an agent chooses widths while the weights learn, and weights follow its choice."""
+"""Joint training and pruning: an agent chooses widths while the weights learn, and the weights follow its choice."""
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,17 +11,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.search.policy_search import PolicySearch
-from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
-from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.alignment import Alignment
 from lightning_prune.callbacks.base import PruningCallback
-from lightning_prune.callbacks.batches import ValidationBatches, training_batches
+from lightning_prune.callbacks.batches import ValidationBatches, check_limit, training_batches
+from lightning_prune.callbacks.ranks import decided_by_first_rank
+from lightning_prune.callbacks.schedule import check_whole_number
+from lightning_prune.callbacks.trainer_state import log_epoch, loss_scale, unlogged
 from lightning_prune.candidates import classification
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.progress import say
+from lightning_prune.search.policy_search import PolicySearch
+from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
 
 __all__ = ["RLJointPruneCallback"]
 
@@ -31,29 +34,29 @@ class RLJointPruneCallback(PruningCallback):
     After a warm-up, at the start of each epoch, the agent plays episodes: it walks through the network and chooses the
     widths of all groups within the budget, and earns the accuracy on the validation split that the network has with
     them. The best choice on the weights as they are then comes into force: a soft penalty, added to the loss whatever
-    the training step does, draws the weights of the channels that would leave towards zero. Before epoch
-    ``start_epoch`` they are removed, and training goes on.
+    the training step does, draws the weights of the channels that would be pruned towards zero. Before epoch
+    ``start_epoch`` they are pruned, and training goes on.
 
     Args:
-        start_epoch: Number of epochs before the channels are removed, at least 1.
+        start_epoch: Number of epochs before the channels are pruned, at least 1.
         agent: ``"sac"``, ``"ppo-clip"``, ``"ppo-kl"``, ``"ppo-cim"``, ``"ppo-cim-1"``, ``"ppo-cim-2"``,
             ``"reinforce"`` or ``"random"``, or the import path of your own; see `make_agent`.
         warmup_epochs: Number of epochs of plain training at first, below ``start_epoch``.
-        search_epochs: Number of epochs with episodes after that; the choice then stays. Default: all up to the removal.
+        search_epochs: Number of epochs with episodes after that; the choice is kept then. Default: all up to the prune.
         episodes: Number of episodes in a round, at least 2.
         rounds: Number of rounds in each of them; the agent learns after each. Many in a single epoch are a search on
-            weights that stay as they are.
+            weights that do not change.
         strength: Weight of the penalty. By itself, under SGD, it takes ``strength`` times the sum of the learning rates
             of all steps, over 1 - momentum, off each norm: short schedules need more than the default.
         squared: Whether the norms that make up the penalty are squared.
         finalists: How many of the best choices of an epoch are measured again in the next one.
         recalibrate_batches: Number of training batches from which the statistics of batch normalisation are estimated
-            anew for each choice; 0 to keep those of the whole network.
+            anew for each choice; 0 to keep those of the network.
         limit_batches: Number of validation batches to measure on, of samples drawn at random, the same ones each time;
             default all that validation runs on.
         within: What chooses the channels within a group: a criterion that needs no data.
         evaluate: Given the LightningModule and a batch, returns loss and accuracy (any score; higher is better) as
-            means over its examples; in YAML the import path of a function.
+            means over its samples; in YAML the import path of a function.
         seed: Seed of the agent.
         search_settings: As for `PolicySearch`: ``agent_updates``, ``environment_updates``, ``environment_size``,
             ``rewarded``, ``agent_settings``.
@@ -76,7 +79,42 @@ class RLJointPruneCallback(PruningCallback):
         [False, True, True, False]
     """
 
+    @dataclass
+    class State(PruningCallback.State):
+        """What has to survive a checkpoint.
+
+        Attributes:
+            search: State of the policy search after the last episodes.
+            searched_epoch: The last epoch that episodes were played before.
+            best: Widths of the choices that earned most in the last round, best first.
+            in_force: Channels to keep, by group, of the choice that the weights are drawn towards.
+            figures: What is logged of the last round, by name.
+        """
+
+        search: dict[str, Any] | None = None
+        searched_epoch: int = -1
+        best: list[list[int]] = field(default_factory=list)
+        in_force: dict[str, list[int]] = field(default_factory=dict)
+        figures: dict[str, float] = field(default_factory=dict)
+
+    @dataclass
+    class Run(PruningCallback.Run):
+        """What exists while training goes on.
+
+        Attributes:
+            search: The policy search, until the prune.
+            recalibration: Batches to estimate the statistics of batch normalisation from.
+            alignment: What draws the weights towards the choice in force.
+        """
+
+        search: PolicySearch = field(init=False)
+        recalibration: list[Any] = field(default_factory=list)
+        alignment: Alignment | None = None
+
     cap = 0.8
+
+    state: State
+    run: Run
 
     def __init__(
         self,
@@ -99,204 +137,187 @@ class RLJointPruneCallback(PruningCallback):
     ) -> None:
         super().__init__(start_epoch=start_epoch, criterion=within, **settings)
         if self.steps != 1:
-            raise ValueError(f"RLJointPruneCallback removes all channels at once; leave steps at 1, not {self.steps}.")
+            raise ValueError(f"RLJointPruneCallback prunes all channels at once; set steps to 1, not {self.steps}.")
         if self.metric == "latency":
             raise ValueError("RLJointPruneCallback needs a metric that can be counted: flops, params or channels.")
         if not 0 <= warmup_epochs < start_epoch:
             raise ValueError(f"warmup_epochs must be below start_epoch={start_epoch}; got {warmup_epochs!r}.")
-        if rounds < 1:
-            raise ValueError(f"rounds must be a whole number of at least 1; got {rounds!r}.")
+        check_whole_number("rounds", rounds, 1)
         if strength < 0 or finalists < 0 or recalibrate_batches < 0:
             raise ValueError("strength, finalists and recalibrate_batches must be at least 0.")
-        if limit_batches is not None and limit_batches < 1:
-            raise ValueError(f"limit_batches must be a whole number of at least 1, or None; got {limit_batches!r}.")
-        self.agent, self.episodes, self.rounds, self.seed = agent, episodes, rounds, seed
+        check_limit(limit_batches)
+        self.agent = agent
+        self.episodes = episodes
+        self.rounds = rounds
+        self.seed = seed
         self.search_settings = {"environment_size": 128, **(search_settings or {})}
         self._make_search(steps=1)  # refuses wrong settings
-        self.warmup_epochs, self.search_epochs = warmup_epochs, search_epochs
-        self.strength, self.squared = strength, squared
-        self.finalists, self.recalibrate_batches, self.limit_batches = finalists, recalibrate_batches, limit_batches
+        self.warmup_epochs = warmup_epochs
+        self.search_epochs = search_epochs
+        self.strength = strength
+        self.squared = squared
+        self.finalists = finalists
+        self.recalibrate_batches = recalibrate_batches
+        self.limit_batches = limit_batches
         self.evaluate = evaluate or classification
-        self.search_state: dict[str, Any] | None = None
-        self.searched_epoch = -1
-        self.best: list[list[int]] = []  # widths that earned most in the last round
-        self.in_force: dict[str, list[int]] = {}  # channels that stay, by group
-        self.figures: dict[str, float] = {}
-        self._search: PolicySearch | None = None
-        self._alignment: Alignment | None = None
-        self._recalibration: list[Any] = []
 
     def searches(self, epoch: int) -> bool:
         """Tell whether the agent plays episodes before an epoch."""
         end = self.start_epoch if self.search_epochs is None else self.warmup_epochs + self.search_epochs
         return self.warmup_epochs <= epoch < min(end, self.start_epoch)
 
+    # -- what to prune ---------------------------------------------------------------------------------------------
+
+    @override
+    def make_plan(
+        self, trainer: "pl.Trainer", graph: ChannelGraph, keep: float
+    ) -> tuple[PruningPlan, dict[str, Tensor]]:
+        """Choose the best of the finalists and of the policy, on the weights as they are now."""
+        search, problem = self.run.search, self._problem()
+
+        def finalists() -> np.ndarray:
+            return _rows(search.settle(problem, trainer.current_epoch), self.state.best)
+
+        plans = [problem.plan(widths) for widths in decided_by_first_rank(trainer, finalists)]
+        best = plans[int(self.measure(plans).argmax())]
+        self._forget_search()
+        return best, problem.scores
+
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     @override
-    def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().prepare(trainer, pl_module)
+    def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         if self.steps_done == self.steps:
             return
-        assert self._graph is not None
-        if trainer.current_epoch >= self.start_epoch and self.searched_epoch < 0 < len(self._ahead()):
+        epoch = trainer.current_epoch
+        never_searched = self.state.searched_epoch < 0 < len(self._search_epochs_from(0))
+        if epoch >= self.start_epoch and never_searched:
             raise ValueError(
-                f"RLJointPruneCallback has nothing to choose from: the run goes on at epoch {trainer.current_epoch}, "
-                f"from a checkpoint without its episodes, which come before start_epoch={self.start_epoch}. Raise "
-                "start_epoch."
+                f"RLJointPruneCallback has nothing to choose from: the run goes on at epoch {epoch}, from a checkpoint "
+                f"without its episodes, which come before start_epoch={self.start_epoch}. Raise start_epoch."
             )
-        self._search = self._make_search(len(self._graph.groups))
-        if self.search_state is not None:
-            self._search.load_state_dict(self.search_state)
-        self._recalibration = training_batches(trainer, self.recalibrate_batches, self.seed)
-        self._measure(trainer, [PruningPlan()], limit=1)  # refuses now what would fail later
+        self.run.search = self._make_search(len(graph.groups))
+        if self.state.search is not None:
+            self.run.search.load_state_dict(self.state.search)
+        self.run.recalibration = training_batches(trainer, self.recalibrate_batches, self.seed)
+        self.measure([PruningPlan()], limit=1)  # refuses now what would fail later
 
     @override
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().begin_epoch(trainer, pl_module)
         epoch = trainer.current_epoch
-        trying = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if self.steps_done < self.steps and (trying or self.searches(epoch)) and self.searched_epoch < epoch:
-            with trainer_state.unlogged(pl_module):
-                for left in reversed(range(1 if trying else self.rounds)):
-                    self._play_and_learn(trainer, left + self.rounds * len(self._ahead(epoch + 1)))
-            self.searched_epoch = epoch
+        trying_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        is_due = (trying_out or self.searches(epoch)) and self.state.searched_epoch < epoch
+        if self.steps_done < self.steps and is_due:
+            with unlogged(pl_module):
+                self._play_rounds(trainer, 1 if trying_out else self.rounds)
         self._align()
-        for name, value in self.figures.items():
-            trainer_state.log_epoch(pl_module, f"agent/{name}", value)
+        for name, value in self.state.figures.items():
+            log_epoch(pl_module, f"agent/{name}", value)
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         # Not a term of the loss that backward runs through: here it holds whatever the training step returns, and the
         # gradients of distributed training, averaged by now, get what is the same on all ranks.
-        if self._alignment is not None:
+        if self.run.alignment is not None:
             accumulated = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._alignment.add_gradient(trainer_state.loss_scale(trainer) / accumulated)
+            self.run.alignment.add_gradient(loss_scale(trainer) / accumulated)
 
-    @override
-    def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
-        """Choose what is removed: the best of the finalists and of the policy, on the weights as they are now."""
-        assert self._search is not None
-        search, problem = self._search, self._problem()
-        widths = trainer_state.decided_by_first_rank(
-            trainer, lambda: _rows(search.settle(problem, trainer.current_epoch), self.best)
+    # -- episodes --------------------------------------------------------------------------------------------------
+
+    def measure(self, plans: list[PruningPlan], limit: int | None = None) -> Tensor:
+        """Return the accuracy on the validation split with each plan.
+
+        Args:
+            plans: The plans.
+            limit: Number of validation batches; default as the callback was told.
+
+        Returns:
+            (plans,) accuracy, the same on every rank.
+        """
+        batches = ValidationBatches(self.run.trainer, limit or self.limit_batches, type(self).__name__)
+        measure = accuracy_of(
+            self.run.graph, batches, evaluate=self.evaluate, recalibrate=self.run.recalibration, own_data=True
         )
-        plans = [problem.plan(each) for each in widths]
-        self._chosen = plans[int(self._measure(trainer, plans).argmax())]
-        return problem.scores
+        return measure(plans)
 
-    @override
-    def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
-        return self._chosen
+    def _play_rounds(self, trainer: "pl.Trainer", rounds: int) -> None:
+        """Play the rounds of one epoch, and note the state of the search after them."""
+        rounds_later = self.rounds * len(self._search_epochs_from(trainer.current_epoch + 1))
+        for done in range(1, rounds + 1):
+            self._play_and_learn(trainer, rounds - done + rounds_later)
+        self.state.search = self.run.search.state_dict()
+        self.state.searched_epoch = trainer.current_epoch
 
-    @override
-    def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
-        super()._prune(trainer, pl_module, step)
-        self._forget()
-        self._search = self._alignment = None
-        self._recalibration = []
+    def _play_and_learn(self, trainer: "pl.Trainer", rounds_to_come: int) -> None:
+        """Play one round, learn from it, and put the best choice in force."""
+        search, problem, epoch = self.run.search, self._problem(), trainer.current_epoch
+        began = time.monotonic()
 
-    # -- checkpoint ------------------------------------------------------------------------------------------------
+        def choices() -> np.ndarray:
+            return _rows(search.explore(problem, epoch), search.settle(problem, epoch), self.state.best)
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        search = self.search_state if self._search is None else self._search.state_dict()
-        return {
-            **super().state_dict(), "search": search, "searched_epoch": self.searched_epoch, "best": self.best,
-            "in_force": self.in_force, "figures": self.figures,
-        }  # fmt: skip
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.search_state, self.searched_epoch = state_dict["search"], state_dict["searched_epoch"]
-        self.best, self.in_force, self.figures = state_dict["best"], state_dict["in_force"], state_dict["figures"]
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        search = self.search_state if self._search is None else self._search.state_dict()
-        left_out: dict[str, Any] = {"_search": None, "_alignment": None, "_recalibration": []}
-        return {**super().__getstate__(), **left_out, "search_state": search}
-
-    @override
-    def _start_anew(self) -> None:
-        super()._start_anew()
-        self._forget()
-
-    @override
-    def _let_go(self) -> None:
-        if self._search is not None:
-            self.search_state = self._search.state_dict()
-        super()._let_go()
-        self._search = self._alignment = None
-        self._recalibration = []
-
-    # -- one round of episodes -------------------------------------------------------------------------------------
-
-    def _play_and_learn(self, trainer: "pl.Trainer", left: int) -> None:
-        """Play one round; `left` are to come after it."""
-        assert self._search is not None
-        search, problem, epoch, start = self._search, self._problem(), trainer.current_epoch, time.monotonic()
-        widths = trainer_state.decided_by_first_rank(
-            trainer, lambda: _rows(search.explore(problem, epoch), search.settle(problem, epoch), self.best)
-        )
-        plans = [problem.plan(each) for each in widths]
+        widths = decided_by_first_rank(trainer, choices)  # (choices, groups), those of the episodes first
+        plans = [problem.plan(choice) for choice in widths]
         with progress(f"Episodes before epoch {epoch}"):
-            rewards = self._measure(trainer, plans)
+            rewards = self.measure(plans)
         explored = rewards[: search.episodes]
-        losses = trainer_state.decided_by_first_rank(trainer, lambda: search.learn(explored))
-        order = rewards.argsort(descending=True, stable=True).tolist()
+        losses = decided_by_first_rank(trainer, lambda: search.learn(explored))
+        best_first = rewards.argsort(descending=True, stable=True).tolist()
+        best_plan = plans[best_first[0]]
         # The one in force is always among those that are measured again.
-        self.best = _distinct(widths[order].tolist())[: max(1, self.finalists)]
-        self.in_force = {name: list(group.kept) for name, group in plans[order[0]].groups.items()}
-        self.figures = {"reward": float(explored.mean()), "best_reward": float(rewards.max()), **losses}
+        self.state.best = _distinct(widths[best_first].tolist())[: max(1, self.finalists)]
+        self.state.in_force = {name: list(group.kept) for name, group in best_plan.groups.items()}
+        mean, greatest = float(explored.mean()), float(rewards.max())
+        self.state.figures = {"reward": mean, "best_reward": greatest, **losses}
+        seconds_to_come = rounds_to_come * (time.monotonic() - began)
         say(
-            f"Episodes before epoch {epoch}: reward {explored.mean():.4f} on average, {rewards.max():.4f} in force; "
-            f"{left} rounds left, {left * (time.monotonic() - start):.0f} s"
+            f"Episodes before epoch {epoch}: reward {mean:.4f} on average, {greatest:.4f} in force; "
+            f"{rounds_to_come} rounds to come, {seconds_to_come:.0f} s"
         )
-
-    def _ahead(self, first: int = 0) -> list[int]:
-        """Return the epochs that have episodes before them."""
-        return [epoch for epoch in range(first, self.start_epoch) if self.searches(epoch)]
 
     def _align(self) -> None:
         """Draw weights towards what is in force."""
-        if self.steps_done == self.steps or not self.in_force:
+        if self.steps_done == self.steps or not self.state.in_force:
             return
-        assert self._graph is not None
-        plan = self._graph.plan({name: torch.tensor(kept) for name, kept in self.in_force.items()})
-        self._alignment = Alignment(self._graph, plan, self.strength, self.squared)
-        self.figures["alignment"] = self._alignment.penalty()
+        kept = {name: torch.tensor(channels) for name, channels in self.state.in_force.items()}
+        plan = self.run.graph.plan(kept)
+        self.run.alignment = Alignment(self.run.graph, plan, self.strength, self.squared)
+        self.state.figures["alignment"] = self.run.alignment.penalty()
 
-    def _measure(self, trainer: "pl.Trainer", plans: list[PruningPlan], limit: int | None = None) -> Tensor:
-        assert self._graph is not None
-        batches = ValidationBatches(trainer, limit or self.limit_batches, type(self).__name__)
-        settings = {"evaluate": self.evaluate, "recalibrate": self._recalibration, "own_data": True}
-        return accuracy_of(self._graph, batches, **settings)(plans)
+    def _search_epochs_from(self, first: int) -> list[int]:
+        """Return the epochs from a first one on that episodes come before."""
+        return [epoch for epoch in range(first, self.start_epoch) if self.searches(epoch)]
 
     def _problem(self) -> PruningProblem:
-        assert self._graph is not None
         return PruningProblem(
-            self._graph, keep=self.keep, metric=self.metric, criterion=self.criterion,
-            round_to=int(self.round_to), min_channels=self.min_channels, cap=self.cap,
-        )  # fmt: skip
+            self.run.graph,
+            keep=self.keep,
+            metric=self.metric,
+            criterion=self.criterion,
+            round_to=int(self.round_to),
+            min_channels=self.min_channels,
+            cap=self.cap,
+        )
 
     def _make_search(self, steps: int) -> PolicySearch:
+        epochs = self.start_epoch + 1
         return PolicySearch(
-            self.agent, steps=steps, episodes=self.episodes, epochs=self.start_epoch + 1, seed=self.seed,
-            **self.search_settings,
-        )  # fmt: skip
+            self.agent, steps=steps, episodes=self.episodes, epochs=epochs, seed=self.seed, **self.search_settings
+        )
 
-    def _forget(self) -> None:
-        """Drop what is known of a network whose channels are yet to be chosen."""
-        self.search_state, self.searched_epoch = None, -1
-        self.best, self.in_force, self.figures = [], {}, {}
+    def _forget_search(self) -> None:
+        """Drop what served to choose the channels, which now have been chosen."""
+        self.state = replace(self.state, search=None, searched_epoch=-1, best=[], in_force={}, figures={})
+        self.run.alignment = None
+        self.run.recalibration = []
+        del self.run.search
 
 
-def _rows(*widths: Any) -> np.ndarray:
-    """Join choices of widths, none among them."""
-    return np.concatenate([np.asarray(each, dtype=np.int64) for each in widths if len(each)])
+def _rows(*choices: Any) -> np.ndarray:
+    """Join choices of widths, of which some may be empty, to one array of (choices, groups)."""
+    return np.concatenate([np.asarray(widths, dtype=np.int64) for widths in choices if len(widths)])
 
 
 def _distinct(rows: list[list[int]]) -> list[list[int]]:
+    """Return rows without repetitions, in the order of their first appearance."""
     return [list(row) for row in dict.fromkeys(map(tuple, rows))]

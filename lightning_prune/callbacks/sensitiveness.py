@@ -1,18 +1,19 @@
-"""Prune layers by the accuracy that they cost when they are damaged."""
+"""Pruning by sensitiveness: layers are pruned by the accuracy that they cost when they are damaged."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.planning.allocation import plan_by_layer
 from lightning_prune.callbacks.base import PruningCallback
-from lightning_prune.callbacks.batches import ValidationBatches
+from lightning_prune.callbacks.batches import ValidationBatches, check_limit
 from lightning_prune.candidates import classification, evaluate_candidates
 from lightning_prune.criteria.damage import LEVELS, RATIOS, check_settings, layer_importance, sensitiveness
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.planning.allocation import plan_by_layer
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["SensitivenessCallback"]
@@ -21,15 +22,15 @@ __all__ = ["SensitivenessCallback"]
 class SensitivenessCallback(PruningCallback):
     """Prune most where damage costs least accuracy: layers are damaged one by one and measured on the validation split.
 
-    Before a prune, channels of each group are removed for a moment, or noise is added to its weights, and the accuracy
+    Before a prune, channels of each group are masked for a moment, or noise is added to its weights, and the accuracy
     is measured without training. Groups that lose little accuracy lose many channels, so that the budget is met.
     Training itself is not touched by the measurement. By default batches are ``(inputs, labels)``, and calling the
     LightningModule with the inputs returns the logits of a classifier.
 
     Args:
-        damage: ``"random"`` removes random channels, ``"magnitude"`` those of the smallest L1 norm, ``"noise"`` adds
+        damage: ``"random"`` masks random channels, ``"magnitude"`` those of the smallest L1 norm, ``"noise"`` adds
             Gaussian noise to the weights.
-        levels: Fractions of channels that are removed, or strengths of the noise; see `sensitiveness`.
+        levels: Fractions of channels that are masked, or strengths of the noise; see `sensitiveness`.
         draws: How many random damages are averaged at each level.
         ratio: ``"inverse"``: groups lose in inverse proportion to their sensitiveness; ``"complement"``: in proportion
             to 1 - s / s_max, with s the sensitiveness.
@@ -37,7 +38,7 @@ class SensitivenessCallback(PruningCallback):
         within: What chooses the channels within a group: a criterion, such as ``"l1"`` or ``"random"``.
         limit_batches: Number of validation batches to measure on; default all that validation runs on.
         evaluate: Given the LightningModule and a batch, returns loss and accuracy (any score above 0; higher is
-            better) as means over its examples; in YAML the import path of a function.
+            better) as means over its samples; in YAML the import path of a function.
         seed: Seed of the random damages.
         settings: As for `PruningCallback`, without ``criterion``.
 
@@ -57,7 +58,19 @@ class SensitivenessCallback(PruningCallback):
         ('noise', [0.5], 5)
     """
 
+    @dataclass
+    class State(PruningCallback.State):
+        """What has to survive a checkpoint.
+
+        Attributes:
+            sensitiveness: Sensitiveness by group, as last measured.
+        """
+
+        sensitiveness: dict[str, float] = field(default_factory=dict)
+
     cap = 0.99
+
+    state: State
 
     def __init__(
         self,
@@ -76,8 +89,7 @@ class SensitivenessCallback(PruningCallback):
         check_settings(damage, levels, draws)
         if ratio not in RATIOS:
             raise ValueError(f"ratio must be one of {', '.join(RATIOS)}; got {ratio!r}.")
-        if limit_batches is not None and limit_batches < 1:
-            raise ValueError(f"limit_batches must be a whole number of at least 1, or None; got {limit_batches!r}.")
+        check_limit(limit_batches)
         self.damage = damage
         self.levels = list(levels)
         self.draws = draws
@@ -86,41 +98,25 @@ class SensitivenessCallback(PruningCallback):
         self.limit_batches = limit_batches
         self.evaluate = evaluate
         self.seed = seed
-        self.sensitiveness: dict[str, float] = {}
 
     @override
-    def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        super().prepare(trainer, pl_module)
-        assert self._graph is not None
+    def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         if self.steps_done < self.steps:  # refuse now what would fail at the first prune
-            first = ValidationBatches(trainer, 1, type(self).__name__)
-            evaluate_candidates(self._graph, [{}], first, evaluate=self.evaluate or classification, own_data=True)
+            one_batch = ValidationBatches(trainer, 1, type(self).__name__)
+            evaluate = self.evaluate or classification
+            evaluate_candidates(graph, [{}], one_batch, evaluate=evaluate, own_data=True)
 
     @override
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
-        if self.remeasure or not self.sensitiveness:
+        if self.remeasure or not self.state.sensitiveness:
             batches = ValidationBatches(trainer, self.limit_batches, type(self).__name__)
-            self.sensitiveness = sensitiveness(
-                graph, batches, self.damage, self.levels, self.draws, self.seed, self.evaluate or classification,
-                own_data=True,
-            )  # fmt: skip
+            damages = self.damage, self.levels, self.draws, self.seed
+            evaluate = self.evaluate or classification
+            self.state.sensitiveness = sensitiveness(graph, batches, *damages, evaluate, own_data=True)
         return super().scores(trainer, graph)
 
     @override
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
-        importance = layer_importance(self.sensitiveness, self.ratio)
-        return plan_by_layer(graph, importance, scores, keep, self.metric, self.round_to, self.min_channels, self.cap)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "sensitiveness": self.sensitiveness}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.sensitiveness = dict(state_dict["sensitiveness"])
-
-    @override
-    def _start_anew(self) -> None:
-        super()._start_anew()
-        self.sensitiveness = {}
+        by_group = layer_importance(self.state.sensitiveness, self.ratio)
+        limits = self.round_to, self.min_channels, self.cap
+        return plan_by_layer(graph, by_group, scores, keep, self.metric, *limits)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import lightning_prune as lp
-from lightning_prune.planning.allocation import plan_by_layer
 from lightning_prune.callbacks import AFIEEarlyPruneCallback
+from lightning_prune.planning.allocation import plan_by_layer
 from lightning_prune.pruning_plan import plan_in_force
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -44,7 +44,7 @@ def test_entropy_is_measured_once(tmp_path: Path) -> None:
     module, _ = battery.train(tmp_path, before, callback, limit_val_batches=0)
     graph = lp.trace(before.copies[1], EXAMPLE)
     entropy = lp.criteria.afie(graph)
-    assert callback.entropy == pytest.approx(entropy)
+    assert callback.state.entropy == pytest.approx(entropy)
     widths = plan_by_layer(graph, entropy, lp.criteria.l1(graph), 0.5, round_to=1).widths
     assert plan_in_force(module).widths == widths
     assert lp.criteria.afie(lp.trace(before.copies[3], EXAMPLE)) != pytest.approx(entropy)
@@ -56,7 +56,7 @@ def test_another_module_is_measured_anew(tmp_path: Path) -> None:
     for width in (12, 16):
         module = battery.ResidualClassifier(width)
         battery.train(tmp_path / str(width), callback, module=module, max_epochs=2, limit_val_batches=0)
-        measured.append(callback.entropy)
+        measured.append(callback.state.entropy)
     assert measured[0] != measured[1]
 
 

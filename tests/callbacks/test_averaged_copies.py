@@ -98,7 +98,7 @@ class Holding(battery.ResidualClassifier):
 def test_an_averaged_model_of_what_is_pruned_is_refused(hidden: bool, tmp_path: Path) -> None:
     said = (
         "'averages' of Holding averages the weights of 'body' in the shapes they have now, which does not follow when "
-        "channels are removed; use Lightning's WeightAveraging or EMAWeightAveraging callback, which does."
+        "channels are pruned; use Lightning's WeightAveraging or EMAWeightAveraging callback, which does."
     )
     with pytest.raises(ValueError, match="^" + re.escape(said)):
         battery.train(tmp_path, PruningCallback(round_to=2), module=Holding(hidden))

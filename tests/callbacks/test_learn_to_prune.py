@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.search.filter_agent import FilterNetwork, FilterSearch
-from lightning_prune.search.width_bounds import WidthBounds
-from lightning_prune.planning.cost import CostModel
 from lightning_prune.callbacks import LearnToPruneCallback
 from lightning_prune.callbacks.learn_to_prune import reward
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.planning.cost import CostModel
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
+from lightning_prune.search.filter_agent import FilterNetwork, FilterSearch
+from lightning_prune.search.width_bounds import WidthBounds
 
 
 def make_callback(**changes: Any) -> LearnToPruneCallback:
@@ -94,15 +94,15 @@ def test_layers_are_dealt_out_in_order() -> None:
 class Watched(LearnToPruneCallback):
     """Compares the network before and after the agents have decided."""
 
-    def scores(self, trainer: L.Trainer, graph: ChannelGraph) -> dict[str, Tensor]:
+    def make_plan(self, trainer: L.Trainer, graph: ChannelGraph, keep: float) -> tuple[PruningPlan, dict[str, Tensor]]:
         before = {name: value.clone() for name, value in graph.model.state_dict().items()}
         random = torch.get_rng_state()
-        found = super().scores(trainer, graph)
+        plan, scores = super().make_plan(trainer, graph, keep)
         assert all(torch.equal(before[name], value) for name, value in graph.model.state_dict().items())
         assert torch.equal(random, torch.get_rng_state())
         assert graph.model.training
-        self.__dict__.setdefault("decided", []).append((trainer.current_epoch, list(self._chosen.groups)))
-        return found
+        self.__dict__.setdefault("decided", []).append((trainer.current_epoch, list(plan.groups)))
+        return plan, scores
 
 
 @pytest.mark.filterwarnings("ignore:Prune . of .")
@@ -112,7 +112,7 @@ def test_nothing_changes_until_an_agent_has_learned(finetune_steps: int, tmp_pat
     module, trainer = battery.train(tmp_path, callback, max_epochs=3)
     assert callback.decided == [(1, ["stem"]), (2, ["first"])]
     assert 0.4 < plan_in_force(module).budget["achieved"] <= 0.5
-    assert trainer.callback_metrics["agent/reward"] == pytest.approx(callback.figures["reward"])
+    assert trainer.callback_metrics["agent/reward"] == pytest.approx(callback.state.figures["reward"])
 
 
 def test_a_copy_is_trained_for_some_steps(tmp_path: Path) -> None:
@@ -120,20 +120,20 @@ def test_a_copy_is_trained_for_some_steps(tmp_path: Path) -> None:
     found = []
 
     class Compare(LearnToPruneCallback):
-        def _decide(self, trainer: L.Trainer, *which: Any) -> Tensor:
-            graph = self._graph
+        def decide(self, *which: Any) -> Tensor:
+            graph = self.run.graph
             plan = graph.plan({"first": torch.arange(0, 24, 2)})
             twin = battery.ResidualClassifier().to(torch.float64)
             twin.load_state_dict(graph.model.state_dict())
             lp.prune(twin, plan)
-            images, labels = self._batches[0]
+            images, labels = self.run.training[0]
             optimizer = torch.optim.SGD(twin.train().parameters(), 0.3, momentum=0.9)
             nn.functional.cross_entropy(twin(images), labels).backward()
             optimizer.step()
             images, labels = battery.images(64).tensors
             expected = (twin.eval()(images.double()).argmax(1) == labels).double().mean()
-            found.append((float(self._measure(trainer, [plan])[0]), float(expected)))
-            return super()._decide(trainer, *which)
+            found.append((float(self.measure([plan])[0]), float(expected)))
+            return super().decide(*which)
 
     callback = Compare(keep=0.5, updates=1, samples=2, finetune_steps=1, finetune_lr=0.3, recalibrate_batches=1)
     battery.train(tmp_path, callback, max_epochs=2, precision="64-true")
@@ -148,10 +148,10 @@ def test_copies_do_not_wait_for_those_of_other_ranks(
         raise AssertionError("waits for other ranks")
 
     class Alone(LearnToPruneCallback):
-        def _measure(self, *given: Any) -> Tensor:
+        def measure(self, *given: Any) -> Tensor:
             with monkeypatch.context() as patch:
                 patch.setattr(nn.SyncBatchNorm, "forward", wait)
-                return super()._measure(*given)
+                return super().measure(*given)
 
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(battery.ResidualClassifier())
     callback = Alone(keep=0.5, updates=1, samples=2, finetune_steps=finetune_steps)

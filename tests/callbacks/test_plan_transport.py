@@ -1,7 +1,9 @@
 """The plan goes wherever the weights go, with the pruning callback in the Trainer or without it."""
 
+import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.core import saving
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_prune as lp
-from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
+from lightning_prune.callbacks import PruningCallback, TaylorRankCallback, plan_checkpoint_io
 from lightning_prune.pruning_plan import plan_in_force
 
 
@@ -303,3 +307,158 @@ def test_callbacks_get_what_the_hook_has_made_of_the_checkpoint(tmp_path: Path) 
     assert all(torch.equal(value, expected[name]) for name, value in watch.checkpoint["state_dict"].items())
     assert torch.equal(watch.bias, expected["head.bias"])
     assert module.first.weight.shape == expected["first.weight"].shape
+
+
+# -- any CheckpointIO --------------------------------------------------------------------------------------------------
+
+
+class Noting(TorchCheckpointIO):
+    """Somebody's own way to write files, with something to look at."""
+
+    def __init__(self) -> None:
+        self.saved: list[dict[str, Any]] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.saved.append(checkpoint)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+@pytest.mark.parametrize("make", [Noting, AsyncCheckpointIO, lambda: AsyncCheckpointIO(Noting())])
+def test_any_checkpoint_io_resumes_to_the_same_bits(make: Callable[[], Any], tmp_path: Path) -> None:
+    unbroken, _ = battery.train(tmp_path / "as it is", battery.make_callback("magnitude"))
+    plugin = make()
+    module, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), plugins=[plugin])
+    assert battery.differences(unbroken, module) == []
+    for path in sorted((tmp_path / "checkpoints").glob("*.ckpt")):
+        resumed, _ = battery.train(
+            tmp_path / path.stem, battery.make_callback("magnitude"), ckpt_path=path, plugins=[make()]
+        )
+        assert battery.differences(unbroken, resumed) == [], path.name
+    if isinstance(plugin, Noting):
+        assert len(plugin.saved) == len(trainer.strategy.checkpoint_io.saved) == battery.EPOCHS
+        assert ["lightning_prune" in checkpoint for checkpoint in plugin.saved] == [False, *[True] * 4]
+
+
+def test_a_checkpoint_io_that_is_set_later_carries_plans_too(tmp_path: Path) -> None:
+    plugin = Noting()
+
+    class Late(PruningCallback):
+        def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+            trainer.strategy.checkpoint_io = plugin
+            super().setup(trainer, pl_module, stage)
+
+    module, trainer = battery.train(tmp_path, Late(keep=0.5, round_to=2))
+    assert battery.differences(module, lp.load_pruned(battery.ResidualClassifier, last(trainer))) == []
+    assert len(plugin.saved) == battery.EPOCHS
+
+
+def last(trainer: L.Trainer) -> str:
+    return trainer.checkpoint_callback.best_model_path
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_validates_from_a_checkpoint_without_the_callback(weights_only: bool, tmp_path: Path) -> None:
+    _, trainer = battery.train(tmp_path, battery.make_callback("magnitude"))
+    trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=weights_only)
+    fresh, module = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False), battery.ResidualClassifier()
+    (found,) = fresh.validate(module, battery.loaders()[1], ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    assert found["val/accuracy"] == pytest.approx(float(trainer.callback_metrics["val/accuracy"]))
+    assert "load_state_dict" not in vars(module)
+    assert battery.differences(module, lp.load_pruned(battery.ResidualClassifier, tmp_path / "end.ckpt")) == []
+
+
+def test_what_is_only_read_or_belongs_to_something_else_is_left_alone(tmp_path: Path) -> None:
+    _, trainer = battery.train(tmp_path / "pruned", battery.make_callback("magnitude"))
+    pruned, other = last(trainer), nn.Linear(2, 2)
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            read = trainer.strategy.load_checkpoint(pruned)
+            assert read["state_dict"]["stem.weight"].shape[0] < 12
+            trainer.strategy.save_checkpoint({"state_dict": other.state_dict()}, tmp_path / "other.ckpt")
+            trainer.strategy.save_checkpoint(other.state_dict(), tmp_path / "bare.ckpt")
+
+    plain, _ = battery.train(tmp_path / "plain", Look(), max_epochs=1)
+    assert plan_in_force(plain) is None
+    assert plain.stem.out_channels == 12
+    module, _ = battery.train(tmp_path / "both", battery.make_callback("magnitude"), Look())
+    assert plan_in_force(module) is not None
+    assert torch.load(tmp_path / "other.ckpt", weights_only=True).keys() == {"state_dict"}
+    assert torch.load(tmp_path / "bare.ckpt", weights_only=True).keys() == {"weight", "bias"}
+
+
+def test_a_restore_that_fails_gives_the_module_its_method_back(tmp_path: Path) -> None:
+    class Refuses(battery.ResidualClassifier):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            raise KeyError("not mine")
+
+    _, trainer = battery.train(tmp_path, battery.make_callback("magnitude"))
+    module = Refuses()
+    with pytest.raises(KeyError, match="not mine"):
+        battery.train(tmp_path / "on", module=module, ckpt_path=last(trainer))
+    assert "load_state_dict" not in vars(module)
+    assert plan_in_force(module) is None
+
+
+def test_a_hook_may_load_other_weights_first(tmp_path: Path) -> None:
+    class LoadsOthers(battery.ResidualClassifier):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.load_state_dict(battery.ResidualClassifier().state_dict())
+
+    module, trainer = battery.train(tmp_path, battery.make_callback("magnitude"))
+    resumed, _ = battery.train(tmp_path / "on", module=LoadsOthers(), ckpt_path=last(trainer))
+    assert battery.differences(module, resumed) == []
+
+
+# -- what is extended in Lightning -------------------------------------------------------------------------------------
+
+EXTENDED = """
+import sys
+import lightning.pytorch as pl
+from lightning.pytorch.core import saving
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+
+places = [pl.Trainer, pl.LightningModule, pl.Callback, saving, Strategy, _MultiProcessingLauncher, _CheckpointConnector]
+before = [dict(vars(place)) for place in places]
+import {module}
+changed = [
+    f"{{place.__name__}}.{{name}}" for place, kept in zip(places, before) for name, value in vars(place).items()
+    if kept.get(name) is not value and not name.startswith("__abstract") and name != "_abc_impl"
+]
+sys.exit(", ".join(changed))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "extended"),
+    [
+        ("lightning_prune", []),
+        ("lightning_prune.callbacks", ["Trainer.__init__", "lightning.pytorch.core.saving._load_state"]),
+    ],
+)
+def test_what_an_import_extends(module: str, extended: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", EXTENDED.format(module=module)], capture_output=True, text=True)
+    assert done.stderr.strip() == ", ".join(extended)
+
+
+def test_what_is_private_in_lightning_is_as_it_was_read_in_2_6() -> None:
+    assert L.__version__.startswith("2.6."), "read plan_checkpoint_io.py and extensions.py again, then raise this"
+    hand_back = inspect.getsource(_MultiProcessingLauncher._collect_rank_zero_results)
+    assert f'"{plan_checkpoint_io._HANDED_BACK}"' in hand_back
+    assert "checkpoint_io.save_checkpoint(state_dict, weights_path)" in hand_back
+    take_back = inspect.getsource(_MultiProcessingLauncher._recover_results_in_main_process)
+    assert "checkpoint_io.load_checkpoint(worker_output.weights_path)" in take_back
+    assert "model = _load_state(cls, checkpoint, strict=strict, **kwargs)" in inspect.getsource(
+        saving._load_from_checkpoint
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_forked_ranks_hand_an_unpruned_network_back_to_a_parent_that_was_pruned(tmp_path: Path) -> None:
+    plain, trainer = battery.train(tmp_path / "plain", max_epochs=1)
+    module, _ = battery.train(tmp_path / "pruned", battery.make_callback("magnitude"))
+    battery.train(tmp_path / "on", ckpt_path=last(trainer), module=module, strategy="ddp_fork", max_epochs=1)
+    assert plan_in_force(module) is None
+    assert battery.differences(plain, module) == []

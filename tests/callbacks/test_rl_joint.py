@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_prune.callbacks import RLJointPruneCallback, trainer_state
-from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.callbacks import RLJointPruneCallback, refusals
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 LITTLE: dict[str, Any] = {"agent_updates": 3, "environment_updates": 2, "environment_size": 4}
 KEPT = {"stem": [0, 1, 2, 5, 7, 11], "first": list(range(3, 20))}
@@ -30,6 +30,14 @@ SHORT: dict[str, Any] = {
 
 def make_callback(**changes: Any) -> RLJointPruneCallback:
     return RLJointPruneCallback(**{**SHORT, **changes})
+
+
+class InForce(RLJointPruneCallback):
+    """Draws the weights towards a given choice."""
+
+    def prepare(self, trainer: L.Trainer, graph: ChannelGraph) -> None:
+        super().prepare(trainer, graph)
+        self.state.in_force = KEPT
 
 
 class Stochastic(battery.ResidualClassifier):
@@ -109,11 +117,11 @@ def test_the_gradient_is_that_of_the_explicit_loss(
     modules[1].power = 2 if squared else 1
     for module in modules[1:]:
         module.load_state_dict(modules[0].state_dict())
-    callback = make_callback(
-        start_epoch=1, warmup_epochs=0, search_epochs=0, strength=STRENGTH, squared=squared, recalibrate_batches=0
-    )
-    callback.in_force, callback._start_anew = KEPT, lambda: None
-    monkeypatch.setattr(trainer_state, "refuse_short_run", lambda *_: None)  # the run is to end before the prune
+    callback = InForce(
+        **{**SHORT, "start_epoch": 1, "warmup_epochs": 0, "search_epochs": 0, "strength": STRENGTH},
+        squared=squared, recalibrate_batches=0,
+    )  # fmt: skip
+    monkeypatch.setattr(refusals, "refuse_short_run", lambda *_: None)  # the run is to end before the prune
     aligned = one_epoch(tmp_path / "0", modules[0], callback, **{**trainer, **plugins(), **double})
     explicit = one_epoch(tmp_path / "1", modules[1], **{**trainer, **plugins(), **double})
     without = one_epoch(tmp_path / "2", modules[2], **{**trainer, **plugins(), **double})
@@ -138,9 +146,8 @@ class Shared(L.LightningDataModule):
 def test_the_gradient_on_two_ranks_is_that_of_the_explicit_loss_on_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    callback = make_callback(start_epoch=1, warmup_epochs=0, search_epochs=0, strength=STRENGTH)
-    callback.in_force, callback._start_anew = KEPT, lambda: None
-    monkeypatch.setattr(trainer_state, "refuse_short_run", lambda *_: None)
+    callback = InForce(**{**SHORT, "start_epoch": 1, "warmup_epochs": 0, "search_epochs": 0, "strength": STRENGTH})
+    monkeypatch.setattr(refusals, "refuse_short_run", lambda *_: None)
     L.seed_everything(0, verbose=False)
     aligned, explicit = Stochastic(norm=False), Explicit(norm=False)
     explicit.load_state_dict(aligned.state_dict())
@@ -161,7 +168,7 @@ def test_weights_that_would_leave_shrink(tmp_path: Path) -> None:
     class Watch(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             if trainer.current_epoch < 4:
-                removed = [channel for channel in range(24) if channel not in callback.in_force.get("first", [])]
+                removed = [channel for channel in range(24) if channel not in callback.state.in_force.get("first", [])]
                 norms.append(float(pl_module.first.weight[removed].detach().norm()))
 
     callback = make_callback(strength=0.1, warmup_epochs=1, search_epochs=1, start_epoch=4)
@@ -172,8 +179,8 @@ def test_weights_that_would_leave_shrink(tmp_path: Path) -> None:
 class Recorded(RLJointPruneCallback):
     """Notes what is measured."""
 
-    def _measure(self, trainer: L.Trainer, plans: list[PruningPlan], limit: int | None = None) -> Tensor:
-        rewards = super()._measure(trainer, plans, limit)
+    def measure(self, plans: list[PruningPlan], limit: int | None = None) -> Tensor:
+        rewards = super().measure(plans, limit)
         if limit is None:
             self.__dict__.setdefault("measured", []).append((plans, rewards))
         return rewards
@@ -185,8 +192,8 @@ def test_what_is_in_force_is_the_best_on_the_weights_as_they_are(tmp_path: Path)
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-            if callback.in_force:
-                seen[trainer.current_epoch] = dict(callback.in_force)
+            if callback.state.in_force:
+                seen[trainer.current_epoch] = dict(callback.state.in_force)
 
     module, _ = battery.train(tmp_path, callback, Watch())
     *rounds, (last, rewards) = callback.measured
@@ -219,7 +226,9 @@ def test_several_rounds_in_an_epoch_build_on_each_other(tmp_path: Path) -> None:
 def test_stopped_equals_unbroken(agent: str, tmp_path: Path) -> None:
     def callback() -> RLJointPruneCallback:
         changes = {"agent_settings": {"random_steps": 8}} if agent == "sac" else {}
-        return make_callback(agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings={**LITTLE, **changes})
+        return make_callback(
+            agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings={**LITTLE, **changes}
+        )
 
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
     unbroken, _ = battery.train(tmp_path, callback(), saver)
@@ -322,7 +331,7 @@ def test_batches_of_the_training_split_are_taken_without_touching_its_loader(tmp
             before = trainer.train_dataloader.state_dict()
             super().on_train_start(trainer, pl_module)
             assert trainer.train_dataloader.state_dict() == before
-            found.extend(self._recalibration)
+            found.extend(self.run.recalibration)
 
     data = DigitsDataModule(batch_size=64)
     module = battery.ResidualClassifier()
@@ -339,5 +348,5 @@ def test_batches_of_the_training_split_are_taken_without_touching_its_loader(tmp
 def test_a_run_from_another_ones_checkpoint_needs_episodes_to_choose_from(tmp_path: Path) -> None:
     battery.train(tmp_path / "plain", max_epochs=4)
     path = next((tmp_path / "plain" / "checkpoints").glob("epoch=3*"))
-    with pytest.raises(ValueError, match="nothing to choose from: the run goes on at epoch 4, .* Raise start_epoch"):
+    with pytest.raises(ValueError, match=r"nothing to choose from: the run goes on at epoch 4, .* Raise start_epoch"):
         battery.train(tmp_path, make_callback(start_epoch=3), ckpt_path=path, max_epochs=6)

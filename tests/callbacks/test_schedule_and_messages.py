@@ -44,11 +44,11 @@ def test_settings_out_of_range_are_refused_by_the_constructor(settings: dict[str
 def test_the_state_of_earlier_versions_is_read() -> None:
     callback = PruningCallback(steps=3)
     callback.load_state_dict({"steps_done": 2, "before": None, "batch_like": {"shape": [1, 3], "dtype": "float32"}})
-    assert (callback.steps_done, callback.batch_like["shape"], callback.history) == (2, [1, 3], None)
+    assert (callback.steps_done, callback.state.batch_like["shape"], callback.history) == (2, [1, 3], None)
 
 
 def test_taylor_needs_an_epoch_to_rank() -> None:
-    with pytest.raises(ValueError, match="start_epoch must be at least 1: the Taylor criterion ranks during the epoch"):
+    with pytest.raises(ValueError, match="start_epoch must be at least 1: the Taylor criterion scores during"):
         TaylorRankCallback(start_epoch=0)
 
 
@@ -57,7 +57,7 @@ def test_taylor_needs_an_epoch_to_rank() -> None:
     [
         ({"keep": 0.01, "round_to": 4}, r"keep=0.01 of the flops cannot be reached: between 0\.\d+ and 1 can stay"),
         ({"ignore": ["layer7.*"]}, r"The ignore pattern 'layer7\.\*' matches no module"),
-        ({"module": "backbone"}, "example_inputs must be given to prune the part 'backbone'"),
+        ({"module": "backbone"}, "example_inputs must be given to prune the submodule 'backbone'"),
         ({"module": "backbone", "example_inputs": [1, 1, 8, 8]}, "The model has no module 'backbone'"),
         ({"example_inputs": [1, 3, 8, 8]}, r"The example inputs \[\(1, 3, 8, 8\)\] do not fit the forward pass"),
         (
@@ -149,7 +149,7 @@ def test_pruning_before_the_first_epoch(tmp_path: Path) -> None:
 def test_a_prune_that_removes_nothing_says_so(tmp_path: Path) -> None:
     callback = PruningCallback(keep=0.9, steps=2, start_epoch=1, round_to=12, ignore=["stem", "second"])
     # 24 channels in steps of 12: the first prune leaves 12, and the second finds that enough.
-    with pytest.warns(UserWarning, match="Prune 2 of 2 removed nothing: the next smaller network"):
+    with pytest.warns(UserWarning, match="Prune 2 of 2 has pruned nothing: the next smaller network"):
         battery.train(tmp_path, callback)
 
 

@@ -18,8 +18,7 @@ import lightning_prune as lp
 from lightning_prune.callbacks import SensitivenessCallback
 from lightning_prune.criteria import layer_importance, sensitiveness
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 SETTINGS: dict[str, Any] = {"levels": [0.25, 0.75], "draws": 3, "round_to": 1}
 
@@ -119,7 +118,7 @@ class Deaf(battery.ResidualClassifier):
 def test_the_layer_that_nothing_depends_on_loses_most(tmp_path: Path) -> None:
     callback = SensitivenessCallback(keep=0.8, **SETTINGS)
     module, _ = battery.train(tmp_path, callback, module=Deaf(), max_epochs=2)
-    assert callback.sensitiveness["first"] == 0 < callback.sensitiveness["stem"]
+    assert callback.state.sensitiveness["first"] == 0 < callback.state.sensitiveness["stem"]
     widths, groups = plan_in_force(module).widths, {"first": 24, "stem": 12}
     lost = {name: 1 - widths[name] / size for name, size in groups.items()}
     assert lost["first"] > 10 * lost["stem"]
@@ -141,11 +140,11 @@ def shuffled(root: Path, callback: L.Callback) -> L.LightningModule:
 def test_measuring_leaves_training_alone(tmp_path: Path) -> None:
     class Measures(SensitivenessCallback):
         def allocate(self, graph: ChannelGraph, scores: object, keep: float) -> PruningPlan:
-            self.measured = dict(self.sensitiveness)
+            self.measured = dict(self.state.sensitiveness)
             return graph.plan({})
 
     callback = Measures(keep=0.5, **SETTINGS)
-    with pytest.warns(UserWarning, match="Prune 1 of 1 removed nothing"):
+    with pytest.warns(UserWarning, match="Prune 1 of 1 has pruned nothing"):
         measured = shuffled(tmp_path, callback)
     assert callback.measured.keys() == {"stem", "first"}
     assert battery.differences(measured, shuffled(tmp_path, L.Callback())) == []
@@ -157,7 +156,7 @@ def test_measures_once_if_asked_to(tmp_path: Path) -> None:
 
         class Look(SensitivenessCallback):
             def allocate(self, *args: Any, seen: list[dict[str, float]] = seen) -> Any:
-                seen.append(dict(self.sensitiveness))
+                seen.append(dict(self.state.sensitiveness))
                 return super().allocate(*args)
 
         battery.train(tmp_path, Look(keep=0.5, steps=3, remeasure=remeasure, **SETTINGS))
@@ -227,7 +226,7 @@ class Measured(SensitivenessCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if trainer.is_global_zero:
-            self.path.write_text(json.dumps(self.sensitiveness))
+            self.path.write_text(json.dumps(self.state.sensitiveness))
 
 
 class Parted(L.LightningDataModule):

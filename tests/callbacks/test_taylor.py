@@ -267,7 +267,7 @@ def test_several_optimizers_make_no_difference(variant: str, tmp_path: Path) -> 
     [
         ({"variant": "d"}, "variant must be one of a, b, c, gate, sum_then_square, square_then_sum; got 'd'"),
         ({"flops_penalty": -1.0}, "flops_penalty must be a number of at least 0; got -1.0"),
-        ({"momentum": 1.0}, r"momentum must be the part of the last scores that stays, in \[0, 1\); got 1.0"),
+        ({"momentum": 1.0}, r"momentum must be the fraction of the last scores that is kept, in \[0, 1\); got 1.0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -327,7 +327,7 @@ def test_totals_of_earlier_versions_are_read() -> None:
     totals = {"sums": {"a": torch.ones(2)}, "counts": {"a": torch.tensor(3.0)}}
     callback = TaylorRankCallback()
     callback.load_state_dict({"steps_done": 0, "batch_like": None, "listened": True, "last_scores": {}, **totals})
-    assert (callback.totals.sums, callback.totals.counts) == (totals["sums"], totals["counts"])
+    assert (callback.state.totals.sums, callback.state.totals.counts) == (totals["sums"], totals["counts"])
 
 
 def test_what_has_been_compiled_before_is_watched_and_left_alone_again() -> None:

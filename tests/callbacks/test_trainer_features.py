@@ -574,7 +574,7 @@ class Auxiliary(battery.ResidualClassifier):
 def test_a_layer_beside_forward_that_reads_pruned_channels_is_spoken_of(tmp_path: Path) -> None:
     for trainer in ({}, {"fast_dev_run": 2}):
         with (
-            pytest.warns(UserWarning, match=r"after channels of .*first.* have left.* put the layer .* into ignore"),
+            pytest.warns(UserWarning, match=r"after channels of .*first.* were pruned.* put the layer .* into ignore"),
             pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
         ):
             battery.train(tmp_path, battery.make_callback("magnitude"), module=Auxiliary(), **trainer)

@@ -278,11 +278,11 @@ COMPANY: dict[str, Row] = {
     "a gradient compressor with a memory": (
         under(DDPStrategy, _ddp_comm_state=PowerSGDState(None)), ValueError,
         "PowerSGDState remembers gradients in the shapes they have now, which does not follow when channels are "
-        "removed; use fp16_compress_hook or bf16_compress_hook.",
+        "pruned; use fp16_compress_hook or bf16_compress_hook.",
     ),
     "SWA": (
         fit(StochasticWeightAveraging(swa_lrs=1e-2), PruningCallback()), ValueError,
-        f"StochasticWeightAveraging {OTHER} PruningCallback removes channels; leave one of them out.",
+        f"StochasticWeightAveraging {OTHER} PruningCallback prunes channels; use one of the two.",
     ),
     "Lightning's own pruning": (
         fit(ModelPruning("l1_unstructured"), PruningCallback()), ValueError, f"ModelPruning {OTHER} PruningCallback",
@@ -293,8 +293,8 @@ COMPANY: dict[str, Row] = {
     ),
     "a part and the whole": (
         fit(PruningCallback(), body(), module=Parts()), ValueError,
-        "PruningCallback and PruningCallback both prune 'body'; keep one of them, or give each a part of its own with "
-        "`module`.",
+        "PruningCallback and PruningCallback both prune 'body'; keep one of them, or give each a submodule of its own "
+        "with `module`.",
     ),
     "a part of a part": (
         fit(body(module="body.0"), body(TaylorRankCallback), module=Parts()), ValueError,

@@ -107,7 +107,7 @@ def test_callbacks_refuse_a_criterion_when_they_are_made() -> None:
         PruningCallback(criterion="l3")
     for kind, setting in ((PruningCallback, "criterion"), (AFIEEarlyPruneCallback, "within")):
         with pytest.raises(
-            ValueError, match=rf"Criterion 'taylor' needs data, and {kind.__name__} ranks by the weights"
+            ValueError, match=rf"Criterion 'taylor' needs data, and {kind.__name__} scores by the weights"
         ):
             kind(**{setting: "taylor"})
     with pytest.raises(TypeError, match="criterion"):

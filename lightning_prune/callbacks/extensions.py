@@ -1,0 +1,60 @@
+"""Extensions of Lightning that let a pruned module be restored without a pruning callback.
+
+A run that only trains a pruned module on, validates it or hands it back from spawned ranks has no callback of this
+package that could set anything up, and ``load_from_checkpoint`` has not even a Trainer. So two things are extended when
+`lightning_prune.callbacks` is imported, once per process, and by no other import:
+
+- ``Trainer.__init__``: a Trainer that has been made gets a `PlanCheckpointIO`, by the public setter of its strategy. A
+  callback from Lightning's entry-point group would do for most runs, but not for the parent process of spawned ranks,
+  where no hook is called; and it would join every Trainer of an environment in which this package is installed.
+- ``lightning.pytorch.core.saving._load_state``, which is private: ``load_from_checkpoint`` makes the module and loads
+  its weights in this one function, and no hook of a class that knows nothing of pruning is called in between.
+
+Both were read in Lightning 2.6. Modules that were never pruned are not touched.
+"""
+
+from functools import cache, wraps
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.core import saving
+
+from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
+from lightning_prune.checkpoint import saved_plan, widened
+from lightning_prune.surgery import prune
+
+__all__ = ["extend_lightning"]
+
+
+@cache
+def extend_lightning() -> None:
+    """Let every Trainer that is made from now on, and ``load_from_checkpoint``, restore pruned modules."""
+    _extend_trainer()
+    _extend_load_from_checkpoint()
+
+
+def _extend_trainer() -> None:
+    construct = pl.Trainer.__init__
+
+    @wraps(construct)
+    def construct_and_carry_plans(self: "pl.Trainer", *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        carry_plans(self)
+
+    pl.Trainer.__init__ = construct_and_carry_plans  # type: ignore[method-assign]
+
+
+def _extend_load_from_checkpoint() -> None:
+    load_state = saving._load_state
+
+    @wraps(load_state)
+    def load_state_and_prune(cls: type, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        plan = saved_plan(checkpoint) if issubclass(cls, pl.LightningModule) else None
+        if plan is None:
+            return load_state(cls, checkpoint, *args, **kwargs)
+        # The class makes the module in its original shape, and finds weights of that shape.
+        module: Any = load_state(cls, widened(checkpoint, plan), *args, **kwargs)
+        prune(module, plan)
+        return module
+
+    saving._load_state = load_state_and_prune

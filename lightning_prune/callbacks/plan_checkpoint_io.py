@@ -1,0 +1,175 @@
+"""A `CheckpointIO` that carries the plan of a pruned module wherever Lightning carries its weights.
+
+Every checkpoint of a Trainer passes through the `CheckpointIO` of its strategy: those with weights alone, those that
+are written in another thread, and the weights that spawned ranks hand back. `PlanCheckpointIO` wraps the one that is
+there, whatever it is. A module that was never pruned passes through it untouched.
+
+Lightning restores the weights of a checkpoint before it calls any hook of a callback. The checkpoint and the module are
+therefore brought to the same shapes as soon as the file has been read, and the module gets the shapes of the plan as
+soon as it has loaded the weights.
+"""
+
+import copy
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.callbacks.refusals import can_prune_under
+from lightning_prune.callbacks.trainer_state import averaged_copies
+from lightning_prune.checkpoint import (
+    CHECKPOINT_KEY,
+    fitted,
+    plan_belongs_to,
+    refuse_other_shapes,
+    restore_shape,
+    save_plan,
+    saved_plan,
+)
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
+from lightning_prune.surgery import prune
+
+__all__ = ["PlanCheckpointIO", "carry_plans"]
+
+# Spawned ranks hand their last weights back in a file of this name, without anything else in it (Lightning 2.6).
+_HANDED_BACK = ".temp.ckpt"
+
+
+def carry_plans(trainer: "pl.Trainer") -> None:
+    """Let the checkpoints of a Trainer carry plans; nothing is done if they do, or if it cannot prune.
+
+    Args:
+        trainer: The trainer.
+    """
+    if not can_prune_under(trainer.strategy):
+        return
+    present: Any = trainer.strategy.checkpoint_io
+    wrapped = present
+    while wrapped is not None:
+        if isinstance(wrapped, PlanCheckpointIO):
+            return
+        wrapped = getattr(wrapped, "checkpoint_io", None)
+    trainer.strategy.checkpoint_io = PlanCheckpointIO(present, trainer)
+
+
+class PlanCheckpointIO(CheckpointIO):
+    """Write and read checkpoints as another `CheckpointIO` does, with the plan beside the weights.
+
+    Args:
+        checkpoint_io: What writes and reads the files.
+        trainer: The trainer whose checkpoints they are.
+    """
+
+    def __init__(self, checkpoint_io: CheckpointIO, trainer: "pl.Trainer") -> None:
+        self.checkpoint_io = checkpoint_io
+        self.trainer = trainer
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any) -> None:
+        # The plan is taken here and now: an asynchronous writer copies the weights when it is called, and the module
+        # may be pruned before it writes them.
+        module = self.trainer.lightning_module
+        if module is not None and plan_in_force(module) is not None:
+            checkpoint = _with_plan(module, checkpoint, path)
+        self.checkpoint_io.save_checkpoint(checkpoint, path, *args, **kwargs)
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        loaded = self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
+        module = self.trainer.lightning_module
+        if module is None or not isinstance(loaded, dict):
+            return loaded
+        if _is_handed_back(loaded, path):
+            # This is the parent of the ranks, which knows only the module that it gave to them.
+            content = loaded.pop(CHECKPOINT_KEY, None)
+            restore_shape(module, {CHECKPOINT_KEY: content, "state_dict": loaded})
+        elif "state_dict" in loaded and str(path) == str(self.trainer.ckpt_path):
+            self._fit(module, loaded)
+        return loaded
+
+    @override
+    def remove_checkpoint(self, path: Any) -> None:
+        self.checkpoint_io.remove_checkpoint(path)
+
+    @override
+    def teardown(self) -> None:
+        if self.trainer.lightning_module is not None:
+            _Restoring.cancel_for(self.trainer.lightning_module)  # a run that failed before the weights were loaded
+        self.checkpoint_io.teardown()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the wrapped `CheckpointIO` has besides."""
+        if name.startswith("__") or "checkpoint_io" not in self.__dict__:  # while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.checkpoint_io, name)
+
+    def _fit(self, module: "pl.LightningModule", loaded: dict[str, Any]) -> None:
+        """Bring a checkpoint that the Trainer is about to restore, and its module, to the same shapes."""
+        if saved_plan(loaded) is None and plan_in_force(module) is None:
+            return
+        for average in averaged_copies(self.trainer):
+            restore_shape(average, loaded)
+        vars(module)["load_state_dict"] = _Restoring(module, loaded).load_state_dict
+
+
+class _Restoring:
+    """Stands in for the ``load_state_dict`` of a module until it has loaded a checkpoint, and prunes the module then.
+
+    Until then an unpruned module keeps its shapes, and finds the weights in the same shapes: its ``on_load_checkpoint``
+    may go by them, or rebuild a layer. Callbacks find the weights as they were saved.
+
+    Args:
+        module: The module that is about to load the weights.
+        loaded: The checkpoint, whose weights are changed in place.
+    """
+
+    def __init__(self, module: "pl.LightningModule", loaded: dict[str, Any]) -> None:
+        self.module = module
+        self.loaded = loaded
+        self.plan: PruningPlan | None = saved_plan(loaded)
+        self.saved: dict[str, Tensor] = loaded["state_dict"]
+        loaded["state_dict"] = fitted(module, loaded)["state_dict"]
+        self.offered = dict(loaded["state_dict"])
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load weights as the module does; those of the checkpoint are the ones that are waited for."""
+        load = type(self.module).load_state_dict
+        if state_dict is not self.loaded["state_dict"]:  # what a hook of the module loads before
+            return load(self.module, state_dict, *args, **kwargs)
+        self.cancel_for(self.module)
+        try:
+            keys = load(self.module, state_dict, *args, **kwargs)
+        except RuntimeError:
+            refuse_other_shapes(self.module, state_dict)  # says it in fewer words
+            raise
+        if self.plan is not None:
+            prune(self.module, self.plan)
+        for name, tensor in self.saved.items():
+            if state_dict.get(name) is self.offered[name]:  # unless a hook of the module has changed it
+                state_dict[name] = tensor
+        return keys
+
+    @classmethod
+    def cancel_for(cls, module: "pl.LightningModule") -> None:
+        """Give a module its own ``load_state_dict`` back, if it waits for the weights of a checkpoint."""
+        stand_in = vars(module).get("load_state_dict")
+        if isinstance(getattr(stand_in, "__self__", None), cls):
+            del vars(module)["load_state_dict"]
+
+
+def _with_plan(module: "pl.LightningModule", checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:
+    """Return a checkpoint with the plan of the module, if the weights in it are those of the module."""
+    weights = checkpoint if _is_handed_back(checkpoint, path) else checkpoint.get("state_dict")
+    if not isinstance(weights, dict) or not plan_belongs_to(module, weights):
+        return checkpoint
+    checkpoint = copy.copy(checkpoint)  # with the versions that torch notes on weights
+    save_plan(module, checkpoint)
+    return checkpoint
+
+
+def _is_handed_back(checkpoint: dict[str, Any], path: Any) -> bool:
+    """Tell whether a file holds the weights that spawned ranks hand back to the parent process."""
+    return os.path.basename(str(path)) == _HANDED_BACK and "state_dict" not in checkpoint

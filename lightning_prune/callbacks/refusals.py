@@ -1,0 +1,141 @@
+"""Refusals: what cannot work together with pruning, said before training starts."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
+
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.pruning_plan import plan_in_force
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks.base import PruningCallback
+
+__all__ = [
+    "can_prune_under",
+    "refuse_averaged_models",
+    "refuse_other_callbacks",
+    "refuse_short_run",
+    "refuse_strategy",
+]
+
+
+def can_prune_under(strategy: Any) -> bool:
+    """Tell whether a strategy keeps all parameters, complete, in the module itself."""
+    shards = isinstance(strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)
+    return isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not shards
+
+
+def refuse_strategy(trainer: "pl.Trainer") -> None:
+    """Raise a ValueError unless parameters can be replaced under the strategy of a trainer."""
+    if not isinstance(trainer, pl.Trainer):
+        package = type(trainer).__module__.partition(".")[0]
+        raise ValueError(
+            f"The Trainer is that of {package!r}, whose classes are other ones than those of lightning; write "
+            "`import lightning.pytorch as pl`, and Trainer, modules and callbacks from there."
+        )
+    if not can_prune_under(trainer.strategy):
+        raise ValueError(
+            f"Pruning does not work with {type(trainer.strategy).__name__}, which shards or moves the parameters; use "
+            "strategy='ddp' or a single device."
+        )
+    memory = getattr(trainer.strategy, "_ddp_comm_state", None)
+    if hasattr(memory, "error_dict"):  # the PowerSGD hooks: what they did not send of earlier gradients, by bucket
+        raise ValueError(
+            f"{type(memory).__name__} remembers gradients in the shapes they have now, which does not follow when "
+            "channels are pruned; use fp16_compress_hook or bf16_compress_hook."
+        )
+
+
+def refuse_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
+    """Raise a ValueError if another callback prunes the same submodule, or keeps a copy of the weights."""
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(other, StochasticWeightAveraging | ModelPruning):
+            raise ValueError(
+                f"{type(other).__name__} keeps a copy or a mask of the weights in the shapes they have now, which does "
+                f"not follow when {type(callback).__name__} prunes channels; use one of the two."
+            )
+        if other is not callback and _prunes(other):
+            _refuse_overlap(callback, other)
+
+
+def _prunes(callback: Any) -> bool:
+    from lightning_prune.callbacks.base import PruningCallback
+
+    return isinstance(callback, PruningCallback)
+
+
+def _refuse_overlap(callback: "PruningCallback", other: "PruningCallback") -> None:
+    """Raise a ValueError if two callbacks prune the same submodule, or one prunes a submodule of the other's."""
+    inner, outer = sorted((callback.module, other.module), key=len, reverse=True)
+    if outer not in ("", inner) and not inner.startswith(outer + "."):
+        return
+    both = repr(inner) if inner else "the whole model"
+    raise ValueError(
+        f"{type(callback).__name__} and {type(other).__name__} both prune {both}; keep one of them, or give each a "
+        "submodule of its own with `module`."
+    )
+
+
+def refuse_short_run(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
+    """Raise a ValueError if the run ends before a prune that is still to come."""
+    if callback.steps_done >= callback.steps and plan_in_force(trainer.lightning_module) is not None:
+        return
+    epochs, last = trainer.max_epochs, callback.last_prune_epoch
+    endless = epochs is None or epochs < 0
+    if trainer.fast_dev_run or endless or last < epochs:  # type: ignore[attr-defined, operator]
+        return
+    raise ValueError(
+        f"{type(callback).__name__} prunes before epochs {callback.start_epoch} to {last} (counted from 0), but the "
+        f"run ends after {epochs} epochs; raise max_epochs to at least {last + 1}, or lower start_epoch, steps or "
+        "every_n_epochs."
+    )
+
+
+def refuse_averaged_models(pl_module: "pl.LightningModule", graph: ChannelGraph) -> None:
+    """Raise a ValueError if the module or a callback of somebody's holds an average of weights that can be pruned."""
+    for place, value in _attributes(pl_module):
+        averages = [leaf for leaf in tree_leaves(value) if isinstance(leaf, AveragedModel)]
+        for average in averages:
+            source = _averaged_submodule(pl_module, graph, average)
+            if source:
+                raise ValueError(
+                    f"{place} averages the weights of {source!r} in the shapes they have now, which does not follow "
+                    "when channels are pruned; use Lightning's WeightAveraging or EMAWeightAveraging callback, which "
+                    "does."
+                )
+
+
+def _attributes(pl_module: "pl.LightningModule") -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a module, its submodules and the callbacks, each with its name in words."""
+    for prefix, module in pl_module.named_modules():
+        for name, value in (*module._modules.items(), *vars(module).items()):
+            dotted = f"{prefix}.{name}".lstrip(".")
+            yield f"{dotted!r} of {type(pl_module).__name__}", value
+    for callback in pl_module.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):  # whose copies are pruned too
+            continue
+        for name, value in vars(callback).items():
+            yield f"{name!r} of {type(callback).__name__}", value
+
+
+def _averaged_submodule(pl_module: "pl.LightningModule", graph: ChannelGraph, average: AveragedModel) -> str | None:
+    """Name the submodule that can be pruned and has the tensors of an average, if there is one."""
+    shapes = {name: tensor.shape for name, tensor in average.module.state_dict().items()}
+    prunable = {slice_.tensor for group in graph.groups.values() for slice_ in group.slices}
+    for prefix, module in pl_module.named_modules():
+        if {name: tensor.shape for name, tensor in module.state_dict().items()} != shapes:
+            continue
+        if any(f"{prefix}.{name}".lstrip(".") in prunable for name in shapes):
+            return prefix or type(pl_module).__name__
+    return None
