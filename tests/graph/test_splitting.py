@@ -104,7 +104,7 @@ def test_whole_groups_of_group_norm_leave():
     model = Around(nn.GroupNorm(2, 8))
     graph = lp.trace(model, IMAGE)
     assert graph.groups["stem"].size == 2
-    assert not graph.groups["stem"].not_mask_exact
+    assert graph.groups["stem"].mask_exact
     back = list(range(4, 8))
     assert_pruned(
         randomised(model),
@@ -330,6 +330,19 @@ def test_all_modules_that_fail_are_found_in_few_runs(where: str, held: str, monk
     else:
         assert {"0", "13"} == set(graph.unprunable)
         assert graph.unprunable["0"].reason.startswith("1: relies on the number of its channels (test_splitting.py:")
+
+
+def test_a_hook_of_the_model_itself_that_relies_on_a_width_makes_it_unprunable():
+    model = Around(torch.relu)
+
+    def check(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if module.stem.out_channels != 8:
+            raise ValueError("eight!")
+
+    model.register_forward_hook(check)
+    graph = lp.trace(model, IMAGE)
+    assert not graph.groups
+    assert graph.unprunable["stem"].reason.startswith("the model: relies on the number of its channels (test_splitting")
 
 
 class Careful(nn.Module):
