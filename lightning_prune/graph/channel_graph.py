@@ -130,11 +130,17 @@ class ChannelGraph:
         planned = {}
         for name, channels in kept.items():
             group = self.group(name)
-            planned[name] = PlannedGroup(group.size, tuple(sorted(channels.tolist())), group.slices)
+            ascending = sorted(channels.tolist())
+            planned[name] = PlannedGroup(group.size, tuple(ascending), group.slices)
         return PruningPlan(planned, self._shapes_of(planned.values()))
 
     def _shapes_of(self, groups: Iterable[PlannedGroup]) -> dict[str, tuple[int, ...]]:
-        return {one.tensor: self.shapes[one.tensor] for group in groups for one in group.slices}
+        """Return the original shapes of the tensors that some groups have slices in."""
+        shapes = {}
+        for group in groups:
+            for one in group.slices:
+                shapes[one.tensor] = self.shapes[one.tensor]
+        return shapes
 
     def group(self, name: str) -> Group:
         """Return a group by name.
@@ -148,8 +154,10 @@ class ChannelGraph:
         if name in self.groups:
             return self.groups[name]
         if name in self.unprunable:
-            raise ValueError(f"The channels of {name!r} cannot be pruned: {self.unprunable[name].reason}.")
-        raise ValueError(f"{name!r} is no channel group of this model; the groups are {', '.join(self.groups)}.")
+            reason = self.unprunable[name].reason
+            raise ValueError(f"The channels of {name!r} cannot be pruned: {reason}.")
+        known = ", ".join(self.groups)
+        raise ValueError(f"{name!r} is no channel group of this model; the groups are {known}.")
 
     def kept(self, name: str) -> Tensor:
         """Return the channels of a group that the model still has, as (n,) int64.
@@ -176,8 +184,10 @@ class ChannelGraph:
         plan = plan_in_force(self.model)
         if plan is None:
             return positions
-        kept_positions = plan.index().get(of_group.tensor, {}).get(of_group.axis)
-        return positions if kept_positions is None else torch.searchsorted(kept_positions, positions)
+        kept_by_axis = plan.index().get(of_group.tensor, {})
+        if of_group.axis not in kept_by_axis:
+            return positions
+        return torch.searchsorted(kept_by_axis[of_group.axis], positions)
 
     def rows(self, name: str, of_group: Slice, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return what one slice has of each channel that the model still has.
@@ -190,14 +200,15 @@ class ChannelGraph:
         Returns:
             (kept channels, values per channel), on the device of the tensor.
         """
-        tensors = named_tensors(self.model) if values is None else values
-        tensor = tensors[of_group.tensor].detach()
+        if values is None:
+            values = named_tensors(self.model)
+        tensor = values[of_group.tensor].detach()
         channels = self.kept(name)
         if not _fills_axis(of_group, len(channels), tensor):
             positions = self.positions_now(of_group, channels)
             tensor = tensor.index_select(of_group.axis, positions.to(tensor.device))
-        # (kept channels * positions of a channel, other axes ...) -> (kept channels, values per channel)
-        return tensor.movedim(of_group.axis, 0).reshape(len(channels), -1)
+        channels_first = tensor.movedim(of_group.axis, 0)  # (kept channels * positions of a channel, other axes ...)
+        return channels_first.reshape(len(channels), -1)
 
     def explain(self, name: str) -> str:
         """Say in words what becomes of the channels of a module.
@@ -214,7 +225,8 @@ class ChannelGraph:
         for group in self.groups.values():
             if name == group.name or name in group.modules:
                 return f"{name}: {_description(group, name)}"
-        raise ValueError(f"{name!r} neither produces nor consumes channels; the groups are {', '.join(self.groups)}.")
+        known = ", ".join(self.groups)
+        raise ValueError(f"{name!r} neither produces nor consumes channels; the groups are {known}.")
 
 
 def _fills_axis(of_group: Slice, channels: int, tensor: Tensor) -> bool:
@@ -225,6 +237,8 @@ def _fills_axis(of_group: Slice, channels: int, tensor: Tensor) -> bool:
 
 
 def _description(group: Group, module: str) -> str:
-    exactness = "is the same as masking" if group.mask_exact else f"is not masking, because {group.not_mask_exact}"
+    exactness = "is the same as masking"
+    if not group.mask_exact:
+        exactness = f"is not masking, because {group.not_mask_exact}"
     others = ", ".join(other for other in group.modules if other != module)
     return f"group {group.name!r} of {group.size} channels, whose pruning {exactness}; shared with {others}"

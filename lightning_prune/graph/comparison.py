@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy import ndarray
 
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.records import Labels, Note, OperatorStep, OutputLabels, Record, Tie
@@ -26,7 +27,7 @@ class KeptLabels:
         tensor([3, 1])
     """
 
-    def __init__(self, is_kept: np.ndarray) -> None:
+    def __init__(self, is_kept: ndarray) -> None:
         self._is_kept = torch.from_numpy(is_kept)
         self._known_to_agree: set[tuple[int, int]] = set()
 
@@ -37,14 +38,20 @@ class KeptLabels:
     def agree(self, full: OutputLabels, small: OutputLabels) -> bool:
         """Tell whether an output of the smaller network has just the kept channels of that of the full one."""
         for axis in full.keys() | small.keys():
-            expected, found = full.get(axis, _NO_LABELS), small.get(axis, _NO_LABELS)
-            both = id(expected), id(found)  # most operators pass on the very labels that they are given
-            if both in self._known_to_agree:
-                continue
-            if not torch.equal(self.among(expected), found):
+            expected = full.get(axis, _NO_LABELS)
+            found = small.get(axis, _NO_LABELS)
+            if not self._are_kept_ones(expected, found):
                 return False
-            self._known_to_agree.add(both)
         return True
+
+    def _are_kept_ones(self, expected: Labels, found: Labels) -> bool:
+        both = id(expected), id(found)  # most operators pass on the very labels that they are given
+        if both in self._known_to_agree:
+            return True
+        agree = torch.equal(self.among(expected), found)
+        if agree:
+            self._known_to_agree.add(both)
+        return agree
 
 
 def first_shift(full: Record, small: Record, kept: KeptLabels, start: int, stop: int) -> int | None:
@@ -60,8 +67,10 @@ def first_shift(full: Record, small: Record, kept: KeptLabels, start: int, stop:
     Returns:
         Its number; None if there is no such operator before the networks run different ones.
     """
-    for number in range(start, min(stop, len(full.operator_trace), len(small.operator_trace))):
-        rule_in_full, rule_in_small = full.operator_trace[number][0], small.operator_trace[number][0]
+    end = min(stop, len(full.operator_trace), len(small.operator_trace))
+    for number in range(start, end):
+        rule_in_full = full.operator_trace[number][0]
+        rule_in_small = small.operator_trace[number][0]
         if rule_in_small is not rule_in_full:
             return None
         if not kept.agree(full.output_labels[number], small.output_labels[number]):
@@ -110,12 +119,17 @@ class Expectations:
         """Return the numbers of the groups that the labels along some axes belong to."""
         if not axes:
             return frozenset()
-        groups = np.concatenate([self.grouping.group_of[labels.numpy()] for labels in axes])
-        return frozenset(np.unique(groups).tolist()) - {-1}
+        labels = np.concatenate([along.numpy() for along in axes])
+        groups = np.unique(self.grouping.group_of[labels])
+        return frozenset(groups[groups >= 0].tolist())
 
     def any_prunable(self, axes: Iterable[Labels]) -> bool:
         """Tell whether any label along some axes belongs to a group."""
-        return any(self.is_prunable[labels.numpy()].any() for labels in axes)
+        for labels in axes:
+            is_prunable = self.is_prunable[labels.numpy()]
+            if is_prunable.any():
+                return True
+        return False
 
     def first_unprunable(self, notes: Sequence[Note]) -> int | None:
         """Find the first note that makes channels of a group unprunable."""
@@ -130,11 +144,10 @@ class Expectations:
         for tie in ties:
             if tie.first.numel() == tie.second.numel():
                 of_equal_sides.append(tie)
-            elif self.groups_of([tie.first.reshape(-1), tie.second.reshape(-1)]):
+            elif self.groups_of(tie.sides):
                 break
             else:
-                nothing = tie.first.reshape(-1)[:0]
-                of_equal_sides.append(Tie(nothing, nothing, tie.module, tie.why))
+                of_equal_sides.append(Tie(_NO_LABELS, _NO_LABELS, tie.module, tie.why))
         found = self._first_new_pair(of_equal_sides)
         if found is not None:
             return found
@@ -148,10 +161,15 @@ class Expectations:
         differ = pairs.first != pairs.second
         prunable = self.is_prunable[pairs.first] | self.is_prunable[pairs.second]
         candidates = np.flatnonzero(differ & prunable)
-        known = is_among(pairs.codes(self.count)[candidates], self.grouping.tied_codes)
+        codes = pairs.codes(self.count)[candidates]
+        known = is_among(codes, self.grouping.tied_codes)
         new = candidates[~known]
-        return int(pairs.tie_of(new[0])) if len(new) else None
+        if not len(new):
+            return None
+        return int(pairs.tie_of(new[0]))
 
     def are_met(self, record: Record) -> bool:
         """Tell whether a smaller network tied nothing new and made nothing unprunable."""
-        return self.first_new_tie(record.ties) is None and self.first_unprunable(record.unprunable) is None
+        new_tie = self.first_new_tie(record.ties)
+        unprunable = self.first_unprunable(record.unprunable)
+        return new_tie is None and unprunable is None

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from lightning_prune.graph.comparison import Expectations, first_shift
+from lightning_prune.graph.comparison import Expectations
 from lightning_prune.graph.frames import raising_line
 from lightning_prune.graph.groups import Grouping
-from lightning_prune.graph.records import CallKey, Labels, Note, SplitSite
+from lightning_prune.graph.records import CallKey, Labels, Note, OperatorStep, SplitSite
 from lightning_prune.graph.trial import Entries, Failure, Trial, TrialRunner
 
 __all__ = ["Explanation", "Finding"]
@@ -36,8 +36,9 @@ class Finding:
 
     def note(self, grouping: Grouping) -> Note:
         """Return it as a reason why the groups are unprunable."""
-        concerned = np.isin(grouping.group_of, list(self.groups))
-        return Note(torch.from_numpy(np.flatnonzero(concerned)), self.module, self.why)
+        is_concerned = np.isin(grouping.group_of, list(self.groups))
+        labels = np.flatnonzero(is_concerned)
+        return Note(torch.from_numpy(labels), self.module, self.why)
 
 
 class Explanation:
@@ -53,11 +54,13 @@ class Explanation:
         self.runner = runner
         self.expectations = expectations
         self.trial = trial
+        self.full = trial.full
+        self.record = trial.record
 
     def findings(self) -> list[Finding]:
         """Return what went wrong; nothing if all is as in the full network."""
-        new_tie = self.expectations.first_new_tie(self.trial.record.ties)
-        unprunable = self.expectations.first_unprunable(self.trial.record.unprunable)
+        new_tie = self.expectations.first_new_tie(self.record.ties)
+        unprunable = self.expectations.first_unprunable(self.record.unprunable)
         failures = self._failures_before(new_tie, unprunable)
         if failures:
             return self._explain_failures(failures)
@@ -65,42 +68,42 @@ class Explanation:
             return [self._explain_tie(new_tie)]
         if unprunable is not None:
             return [self._explain_unprunable(unprunable)]
-        if self.trial.record.operator_trace != self.trial.full.operator_trace:
+        if self.record.operator_trace != self.full.operator_trace:
             return [self._explain_other_operators()]
-        shifted = self._first_shift(0, len(self.trial.full.operator_trace))
-        return [] if shifted is None else [self._explain_shift(shifted)]
+        shifted = self.trial.first_shift(0, len(self.full.operator_trace))
+        if shifted is not None:
+            return [self._explain_shift(shifted)]
+        return []
 
     def _failures_before(self, new_tie: int | None, unprunable: int | None) -> list[Failure]:
         """Return the failures that may not only be due to channels having met others than their own before."""
-        return [
-            failure
-            for failure in self.trial.failures
-            if (new_tie is None or failure.ties <= new_tie)
-            and (unprunable is None or failure.unprunable <= unprunable)
-        ]  # fmt: skip
-
-    def _first_shift(self, start: int, stop: int) -> int | None:
-        """Find the first of some operators whose output does not have just the kept channels."""
-        return _first_shift(self.trial, start, stop)
+        failures = self.trial.failures
+        if new_tie is not None:
+            failures = [failure for failure in failures if failure.ties <= new_tie]
+        if unprunable is not None:
+            failures = [failure for failure in failures if failure.unprunable <= unprunable]
+        return failures
 
     # -- channels at wrong places ----------------------------------------------------------------------------------
 
     def _explain_tie(self, number: int) -> Finding:
         """Name the first place where channels meet others than their own."""
-        tie = self.trial.record.ties[number]
-        groups = self.expectations.groups_of([tie.first.reshape(-1), tie.second.reshape(-1)])
-        return self._explain_misplaced(groups, Entries.TIES, number, self.trial.ties_of_splits.get(number))
+        tie = self.record.ties[number]
+        groups = self._groups_of(tie.sides)
+        site = self.trial.ties_of_splits.get(number)
+        return self._explain_misplaced(groups, Entries.TIES, number, site)
 
     def _explain_unprunable(self, number: int) -> Finding:
         """Name the first place where a rule says of channels that they cannot be pruned."""
-        groups = self.expectations.groups_of([self.trial.record.unprunable[number].labels])
+        note = self.record.unprunable[number]
+        groups = self._groups_of([note.labels])
         return self._explain_misplaced(groups, Entries.UNPRUNABLE, number)
 
     def _explain_misplaced(
         self, groups: frozenset[int], entries: Entries, number: int, site: SplitSite | None = None
     ) -> Finding:
         """Name the first operator that gives channels a wrong place or, if none does, where an entry was made."""
-        shifted = self._first_shift(0, len(self.trial.record.operator_trace))
+        shifted = self.trial.first_shift(0, len(self.record.operator_trace))
         if shifted is None:
             place = self.runner.locate(entries, number, self.trial)
         else:
@@ -111,23 +114,24 @@ class Explanation:
         """Name the channels that an operator cuts at a wrong place."""
 
         def still_shifts(trial: Trial) -> bool:
-            return _first_shift(trial, 0, shifted + 1) is not None
+            return trial.first_shift(0, shifted + 1) is not None
 
         place = self.runner.locate(Entries.OPERATORS, shifted, self.trial)
-        groups = self.expectations.groups_of(place.given) or self._culprits(still_shifts)
+        groups = self._groups_of(place.given) or self._culprits(still_shifts)
         return Finding(groups, place.module, f"{_RELIES}{place.line}")
 
     def _explain_other_operators(self) -> Finding:
         """Find the groups whose size changes what the network does, or a number that it computes with."""
-        expected, found = self.trial.full.operator_trace, self.trial.record.operator_trace
+        expected = self.full.operator_trace
+        found = self.record.operator_trace
 
         def still_differs(trial: Trial) -> bool:
             return trial.record.operator_trace != expected
 
-        differing = (number for number, (one, other) in enumerate(zip(expected, found, strict=False)) if one != other)
-        first_differing = next(differing, len(found) - 1)
-        place = self.runner.locate(Entries.OPERATORS, first_differing, self.trial)
-        return Finding(self._culprits(still_differs), place.module, f"{_COMPUTES}{place.line}")
+        number = _first_difference(expected, found)
+        place = self.runner.locate(Entries.OPERATORS, number, self.trial)
+        groups = self._culprits(still_differs)
+        return Finding(groups, place.module, f"{_COMPUTES}{place.line}")
 
     # -- failures --------------------------------------------------------------------------------------------------
 
@@ -137,7 +141,7 @@ class Explanation:
         findings = []
         resumed = 0
         for failure in failures:
-            shifted = self._first_shift(resumed, failure.at)
+            shifted = self.trial.first_shift(resumed, failure.at)
             if shifted is not None:
                 findings.append(self._explain_shift(shifted))
             elif suspects[failure.key]:
@@ -151,16 +155,21 @@ class Explanation:
         That is what the operator that failed was given. Where Python code failed, it is most often what the last
         operator returned, or what the module was given; further trials, in which nothing else is smaller, tell.
         """
-        suspects = {failure.key: self._groups_of(failure.given) for failure in failures}
-        of_last_output = {failure.key: self._groups_of(failure.last_output) for failure in failures}
-        of_module_inputs = {failure.key: self._groups_of(failure.module_inputs) for failure in failures}
+        suspects, of_last_output, of_module_inputs = {}, {}, {}
+        for failure in failures:
+            suspects[failure.key] = self._groups_of(failure.given)
+            of_last_output[failure.key] = self._groups_of(failure.last_output)
+            of_module_inputs[failure.key] = self._groups_of(failure.module_inputs)
         for cause in (of_last_output, of_module_inputs):
             likely = {key: groups for key, groups in cause.items() if not suspects[key]}
-            groups = sorted(frozenset().union(*likely.values()))
-            if groups:
-                trial = self._try(groups)
-                confirmed = {failure.key for failure in trial.failures} & likely.keys()
-                suspects.update({key: likely[key] for key in confirmed})
+            groups = frozenset().union(*likely.values())
+            if not groups:
+                continue
+            trial = self._try(sorted(groups))
+            for failure in trial.failures:
+                key = failure.key
+                if key in likely:
+                    suspects[key] = likely[key]
         return suspects
 
     def _search_for_cause(self, failure: Failure) -> Finding:
@@ -178,24 +187,31 @@ class Explanation:
         suspects = self.trial.shrinking.groups
         while len(suspects) > 1:
             middle = len(suspects) // 2
-            halves = suspects[:middle], suspects[middle:]
-            guilty = next((half for half in halves if goes_wrong(self._try(half))), None)
-            if guilty is None:
+            if goes_wrong(self._try(suspects[:middle])):
+                suspects = suspects[:middle]
+            elif goes_wrong(self._try(suspects[middle:])):
+                suspects = suspects[middle:]
+            else:
                 break  # it takes some of both
-            suspects = guilty
         return frozenset(suspects)
 
     def _try(self, groups: Sequence[int]) -> Trial:
         """Run the same trial again with only some groups smaller."""
-        return self.runner.run(replace(self.trial.shrinking, groups=groups), self.trial.full)
+        shrinking = replace(self.trial.shrinking, groups=groups)
+        return self.runner.run(shrinking, self.full)
 
     def _groups_of(self, axes: Sequence[Labels]) -> frozenset[int]:
         return self.expectations.groups_of(axes)
 
 
-def _first_shift(trial: Trial, start: int, stop: int) -> int | None:
-    return first_shift(trial.full, trial.record, trial.kept, start, stop)
-
-
 def _finding_of_failure(failure: Failure, groups: frozenset[int]) -> Finding:
-    return Finding(groups, failure.key.module, f"{_RELIES}{raising_line(failure.raised)}")
+    line = raising_line(failure.raised)
+    return Finding(groups, failure.key.module, f"{_RELIES}{line}")
+
+
+def _first_difference(expected: Sequence[OperatorStep], found: Sequence[OperatorStep]) -> int:
+    """Return the number of the first operator that differs; the last one found if it is only the number of them."""
+    for number, (one, other) in enumerate(zip(expected, found, strict=False)):
+        if one != other:
+            return number
+    return len(found) - 1

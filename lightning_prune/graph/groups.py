@@ -23,11 +23,13 @@ tensor        axis  labels
 6. *Name.* A group has the name of the module that produces its channels first: ``0``.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy import ndarray
 
 from lightning_prune.graph.channel_graph import Axis, Group, Term, Unprunable
 from lightning_prune.graph.records import FIXED, CostTerm, Labels, Note, Record, Tie
@@ -54,20 +56,20 @@ class Grouping:
 
     groups: dict[str, Group]
     unprunable: dict[str, Unprunable]
-    group_of: np.ndarray
-    tied_codes: np.ndarray
+    group_of: ndarray
+    tied_codes: ndarray
 
     def axis(self, labels: Labels) -> Axis:
         """Return how the length of an axis depends on the groups."""
         group_of = self.group_of[labels.numpy()]
         is_in_group = group_of >= 0
-        positions = np.bincount(group_of[is_in_group], minlength=len(self.groups))
-        names = list(self.groups)
+        fixed = int(np.count_nonzero(~is_in_group))
+        positions_in_group = np.bincount(group_of[is_in_group], minlength=len(self.groups))
         per_channel = []
-        for number in positions.nonzero()[0]:
-            name = names[number]
-            per_channel.append((name, int(positions[number]) // self.groups[name].size))
-        return Axis(int((~is_in_group).sum()), tuple(per_channel))
+        for group, positions in zip(self.groups.values(), positions_in_group.tolist(), strict=True):
+            if positions:
+                per_channel.append((group.name, positions // group.size))
+        return Axis(fixed, tuple(per_channel))
 
     def term(self, cost: CostTerm, known: dict[int, Axis]) -> Term:
         """Return a cost as a product of axis lengths.
@@ -76,19 +78,21 @@ class Grouping:
             cost: The cost.
             known: The axes seen before, by ``id`` of their labels; new ones are added.
         """
+        axes = []
         for labels in cost.axes:
-            if id(labels) not in known:
-                known[id(labels)] = self.axis(labels)
-        axes = tuple(known[id(labels)] for labels in cost.axes)
-        return Term(cost.coefficient, axes, cost.module)
+            key = id(labels)
+            if key not in known:
+                known[key] = self.axis(labels)
+            axes.append(known[key])
+        return Term(cost.coefficient, tuple(axes), cost.module)
 
 
 @dataclass(frozen=True)
 class _Sides:
     """Which labels are positions of out-channel slices, and which of in-channel slices: (labels,) bool each."""
 
-    is_out: np.ndarray
-    is_in: np.ndarray
+    is_out: ndarray
+    is_in: ndarray
 
 
 @dataclass(frozen=True)
@@ -101,20 +105,22 @@ class _Reasons:
     """
 
     notes: Sequence[Note]
-    first: np.ndarray
+    first: ndarray
 
     def about(self, component: int) -> str:
         """Return the reason, empty where there is none."""
         number = self.first[component]
-        return "" if number == _NONE else str(self.notes[number])
+        if number == _NONE:
+            return ""
+        return str(self.notes[number])
 
 
 @dataclass(frozen=True)
 class _Numbering:
     """The group of each label and the channel of that group: (labels,) int64 each, -1 where it is in none."""
 
-    group: np.ndarray
-    channel: np.ndarray
+    group: ndarray
+    channel: ndarray
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class _Block:
     """The labels of one group in one slot: (channels, labels of a channel)."""
 
     slot: Slot
-    labels: np.ndarray
+    labels: ndarray
 
 
 def form_groups(table: SlotTable, record: Record) -> Grouping:
@@ -171,7 +177,7 @@ def _sides(count: int, record: Record) -> _Sides:
     return _Sides(is_out, _marked(count, record.in_slices))
 
 
-def _marked(count: int, marks: Iterable[Labels]) -> np.ndarray:
+def _marked(count: int, marks: Iterable[Labels]) -> ndarray:
     """Return which labels are among some: (labels,) bool."""
     found = np.zeros(count, dtype=bool)
     for labels in marks:
@@ -190,25 +196,30 @@ def _not_masked_alone(table: SlotTable, ties: Sequence[Tie], sides: _Sides) -> l
     found[FIXED] = False
     if not found.any():
         return []
+    why = "reads channels by a weight that cannot be masked alone"
     notes = []
     for slot in table.slots:
-        labels = slot.start + np.flatnonzero(found[slot.start : slot.stop])
-        if len(labels):
-            why = "reads channels by a weight that cannot be masked alone"
-            notes.append(Note(torch.from_numpy(labels), module_of(slot.tensor), why))
+        positions = np.flatnonzero(found[slot.start : slot.stop])
+        if len(positions):
+            labels = torch.from_numpy(slot.start + positions)
+            notes.append(Note(labels, module_of(slot.tensor), why))
     return notes
 
 
-def _reasons(component_of: np.ndarray, notes: Sequence[Note]) -> _Reasons:
+def _reasons(component_of: ndarray, notes: Sequence[Note]) -> _Reasons:
     """Return the first note about each component."""
     first = np.full(len(component_of), _NONE)
-    for number, note in reversed(list(enumerate(notes))):
-        first[component_of[note.labels.numpy()]] = number
-    first[component_of[FIXED]] = _NONE
+    numbered = list(enumerate(notes))
+    for number, note in reversed(numbered):  # so that the first is written last
+        labels = note.labels.numpy()
+        components_of_note = component_of[labels]
+        first[components_of_note] = number
+    fixed = component_of[FIXED]
+    first[fixed] = _NONE
     return _Reasons(notes, first)
 
 
-def _likeness(table: SlotTable, component_of: np.ndarray, costs: Sequence[CostTerm]) -> np.ndarray:
+def _likeness(table: SlotTable, component_of: ndarray, costs: Sequence[CostTerm]) -> ndarray:
     """Return a hash of where each component has labels, how often, and which costs depend on it.
 
     Every slot and every axis of a cost has a random number; a component's hash is the sum over its labels.
@@ -217,32 +228,48 @@ def _likeness(table: SlotTable, component_of: np.ndarray, costs: Sequence[CostTe
         (labels,) uint64 by component.
     """
     random = np.random.default_rng(0)
-    number_of_slot = random.integers(1, 2**63, len(table.slots), dtype=np.uint64)
-    sizes = [slot.size for slot in table.slots]
-    number_of_label = np.concatenate([[np.uint64(0)], np.repeat(number_of_slot, sizes)])  # FIXED is in no slot
-    likeness = np.zeros(len(component_of), dtype=np.uint64)
+    likeness = np.zeros(table.count, dtype=np.uint64)
+
+    numbers_of_slots = _random_numbers(random, len(table.slots))
+    number_of_label = np.zeros(table.count, dtype=np.uint64)
+    number_of_label[FIXED + 1 :] = np.repeat(numbers_of_slots, table.sizes)
     np.add.at(likeness, component_of, number_of_label)
 
-    axes = {id(labels): labels for cost in costs for labels in cost.axes}
-    number_of_axis = random.integers(1, 2**63, len(axes), dtype=np.uint64)
-    for labels, number in zip(axes.values(), number_of_axis, strict=True):
-        np.add.at(likeness, component_of[labels.numpy()], number)
+    axes = _distinct_axes(costs)
+    numbers_of_axes = _random_numbers(random, len(axes))
+    for labels, number in zip(axes, numbers_of_axes, strict=True):
+        components_on_axis = component_of[labels.numpy()]
+        np.add.at(likeness, components_on_axis, number)
     return likeness
+
+
+def _random_numbers(random: np.random.Generator, count: int) -> ndarray:
+    return random.integers(1, 2**63, count, dtype=np.uint64)
+
+
+def _distinct_axes(costs: Sequence[CostTerm]) -> list[Labels]:
+    """Return the labels along the axes of some costs, each once where several costs share the very same."""
+    by_identity = {}
+    for cost in costs:
+        for labels in cost.axes:
+            by_identity[id(labels)] = labels
+    return list(by_identity.values())
 
 
 # -- channels and their numbers ----------------------------------------------------------------------------------------
 
 
-def _channels(component_of: np.ndarray, out_slices: Sequence[Labels], sides: _Sides) -> np.ndarray:
+def _channels(component_of: ndarray, out_slices: Sequence[Labels], sides: _Sides) -> ndarray:
     """Return the components that are channels, in the order in which they are first produced: (channels,)."""
     produced = np.flatnonzero(sides.is_out)
     when = _time_of_production(len(component_of), out_slices)
-    produced = produced[np.argsort(when[produced], kind="stable")]
-    channels, first_place = np.unique(component_of[produced], return_index=True)
+    order = np.argsort(when[produced], kind="stable")
+    components_produced = component_of[produced[order]]
+    channels, first_place = np.unique(components_produced, return_index=True)
     return channels[np.argsort(first_place)]
 
 
-def _time_of_production(count: int, out_slices: Sequence[Labels]) -> np.ndarray:
+def _time_of_production(count: int, out_slices: Sequence[Labels]) -> ndarray:
     """Return the place of each label among all that the forward pass produced: (labels,)."""
     never = np.iinfo(np.int64).max
     when = np.full(count, never)
@@ -255,20 +282,22 @@ def _time_of_production(count: int, out_slices: Sequence[Labels]) -> np.ndarray:
     return when
 
 
-def _number_groups(likeness: np.ndarray, reason: np.ndarray) -> np.ndarray:
+def _number_groups(likeness: ndarray, reason: ndarray) -> ndarray:
     """Return the group of each channel, numbered in the order in which their first channels come: (channels,).
 
     Args:
         likeness: (channels,) a hash that is equal for channels that lie and cost alike.
         reason: (channels,) the number of the note that makes each unprunable, -1 for none.
     """
-    keys = np.stack([likeness, reason.astype(np.uint64)], axis=1)  # (channels, 2)
+    reason_as_number = reason.astype(np.uint64)
+    keys = np.stack([likeness, reason_as_number], axis=1)  # (channels, 2)
     _, first_channel, key_of_channel = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    place_of_key = np.argsort(np.argsort(first_channel))
-    return place_of_key[key_of_channel.reshape(-1)]
+    keys_in_order = np.argsort(first_channel)
+    group_of_key = np.argsort(keys_in_order)
+    return group_of_key[key_of_channel.reshape(-1)]
 
 
-def _number_labels(component_of: np.ndarray, channels: np.ndarray, group_of_channel: np.ndarray) -> _Numbering:
+def _number_labels(component_of: ndarray, channels: ndarray, group_of_channel: ndarray) -> _Numbering:
     """Return the group, and the channel in it, of each label.
 
     Args:
@@ -293,21 +322,32 @@ def _number_labels(component_of: np.ndarray, channels: np.ndarray, group_of_chan
 
 def _blocks(slots: Sequence[Slot], numbering: _Numbering) -> list[list[_Block]]:
     """Return the labels of every group, slot by slot in ascending order, by the number of the group."""
-    labels = np.flatnonzero(numbering.group >= 0)
-    sizes = [slot.size for slot in slots]
-    slot_of = np.concatenate([[_NONE], np.repeat(np.arange(len(slots)), sizes)])[labels]  # FIXED is in no slot
-    group_of, channel_of = numbering.group[labels], numbering.channel[labels]
-
-    order = np.lexsort((channel_of, slot_of, group_of))  # by group, then by slot, then by channel
-    labels, slot_of, group_of, channel_of = labels[order], slot_of[order], group_of[order], channel_of[order]
-    block_starts = np.flatnonzero((np.diff(group_of) != 0) | (np.diff(slot_of) != 0)) + 1
-    blocks: list[list[_Block]] = [[] for _ in range(int(group_of.max(initial=_NONE)) + 1)]
-    for start, stop in zip([0, *block_starts], [*block_starts, len(labels)], strict=True):
-        if start < stop:
-            channels = channel_of[stop - 1] + 1
-            block = _Block(slots[slot_of[start]], labels[start:stop].reshape(channels, -1))
-            blocks[group_of[start]].append(block)
+    count = int(numbering.group.max()) + 1
+    blocks: list[list[_Block]] = [[] for _ in range(count)]
+    slot_ends = [slot.stop for slot in slots]
+    for labels in _labels_by_block(slot_ends, numbering):
+        first, last = labels[0], labels[-1]
+        slot = slots[bisect_right(slot_ends, first)]
+        channels = numbering.channel[last] + 1
+        block = _Block(slot, labels.reshape(channels, -1))
+        number = numbering.group[first]
+        blocks[number].append(block)
     return blocks
+
+
+def _labels_by_block(slot_ends: Sequence[int], numbering: _Numbering) -> list[ndarray]:
+    """Return the labels of each group in each slot: (labels of the block,), channel by channel."""
+    labels = np.flatnonzero(numbering.group >= 0)
+    if not len(labels):
+        return []
+    group = numbering.group[labels]
+    channel = numbering.channel[labels]
+    slot = np.searchsorted(slot_ends, labels, side="right")
+    order = np.lexsort((channel, slot, group))  # by group, then by slot, then by channel
+    other_group = np.diff(group[order]) != 0
+    other_slot = np.diff(slot[order]) != 0
+    block_starts = np.flatnonzero(other_group | other_slot) + 1
+    return np.split(labels[order], block_starts)
 
 
 class _Builder:
@@ -325,7 +365,7 @@ class _Builder:
     """
 
     def __init__(
-        self, component_of: np.ndarray, sides: _Sides, why_unprunable: _Reasons, why_not_mask_exact: _Reasons
+        self, component_of: ndarray, sides: _Sides, why_unprunable: _Reasons, why_not_mask_exact: _Reasons
     ) -> None:
         self.component_of = component_of
         self.sides = sides
@@ -336,18 +376,17 @@ class _Builder:
         self._numbers: list[int] = []
 
     @property
-    def number_in_order(self) -> np.ndarray:
+    def number_in_order(self) -> ndarray:
         """By number of a group added, its number among those that can be pruned; the last, at -1, is for no group."""
         return np.array([*self._numbers, _NONE])
 
     def add(self, number: int, blocks: Sequence[_Block]) -> None:
         """Add the group of some number."""
         group = self._make_group(blocks)
-        component = self.component_of[blocks[0].labels[0, 0]]
-        reason = self.why_unprunable.about(component)
+        reason = self.why_unprunable.about(self._component(blocks))
         if not reason and group.size == 1:
-            tensor = group.out_slices[0].tensor
-            reason = f"{tensor.rpartition('.')[0]}: all its channels can only be pruned together"
+            module = group.out_slices[0].tensor.rpartition(".")[0]
+            reason = f"{module}: all its channels can only be pruned together"
         if reason:
             self._numbers.append(_NONE)
             self._add_unprunable(group, reason)
@@ -356,34 +395,40 @@ class _Builder:
         name = f"{group.name}#{number}" if group.name in self.groups else group.name
         self.groups[name] = replace(group, name=name)
 
+    def _component(self, blocks: Sequence[_Block]) -> int:
+        """Return the component that is the first channel of a group."""
+        first_label = blocks[0].labels[0, 0]
+        return self.component_of[first_label]
+
     def _add_unprunable(self, group: Group, reason: str) -> None:
+        channels = group.size
         before = self.unprunable.get(group.name)
-        if before is None:
-            self.unprunable[group.name] = Unprunable(group.size, reason)
-        else:
-            self.unprunable[group.name] = Unprunable(group.size + before.channels, before.reason)
+        if before is not None:
+            channels += before.channels
+            reason = before.reason
+        self.unprunable[group.name] = Unprunable(channels, reason)
 
     def _make_group(self, blocks: Sequence[_Block]) -> Group:
         out_slices: list[Slice] = []
         in_slices: list[Slice] = []
         other_slices: list[Slice] = []
         for block in blocks:
-            slices = slices_of(block.slot, block.labels - block.slot.start)
-            label = block.labels[0, 0]
-            if self.sides.is_out[label]:
-                out_slices.extend(slices)
-            elif self.sides.is_in[label]:
-                in_slices.extend(slices)
+            positions = block.labels - block.slot.start
+            first_label = block.labels[0, 0]
+            if self.sides.is_out[first_label]:
+                slices = out_slices
+            elif self.sides.is_in[first_label]:
+                slices = in_slices
             else:
-                other_slices.extend(slices)
-        first = blocks[0].labels  # (channels, labels of a channel)
+                slices = other_slices
+            slices.extend(slices_of(block.slot, positions))
         return Group(
             name=module_of(out_slices[0].tensor),
-            size=len(first),
+            size=len(blocks[0].labels),
             out_slices=tuple(out_slices),
             in_slices=tuple(in_slices),
             other_slices=tuple(other_slices),
-            not_mask_exact=self.why_not_mask_exact.about(self.component_of[first[0, 0]]),
+            not_mask_exact=self.why_not_mask_exact.about(self._component(blocks)),
         )
 
 
@@ -391,7 +436,9 @@ def _require_two_channels(grouping: Grouping, squeezed: Iterable[Labels]) -> Non
     """Let groups keep two channels where an axis of a single one would be squeezed away."""
     for labels in squeezed:
         axis = grouping.axis(labels)
-        is_channels_alone = axis.fixed == 0 and [per_channel for _, per_channel in axis.groups] == [1]
-        if is_channels_alone:
-            name, _ = axis.groups[0]
-            grouping.groups[name] = replace(grouping.groups[name], least=2)
+        if axis.fixed > 0 or len(axis.groups) != 1:
+            continue
+        [(name, positions_per_channel)] = axis.groups
+        if positions_per_channel == 1:
+            group = grouping.groups[name]
+            grouping.groups[name] = replace(group, least=2)

@@ -91,6 +91,11 @@ class Tie:
     why: str
     of_weights: bool = False
 
+    @property
+    def sides(self) -> list[Labels]:
+        """The labels of both sides, each in one row."""
+        return [self.first.reshape(-1), self.second.reshape(-1)]
+
 
 @dataclass(frozen=True)
 class Note:

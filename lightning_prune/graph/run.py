@@ -1,6 +1,6 @@
 """Run of a model's forward pass on stand-ins of its tensors, with labels on them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.graph.nested import nested_tensors
 from lightning_prune.graph.neutral import neutral_state
-from lightning_prune.graph.records import Note
+from lightning_prune.graph.records import FIXED, Labels, Note
 from lightning_prune.graph.sizes import class_name
 from lightning_prune.graph.slots import SlotTable
 from lightning_prune.graph.substitution import named_tensors, substituted
@@ -48,19 +48,27 @@ class Forward:
         modules = dict(model.named_modules())
         for name, submodule in modules.items():
             _refuse_untraceable(name, submodule)
-        _refuse_several_devices(model)
+        _refuse_several_devices(modules.values())
         self.args, self.kwargs = as_call(example_inputs)
         self.tensors = named_tensors(model)
         plan = plan_in_force(model) or PruningPlan()
-        self.shapes = {name: tuple(plan.shapes.get(name, tensor.shape)) for name, tensor in self.tensors.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in self.tensors.items():
+            self.shapes[name] = tuple(plan.shapes.get(name, tensor.shape))
         self.module_names = [name for name in modules if name]
-        self.names = {id(module): name or type(module).__name__ for name, module in modules.items()}
-        self.labelled = SlotTable((name, self.shapes[name]) for name in self._names_of_tensors_reached())
+        self.names = {id(submodule): name for name, submodule in modules.items()}
+        self.names[id(model)] = type(model).__name__
+        self.labelled = SlotTable(self._shapes_to_label())
         self.real = False
 
-    def _names_of_tensors_reached(self) -> list[str]:
-        reached = {id(tensor) for tensor in (*self.submodule.parameters(), *self.submodule.buffers())}
-        return [name for name, tensor in self.tensors.items() if id(tensor) in reached]
+    def _shapes_to_label(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Return the names and shapes of the tensors of the submodule."""
+        parameters = self.submodule.parameters()
+        buffers = self.submodule.buffers()
+        reached = {id(tensor) for tensor in (*parameters, *buffers)}
+        for name, tensor in self.tensors.items():
+            if id(tensor) in reached:
+                yield name, self.shapes[name]
 
     def run(self, tracer: Tracer, kept: KeptPositions, training: bool) -> None:
         """Run with only some positions of some tensors; the tracer's record tells what that showed.
@@ -75,10 +83,11 @@ class Forward:
         """
 
         def watched(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            name = self.names[id(module)]
             rule = tracer.tables.rules.get(class_name(module))
             if rule is not None:
                 forward = tracer.muting(rule, module, forward)
-            return tracer.watched(self.names[id(module)], forward)
+            return tracer.watched(name, forward)
 
         with ExitStack() as stack:
             stack.enter_context(neutral_state())
@@ -92,9 +101,10 @@ class Forward:
 
     def _mark_outputs(self, tracer: Tracer, output: Any) -> None:
         for labels in tracer.labels_of(nested_tensors(output)):
-            if int(labels.max()) > 0:
+            if int(labels.max()) > FIXED:
                 module = self.labelled.module_of(labels)
-                tracer.record.unprunable.append(Note(labels, module, "is an output of the network"))
+                note = Note(labels, module, "is an output of the network")
+                tracer.record.unprunable.append(note)
 
     def observe(self, make_tracer: Callable[[], Tracer], training: bool) -> Tracer:
         """Run the full network, on tensors without data if that is possible, else for real.
@@ -139,15 +149,17 @@ class Forward:
     def _mark_module_unprunable(self, tracer: Tracer, name: str) -> None:
         """Mark all that a module produces, consumes and is given: for other values it may do something else."""
         why = "looks at values, and may do something else for others"
-        record = tracer.record
-        for key, call in record.module_calls.items():
+        touched: list[Labels] = []
+        for key, call in tracer.record.module_calls.items():
             if key.module == name:
-                touched = tracer.labels_of(nested_tensors((call.inputs, call.output)))
-                record.unprunable.extend(Note(labels, name, why) for labels in touched)
+                tensors = nested_tensors((call.inputs, call.output))
+                touched.extend(tracer.labels_of(tensors))
         is_everything = name == self.names[id(self.submodule)]
         for tensor, labels_by_axis in self.labelled.by_tensor.items():
             if is_everything or tensor.startswith(name + "."):
-                record.unprunable.extend(Note(labels, name, why) for labels in labels_by_axis.values())
+                touched.extend(labels_by_axis.values())
+        for labels in touched:
+            tracer.record.unprunable.append(Note(labels, name, why))
 
     # -- stand-ins -------------------------------------------------------------------------------------------------
 
@@ -165,7 +177,9 @@ class Forward:
 
     def _stand_in(self, name: str, tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
         original_shape = self.shapes[name]
-        shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(original_shape)]
+        shape = list(original_shape)
+        for axis, positions in kept.items():
+            shape[axis] = len(positions)
         if not self.real:
             stand_in = torch.empty(shape, dtype=tensor.dtype, device="meta")
         elif tuple(tensor.shape) != original_shape:  # a pruned model, run in its original shape
@@ -185,9 +199,12 @@ class Forward:
         return leaf.detach().clone() if self.real else torch.empty_like(leaf, device="meta")
 
 
-def _keep_labels(labels: dict[int, Tensor], kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[int, Labels]:
     """Return the labels of the kept positions, by axis."""
-    return {axis: along[kept[axis]] if axis in kept else along for axis, along in labels.items()}
+    kept_labels = dict(labels)
+    for axis, positions in kept.items():
+        kept_labels[axis] = labels[axis][positions]
+    return kept_labels
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -216,7 +233,12 @@ def _refuse_untraceable(name: str, module: nn.Module) -> None:
             )
 
 
-def _refuse_several_devices(model: nn.Module) -> None:
-    devices = {str(parameter.device) for parameter in model.parameters()}
+def _refuse_several_devices(modules: Iterable[nn.Module]) -> None:
+    devices = set()
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                devices.add(str(parameter.device))
     if len(devices) > 1:
-        raise ValueError(f"The model is spread over {', '.join(sorted(devices))}; move it to one device to trace it.")
+        several = ", ".join(sorted(devices))
+        raise ValueError(f"The model is spread over {several}; move it to one device to trace it.")

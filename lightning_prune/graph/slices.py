@@ -25,9 +25,11 @@ def slices_of(slot: Slot, positions: np.ndarray) -> list[Slice]:
     """
     channels, width = positions.shape
     start = int(positions[0, 0])
-    if width == 1 and np.array_equal(positions[:, 0], np.arange(start, start + channels)):
+    neighbours = np.arange(start, start + channels)
+    if width == 1 and np.array_equal(positions[:, 0], neighbours):
         return [Slice(slot.tensor, slot.axis, start)]  # the most frequent case
-    run_starts = np.flatnonzero(np.diff(positions[0]) != 1) + 1
+    distances = np.diff(positions[0])  # between the positions of the first channel
+    run_starts = np.flatnonzero(distances != 1) + 1
     slices = []
     for run in np.split(positions, run_starts, axis=1):  # (channels, positions in the run)
         slice_of_run = _regular_slice(slot, run)
@@ -39,15 +41,21 @@ def slices_of(slot: Slot, positions: np.ndarray) -> list[Slice]:
 
 def _regular_slice(slot: Slot, run: np.ndarray) -> Slice | None:
     channels, width = run.shape
-    start = int(run[0, 0])
-    step = int(run[1, 0]) - start if channels > 1 else 1
-    first_positions = start + np.arange(channels) * step
-    regular = first_positions[:, None] + np.arange(width)
-    if step <= 0 or not np.array_equal(regular, run):
+    first_column = run[:, 0]
+    start = int(first_column[0])
+    step = 1
+    if channels > 1:
+        step = int(first_column[1]) - start
+    if step <= 0:
+        return None
+    expected_first_column = start + step * np.arange(channels)
+    expected_run = expected_first_column[:, None] + np.arange(width)  # (channels, width)
+    if not np.array_equal(expected_run, run):
         return None
     return Slice(slot.tensor, slot.axis, start, step, width)
 
 
 def _table_slice(slot: Slot, positions: np.ndarray) -> Slice:
-    table = tuple(tuple(row) for row in positions.tolist())
+    rows = positions.tolist()
+    table = tuple(map(tuple, rows))
     return Slice(slot.tensor, slot.axis, table=table)

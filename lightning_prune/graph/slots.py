@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
@@ -48,6 +49,8 @@ class SlotTable:
 
     Attributes:
         slots: The slots.
+        sizes: Their sizes.
+        by_tensor: The labels of all tensors, by name and axis.
         count: Number of labels, with `FIXED`, which is in no slot.
 
     Example:
@@ -65,11 +68,12 @@ class SlotTable:
 
     def __init__(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         self.slots = list(_number(shapes))
-        self.count = self.slots[-1].stop if self.slots else FIXED + 1
+        self.sizes = [slot.size for slot in self.slots]
+        self.count = 1 + sum(self.sizes)
         self.by_tensor: dict[str, dict[int, Labels]] = {}
         for slot in self.slots:
-            labels = torch.arange(slot.start, slot.stop)
-            self.by_tensor.setdefault(slot.tensor, {})[slot.axis] = labels
+            by_axis = self.by_tensor.setdefault(slot.tensor, {})
+            by_axis[slot.axis] = torch.arange(slot.start, slot.stop)
 
     def labels(self, tensor: str) -> dict[int, Labels]:
         """Return the labels of a tensor, by axis."""
@@ -77,9 +81,10 @@ class SlotTable:
 
     def module_of(self, labels: Labels) -> str:
         """Name the module that the last of some labels belongs to."""
-        greatest = int(labels.max())
-        behind = bisect_right(self.slots, greatest, key=lambda slot: slot.start)
-        return module_of(self.slots[behind - 1].tensor)
+        last = int(labels.max())
+        number = bisect_right(self.slots, last, key=attrgetter("stop"))
+        slot = self.slots[number]
+        return module_of(slot.tensor)
 
 
 def _number(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[Slot]:

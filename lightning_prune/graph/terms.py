@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from lightning_prune.graph.channel_graph import Axis, Term
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.records import CostTerm
@@ -29,26 +27,41 @@ def cost_terms(forward: Forward, grouping: Grouping, operations: Sequence[CostTe
         "channels": _channels(forward, grouping),
     }
     known_axes: dict[int, Axis] = {}
-    return {metric: [grouping.term(cost, known_axes) for cost in costs] for metric, costs in by_metric.items()}
+    terms = {}
+    for metric, costs in by_metric.items():
+        terms[metric] = [grouping.term(cost, known_axes) for cost in costs]
+    return terms
 
 
 def _parameters(forward: Forward) -> list[CostTerm]:
+    """Count the elements of every parameter."""
     counted = {id(parameter) for parameter in forward.submodule.parameters()}
-    return [_size(forward, name) for name, tensor in forward.tensors.items() if id(tensor) in counted]
+    terms = []
+    for name, tensor in forward.tensors.items():
+        if id(tensor) in counted:
+            terms.append(_elements(forward, name))
+    return terms
 
 
-def _size(forward: Forward, name: str) -> CostTerm:
-    """Return the number of elements of a parameter."""
+def _elements(forward: Forward, name: str) -> CostTerm:
+    """Return the number of elements of a tensor."""
     labels = forward.labelled.labels(name)
-    fixed_sizes = [size for axis, size in enumerate(forward.shapes[name]) if axis not in labels]
-    return CostTerm(torch.Size(fixed_sizes).numel(), tuple(labels.values()), _module(name))
+    fixed = 1
+    for axis, size in enumerate(forward.shapes[name]):
+        if axis not in labels:
+            fixed *= size
+    return CostTerm(fixed, tuple(labels.values()), _module(name))
 
 
 def _channels(forward: Forward, grouping: Grouping) -> list[CostTerm]:
-    """Count every axis of a weight along which channels of groups are produced."""
-    slices = [slice_ for group in grouping.groups.values() for slice_ in group.out_slices]
-    axes = dict.fromkeys((slice_.tensor, slice_.axis) for slice_ in slices)  # each once, in order
-    return [CostTerm(1, (forward.labelled.labels(tensor)[axis],), _module(tensor)) for tensor, axis in axes]
+    """Count every axis of a weight along which channels of groups are produced, each once."""
+    terms: dict[tuple[str, int], CostTerm] = {}
+    for group in grouping.groups.values():
+        for out_slice in group.out_slices:
+            tensor, axis = out_slice.tensor, out_slice.axis
+            labels = forward.labelled.labels(tensor)[axis]
+            terms[tensor, axis] = CostTerm(1, (labels,), _module(tensor))
+    return list(terms.values())
 
 
 def _module(tensor: str) -> str:

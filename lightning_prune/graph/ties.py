@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy import ndarray
 
-from lightning_prune.graph.records import FIXED, Note, Tie
+from lightning_prune.graph.records import FIXED, Labels, Note, Tie
 
 __all__ = ["TiedPairs", "components", "is_among", "notes_on_half_fixed"]
 
@@ -21,9 +22,9 @@ class TiedPairs:
         ends: (ties,) number of pairs of each tie and of all before it.
     """
 
-    first: np.ndarray
-    second: np.ndarray
-    ends: np.ndarray
+    first: ndarray
+    second: ndarray
+    ends: ndarray
 
     @classmethod
     def of(cls, ties: Sequence[Tie]) -> "TiedPairs":
@@ -31,27 +32,31 @@ class TiedPairs:
         if not ties:
             nothing = np.zeros(0, dtype=np.int64)
             return cls(nothing, nothing, nothing)
-        first = [tie.first.numpy().reshape(-1) for tie in ties]
-        second = [tie.second.numpy().reshape(-1) for tie in ties]
-        ends = np.cumsum([len(labels) for labels in first])
-        return cls(np.concatenate(first), np.concatenate(second), ends)
+        first = [_flat(tie.first) for tie in ties]
+        second = [_flat(tie.second) for tie in ties]
+        lengths = [len(labels) for labels in first]
+        return cls(np.concatenate(first), np.concatenate(second), np.cumsum(lengths))
 
-    def tie_of(self, pairs: np.ndarray) -> np.ndarray:
+    def tie_of(self, pairs: ndarray) -> ndarray:
         """Return the number of the tie that each of some pairs, given by number, belongs to."""
         return np.searchsorted(self.ends, pairs, side="right")
 
-    def codes(self, count: int) -> np.ndarray:
+    def codes(self, count: int) -> ndarray:
         """Return each pair as one number: the first label times the number of labels, plus the second."""
         return self.first * count + self.second
 
-    def sorted_codes(self, count: int) -> np.ndarray:
+    def sorted_codes(self, count: int) -> ndarray:
         """Return the codes of all pairs of different labels, ascending."""
         differ = self.first != self.second
         # With repetitions, which take longer to find than to search through.
         return np.sort(self.codes(count)[differ])
 
 
-def components(count: int, pairs: TiedPairs) -> np.ndarray:
+def _flat(labels: Labels) -> ndarray:
+    return labels.numpy().reshape(-1)
+
+
+def components(count: int, pairs: TiedPairs) -> ndarray:
     """Return the component of each label: those that are tied, directly or through others, are in the same.
 
     Args:
@@ -63,21 +68,21 @@ def components(count: int, pairs: TiedPairs) -> np.ndarray:
     """
     root = np.arange(count)
     neither_fixed = (pairs.first != FIXED) & (pairs.second != FIXED)
-    first, second = pairs.first[neither_fixed], pairs.second[neither_fixed]
+    first = pairs.first[neither_fixed]
+    second = pairs.second[neither_fixed]
     while True:
-        root_of_first, root_of_second = root[first], root[second]
-        apart = root_of_first != root_of_second
+        apart = root[first] != root[second]
         if not apart.any():
             return root
-        first, second = first[apart], second[apart]
-        root_of_first, root_of_second = root_of_first[apart], root_of_second[apart]
-        greater = np.maximum(root_of_first, root_of_second)
-        smaller = np.minimum(root_of_first, root_of_second)
+        first = first[apart]
+        second = second[apart]
+        greater = np.maximum(root[first], root[second])
+        smaller = np.minimum(root[first], root[second])
         np.minimum.at(root, greater, smaller)
         root = _shortened(root)
 
 
-def _shortened(root: np.ndarray) -> np.ndarray:
+def _shortened(root: ndarray) -> ndarray:
     """Let every label point at the end of its way instead of at the next label."""
     while True:
         further = root[root]
@@ -93,20 +98,24 @@ def notes_on_half_fixed(ties: Sequence[Tie], pairs: TiedPairs) -> list[Note]:
         ties: The ties.
         pairs: Their pairs.
     """
-    half_fixed = np.flatnonzero((pairs.first == FIXED) != (pairs.second == FIXED))
+    is_half_fixed = (pairs.first == FIXED) != (pairs.second == FIXED)
+    half_fixed = np.flatnonzero(is_half_fixed)
     notes = []
     for number in np.unique(pairs.tie_of(half_fixed)):
         tie = ties[number]
-        first_fixed, second_fixed = tie.first == FIXED, tie.second == FIXED
+        first_fixed = tie.first == FIXED
+        second_fixed = tie.second == FIXED
         met_by_first = tie.second[first_fixed & ~second_fixed]
         met_by_second = tie.first[second_fixed & ~first_fixed]
-        notes.append(Note(torch.cat([met_by_second, met_by_first]), tie.module, tie.why))
+        labels = torch.cat([met_by_second, met_by_first])
+        notes.append(Note(labels, tie.module, tie.why))
     return notes
 
 
-def is_among(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+def is_among(values: ndarray, ascending: ndarray) -> ndarray:
     """Tell which values are among others, which ascend."""
-    place = np.searchsorted(ascending, values)
-    found = place < len(ascending)
-    found[found] = ascending[place[found]] == values[found]
+    places = np.searchsorted(ascending, values)
+    inside = places < len(ascending)
+    found = inside.copy()
+    found[inside] = ascending[places[inside]] == values[inside]
     return found

@@ -67,11 +67,16 @@ class Tracer(Vocabulary, TorchDispatchMode):
 
     def watched(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap the forward function of a module, so that the tracer knows which module runs."""
-        return lambda *args, **kwargs: self._run_module(name, forward, args, kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self._run_module(name, forward, args, kwargs)
+
+        return run
 
     def _run_module(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key = CallKey(name, self.calls_of.get(name, 0))
-        self.calls_of[name] = key.number + 1
+        number = self.calls_of.get(name, 0)
+        self.calls_of[name] = number + 1
+        key = CallKey(name, number)
         start = len(self.record.operator_trace)
         inputs = args, kwargs
         self.modules.append(name)
@@ -103,16 +108,18 @@ class Tracer(Vocabulary, TorchDispatchMode):
         """Wrap the forward function of a module that has a rule of its own: what runs inside it says nothing."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            outer, self.muted = self.muted, True
+            if self.muted:
+                return forward(*args, **kwargs)
+            self.muted = True
             try:
                 output = forward(*args, **kwargs)
             finally:
-                self.muted = outer
-            if not outer:
-                call = Call(module, args, kwargs, output)
-                self.record.operator_trace.append((rule,))
-                self.of_weights = False
-                self._apply(rule, call, [*call.given, *module.parameters()])
+                self.muted = False
+            call = Call(module, args, kwargs, output)
+            inputs = [*call.given, *module.parameters()]
+            self.of_weights = False
+            self.record.operator_trace.append((rule,))
+            self._apply(rule, call, inputs)
             return output
 
         return run
@@ -159,11 +166,13 @@ class Tracer(Vocabulary, TorchDispatchMode):
     def _note_step(self, operator: Operator, call: Call) -> None:
         """Add an operator, and the numbers that it computes with, to the operator trace."""
         if operator.takes_numbers:
-            numbers = numbers_in([*call.args, *call.kwargs.values(), *self.constant])
-            self.record.operator_trace.append((operator.rule, operator.function, *numbers))
+            arguments = [*call.args, *call.kwargs.values()]
+            numbers = numbers_in(arguments) + self.constant
             self.constant = []
+            step = operator.rule, operator.function, *numbers
         else:
-            self.record.operator_trace.append((operator.rule,))
+            step = (operator.rule,)
+        self.record.operator_trace.append(step)
 
     def _apply(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
         """Follow a rule, and note what became of the labels of the inputs."""
@@ -171,7 +180,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         try:
             rule(self, call)
         except Exception as raised:  # a rule that was not made for this: as good as none
-            self._mark_all_unprunable(inputs, f"runs {call.name} in a way that its rule does not know ({raised!r})")
+            why = f"runs {call.name} in a way that its rule does not know ({raised!r})"
+            self._mark_all_unprunable(inputs, why)
         outputs = call.outputs
         if any(map(self.shifts_zero, inputs)):
             for output in outputs:
@@ -213,9 +223,11 @@ class ValueWatcher(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _MAKES_CONSTANTS and not self.tracer.muted:
+        kwargs = kwargs or {}
+        tracer = self.tracer
+        if func in _MAKES_CONSTANTS and not tracer.muted:
             numbers = numbers_in(tree_leaves((args, kwargs)))
-            self.tracer.constant = numbers if len(numbers) == 1 else []
-        elif func in _READS_VALUES and self.tracer.all_labels(args[0]):
-            self.tracer.unsure.add(self.tracer.where())
-        return func(*args, **(kwargs or {}))
+            tracer.constant = numbers if len(numbers) == 1 else []
+        elif func in _READS_VALUES and tracer.all_labels(args[0]):
+            tracer.unsure.add(tracer.where())
+        return func(*args, **kwargs)

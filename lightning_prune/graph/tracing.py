@@ -11,7 +11,6 @@ from torch import nn
 
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.comparison import covers
 from lightning_prune.graph.costs import COSTS
 from lightning_prune.graph.explanation import Finding
 from lightning_prune.graph.groups import Grouping, form_groups
@@ -217,7 +216,7 @@ class _Search:
             findings = verifier.findings(trial)
             if findings:
                 return _Verdict(works=False, findings=findings)
-            if covers(trial.record, observed.evaluation, trial.kept):
+            if trial.covers(observed.evaluation):
                 return _Verdict(works=True)
         return self._verify_in_evaluation(verifier, observed.evaluation)
 
@@ -228,7 +227,7 @@ class _Search:
         if not verifier.looks_right(trial) or not cuts_as_often:
             return _Verdict(works=False)
         # Where channels are cut is compared with what the full network does in the same mode.
-        if not verifier.cuts(evaluation) and covers(trial.record, evaluation, trial.kept):
+        if not verifier.cuts(evaluation) and trial.covers(evaluation):
             return _Verdict(works=True)
         return self._verify_in_evaluation(verifier, evaluation)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.graph.comparison import KeptLabels
+from lightning_prune.graph.comparison import KeptLabels, covers, first_shift
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.operators import OperatorTables, TracerRule
 from lightning_prune.graph.records import Call, CallKey, Known, Labels, ModuleCall, Record
@@ -156,6 +156,14 @@ class Trial(Tracer):
             )
         )
         self.running_inputs = []
+
+    def first_shift(self, start: int, stop: int) -> int | None:
+        """Find the first of some operators whose output does not have just the kept channels; see `comparison`."""
+        return first_shift(self.full, self.record, self.kept, start, stop)
+
+    def covers(self, full: Record) -> bool:
+        """Tell whether the trial did all that the full network did, in order, to just the kept channels."""
+        return covers(self.record, full, self.kept)
 
     def _skip(self, start: int, stop: int) -> None:
         """Take over the operator trace of the full network for a module that failed; what it did has no labels."""

@@ -37,7 +37,8 @@ class Verifier:
             training: The mode to run in.
             full: What the full network showed in this mode, if that is known.
         """
-        return self.runner.run(Shrinking(self.groups, Pruned.SPREAD, training), full)
+        shrinking = Shrinking(self.groups, Pruned.SPREAD, training)
+        return self.runner.run(shrinking, full)
 
     def looks_right(self, trial: Trial) -> bool:
         """Tell whether nothing fails in a trial that cannot be compared with the full network, nor is tied anew."""
@@ -52,7 +53,8 @@ class Verifier:
         if found or not self.cuts(trial.full):
             return found
         for shrinking in _more_shrinkings(self.groups, trial.shrinking.training):
-            found = self._explain(self.runner.run(shrinking, trial.full))
+            another = self.runner.run(shrinking, trial.full)
+            found = self._explain(another)
             if found:
                 return found
         return []
@@ -62,7 +64,8 @@ class Verifier:
         return self.expectations.any_prunable(full.cut)
 
     def _explain(self, trial: Trial) -> list[Finding]:
-        return Explanation(self.runner, self.expectations, trial).findings()
+        explanation = Explanation(self.runner, self.expectations, trial)
+        return explanation.findings()
 
 
 def _more_shrinkings(groups: Sequence[int], training: bool) -> Iterator[Shrinking]:
@@ -84,7 +87,12 @@ def _unlike_subsets(groups: Sequence[int]) -> list[list[int]]:
     """
     if len(groups) < 2:
         return []
-    count = next(count for count in itertools.count(2) if math.comb(count, count // 2) >= len(groups))
-    memberships = itertools.combinations(range(count), count // 2)
-    members = list(zip(groups, memberships, strict=False))
-    return [[group for group, subsets in members if subset in subsets] for subset in range(count)]
+    count = 2
+    while math.comb(count, count // 2) < len(groups):
+        count += 1
+    subsets: list[list[int]] = [[] for _ in range(count)]
+    memberships = itertools.combinations(subsets, count // 2)
+    for group, subsets_of_group in zip(groups, memberships, strict=False):
+        for subset in subsets_of_group:
+            subset.append(group)
+    return subsets

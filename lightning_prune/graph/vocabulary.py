@@ -47,7 +47,8 @@ class Vocabulary:
         by_axis = getattr(tensor, "_channel_labels", None)
         if not by_axis:
             return None
-        return by_axis.get(axis % tensor.dim() if tensor.dim() else 0)
+        dimensions = tensor.dim()
+        return by_axis.get(axis % dimensions if dimensions else 0)
 
     @staticmethod
     def all_labels(tensor: Any) -> dict[int, Labels]:
