@@ -120,8 +120,9 @@ class Expectations:
         if not axes:
             return frozenset()
         labels = np.concatenate([along.numpy() for along in axes])
-        groups = np.unique(self.grouping.group_of[labels])
-        return frozenset(groups[groups >= 0].tolist())
+        numbers = np.unique(self.grouping.group_of[labels])
+        groups = numbers[numbers >= 0]
+        return frozenset(groups.tolist())
 
     def any_prunable(self, axes: Iterable[Labels]) -> bool:
         """Tell whether any label along some axes belongs to a group."""

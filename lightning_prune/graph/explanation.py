@@ -9,7 +9,7 @@ import torch
 from lightning_prune.graph.comparison import Expectations
 from lightning_prune.graph.frames import raising_line
 from lightning_prune.graph.groups import Grouping
-from lightning_prune.graph.records import CallKey, Labels, Note, OperatorStep, SplitSite
+from lightning_prune.graph.records import CallKey, Note, OperatorStep, SplitSite
 from lightning_prune.graph.trial import Entries, Failure, Trial, TrialRunner
 
 __all__ = ["Explanation", "Finding"]
@@ -53,6 +53,7 @@ class Explanation:
     def __init__(self, runner: TrialRunner, expectations: Expectations, trial: Trial) -> None:
         self.runner = runner
         self.expectations = expectations
+        self._groups_of = expectations.groups_of
         self.trial = trial
         self.full = trial.full
         self.record = trial.record
@@ -200,13 +201,11 @@ class Explanation:
         shrinking = replace(self.trial.shrinking, groups=groups)
         return self.runner.run(shrinking, self.full)
 
-    def _groups_of(self, axes: Sequence[Labels]) -> frozenset[int]:
-        return self.expectations.groups_of(axes)
-
 
 def _finding_of_failure(failure: Failure, groups: frozenset[int]) -> Finding:
     line = raising_line(failure.raised)
-    return Finding(groups, failure.key.module, f"{_RELIES}{line}")
+    why = f"{_RELIES}{line}"
+    return Finding(groups, failure.key.module, why)
 
 
 def _first_difference(expected: Sequence[OperatorStep], found: Sequence[OperatorStep]) -> int:

@@ -64,11 +64,13 @@ class Grouping:
         group_of = self.group_of[labels.numpy()]
         is_in_group = group_of >= 0
         fixed = int(np.count_nonzero(~is_in_group))
-        positions_in_group = np.bincount(group_of[is_in_group], minlength=len(self.groups))
+        present = group_of[is_in_group]
+        positions_in_group = np.bincount(present, minlength=len(self.groups))
         per_channel = []
         for group, positions in zip(self.groups.values(), positions_in_group.tolist(), strict=True):
             if positions:
-                per_channel.append((group.name, positions // group.size))
+                positions_per_channel = positions // group.size
+                per_channel.append((group.name, positions_per_channel))
         return Axis(fixed, tuple(per_channel))
 
     def term(self, cost: CostTerm, known: dict[int, Axis]) -> Term:
@@ -191,8 +193,9 @@ def _not_masked_alone(table: SlotTable, ties: Sequence[Tie], sides: _Sides) -> l
     weight_of = components(table.count, among_weights)
     is_weight_consuming = np.zeros(table.count, dtype=bool)
     is_weight_consuming[weight_of[sides.is_in]] = True
-    meets_in_slice = is_weight_consuming[weight_of]
-    found = (meets_in_slice & ~sides.is_in) | (sides.is_out & sides.is_in)
+    is_computed_with_others = is_weight_consuming[weight_of] & ~sides.is_in
+    is_on_both_sides = sides.is_out & sides.is_in
+    found = is_computed_with_others | is_on_both_sides
     found[FIXED] = False
     if not found.any():
         return []
@@ -264,9 +267,10 @@ def _channels(component_of: ndarray, out_slices: Sequence[Labels], sides: _Sides
     produced = np.flatnonzero(sides.is_out)
     when = _time_of_production(len(component_of), out_slices)
     order = np.argsort(when[produced], kind="stable")
-    components_produced = component_of[produced[order]]
-    channels, first_place = np.unique(components_produced, return_index=True)
-    return channels[np.argsort(first_place)]
+    in_order = produced[order]
+    channels, first_place = np.unique(component_of[in_order], return_index=True)
+    order_of_channels = np.argsort(first_place)
+    return channels[order_of_channels]
 
 
 def _time_of_production(count: int, out_slices: Sequence[Labels]) -> ndarray:
@@ -292,9 +296,10 @@ def _number_groups(likeness: ndarray, reason: ndarray) -> ndarray:
     reason_as_number = reason.astype(np.uint64)
     keys = np.stack([likeness, reason_as_number], axis=1)  # (channels, 2)
     _, first_channel, key_of_channel = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    key_of_channel = key_of_channel.reshape(-1)
     keys_in_order = np.argsort(first_channel)
     group_of_key = np.argsort(keys_in_order)
-    return group_of_key[key_of_channel.reshape(-1)]
+    return group_of_key[key_of_channel]
 
 
 def _number_labels(component_of: ndarray, channels: ndarray, group_of_channel: ndarray) -> _Numbering:
@@ -344,9 +349,10 @@ def _labels_by_block(slot_ends: Sequence[int], numbering: _Numbering) -> list[nd
     channel = numbering.channel[labels]
     slot = np.searchsorted(slot_ends, labels, side="right")
     order = np.lexsort((channel, slot, group))  # by group, then by slot, then by channel
-    other_group = np.diff(group[order]) != 0
-    other_slot = np.diff(slot[order]) != 0
-    block_starts = np.flatnonzero(other_group | other_slot) + 1
+    is_other_group = np.diff(group[order]) != 0
+    is_other_slot = np.diff(slot[order]) != 0
+    ends = np.flatnonzero(is_other_group | is_other_slot)
+    block_starts = ends + 1
     return np.split(labels[order], block_starts)
 
 
@@ -392,7 +398,9 @@ class _Builder:
             self._add_unprunable(group, reason)
             return
         self._numbers.append(len(self.groups))
-        name = f"{group.name}#{number}" if group.name in self.groups else group.name
+        name = group.name
+        if name in self.groups:
+            name = f"{name}#{number}"
         self.groups[name] = replace(group, name=name)
 
     def _component(self, blocks: Sequence[_Block]) -> int:

@@ -1,7 +1,6 @@
 """Run of a model's forward pass on stand-ins of its tensors, with labels on them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from lightning_prune.graph.sizes import class_name
 from lightning_prune.graph.slots import SlotTable
 from lightning_prune.graph.substitution import named_tensors, substituted
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
-from lightning_prune.pruning_plan import PruningPlan, plan_in_force
+from lightning_prune.pruning_plan import plan_in_force
 
 __all__ = ["Forward", "KeptPositions", "as_call"]
 
@@ -51,10 +50,7 @@ class Forward:
         _refuse_several_devices(modules.values())
         self.args, self.kwargs = as_call(example_inputs)
         self.tensors = named_tensors(model)
-        plan = plan_in_force(model) or PruningPlan()
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, tensor in self.tensors.items():
-            self.shapes[name] = tuple(plan.shapes.get(name, tensor.shape))
+        self.shapes = _original_shapes(model, self.tensors)
         self.module_names = [name for name in modules if name]
         self.names = {id(submodule): name for name, submodule in modules.items()}
         self.names[id(model)] = type(model).__name__
@@ -63,9 +59,9 @@ class Forward:
 
     def _shapes_to_label(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Return the names and shapes of the tensors of the submodule."""
-        parameters = self.submodule.parameters()
-        buffers = self.submodule.buffers()
-        reached = {id(tensor) for tensor in (*parameters, *buffers)}
+        parameters = map(id, self.submodule.parameters())
+        buffers = map(id, self.submodule.buffers())
+        reached = {*parameters, *buffers}
         for name, tensor in self.tensors.items():
             if id(tensor) in reached:
                 yield name, self.shapes[name]
@@ -89,14 +85,12 @@ class Forward:
                 forward = tracer.muting(rule, module, forward)
             return tracer.watched(name, forward)
 
-        with ExitStack() as stack:
-            stack.enter_context(neutral_state())
+        with neutral_state():
             stand_ins = self._stand_ins(tracer, kept)
             args, kwargs = tree_map(self._stand_in_of_input, (self.args, self.kwargs))
-            stack.enter_context(substituted(self.submodule, stand_ins, training, watched))
-            stack.enter_context(ValueWatcher(tracer))
-            stack.enter_context(tracer)
-            output = self.submodule(*args, **kwargs)
+            running = substituted(self.submodule, stand_ins, training, watched)
+            with running, ValueWatcher(tracer), tracer:
+                output = self.submodule(*args, **kwargs)
         self._mark_outputs(tracer, output)
 
     def _mark_outputs(self, tracer: Tracer, output: Any) -> None:
@@ -205,6 +199,18 @@ def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[
     for axis, positions in kept.items():
         kept_labels[axis] = labels[axis][positions]
     return kept_labels
+
+
+def _original_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape that each tensor had before the model was pruned."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    plan = plan_in_force(model)
+    if plan is None:
+        return shapes
+    for name, shape in plan.shapes.items():
+        if name in shapes:
+            shapes[name] = shape
+    return shapes
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -202,11 +202,11 @@ def _cut_axes(made: Labels, given: list[Labels]) -> list[Labels]:
     is_in_output = np.isin(np.concatenate(given), made.numpy(), kind="table")
     ends = np.cumsum([len(labels) for labels in given])
     by_axis = np.split(is_in_output, ends[:-1])
-    return [
-        labels
-        for labels, found in zip(given, by_axis, strict=True)
-        if found.any() and not found.all()
-    ]  # fmt: skip
+    cut = []
+    for labels, found in zip(given, by_axis, strict=True):
+        if found.any() and not found.all():
+            cut.append(labels)
+    return cut
 
 
 class ValueWatcher(TorchFunctionMode):
