@@ -45,6 +45,11 @@ class Convolution:
         return self.x.dim() - self.weight.dim() + 1
 
     @property
+    def in_channels(self) -> int:
+        """Number of channels of the input."""
+        return self.x.shape[self.channel_axis]
+
+    @property
     def in_axis(self) -> int:
         """The axis of the weight that consumes channels."""
         return 0 if self.transposed else 1

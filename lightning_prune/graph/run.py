@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.graph.groups import Slot
 from lightning_prune.graph.sizes import class_name
-from lightning_prune.graph.substitution import named_tensors, substituted
+from lightning_prune.graph.substitution import named_tensors, substituting_tensors
 from lightning_prune.graph.tracer import Labels, Note, Tracer, Values
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
@@ -89,7 +89,7 @@ class Forward:
             stack.enter_context(_neutral_state())
             stand_ins = self._stand_ins(tracer, stays)
             args, kwargs = tree_map(self._input, (self.args, self.kwargs))
-            stack.enter_context(substituted(self.part, stand_ins, training, watched))
+            stack.enter_context(substituting_tensors(self.part, stand_ins, training, watched))
             stack.enter_context(Values(tracer))
             stack.enter_context(tracer)
             output = self.part(*args, **kwargs)

@@ -193,7 +193,9 @@ def test_a_rule_of_ones_own_that_cuts():
     try:
         model = Around(Quarter())
         model.head = nn.Conv2d(2, 2, 1)
-        assert lp.trace(model, IMAGE).unprunable["stem"].reason.startswith("between: relies on the number of its channels")
+        assert (
+            lp.trace(model, IMAGE).unprunable["stem"].reason.startswith("between: relies on the number of its channels")
+        )
     finally:
         RULES.pop(name)
 

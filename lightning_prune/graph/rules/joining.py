@@ -36,9 +36,10 @@ def stack(tracer: Tracer, call: Call) -> None:
     tensors, output = call.args[0], call.output
     dim = call.argument(1, "dim", 0)
     new_axis = dim % output.dim()
-    axes = [axis for axis in range(output.dim()) if axis != new_axis]
+    old_axes = list(range(output.dim()))
+    old_axes.remove(new_axis)
     output_labels = {}
-    for axis, output_axis in enumerate(axes):
+    for axis, output_axis in enumerate(old_axes):
         if _any_has_labels(tracer, tensors, axis):
             output_labels[output_axis] = _tie_along(tracer, tensors, axis)
     tracer.set_labels(output, output_labels)
@@ -58,9 +59,9 @@ def _labels_or_fixed(tracer: Tracer, tensor: Tensor, axis: int) -> Labels:
 
 def _tie_along(tracer: Tracer, tensors: Sequence[Tensor], axis: int) -> Labels:
     """Tie the labels of tensors along an axis that they share, and return those of the first that has any."""
-    along = [tracer.labels(tensor, axis) for tensor in tensors]
-    shared = next(labels for labels in along if labels is not None)
-    for labels in along:
+    labels_of_each = [tracer.labels(tensor, axis) for tensor in tensors]
+    shared = next(labels for labels in labels_of_each if labels is not None)
+    for labels in labels_of_each:
         tracer.tie(shared, labels, "is put beside a tensor of fixed size")
     return shared
 
@@ -70,11 +71,10 @@ def pad(tracer: Tracer, call: Call) -> None:
     """Keep the channels, and put positions that cannot be pruned before and behind them where their axis is padded."""
     x, amounts = call.args[:2]
     output_labels = dict(tracer.all_labels(x))
-    padded_axes = len(amounts) // 2
-    for axis in range(x.dim() - padded_axes, x.dim()):
+    axis = x.dim()
+    for before, behind in zip(amounts[::2], amounts[1::2], strict=True):  # the last axis comes first
+        axis -= 1
         labels = output_labels.get(axis)
         if labels is not None:
-            position = 2 * (x.dim() - 1 - axis)  # the amounts of the last axis come first
-            before_and_behind = list(amounts[position : position + 2])
-            output_labels[axis] = torch.constant_pad_nd(labels, before_and_behind, FIXED)
+            output_labels[axis] = torch.constant_pad_nd(labels, [before, behind], FIXED)
     tracer.set_labels(call.output, output_labels)

@@ -92,10 +92,10 @@ def _convolve_in_groups(tracer: Tracer, conv: Convolution) -> Labels | None:
         return None
     by_group = outer.view(conv.groups, -1)  # (groups, labels of a group)
     one_per_group = by_group[:, :1]
-    if outer.numel() > conv.groups:
+    if len(outer) > conv.groups:
         same_in_group = one_per_group.expand_as(by_group)
         tracer.tie(outer, same_in_group.reshape(-1), "is a grouped convolution")
-    in_per_group = conv.x.shape[conv.channel_axis] // conv.groups
+    in_per_group = conv.in_channels // conv.groups
     same_in_group = one_per_group.expand(-1, in_per_group)
     why = "is a grouped convolution that consumes an input of fixed size"
     tracer.tie(in_channels, same_in_group.reshape(-1), why)
@@ -126,9 +126,10 @@ def biased_matrix_product(tracer: Tracer, call: Call) -> None:
 
 def _multiply(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> None:
     """Label the product of (rows, inner) and (inner, columns), or of as many such matrices as there are in a batch."""
-    rows, columns = tracer.labels(left, -2), tracer.labels(right, -1)
-    inner, other_inner = tracer.labels(left, -1), tracer.labels(right, -2)
-    tracer.tie(inner, other_inner, "multiplies a matrix of fixed size")
+    rows = tracer.labels(left, -2)
+    columns = tracer.labels(right, -1)
+    inner = tracer.labels(left, -1)
+    tracer.tie(inner, tracer.labels(right, -2), "multiplies a matrix of fixed size")
     left_is_weight = tracer.is_weight(left)
     right_is_weight = tracer.is_weight(right)
     if left_is_weight:
@@ -142,8 +143,8 @@ def _multiply(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> No
     if output.dim() == 2:
         tracer.set_labels(output, {0: rows, 1: columns})
         return
-    batch, other_batch = tracer.labels(left, 0), tracer.labels(right, 0)
-    tracer.tie(batch, other_batch, "is a batch of matrices of fixed number")
+    batch = tracer.labels(left, 0)
+    tracer.tie(batch, tracer.labels(right, 0), "is a batch of matrices of fixed number")
     tracer.set_labels(output, {1: rows, 2: columns, 0: batch})
 
 

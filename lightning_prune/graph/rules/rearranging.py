@@ -77,8 +77,9 @@ def _find_axis(tracer: Tracer, spread: Tensor) -> _LabelledAxis | None:
         axis = varying[shorter]
     labels = _labels_along(spread, axis)
     if len(varying) > 1:
-        tied = _spread(labels, axis, spread.shape)
-        tracer.tie(spread.reshape(-1), tied.reshape(-1), "is split into parts")
+        split_labels = spread.reshape(-1)
+        shorter_labels = _spread(labels, axis, spread.shape).reshape(-1)
+        tracer.tie(split_labels, shorter_labels, "is split into parts")
     return _LabelledAxis(axis, labels)
 
 
@@ -122,7 +123,8 @@ def permute(tracer: Tracer, call: Call) -> None:
     output_axis_of = _output_axes(call)
     squeezable = _squeezable_axes(call)
     output_labels = {}
-    for axis, labels in tracer.all_labels(x).items():
+    labels_by_axis = tracer.all_labels(x)
+    for axis, labels in labels_by_axis.items():
         if axis in squeezable:
             tracer.mark_squeezed(labels)
         if axis in output_axis_of:
@@ -226,7 +228,8 @@ def _blocks(shape: Sequence[int], output_shape: Sequence[int]) -> list[_Block]:
         >>> _blocks((2, 6, 4, 4), (2, 3, 2, 16))
         [_Block(axes=[0], output_axes=[0]), _Block(axes=[1], output_axes=[1, 2]), _Block(axes=[2, 3], output_axes=[3])]
     """
-    axes, output_axes = deque(range(len(shape))), deque(range(len(output_shape)))
+    axes = deque(range(len(shape)))
+    output_axes = deque(range(len(output_shape)))
     blocks = []
     while axes and output_axes:
         block = _Block([axes.popleft()], [output_axes.popleft()])
@@ -243,8 +246,9 @@ def _blocks(shape: Sequence[int], output_shape: Sequence[int]) -> list[_Block]:
                 output_product *= output_shape[axis]
         blocks.append(block)
     if blocks:
-        blocks[-1].axes.extend(axes)
-        blocks[-1].output_axes.extend(output_axes)
+        last = blocks[-1]
+        last.axes.extend(axes)
+        last.output_axes.extend(output_axes)
     return blocks
 
 
