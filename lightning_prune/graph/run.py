@@ -12,7 +12,7 @@ from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
 from lightning_prune.graph.sizes import class_name
 from lightning_prune.graph.slots import SlotTable
-from lightning_prune.graph.substitution import named_tensors, substituted
+from lightning_prune.graph.substitution import named_tensors, substituting_tensors
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
 from lightning_prune.pruning_plan import plan_in_force
 
@@ -88,7 +88,7 @@ class Forward:
         with neutral_state():
             stand_ins = self._stand_ins(tracer, kept)
             args, kwargs = tree_map(self._stand_in_of_input, (self.args, self.kwargs))
-            running = substituted(self.submodule, stand_ins, training, watched)
+            running = substituting_tensors(self.submodule, stand_ins, training, watched)
             with running, ValueWatcher(tracer), tracer:
                 output = self.submodule(*args, **kwargs)
         self._mark_outputs(tracer, output)

@@ -56,7 +56,7 @@ def tables() -> Iterator[None]:
     yield
     for name in (SCALE, HALVES):
         RULES.pop(name, None)
-        sizes._OWN_SYNC.pop(name, None)
+        sizes._SYNC_BY_CLASS_NAME.pop(name, None)
 
 
 def teach_scale() -> None:

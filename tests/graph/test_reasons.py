@@ -177,7 +177,7 @@ HELD: dict[str, tuple[Network, Any, str, str]] = {
         Network(fixed_blur, stem=nn.Conv2d(3, 8, 1)),
         IMAGE,
         "stem",
-        "is read by a grouped convolution of fixed size",
+        "is consumed by a grouped convolution of fixed size",
     ),
     "a convolution over channels": (
         Network(
@@ -253,7 +253,7 @@ HELD: dict[str, tuple[Network, Any, str, str]] = {
         ),
         ROWS,
         "one",
-        "holds two kinds of channels along one axis",
+        "has two kinds of channels along one axis",
     ),
     "channels beyond those there are": (around(surplus), IMAGE, "stem", "has none of its channels taken"),
     "points picked before and behind the channels": (
@@ -387,7 +387,7 @@ INEXACT: dict[str, tuple[Network, Any, str, str, dict[str, int]]] = {
         ),
         IMAGE,
         "stem",
-        "head.parametrizations.weight.0: is part of the length that a weight is normalised by",
+        "head.parametrizations.weight.0: counts in the norm that a weight is divided by",
         {"stem.weight": 0, "stem.bias": 0, "head.parametrizations.weight.original1": 1},
     ),
 }
@@ -404,7 +404,7 @@ def buffered(combined: Callable[[Tensor, Tensor], Tensor]) -> Network:
     return net
 
 
-SHIFTED = "Network: reads channels by a weight that is not zero where its parameters are"
+SHIFTED = "Network: consumes channels by a weight that is not zero where its parameters are"
 COMPUTED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "exponential": (lambda w, fixed: w.exp(), SHIFTED),
     "one plus": (lambda w, fixed: (1 + w).t().contiguous().t(), SHIFTED),
