@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.graph.run import as_call
+from lightning_prune.graph.tracing import as_call
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery import prune, reshape

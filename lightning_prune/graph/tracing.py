@@ -17,13 +17,13 @@ from lightning_prune.graph.groups import Grouping, form_groups
 from lightning_prune.graph.operators import OperatorTables
 from lightning_prune.graph.records import CostTerm, Known, Note, Record
 from lightning_prune.graph.rules import RULES
-from lightning_prune.graph.run import Forward
+from lightning_prune.graph.run import Forward, as_call
 from lightning_prune.graph.terms import cost_terms
 from lightning_prune.graph.tracer import Tracer
 from lightning_prune.graph.verification import Verifier
 from lightning_prune.progress import progress
 
-__all__ = ["trace"]
+__all__ = ["as_call", "trace"]
 
 
 def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Sequence[str] = ()) -> ChannelGraph:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_prune.graph.run import as_call
 from lightning_prune.graph.substitution import preserving_attributes, replace_tensors
+from lightning_prune.graph.tracing import as_call
 
 __all__ = ["measure_latency", "placed", "timed", "wait"]
 
