@@ -32,6 +32,7 @@ import torch
 from numpy import ndarray
 
 from lightning_prune.graph.channel_graph import Axis, Group, Term, Unprunable
+from lightning_prune.graph.numbering import Numbering, number_labels
 from lightning_prune.graph.records import FIXED, CostTerm, Labels, Note, Record, Tie
 from lightning_prune.graph.slices import slices_of
 from lightning_prune.graph.slots import Slot, SlotTable, module_of
@@ -118,14 +119,6 @@ class _Reasons:
 
 
 @dataclass(frozen=True)
-class _Numbering:
-    """The group of each label and the channel of that group: (labels,) int64 each, -1 where it is in none."""
-
-    group: ndarray
-    channel: ndarray
-
-
-@dataclass(frozen=True)
 class _Block:
     """The labels of one group in one slot: (channels, labels of a channel)."""
 
@@ -151,11 +144,7 @@ def form_groups(table: SlotTable, record: Record) -> Grouping:
     why_unprunable = _reasons(component_of, unprunable)
     why_not_mask_exact = _reasons(component_of, not_mask_exact)
 
-    channels = _channels(component_of, record.out_slices, sides)
-    likeness = _likeness(table, component_of, record.costs)
-    group_of_channel = _number_groups(likeness[channels], why_unprunable.first[channels])
-    numbering = _number_labels(component_of, channels, group_of_channel)
-
+    numbering = number_labels(table, component_of, record, reason_of=why_unprunable.first)
     builder = _Builder(component_of, sides, why_unprunable, why_not_mask_exact)
     for number, blocks in enumerate(_blocks(table.slots, numbering)):
         builder.add(number, blocks)
@@ -222,110 +211,10 @@ def _reasons(component_of: ndarray, notes: Sequence[Note]) -> _Reasons:
     return _Reasons(notes, first)
 
 
-def _likeness(table: SlotTable, component_of: ndarray, costs: Sequence[CostTerm]) -> ndarray:
-    """Return a hash of where each component has labels, how often, and which costs depend on it.
-
-    Every slot and every axis of a cost has a random number; a component's hash is the sum over its labels.
-
-    Returns:
-        (labels,) uint64 by component.
-    """
-    random = np.random.default_rng(0)
-    likeness = np.zeros(table.count, dtype=np.uint64)
-
-    numbers_of_slots = _random_numbers(random, len(table.slots))
-    number_of_label = np.zeros(table.count, dtype=np.uint64)
-    number_of_label[FIXED + 1 :] = np.repeat(numbers_of_slots, table.sizes)
-    np.add.at(likeness, component_of, number_of_label)
-
-    axes = _distinct_axes(costs)
-    numbers_of_axes = _random_numbers(random, len(axes))
-    for labels, number in zip(axes, numbers_of_axes, strict=True):
-        components_on_axis = component_of[labels.numpy()]
-        np.add.at(likeness, components_on_axis, number)
-    return likeness
-
-
-def _random_numbers(random: np.random.Generator, count: int) -> ndarray:
-    return random.integers(1, 2**63, count, dtype=np.uint64)
-
-
-def _distinct_axes(costs: Sequence[CostTerm]) -> list[Labels]:
-    """Return the labels along the axes of some costs, each once where several costs share the very same."""
-    by_identity = {}
-    for cost in costs:
-        for labels in cost.axes:
-            by_identity[id(labels)] = labels
-    return list(by_identity.values())
-
-
-# -- channels and their numbers ----------------------------------------------------------------------------------------
-
-
-def _channels(component_of: ndarray, out_slices: Sequence[Labels], sides: _Sides) -> ndarray:
-    """Return the components that are channels, in the order in which they are first produced: (channels,)."""
-    produced = np.flatnonzero(sides.is_out)
-    when = _time_of_production(len(component_of), out_slices)
-    order = np.argsort(when[produced], kind="stable")
-    in_order = produced[order]
-    channels, first_place = np.unique(component_of[in_order], return_index=True)
-    order_of_channels = np.argsort(first_place)
-    return channels[order_of_channels]
-
-
-def _time_of_production(count: int, out_slices: Sequence[Labels]) -> ndarray:
-    """Return the place of each label among all that the forward pass produced: (labels,)."""
-    never = np.iinfo(np.int64).max
-    when = np.full(count, never)
-    clock = 0
-    for labels in out_slices:
-        produced = labels.numpy()
-        now = clock + np.arange(len(produced))
-        when[produced] = np.minimum(when[produced], now)
-        clock += len(produced)
-    return when
-
-
-def _number_groups(likeness: ndarray, reason: ndarray) -> ndarray:
-    """Return the group of each channel, numbered in the order in which their first channels come: (channels,).
-
-    Args:
-        likeness: (channels,) a hash that is equal for channels that lie and cost alike.
-        reason: (channels,) the number of the note that makes each unprunable, -1 for none.
-    """
-    reason_as_number = reason.astype(np.uint64)
-    keys = np.stack([likeness, reason_as_number], axis=1)  # (channels, 2)
-    _, first_channel, key_of_channel = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    key_of_channel = key_of_channel.reshape(-1)
-    keys_in_order = np.argsort(first_channel)
-    group_of_key = np.argsort(keys_in_order)
-    return group_of_key[key_of_channel]
-
-
-def _number_labels(component_of: ndarray, channels: ndarray, group_of_channel: ndarray) -> _Numbering:
-    """Return the group, and the channel in it, of each label.
-
-    Args:
-        component_of: (labels,) the component of each label.
-        channels: (channels,) the components that are channels.
-        group_of_channel: (channels,) the group of each.
-    """
-    count = len(component_of)
-    group_of_component = np.full(count, _NONE)
-    group_of_component[channels] = group_of_channel
-
-    by_group = np.argsort(group_of_channel, kind="stable")
-    sorted_groups = group_of_channel[by_group]
-    group_starts = np.searchsorted(sorted_groups, sorted_groups)  # where the group of each channel starts
-    number_in_component = np.full(count, _NONE)
-    number_in_component[channels[by_group]] = np.arange(len(channels)) - group_starts
-    return _Numbering(group_of_component[component_of], number_in_component[component_of])
-
-
 # -- groups and their slices -------------------------------------------------------------------------------------------
 
 
-def _blocks(slots: Sequence[Slot], numbering: _Numbering) -> list[list[_Block]]:
+def _blocks(slots: Sequence[Slot], numbering: Numbering) -> list[list[_Block]]:
     """Return the labels of every group, slot by slot in ascending order, by the number of the group."""
     count = int(numbering.group.max()) + 1
     blocks: list[list[_Block]] = [[] for _ in range(count)]
@@ -340,7 +229,7 @@ def _blocks(slots: Sequence[Slot], numbering: _Numbering) -> list[list[_Block]]:
     return blocks
 
 
-def _labels_by_block(slot_ends: Sequence[int], numbering: _Numbering) -> list[ndarray]:
+def _labels_by_block(slot_ends: Sequence[int], numbering: Numbering) -> list[ndarray]:
     """Return the labels of each group in each slot: (labels of the block,), channel by channel."""
     labels = np.flatnonzero(numbering.group >= 0)
     if not len(labels):
