@@ -79,7 +79,7 @@ def check(name: str) -> dict[str, object]:
     free = sum(group.size * group.width for group in graph.groups.values())
     held = sum(held.channels for held in graph.unprunable.values())
     row["free"] = free / (free + held)
-    row["inexact"] = sum(bool(group.not_mask_exact) for group in graph.groups.values())
+    row["inexact"] = sum(not group.mask_exact for group in graph.groups.values())
     row["groups"] = len(graph.groups)
     row["held"] = Counter(held.reason.split(": ", 1)[1] for held in graph.unprunable.values())
     return row

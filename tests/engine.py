@@ -53,7 +53,7 @@ def random_plan(graph: ChannelGraph, exact_only: bool = False) -> PruningPlan:
     """Keep a random set of channels of every group."""
     kept = {}
     for name, group in graph.groups.items():
-        if not (exact_only and group.not_mask_exact):
+        if group.mask_exact or not exact_only:
             count = int(torch.randint(1, group.size + 1, ()))
             kept[name] = torch.randperm(group.size)[:count]
     return graph.plan(kept)

@@ -54,7 +54,7 @@ def classes_in(content: Any) -> Iterator[dict[str, Any]]:
 def _as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run in an empty folder, and forget what is registered meanwhile."""
     monkeypatch.chdir(tmp_path)
-    tables: list[dict[str, Any]] = [CRITERIA, RULES, sizes._OWN_SYNC]
+    tables: list[dict[str, Any]] = [CRITERIA, RULES, sizes._SYNC_BY_CLASS_NAME]
     before = [dict(table) for table in tables]
     yield
     for table, content in zip(tables, before, strict=True):

@@ -68,7 +68,7 @@ def test_unknown_and_held_groups_are_named():
     graph = graph_of(network())
     with pytest.raises(ValueError, match="'nothing' is no channel group of this model; the groups are 0, 2, 4"):
         graph.plan({"nothing": torch.tensor([0])})
-    with pytest.raises(ValueError, match="The channels of '5' stay whole: 5: is an output of the network"):
+    with pytest.raises(ValueError, match="The channels of '5' cannot be pruned: 5: is an output of the network"):
         graph.plan({"5": torch.tensor([0])})
 
 

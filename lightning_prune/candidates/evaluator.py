@@ -19,7 +19,7 @@ from lightning_prune.candidates.runner import Runner
 from lightning_prune.candidates.variants import Candidate, Noise, digest
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors, substituted
+from lightning_prune.graph.substitution import named_tensors, substituting_tensors
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 
@@ -175,7 +175,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     with torch.inference_mode(False), torch.no_grad(), as_written(), torch.random.fork_rng(devices):
         copies = {id(tensor): tensor.clone() for tensor in tensors if not isinstance(tensor, nn.Parameter)}
-        with substituted(model, copies, training=False, watched=alone):
+        with substituting_tensors(model, copies, training=False, wrap_forward=alone):
             yield
 
 

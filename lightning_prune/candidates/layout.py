@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from lightning_prune.graph.substitution import put
+from lightning_prune.graph.substitution import replace_tensors
 
 __all__ = ["Pair", "fold", "foldable", "put_channels_last"]
 
@@ -51,7 +51,7 @@ def put_channels_last(model: nn.Module, run: Callable[[], T]) -> T:
 
 def _put(model: nn.Module, tensors: dict[int, Tensor]) -> None:
     for module in model.modules():
-        put(module, tensors)
+        replace_tensors(module, tensors)
 
 
 def foldable(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Pair]]:

@@ -23,7 +23,7 @@ from lightning_prune.candidates.measures import (
 from lightning_prune.candidates.replay import Replay, observe
 from lightning_prune.candidates.variants import Candidate, Noise, input_masks, masked, noisy, plain_readers
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors, substituted
+from lightning_prune.graph.substitution import named_tensors, substituting_tensors
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery import pruned_tensors
 from lightning_prune.surgery.batch_norm import recalibrate
@@ -213,7 +213,9 @@ class Runner:
         else:
             found = masked(self.graph, candidate, self.tensors)
         stand_ins = {id(self.tensors[name]): tensor for name, tensor in found.items()}
-        with substituted(self.graph.model, stand_ins, training=False, watched=lambda module, forward: forward):
+        with substituting_tensors(
+            self.graph.model, stand_ins, training=False, wrap_forward=lambda module, forward: forward
+        ):
             yield
 
 

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device that trains, with other random numbers for every image."""
+"""Augmentation of batches at once, on the device that trains, with other random numbers for every image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Augmentation:
 
     Note:
         Cutout: DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
-        arXiv:1708.04552. The centre of the square is anywhere in the image, so that part of it may lie outside.
+        arXiv:1708.04552. The centre of the square is anywhere in the image, so that some of it may lie outside.
     """
 
     mean: Sequence[float]
@@ -86,41 +86,50 @@ class Augmentation:
         if self.flip:
             pixels = flip(pixels, numbers[:, FLIP])
         images = normalise(pixels, self.mean, self.std)
-        return cut_out(images, self.cutout, numbers[:, CUTOUT]) if self.cutout else images
+        if self.cutout:
+            images = cut_out(images, self.cutout, numbers[:, CUTOUT])
+        return images
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (pixels / 255 - mean) / std for bytes (n, c, h, w), in float32."""
     scale = [1 / (255 * deviation) for deviation in std]
     shift = [-middle / deviation for middle, deviation in zip(mean, std, strict=True)]
-    scales, shifts = torch.tensor([scale, shift], dtype=torch.float32, device=pixels.device).view(2, -1, 1, 1)
+    scale_and_shift = torch.tensor([scale, shift], dtype=torch.float32, device=pixels.device)  # (2, c)
+    scales, shifts = scale_and_shift.view(2, -1, 1, 1)
     return pixels.float().mul_(scales).add_(shifts)
 
 
 def crop(pixels: Tensor, padding: int, numbers: Tensor) -> Tensor:
     """Pad images (n, c, h, w) with zeros and cut each to its size at a place of its own, by numbers (n, 2)."""
     height, width = pixels.shape[2:]
-    # Whole numbers 0 ... 2 * padding, all equally likely; a product of floats below 1 stays below the integer.
-    top, left = (numbers * (2 * padding + 1)).long().unbind(1)
-    windows = F.pad(pixels, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view, (n, c, y, x, h, w)
-    return windows[torch.arange(len(pixels), device=pixels.device), :, top, left]
+    # Integers 0 ... 2 * padding, all equally likely; a product of floats below 1 is below the integer too.
+    places = (numbers * (2 * padding + 1)).long()
+    top, left = places.unbind(1)
+    padded = F.pad(pixels, (padding,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view, (n, c, y, x, h, w)
+    images = torch.arange(len(pixels), device=pixels.device)
+    return windows[images, :, top, left]
 
 
 def flip(pixels: Tensor, numbers: Tensor) -> Tensor:
     """Flip those images (n, c, h, w) from left to right whose number (n,) is below 0.5."""
-    return torch.where((numbers < 0.5).view(-1, 1, 1, 1), pixels.flip(3), pixels)
+    is_flipped = (numbers < 0.5).view(-1, 1, 1, 1)
+    return torch.where(is_flipped, pixels.flip(3), pixels)
 
 
 def cut_out(images: Tensor, size: int, numbers: Tensor) -> Tensor:
     """Set a square of each image (n, c, h, w) to 0, its centre by numbers (n, 2), what is outside cut off."""
-    covered = [
-        _covers(length, size, (numbers[:, axis] * length).long()) for axis, length in enumerate(images.shape[2:])
-    ]
-    return images.masked_fill_((covered[0][:, :, None] & covered[1][:, None, :]).unsqueeze(1), 0.0)
+    height, width = images.shape[2:]
+    rows = _covered(height, size, numbers[:, 0])  # (n, h)
+    columns = _covered(width, size, numbers[:, 1])  # (n, w)
+    square = rows[:, None, :, None] & columns[:, None, None, :]  # (n, 1, h, w)
+    return images.masked_fill_(square, 0.0)
 
 
-def _covers(length: int, size: int, centre: Tensor) -> Tensor:
-    """Return (n, length): whether a position lies in the ``size`` ones around each centre (n,)."""
+def _covered(length: int, size: int, numbers: Tensor) -> Tensor:
+    """Return (n, length): whether a position lies in the ``size`` ones around a centre, by numbers (n,)."""
+    centre = (numbers * length).long()
     start = (centre - size // 2).unsqueeze(1)
     positions = torch.arange(length, device=centre.device)
     return (positions >= start) & (positions < start + size)

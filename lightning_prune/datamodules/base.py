@@ -1,4 +1,4 @@
-"""What all data modules share: the validation split, the loaders, augmentation on the device that trains."""
+"""Data module that all others extend: the validation split, the loaders, augmentation on the device that trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_prune.datamodules.augmentation import Augmentation
 from lightning_prune.datamodules.loading import (
     EpochSampler,
-    ImagePart,
+    ImageSubset,
     LabelledImages,
     ResumableLoader,
     keep_batch,
@@ -36,7 +36,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         for epoch in range(epochs):
             loader.sampler.set_epoch(epoch)
             for batch in loader:
-                images, labels = data.on_after_batch_transfer([part.to(device) for part in batch])
+                images, labels = data.on_after_batch_transfer([tensor.to(device) for tensor in batch])
 
     A subclass sets ``num_classes`` and ``input_shape`` and provides the images.
 
@@ -61,14 +61,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self, batch_size: int, num_workers: int, val_fraction: float, seed: int, augmentation: Augmentation
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is no batch: set it to 1 or more.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers} is negative: set it to 0 to load in the training process.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} is outside (0, 1): set it to 0.1 to keep a tenth.")
-        if seed < 0:
-            raise ValueError(f"seed={seed} is negative: set it to 0 or above.")
+        _check_settings(batch_size, num_workers, val_fraction, seed)
         channels = self.input_shape[0]
         if len(augmentation.mean) != channels:
             raise ValueError(f"mean and std have {len(augmentation.mean)} values: give {channels} of each.")
@@ -77,9 +70,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.val_fraction = val_fraction
         self.seed = seed
         self.augmentation = augmentation
-        self.train_set: ImagePart | None = None
-        self.val_set: ImagePart | None = None
-        self.test_set: ImagePart | None = None
+        self.train_set: ImageSubset | None = None
+        self.val_set: ImageSubset | None = None
+        self.test_set: ImageSubset | None = None
 
     @abstractmethod
     def check_files(self) -> None:
@@ -109,26 +102,29 @@ class ImageDataModule(L.LightningDataModule, ABC):
             self._setup_training()
         if stage in ("test", "predict") and self.test_set is None:
             images = self._checked("test", self.load_images(train=False))
-            self.test_set = ImagePart(images, range(len(images.targets)))
+            self.test_set = _all_of(images)
 
     def _setup_training(self) -> None:
         train_images = self._checked("training", self.load_images(train=True))
         val_images = self.load_validation_images()
-        if val_images is None:
-            val_images = train_images
-            train_indices, val_indices = stratified_split(train_images.targets, self.val_fraction, self.seed)
-            if not val_indices:
-                raise ValueError("No class has two training images, so none can be kept for validation: add images.")
-        else:
-            train_indices, val_indices = list(range(len(train_images.targets))), list(range(len(val_images.targets)))
-        self.train_set = ImagePart(train_images, train_indices)
-        self.val_set = ImagePart(self._checked("validation", val_images), val_indices)
+        if val_images is not None:
+            self.train_set = _all_of(train_images)
+            self.val_set = _all_of(self._checked("validation", val_images))
+            return
+        train_indices, val_indices = stratified_split(train_images.targets, self.val_fraction, self.seed)
+        if not val_indices:
+            raise ValueError("No class has two training images, so none can be kept for validation: add images.")
+        self.train_set = ImageSubset(train_images, train_indices)
+        self.val_set = ImageSubset(train_images, val_indices)
 
-    def _checked(self, part: str, images: LabelledImages) -> LabelledImages:
-        wrong = ((images.targets < 0) | (images.targets >= self.num_classes)).nonzero().flatten()
-        if len(wrong):
+    def _checked(self, split: str, images: LabelledImages) -> LabelledImages:
+        labels = images.targets
+        is_wrong = (labels < 0) | (labels >= self.num_classes)
+        wrong = is_wrong.nonzero().flatten().tolist()
+        if wrong:
+            first = wrong[0]
             raise ValueError(
-                f"Label {int(images.targets[wrong[0]])} of {part} image {int(wrong[0])} is outside 0 ... "
+                f"Label {int(labels[first])} of {split} image {first} is outside 0 ... "
                 f"{self.num_classes - 1}: the labels that {type(self).__name__} found are damaged, replace the files."
             )
         return images
@@ -141,10 +137,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if self.trainer and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             # Lightning would put a sampler of its own in the place of one that shuffles.
             return self._evaluation_loader(self.train_set, "fit")
-        part = self._ready(self.train_set, "fit")
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = EpochSampler(part, self.batch_size, self.seed, replicas, rank)
-        return ResumableLoader(part, batch_size=None, sampler=sampler, collate_fn=keep_batch, **self._workers)
+        images = self._ready(self.train_set, "fit")
+        world_size = self.trainer.world_size if self.trainer else 1
+        rank = self.trainer.global_rank if self.trainer else 0
+        sampler = EpochSampler(images, self.batch_size, self.seed, world_size, rank)
+        return ResumableLoader(images, batch_size=None, sampler=sampler, collate_fn=keep_batch, **self._workers)
 
     def val_dataloader(self) -> DataLoader:
         """Return batches of validation images, in fixed order: bytes (n, c, h, w) and labels (n,)."""
@@ -173,7 +170,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
             return batch
         pixels, labels, *numbers = batch
         images = self.augmentation(pixels, *numbers)
-        return self.trainer.precision_plugin.convert_input(images) if self.trainer else images, labels
+        if self.trainer:
+            images = self.trainer.precision_plugin.convert_input(images)
+        return images, labels
 
     @property
     def _workers(self) -> dict[str, Any]:
@@ -184,11 +183,26 @@ class ImageDataModule(L.LightningDataModule, ABC):
             "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         }
 
-    def _evaluation_loader(self, part: ImagePart | None, stage: str) -> DataLoader:
-        images = self._ready(part, stage)
+    def _evaluation_loader(self, subset: ImageSubset | None, stage: str) -> DataLoader:
+        images = self._ready(subset, stage)
         return DataLoader(images, batch_size=self.batch_size, collate_fn=keep_batch, **self._workers)
 
-    def _ready(self, part: ImagePart | None, stage: str) -> ImagePart:
-        if part is None:
+    def _ready(self, subset: ImageSubset | None, stage: str) -> ImageSubset:
+        if subset is None:
             raise RuntimeError(f"The images are not loaded yet: call setup({stage!r}) before asking for batches.")
-        return part
+        return subset
+
+
+def _all_of(images: LabelledImages) -> ImageSubset:
+    return ImageSubset(images, range(len(images.targets)))
+
+
+def _check_settings(batch_size: int, num_workers: int, val_fraction: float, seed: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is no batch: set it to 1 or more.")
+    if num_workers < 0:
+        raise ValueError(f"num_workers={num_workers} is negative: set it to 0 to load in the training process.")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction} is outside (0, 1): set it to 0.1 to keep a tenth.")
+    if seed < 0:
+        raise ValueError(f"seed={seed} is negative: set it to 0 or above.")

@@ -42,12 +42,13 @@ class CIFAR10DataModule(DownloadedDataModule):
     def load_images(self, train: bool) -> LabelledImages:
         """Return the training or the test images."""
         checksums = dict(self.source.train_list if train else self.source.test_list)
-        parts, targets = [], []
+        pixels_of_files, targets = [], []
         for name, checksum in checksums.items():
             entry = self._read_pickle(name, checksum)
-            parts.append(torch.from_numpy(entry[b"data"]).view(-1, *self.input_shape))
+            pixels = torch.from_numpy(entry[b"data"])
+            pixels_of_files.append(pixels.view(-1, *self.input_shape))
             targets += entry[self.labels_key]
-        return PixelImages(_join(parts), torch.tensor(targets))
+        return PixelImages(_join(pixels_of_files), torch.tensor(targets))
 
     def _read_pickle(self, name: str, checksum: str) -> dict[bytes, Any]:
         path = self.path / name
@@ -59,16 +60,19 @@ class CIFAR10DataModule(DownloadedDataModule):
             return pickle._Unpickler(file, encoding="bytes").load()
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    """Return the images of all parts, and let go of each as soon as it is copied."""
-    if len(parts) == 1:
-        return parts[0]
-    joined = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+def _join(pixels_of_files: list[Tensor]) -> Tensor:
+    """Return the images of all files, and free the memory of each file as soon as it is copied."""
+    if len(pixels_of_files) == 1:
+        return pixels_of_files[0]
+    images = sum(map(len, pixels_of_files))
+    image_shape = pixels_of_files[0].shape[1:]
+    joined = pixels_of_files[0].new_empty(images, *image_shape)
     start = 0
-    while parts:
-        part = parts.pop(0)
-        joined[start : start + len(part)] = part
-        start += len(part)
+    while pixels_of_files:
+        pixels = pixels_of_files.pop(0)
+        stop = start + len(pixels)
+        joined[start:stop] = pixels
+        start = stop
     return joined
 
 

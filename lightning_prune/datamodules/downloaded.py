@@ -1,4 +1,4 @@
-"""What the small data sets share whose files torchvision downloads: they lie in one folder and fit in memory."""
+"""Data module of the small data sets that torchvision downloads: they lie in one folder and fit in memory."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ class DownloadedDataModule(ImageDataModule):
         std: Sequence[float] | None = None,
         seed: int = 0,
     ) -> None:
-        given: dict[str, Any] = {"crop_padding": crop_padding, "flip": flip, "cutout": cutout, "mean": mean, "std": std}
-        augmentation = replace(self.usual, **{name: value for name, value in given.items() if value is not None})
+        settings = {"crop_padding": crop_padding, "flip": flip, "cutout": cutout, "mean": mean, "std": std}
+        given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+        augmentation = replace(self.usual, **given)
         super().__init__(batch_size, num_workers, val_fraction, seed, augmentation)
         self.root = Path(root)
         self.download = download

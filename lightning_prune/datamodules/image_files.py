@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +21,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import RandomResizedCrop
 
 from lightning_prune.datamodules.augmentation import BOX
+from lightning_prune.files import written_whole
 
 CACHE_VERSION = 1  # raise it when the same files would give other pixels
 AT_ONCE = 1024  # images that are decoded before they are written
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+BoxChoice = Callable[[Image.Image], Box]
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ class ImageFiles:
     def read(self, indices: Tensor, numbers: Tensor | None) -> Tensor:
         """Return the images ``indices`` (k,) as bytes (k, 3, size, size), in random boxes if there are numbers."""
         paths = [os.fsdecode(self.paths[index]) for index in indices.tolist()]
-        if numbers is None or self.area is None:
-            return torch.stack([read_image(path, self.size, partial(central_box, self.margin)) for path in paths])
-        boxes = [partial(random_box, self.area, number) for number in numbers[:, BOX].tolist()]
-        return torch.stack([read_image(path, self.size, box) for path, box in zip(paths, boxes, strict=True)])
+        boxes: list[BoxChoice] = [partial(central_box, self.margin)] * len(paths)
+        if numbers is not None and self.area is not None:
+            boxes = [partial(random_box, self.area, number) for number in numbers[:, BOX].tolist()]
+        images = [read_image(path, self.size, box) for path, box in zip(paths, boxes, strict=True)]
+        return torch.stack(images)
 
 
 def find_images(folder: Path, classes: list[str]) -> tuple[numpy.ndarray, Tensor]:
@@ -64,18 +67,20 @@ def find_images(folder: Path, classes: list[str]) -> tuple[numpy.ndarray, Tensor
     labels = {name: label for label, name in enumerate(classes)}
     found = make_dataset(str(folder), labels, IMG_EXTENSIONS)
     # One array: a list of strings would be copied into every forked worker, as reading it counts references.
-    return numpy.array([os.fsencode(path) for path, _ in found]), torch.tensor([label for _, label in found])
+    paths = numpy.array([os.fsencode(path) for path, _ in found])
+    targets = torch.tensor([label for _, label in found])
+    return paths, targets
 
 
-def read_image(path: str, size: int, choose_box: Callable[[Image.Image], Box]) -> Tensor:
-    """Return a part of an image, scaled to a square, as bytes (3, size, size); grey images get three equal channels.
+def read_image(path: str, size: int, choose_box: BoxChoice) -> Tensor:
+    """Return a box of an image, scaled to a square, as bytes (3, size, size); grey images get three equal channels.
 
     JPEG files are decoded at an eighth, a quarter or half of their size where that has enough pixels.
 
     Args:
         path: The file.
         size: Height and width in pixels of what is returned.
-        choose_box: Returns the part, in pixels of the whole image.
+        choose_box: Returns the box, in pixels of the image as it is in the file.
 
     Raises:
         ValueError: If the file cannot be decoded; names it.
@@ -84,19 +89,24 @@ def read_image(path: str, size: int, choose_box: Callable[[Image.Image], Box]) -
         with Image.open(path) as image:
             width, height = image.size
             left, top, right, bottom = choose_box(image)
-            image.draft(None, (ceil(size * width / (right - left)), ceil(size * height / (bottom - top))))
-            across, down = image.width / width, image.height / height
+            enough_width = ceil(size * width / (right - left))
+            enough_height = ceil(size * height / (bottom - top))
+            image.draft(None, (enough_width, enough_height))
+            across = image.width / width
+            down = image.height / height
             box = (left * across, top * down, right * across, bottom * down)
-            pixels = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box)
+            scaled = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box)
     except Exception as error:  # broken files make Pillow raise errors of many types
-        raise ValueError(f"{path!r} cannot be read as an image ({error}): replace or remove it.") from error
-    return torch.from_numpy(numpy.array(pixels)).permute(2, 0, 1)
+        raise ValueError(f"{path!r} cannot be read as an image ({error}): replace or delete it.") from error
+    pixels = torch.from_numpy(numpy.array(scaled))  # (size, size, 3)
+    return pixels.permute(2, 0, 1)
 
 
 def central_box(margin: float, image: Image.Image) -> Box:
     """Return the central square whose side is ``margin`` times the shorter one of the image."""
     side = margin * min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    left = (image.width - side) / 2
+    top = (image.height - side) / 2
     return left, top, left + side, top + side
 
 
@@ -111,14 +121,14 @@ def random_box(area: tuple[float, float], number: float, image: Image.Image) -> 
 def cached_pixels(paths: numpy.ndarray, size: int, cache: Path, name: str) -> Tensor:
     """Return the central squares of images as bytes (n, 3, size, size), decoded only if the cache lacks them.
 
-    The file is mapped into memory: processes of one machine share it, and it is read from disk once. It is written
-    under another name and renamed when it is complete; what was made of other files under this name is deleted.
+    The file is mapped into memory: processes of one machine share it, and it is read from disk once. It is there only
+    when it is complete; what was made of other files under this name is deleted.
 
     Args:
         paths: The files, as from :func:`find_images`.
         size: Height and width in pixels that images get.
         cache: Folder of the cache; it is made if it is not there.
-        name: What the images are, part of the file's name.
+        name: What the images are, which is in the file's name.
 
     Raises:
         ValueError: If a file cannot be decoded.
@@ -131,9 +141,9 @@ def cached_pixels(paths: numpy.ndarray, size: int, cache: Path, name: str) -> Te
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / f"{name}.lock"):  # of two processes that prepare at once, one works and one waits
                 if not target.exists():
-                    _decode(paths, size, cache / f"{name}.unfinished", target)
-                for other in set(cache.glob(f"{prefix}*.npy")) - {target}:
-                    other.unlink()
+                    _delete(cache.glob(f".{prefix}*"))  # what killed processes had begun to write
+                    _decode(paths, size, target)
+                _delete(path for path in cache.glob(f"{prefix}*.npy") if path != target)
         except OSError as error:
             raise OSError(
                 f"The decoded images, {len(paths) * 3 * size**2 / 1e6:.1f} MB, could not be written to {str(cache)!r} "
@@ -150,26 +160,27 @@ def _fingerprint(paths: numpy.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def _decode(paths: numpy.ndarray, size: int, unfinished: Path, target: Path) -> None:
+def _delete(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        path.unlink()
+
+
+def _decode(paths: numpy.ndarray, size: int, target: Path) -> None:
     rank_zero_info(f"Decoding {len(paths)} images once, into {str(target)!r}.")
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, size, size)}
-    try:
-        # Written rather than mapped: on a full disk a write fails, whereas a map would end the process.
-        with unfinished.open("wb") as file:
-            numpy.lib.format.write_array_header_1_0(file, header)
-            for pixels in _decoded(paths, size):
-                file.write(pixels.contiguous().numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(target)
-    except BaseException:
-        unfinished.unlink()
-        raise
+    # Written rather than mapped: on a full disk a write fails, whereas a map would end the process.
+    with written_whole(target) as unfinished, unfinished.open("wb") as file:
+        numpy.lib.format.write_array_header_1_0(file, header)
+        for pixels in _decoded(paths, size):
+            file.write(pixels.contiguous().numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _decoded(paths: numpy.ndarray, size: int) -> Iterator[Tensor]:
     names = [os.fsdecode(path) for path in paths]
-    read = partial(read_image, size=size, choose_box=partial(central_box, 1.0))
+    central_square = partial(central_box, 1.0)
+    read = partial(read_image, size=size, choose_box=central_square)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the interpreter
         for start in range(0, len(names), AT_ONCE):
             yield from pool.map(read, names[start : start + AT_ONCE])

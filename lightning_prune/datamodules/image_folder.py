@@ -21,11 +21,11 @@ NAMED_CLASSES = 3
 class ImageFolderDataModule(ImageDataModule):
     """Load images from ``root/train/<class>/`` and ``root/test/<class>/``, normalised.
 
-    If there is a folder ``root/val``, it holds the validation images and no training image is kept for validation.
+    If there is a folder ``root/val``, it has the validation images and no training image is kept for validation.
     Images are read as RGB, grey ones with three equal channels, and of each the central square is taken.
 
     Args:
-        root: Folder that holds ``train`` and ``test``, each with one folder per class, the same classes in both.
+        root: Folder of ``train`` and ``test``, each with one folder per class, the same classes in both.
         image_size: Height and width in pixels that images get: the shorter side is scaled to it, the rest cut off.
         batch_size: Images per batch and process, at least 1.
         num_workers: Processes that load images; 0 is fastest with ``in_memory``.
@@ -59,7 +59,7 @@ class ImageFolderDataModule(ImageDataModule):
         (['cat', 'dog'], torch.Size([2, 3, 32, 32]))
     """
 
-    test_part = "test"
+    test_split = "test"
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class ImageFolderDataModule(ImageDataModule):
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of their labels; read from the folder ``train``."""
-        return _read_classes(self.root, "train", self.test_part)
+        return _read_classes(self.root, "train", self.test_split)
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
@@ -98,42 +98,42 @@ class ImageFolderDataModule(ImageDataModule):
         return len(self.classes)
 
     @property
-    def _other_parts(self) -> list[str]:
-        return ["val", self.test_part] if self._has_validation_part else [self.test_part]
+    def _other_splits(self) -> list[str]:
+        return ["val", self.test_split] if self._has_validation_split else [self.test_split]
 
     @property
-    def _has_validation_part(self) -> bool:
-        return self.test_part != "val" and (self.root / "val").is_dir()
+    def _has_validation_split(self) -> bool:
+        return self.test_split != "val" and (self.root / "val").is_dir()
 
     def prepare_data(self) -> None:
         """Decode all images, on one process, if they are to be in memory and are not in the cache."""
         if self.in_memory:
             self.check_files()
-            for part in ("train", *self._other_parts):
-                self._load_part(part)
+            for split in ("train", *self._other_splits):
+                self._load_split(split)
 
     def check_files(self) -> None:
-        """Refuse a tree in which a folder is missing or empty, or whose parts have different classes."""
+        """Refuse a tree in which a folder is missing or empty, or whose folders have different classes."""
         classes = self.classes
-        for part in self._other_parts:
-            # Labels are positions in the sorted list of classes, so a class that one part lacks would shift them all.
-            found = _read_classes(self.root, part, self.test_part)
-            _compare_classes(self.root, part, set(found), set(classes))
-        for part in ("train", *self._other_parts):
-            _refuse_empty(self.root / part, classes)
+        for split in self._other_splits:
+            # Labels are positions in the sorted list of classes, so a class that one folder lacks would shift them all.
+            found = _read_classes(self.root, split, self.test_split)
+            _compare_classes(self.root, split, set(found), set(classes))
+        for split in ("train", *self._other_splits):
+            _refuse_empty(self.root / split, classes)
 
     def load_images(self, train: bool) -> LabelledImages:
         """Return the training or the test images."""
-        return self._load_part("train" if train else self.test_part)
+        return self._load_split("train" if train else self.test_split)
 
     def load_validation_images(self) -> LabelledImages | None:
         """Return the images of the folder ``val``, if there is one."""
-        return self._load_part("val") if self._has_validation_part else None
+        return self._load_split("val") if self._has_validation_split else None
 
-    def _load_part(self, part: str) -> LabelledImages:
-        paths, targets = find_images(self.root / part, self.classes)
+    def _load_split(self, split: str) -> LabelledImages:
+        paths, targets = find_images(self.root / split, self.classes)
         if self.in_memory:
-            return PixelImages(cached_pixels(paths, self.image_size, self.cache_dir, part), targets)
+            return PixelImages(cached_pixels(paths, self.image_size, self.cache_dir, split), targets)
         return self.files(paths, targets)
 
     def files(self, paths: numpy.ndarray, targets: Tensor) -> ImageFiles:
@@ -141,11 +141,11 @@ class ImageFolderDataModule(ImageDataModule):
         return ImageFiles(paths, targets, self.image_size)
 
 
-def _read_classes(root: Path, part: str, test_part: str) -> list[str]:
-    folder = root / part
+def _read_classes(root: Path, split: str, test_split: str) -> list[str]:
+    folder = root / split
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{str(folder)!r} does not exist: the images must lie in train/<class>/ and {test_part}/<class>/ of the "
+            f"{str(folder)!r} does not exist: the images must lie in train/<class>/ and {test_split}/<class>/ of the "
             "root."
         )
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -154,15 +154,14 @@ def _read_classes(root: Path, part: str, test_part: str) -> list[str]:
     return classes
 
 
-def _compare_classes(root: Path, part: str, classes: set[str], train_classes: set[str]) -> None:
+def _compare_classes(root: Path, split: str, classes: set[str], train_classes: set[str]) -> None:
     if classes == train_classes:
         return
-    only_here, only_train = sorted(classes - train_classes), sorted(train_classes - classes)
-    found = [
-        f"{_first_few(names)} only in {where}" for names, where in ((only_here, part), (only_train, "train")) if names
-    ]
+    only_in = {split: sorted(classes - train_classes), "train": sorted(train_classes - classes)}
+    differences = [f"{_first_few(names)} only in {where}" for where, names in only_in.items() if names]
     raise ValueError(
-        f"train and {part} in {str(root)!r} have different classes ({'; '.join(found)}): give both the same folders."
+        f"train and {split} in {str(root)!r} have different classes ({'; '.join(differences)}): give both the same "
+        "folders."
     )
 
 
@@ -171,7 +170,7 @@ def _refuse_empty(folder: Path, classes: list[str]) -> None:
     if empty:
         raise FileNotFoundError(
             f"{str(folder)!r} has class folders without an image ({_first_few(empty)}): add images, or remove the "
-            "folders from every part."
+            "folders everywhere."
         )
 
 
@@ -180,5 +179,6 @@ def _has_image(folder: Path) -> bool:
 
 
 def _first_few(names: list[str]) -> str:
-    rest = len(names) - NAMED_CLASSES
-    return ", ".join(names[:NAMED_CLASSES]) + (f" and {rest} more" if rest > 0 else "")
+    named = ", ".join(names[:NAMED_CLASSES])
+    unnamed = len(names) - NAMED_CLASSES
+    return f"{named} and {unnamed} more" if unnamed > 0 else named

@@ -20,7 +20,7 @@ class ImageNetDataModule(ImageFolderDataModule):
     in the workers, at a reduced size where that has enough pixels.
 
     Args:
-        root: Folder that holds ``train`` and ``val``.
+        root: Folder of ``train`` and ``val``.
         image_size: Height and width in pixels that images get.
         batch_size: Images per batch and process, at least 1.
         num_workers: Processes that load images, for each process that trains.
@@ -39,7 +39,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         (3, 160, 160)
     """
 
-    test_part = "val"
+    test_split = "val"
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""From images in memory or in files to batches, in an order that depends on seed and epoch alone."""
+"""Loading of images, from memory or from files, as batches in an order that depends on seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PixelImages:
         return self.pixels.index_select(0, indices)
 
 
-class ImagePart(Dataset):
+class ImageSubset(Dataset):
     """Some of the images of a data set, read a batch at a time.
 
     Args:
@@ -54,9 +54,9 @@ class ImagePart(Dataset):
 
     Example:
         >>> import torch
-        >>> from lightning_prune.datamodules.loading import ImagePart, PixelImages
+        >>> from lightning_prune.datamodules.loading import ImageSubset, PixelImages
         >>> images = PixelImages(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), targets=torch.tensor([7, 8, 9]))
-        >>> pixels, labels = ImagePart(images, [2, 0]).__getitems__([0, 1])
+        >>> pixels, labels = ImageSubset(images, [2, 0]).__getitems__([0, 1])
         >>> pixels.shape, labels
         (torch.Size([2, 1, 8, 8]), tensor([9, 7]))
     """
@@ -66,7 +66,7 @@ class ImagePart(Dataset):
         self.indices = torch.as_tensor(indices)
 
     def __len__(self) -> int:
-        """Return the number of images in this part."""
+        """Return the number of images in the subset."""
         return len(self.indices)
 
     def __getitem__(self, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +88,7 @@ class EpochSampler(DistributedSampler):
     whatever the batch and the process it falls to.
 
     Args:
-        part: The images.
+        images: The images.
         batch_size: Images per batch, at least 1.
         seed: Seed of order and random numbers, at least 0.
         num_replicas: Number of processes.
@@ -97,22 +97,24 @@ class EpochSampler(DistributedSampler):
 
     first_batch = 0
 
-    def __init__(self, part: Dataset, batch_size: int, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(part, num_replicas, rank, shuffle=True, seed=seed)
+    def __init__(self, images: Dataset, batch_size: int, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(images, num_replicas, rank, shuffle=True, seed=seed)
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[Pick]:
         """Return the batches of the epoch, from ``first_batch`` on."""
         # Another stream than that of the order, which DistributedSampler draws from seed + epoch.
-        mixed = numpy.random.SeedSequence((self.seed, self.epoch)).generate_state(1, numpy.uint64)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
+        seeds = numpy.random.SeedSequence((self.seed, self.epoch))
+        mixed_seed = int(seeds.generate_state(1, numpy.uint64)[0])
+        generator = torch.Generator().manual_seed(mixed_seed)
         numbers = torch.rand(len(self.dataset), NUMBERS, generator=generator)  # type: ignore[arg-type]
-        batches = torch.tensor(list(super().__iter__())).split(self.batch_size)
+        order = torch.tensor(list(super().__iter__()))
+        batches = order.split(self.batch_size)
         for positions in batches[self.first_batch :]:
             yield positions, numbers[positions]
 
     def __len__(self) -> int:
-        """Return the number of batches of a whole epoch."""
+        """Return the number of batches of an epoch, whatever ``first_batch`` is."""
         return math.ceil(self.num_samples / self.batch_size)
 
 
@@ -130,7 +132,8 @@ class ResumableLoader(DataLoader):
         """Return the batches of the epoch, the interrupted one from the batch where it was interrupted."""
         # Nothing here runs before the first batch is asked for: Lightning sets the epoch after it has called iter().
         epoch, used = self.interrupted
-        self.used = self.sampler.first_batch = used if epoch == self.sampler.epoch else 0
+        self.used = used if epoch == self.sampler.epoch else 0
+        self.sampler.first_batch = self.used
         for batch in super().__iter__():
             self.used += 1
             yield batch
@@ -154,28 +157,28 @@ class ResumableLoader(DataLoader):
 
 
 def keep_batch(batch: Any) -> Any:
-    """Return the batch, which ``ImagePart`` has read as a whole."""
+    """Return the batch, which ``ImageSubset`` has read at once."""
     return batch
 
 
 def stratified_split(labels: Sequence[int] | Tensor, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split indices at random into two parts, in the same proportion in every class.
+    """Split indices at random in two, in the same proportion in every class.
 
-    A class with at least two members is in both parts. The split depends on the arguments alone, not on the state of
+    A class with at least two members is on both sides. The split depends on the arguments alone, not on the state of
     any global random generator, so that all processes of a training come to the same one.
 
     Args:
         labels: Class of each index, (n,).
-        fraction: Share of the second part, in (0, 1).
+        fraction: Share of the second side, in (0, 1).
         seed: Seed of the split.
 
     Returns:
-        The indices of the larger and those of the smaller part, both rising.
+        The indices of the larger and those of the smaller side, both rising.
 
     Example:
         >>> from lightning_prune.datamodules.loading import stratified_split
-        >>> rest, part = stratified_split([0, 0, 0, 0, 1, 1, 1, 1], fraction=0.25, seed=0)
-        >>> len(rest), len(part), sum(index < 4 for index in part)
+        >>> larger, smaller = stratified_split([0, 0, 0, 0, 1, 1, 1, 1], fraction=0.25, seed=0)
+        >>> len(larger), len(smaller), sum(index < 4 for index in smaller)
         (6, 2, 1)
     """
     classes = torch.as_tensor(labels)
@@ -183,8 +186,9 @@ def stratified_split(labels: Sequence[int] | Tensor, fraction: float, seed: int)
     chosen: list[int] = []
     for label in classes.unique().tolist():
         members = (classes == label).nonzero().flatten()
-        count = min(max(1, round(len(members) * fraction)), len(members) - 1)
+        wanted = max(1, round(len(members) * fraction))
+        count = min(wanted, len(members) - 1)
         order = torch.randperm(len(members), generator=generator)
         chosen += members[order[:count]].tolist()
-    rest = set(range(len(classes))) - set(chosen)
-    return sorted(rest), sorted(chosen)
+    others = set(range(len(classes))) - set(chosen)
+    return sorted(others), sorted(chosen)

@@ -40,11 +40,13 @@ class MNISTDataModule(DownloadedDataModule):
     def load_images(self, train: bool) -> LabelledImages:
         """Return the training or the test images."""
         images, labels = self.files[:2] if train else self.files[2:]
-        pixels, targets = self._read_idx(images, axes=3), self._read_idx(labels, axes=1)
+        pixels = self._read_idx(images, axes=3)  # (n, h, w)
+        targets = self._read_idx(labels, axes=1)  # (n,)
         if len(pixels) != len(targets):
             raise self.damaged(labels, f"{len(targets)} labels for {len(pixels)} images")
-        if pixels.shape[1:] != self.input_shape[1:]:
-            raise self.damaged(images, f"images of {' x '.join(map(str, pixels.shape[1:]))} pixels")
+        size = pixels.shape[1:]
+        if size != self.input_shape[1:]:
+            raise self.damaged(images, f"images of {' x '.join(map(str, size))} pixels")
         return PixelImages(pixels.unsqueeze(1), targets.long())
 
     def _read_idx(self, name: str, axes: int) -> Tensor:
@@ -53,13 +55,16 @@ class MNISTDataModule(DownloadedDataModule):
         start = 4 + 4 * axes
         with path.open("rb") as file:
             header = file.read(start)
-        if len(header) < start or header[:4] != bytes([0, 0, UNSIGNED_BYTES, axes]):
+        magic = bytes([0, 0, UNSIGNED_BYTES, axes])
+        if len(header) < start or not header.startswith(magic):
             raise self.damaged(name, "it does not begin as an IDX file of bytes does")
         sizes = struct.unpack(f">{axes}I", header[4:])
-        expected, found = start + math.prod(sizes), path.stat().st_size
+        expected = start + math.prod(sizes)
+        found = path.stat().st_size
         if found != expected:
             raise self.damaged(name, f"{found} bytes instead of {expected}")
-        return torch.from_numpy(numpy.fromfile(path, numpy.uint8, offset=start)).view(sizes)
+        values = numpy.fromfile(path, numpy.uint8, offset=start)
+        return torch.from_numpy(values).view(sizes)
 
 
 class FashionMNISTDataModule(MNISTDataModule):

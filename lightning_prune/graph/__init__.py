@@ -1,4 +1,4 @@
-"""Tracing: which channels leave together, which may not, and why."""
+"""Tracing: which channels can only be pruned together, which cannot be pruned, and why."""
 
 from lightning_prune.graph.channel_graph import ChannelGraph, Group, Unprunable
 from lightning_prune.graph.rules import rule

@@ -1,6 +1,6 @@
-"""The channel graph: which channels of a model leave together, which may not leave, and why."""
+"""Channel graph: which channels of a model can only be pruned together, which cannot be pruned, and why."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +15,16 @@ __all__ = ["Axis", "ChannelGraph", "Group", "Term", "Unprunable"]
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that are coupled: one channel is one slice of every tensor named here.
+    """Channels that can only be pruned together: one channel is a slice of every tensor named here.
 
     Attributes:
-        name: Name of the module that makes the channels first.
+        name: Name of the module that produces the channels first.
         size: Number of channels in the original model.
         out_slices: Where weights produce the channels (rows of a convolution, say).
         in_slices: Where weights consume the channels (columns of the layers behind, say).
         other_slices: What else is stored per channel: biases, normalisation.
         not_mask_exact: Why pruning a channel is not the same as masking it; empty if it is the same.
-        least: How many must stay: two where an axis of one would be squeezed away.
+        least: How many must be kept: two where an axis of one would be squeezed away.
     """
 
     name: str
@@ -36,6 +36,11 @@ class Group:
     least: int = 1
 
     @property
+    def mask_exact(self) -> bool:
+        """Whether pruning a channel is the same as masking it."""
+        return not self.not_mask_exact
+
+    @property
     def slices(self) -> tuple[Slice, ...]:
         """All slices of a channel."""
         return self.out_slices + self.other_slices + self.in_slices
@@ -44,17 +49,26 @@ class Group:
     def width(self) -> int:
         """How many output channels of its first layer one channel of the group stands for."""
         first = self.out_slices[0]
-        alike = [part for part in self.out_slices if (part.tensor, part.axis) == (first.tensor, first.axis)]
-        return sum(len(part.table[0]) if part.table else part.width for part in alike)
+        width = 0
+        for out_slice in self.out_slices:
+            if (out_slice.tensor, out_slice.axis) == (first.tensor, first.axis):
+                width += len(out_slice.table[0]) if out_slice.table else out_slice.width
+        return width
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules that the slices are in, each once."""
+        names = (one.tensor.rpartition(".")[0] for one in self.slices)
+        return list(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
 class Unprunable:
-    """Channels that stay whole.
+    """Channels that cannot be pruned.
 
     Attributes:
         channels: How many.
-        reason: Which module keeps them, and why.
+        reason: Which module is the reason, and why.
     """
 
     channels: int
@@ -63,7 +77,7 @@ class Unprunable:
 
 @dataclass(frozen=True)
 class Axis:
-    """The length of an axis: a fixed number of positions and, for each group, some per channel."""
+    """The length of an axis: a fixed number of positions and, for each group by name, some per channel."""
 
     fixed: int
     groups: tuple[tuple[str, int], ...]
@@ -80,19 +94,19 @@ class Term:
 
 @dataclass
 class ChannelGraph:
-    """Which channels of a model leave together, which may not, and why; always about the original model.
+    """Which channels of a model can only be pruned together, which cannot, and why; about the original model.
 
-    The graph stays valid when the model is pruned: criteria read the tensors as they are now and number the channels
+    The graph is valid after the model is pruned too: criteria read the tensors as they are now and number the channels
     as they were at first.
 
     Attributes:
         model: The model that was traced.
-        groups: The groups that can lose channels, in the order of the forward pass, by name.
-        unprunable: The channels that cannot be pruned, by the name of the module that makes them, with the reason.
+        groups: The groups that can be pruned, in the order of the forward pass, by name.
+        unprunable: The channels that cannot, by the name of the module that produces them, with the reason.
         shapes: Original shape of every parameter and buffer.
         terms: What the model costs, by metric ("flops", "params", "channels"; "latency" once it has been measured), as
             sums of products of axis lengths.
-        module: Dotted name of the part that was traced; empty for the whole model.
+        module: Dotted name of the submodule that was traced; empty for the model itself.
         example_inputs: What it was traced with.
     """
 
@@ -105,87 +119,126 @@ class ChannelGraph:
     example_inputs: Any = field(default=None, repr=False)
 
     def plan(self, kept: Mapping[str, Tensor]) -> PruningPlan:
-        """Make a plan from the channels that stay.
+        """Make a plan from the channels that are kept.
 
         Args:
-            kept: (n,) int64 channels that stay, by group name; groups that are absent stay whole.
+            kept: (n,) int64 channels, by group name; of groups that are absent all are kept.
 
         Raises:
-            ValueError: If a name is no group of this graph, or a group would lose its last channel.
+            ValueError: If a name is no group of this graph, or no channel of a group would be kept.
         """
         planned = {}
         for name, channels in kept.items():
             group = self.group(name)
-            planned[name] = PlannedGroup(group.size, tuple(sorted(channels.tolist())), group.slices)
-        shapes = {part.tensor: self.shapes[part.tensor] for group in planned.values() for part in group.slices}
-        return PruningPlan(planned, shapes)
+            ascending = sorted(channels.tolist())
+            planned[name] = PlannedGroup(group.size, tuple(ascending), group.slices)
+        return PruningPlan(planned, self._shapes_of(planned.values()))
+
+    def _shapes_of(self, groups: Iterable[PlannedGroup]) -> dict[str, tuple[int, ...]]:
+        """Return the original shapes of the tensors that some groups have slices in."""
+        shapes = {}
+        for group in groups:
+            for one in group.slices:
+                shapes[one.tensor] = self.shapes[one.tensor]
+        return shapes
 
     def group(self, name: str) -> Group:
         """Return a group by name.
 
+        Args:
+            name: Name of the group.
+
         Raises:
-            ValueError: If there is no such group; says whether its channels are held, and why.
+            ValueError: If there is no such group; says whether its channels are unprunable, and why.
         """
         if name in self.groups:
             return self.groups[name]
         if name in self.unprunable:
-            raise ValueError(f"The channels of {name!r} stay whole: {self.unprunable[name].reason}.")
-        raise ValueError(f"{name!r} is no channel group of this model; the groups are {', '.join(self.groups)}.")
+            reason = self.unprunable[name].reason
+            raise ValueError(f"The channels of {name!r} cannot be pruned: {reason}.")
+        known = ", ".join(self.groups)
+        raise ValueError(f"{name!r} is no channel group of this model; the groups are {known}.")
 
     def kept(self, name: str) -> Tensor:
-        """Return the channels of a group that the model still has, as (n,) int64."""
+        """Return the channels of a group that the model still has, as (n,) int64.
+
+        Args:
+            name: Name of the group.
+        """
         plan = plan_in_force(self.model)
         if plan is None or name not in plan.groups:
             return torch.arange(self.groups[name].size)
         return plan.groups[name].channels
 
-    def positions_now(self, part: Slice, channels: Tensor) -> Tensor:
+    def positions_now(self, of_group: Slice, channels: Tensor) -> Tensor:
         """Return where channels lie in a tensor as the model has it now, channel by channel.
 
         Args:
-            part: A slice of a group.
+            of_group: A slice of a group.
             channels: (n,) int64 channels of that group which the model still has.
 
         Returns:
             (n * positions of a channel,) int64.
         """
-        positions = part.positions(channels)
+        positions = of_group.positions(channels)
         plan = plan_in_force(self.model)
-        index = plan.index().get(part.tensor, {}).get(part.axis) if plan is not None else None
-        return positions if index is None else torch.searchsorted(index, positions)
+        if plan is None:
+            return positions
+        kept_by_axis = plan.index().get(of_group.tensor, {})
+        if of_group.axis not in kept_by_axis:
+            return positions
+        return torch.searchsorted(kept_by_axis[of_group.axis], positions)
 
-    def rows(self, name: str, part: Slice, values: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return what one slice holds of each channel that the model still has.
+    def rows(self, name: str, of_group: Slice, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return what one slice has of each channel that the model still has.
 
         Args:
-            name: The group.
-            part: One of its slices.
+            name: Name of the group.
+            of_group: One of its slices.
             values: Tensors to read instead of the model's own, by the same names and of the same shapes.
 
         Returns:
-            (live channels, values per channel), on the device of the tensor.
+            (kept channels, values per channel), on the device of the tensor.
         """
-        tensor = (values if values is not None else named_tensors(self.model))[part.tensor].detach()
+        if values is None:
+            values = named_tensors(self.model)
+        tensor = values[of_group.tensor].detach()
         channels = self.kept(name)
-        # Most often the axis holds the channels of this group and nothing else, in order.
-        alone = not part.table and part.step == part.width and channels.shape[0] * part.width == tensor.shape[part.axis]
-        if not alone:
-            tensor = tensor.index_select(part.axis, self.positions_now(part, channels).to(tensor.device))
-        return tensor.movedim(part.axis, 0).reshape(channels.shape[0], -1)
+        if not _fills_axis(of_group, len(channels), tensor):
+            positions = self.positions_now(of_group, channels)
+            tensor = tensor.index_select(of_group.axis, positions.to(tensor.device))
+        channels_first = tensor.movedim(of_group.axis, 0)  # (kept channels * positions of a channel, other axes ...)
+        return channels_first.reshape(len(channels), -1)
 
     def explain(self, name: str) -> str:
         """Say in words what becomes of the channels of a module.
 
         Args:
-            name: Name of a group, of a module that is part of one, or of held channels.
+            name: Name of a group, of a module that a group has slices in, or of unprunable channels.
+
+        Raises:
+            ValueError: If the module has no channels that the graph knows of.
         """
         if name in self.unprunable and name not in self.groups:
-            held = self.unprunable[name]
-            return f"{name}: {held.channels} channels stay whole, because {held.reason}"
+            unprunable = self.unprunable[name]
+            return f"{name}: {unprunable.channels} channels cannot be pruned, because {unprunable.reason}"
         for group in self.groups.values():
-            members = {part.tensor.rpartition(".")[0]: None for part in group.slices}
-            if name == group.name or name in members:
-                how = f"not exactly, because {group.not_mask_exact}" if group.not_mask_exact else "exactly"
-                others = ", ".join(member for member in members if member != name)
-                return f"{name}: group {group.name!r} of {group.size} channels, removable {how}; shared with {others}"
-        raise ValueError(f"{name!r} makes or reads no channels; the groups are {', '.join(self.groups)}.")
+            if name == group.name or name in group.modules:
+                return f"{name}: {_description(group, name)}"
+        known = ", ".join(self.groups)
+        raise ValueError(f"{name!r} neither produces nor consumes channels; the groups are {known}.")
+
+
+def _fills_axis(of_group: Slice, channels: int, tensor: Tensor) -> bool:
+    """Tell whether an axis has some channels of a group and nothing else, in order, which is most often so."""
+    if of_group.table or of_group.step != of_group.width:
+        return False
+    return channels * of_group.width == tensor.shape[of_group.axis]
+
+
+def _description(group: Group, module: str) -> str:
+    exactness = "is the same as masking"
+    if not group.mask_exact:
+        exactness = f"is not masking, because {group.not_mask_exact}"
+    others = ", ".join(other for other in group.modules if other != module)
+    return f"group {group.name!r} of {group.size} channels, whose pruning {exactness}; shared with {others}"

@@ -1,4 +1,4 @@
-"""What each operator costs, as fvcore counts it: one fused multiply-add is one FLOP.
+"""Costs of operators, as fvcore counts them: one fused multiply-add is one FLOP.
 
 fvcore counts convolutions and matrix products by their multiply-adds, normalisation by passes over its input (two
 with affine parameters in evaluation mode, one without), adaptive average pooling by its input and resizing by its
@@ -8,86 +8,115 @@ output; other operators are free. It is asked nothing about attention written as
 from collections.abc import Callable
 
 import torch.nn.functional as F
-from torch import Tensor
 
+from lightning_prune.graph.convolutions import Convolution
 from lightning_prune.graph.tracer import Call, Tracer
 
 __all__ = ["COSTS"]
 
+Cost = Callable[[Tracer, Call], None]
+COSTS: dict[str, Cost] = {}
+
 _INSTANCE_NORM = F.instance_norm.__code__
 _ADAPTIVE_POOLING = F.adaptive_avg_pool2d.__code__
 
-COSTS: dict[str, Callable[[Tracer, Call], None]] = {}
 
+def _cost(*operators: str) -> Callable[[Cost], Cost]:
+    """Register what adds the cost of some operators to the tracer's record."""
 
-def _cost(*operators: str) -> Callable[[Callable[[Tracer, Call], None]], Callable[[Tracer, Call], None]]:
-    def register(function: Callable[[Tracer, Call], None]) -> Callable[[Tracer, Call], None]:
+    def register(function: Cost) -> Cost:
         for operator in operators:
-            COSTS[f"aten.{operator}"] = function
+            COSTS[operator] = function
         return function
 
     return register
 
 
-@_cost("convolution", "_convolution")
+# -- multiply-adds -----------------------------------------------------------------------------------------------------
+
+
+@_cost("aten.convolution", "aten._convolution")
 def _convolution(tracer: Tracer, call: Call) -> None:
-    x, weight = call.args[0], call.args[1]
-    transposed = call.argument(6, "transposed", False)
-    channel = x.dim() - weight.dim() + 1
-    positions = (x if transposed else call.output).shape[channel + 1 :].numel()
-    batch = x.shape[:channel].numel()
-    tracer.cost(batch * positions * weight.shape[2:].numel(), *tracer.axes(weight)[:2])
+    conv = Convolution.of(call)
+    slid_over = conv.x if conv.transposed else call.output
+    batch = slid_over.shape[: conv.channel_axis].numel()
+    positions = slid_over.shape[conv.channel_axis + 1 :].numel()
+    kernel_size = conv.weight.shape[2:].numel()
+    channels, other_channels, *_ = tracer.axes(conv.weight)
+    tracer.cost(batch * positions * kernel_size, channels, other_channels)
 
 
-@_cost("mm", "bmm", "addmm", "baddbmm")
+@_cost("aten.mm", "aten.bmm", "aten.addmm")
 def _matrix_product(tracer: Tracer, call: Call) -> None:
-    name = call.operator.overloadpacket.__name__
-    left, right = call.args[1:3] if name in ("addmm", "baddbmm") else call.args[:2]
     if tracer.in_attention:
         tracer.in_attention = False
-    elif name != "baddbmm":  # which fvcore has no count for
-        tracer.cost(1, *tracer.axes(left), tracer.axes(right)[-1])
+        return
+    left, right = call.args[-2:]  # a bias comes first
+    *_, columns = tracer.axes(right)
+    tracer.cost(1, *tracer.axes(left), columns)
 
 
-@_cost("_safe_softmax")
+@_cost("aten.baddbmm")
+def _biased_batch_product(tracer: Tracer, call: Call) -> None:
+    """Count nothing, as fvcore does, but notice the end of attention."""
+    tracer.in_attention = False
+
+
+@_cost("aten._safe_softmax")
 def _attention(tracer: Tracer, call: Call) -> None:
-    """Attention as one operator runs as product, this softmax, product; fvcore counts nothing for it."""
+    """Take back the product that has just been counted: attention as one operator runs as product, softmax, product."""
     tracer.record.costs.pop()
     tracer.in_attention = True
 
 
-def _passes(over: Callable[[Call], Tensor], passes: Callable[[Call], int]) -> Callable[[Tracer, Call], None]:
-    def cost(tracer: Tracer, call: Call) -> None:
-        tracer.cost(passes(call), *tracer.axes(over(call)))
-
-    return cost
+# -- passes over a tensor ----------------------------------------------------------------------------------------------
 
 
-def _input(call: Call) -> Tensor:
-    return call.args[0]
-
-
-def _output(call: Call) -> Tensor:
-    return call.output
-
-
-@_cost("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update")
+@_cost(
+    "aten.native_batch_norm", "aten.cudnn_batch_norm", "aten._native_batch_norm_legit_no_training",
+    "aten._batch_norm_no_update",
+)  # fmt: skip
 def _batch_norm(tracer: Tracer, call: Call) -> None:
     """Normalisation of instances runs as one of batches, and counts as one that finds its statistics itself."""
-    affine = call.argument(1, "weight") is not None
-    passes = (5 if affine else 4) if tracer.inside(_INSTANCE_NORM) else (2 if affine else 1)
-    tracer.cost(passes, *tracer.axes(call.args[0]))
+    x = call.args[0]
+    is_affine = call.argument(1, "weight") is not None
+    finds_statistics = tracer.inside(_INSTANCE_NORM)
+    passes = 4 if finds_statistics else 1
+    tracer.cost(passes + is_affine, *tracer.axes(x))
 
 
-_cost("native_layer_norm")(_passes(_input, lambda call: 5 if call.argument(2, "weight") is not None else 4))
-_cost("native_group_norm")(_passes(_input, lambda call: 5 if call.argument(1, "weight") is not None else 4))
-_cost("_adaptive_avg_pool2d")(_passes(_input, lambda call: 1))
-_cost("upsample_nearest2d")(_passes(_output, lambda call: 1))
-_cost("upsample_bilinear2d")(_passes(_output, lambda call: 4))
+@_cost("aten.native_layer_norm")
+def _layer_norm(tracer: Tracer, call: Call) -> None:
+    x = call.args[0]
+    is_affine = call.argument(2, "weight") is not None
+    tracer.cost(4 + is_affine, *tracer.axes(x))
 
 
-@_cost("mean")
+@_cost("aten.native_group_norm")
+def _group_norm(tracer: Tracer, call: Call) -> None:
+    x = call.args[0]
+    is_affine = call.argument(1, "weight") is not None
+    tracer.cost(4 + is_affine, *tracer.axes(x))
+
+
+@_cost("aten._adaptive_avg_pool2d")
+def _adaptive_pooling(tracer: Tracer, call: Call) -> None:
+    x = call.args[0]
+    tracer.cost(1, *tracer.axes(x))
+
+
+@_cost("aten.mean")
 def _mean(tracer: Tracer, call: Call) -> None:
     """Adaptive pooling to one pixel runs as a mean; a mean that somebody wrote is free."""
     if tracer.inside(_ADAPTIVE_POOLING):
-        tracer.cost(1, *tracer.axes(call.args[0]))
+        _adaptive_pooling(tracer, call)
+
+
+@_cost("aten.upsample_nearest2d")
+def _nearest_upsampling(tracer: Tracer, call: Call) -> None:
+    tracer.cost(1, *tracer.axes(call.output))
+
+
+@_cost("aten.upsample_bilinear2d")
+def _bilinear_upsampling(tracer: Tracer, call: Call) -> None:
+    tracer.cost(4, *tracer.axes(call.output))

@@ -1,309 +1,341 @@
-"""From the labels that a forward pass tied together to channel groups."""
+"""Groups of channels, formed from the labels that a forward pass tied together.
 
-from dataclasses import dataclass, field, replace
+The smallest network shows all of it, ``Sequential(Linear(1, 2), ReLU(), Linear(2, 1))``. Axes of one position have no
+labels, so that there are six:
+
+============  ====  ======
+tensor        axis  labels
+============  ====  ======
+``0.weight``  0     1, 2
+``0.bias``    0     3, 4
+``2.weight``  1     5, 6
+============  ====  ======
+
+1. *Ties.* The first layer adds its bias: 1 is tied to 3, 2 to 4. Its output has the labels 1 and 2, the ReLU passes
+   them on, and the second layer multiplies them by its weight: 1 is tied to 5, 2 to 6.
+2. *Components* of tied labels: {1, 3, 5} and {2, 4, 6}.
+3. *Channels* are the components with a label of an out-channel slice. The first layer produces channels along
+   ``0.weight``, axis 0, labels 1 and 2: both components are channels.
+4. *Groups* are channels that are alike: both have one label in each of the same three slots, and nothing makes either
+   unprunable. So they are channels 0 and 1 of one group.
+5. *Slices.* The group has labels in three slots: 1 and 2 are positions of an out-channel slice, 5 and 6 of an
+   in-channel slice, since the second layer consumes channels along ``2.weight``, axis 1; 3 and 4 are of neither.
+6. *Name.* A group has the name of the module that produces its channels first: ``0``.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy import ndarray
 
 from lightning_prune.graph.channel_graph import Axis, Group, Term, Unprunable
-from lightning_prune.graph.tracer import FIXED, CostTerm, Labels, Note, Record, Tie
+from lightning_prune.graph.numbering import Numbering, number_labels
+from lightning_prune.graph.records import FIXED, CostTerm, Labels, Note, Record, Tie
+from lightning_prune.graph.slices import slices_of
+from lightning_prune.graph.slots import Slot, SlotTable, module_of
+from lightning_prune.graph.ties import TiedPairs, components, notes_on_half_fixed
 from lightning_prune.pruning_plan import Slice
 
-__all__ = ["Coupling", "Slot", "couple"]
+__all__ = ["Grouping", "form_groups"]
 
-
-@dataclass(frozen=True)
-class Slot:
-    """One dimension of one tensor, and the range of labels that its positions have.
-
-    Attributes:
-        tensor: Dotted name of the parameter or buffer.
-        axis: The dimension.
-        start: The label of the first position; the others follow.
-        size: Number of positions.
-    """
-
-    tensor: str
-    axis: int
-    start: int
-    size: int
+_NONE = -1  # the number of no group, no channel, no note
 
 
 @dataclass
-class Coupling:
-    """Channel groups, with the channel that each label belongs to.
+class Grouping:
+    """Channel groups, and the group that each label belongs to.
 
     Attributes:
-        groups: The groups that can lose channels.
-        unprunable: The channels that cannot be pruned.
-        component: (labels,) the number of the component of tied labels that each label is in.
-        group_of: (labels,) the index of the group of each label, -1 where it is in none.
-        channel_of: (labels,) its channel within the group.
-        pairs: Every pair of different labels that was tied, as one number each: the first times the number of labels,
-            plus the second; ascending. (Not without repetition, which takes longer to find than to search through.)
+        groups: The groups, in the order of the forward pass, by name.
+        unprunable: The channels that cannot be pruned, by the name of the module that produces them.
+        group_of: (labels,) the number of the group of each label, -1 where it is in none.
+        tied_codes: Every pair of different labels that was tied, by code (see `TiedPairs.codes`), ascending.
     """
 
     groups: dict[str, Group]
     unprunable: dict[str, Unprunable]
-    component: np.ndarray
-    group_of: np.ndarray
-    channel_of: np.ndarray
-    pairs: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    group_of: ndarray
+    tied_codes: ndarray
 
     def axis(self, labels: Labels) -> Axis:
         """Return how the length of an axis depends on the groups."""
-        group = self.group_of[labels.numpy()]
-        names = list(self.groups)
-        counts = np.bincount(group[group >= 0], minlength=len(names))
-        return Axis(
-            int((group < 0).sum()),
-            tuple((names[i], int(counts[i]) // self.groups[names[i]].size) for i in counts.nonzero()[0]),
-        )
+        group_of = self.group_of[labels.numpy()]
+        is_in_group = group_of >= 0
+        fixed = int(np.count_nonzero(~is_in_group))
+        present = group_of[is_in_group]
+        positions_in_group = np.bincount(present, minlength=len(self.groups))
+        per_channel = []
+        for group, positions in zip(self.groups.values(), positions_in_group.tolist(), strict=True):
+            if positions:
+                positions_per_channel = positions // group.size
+                per_channel.append((group.name, positions_per_channel))
+        return Axis(fixed, tuple(per_channel))
 
     def term(self, cost: CostTerm, known: dict[int, Axis]) -> Term:
-        """Return a cost as a product of axis lengths; ``known`` remembers the axes seen, by identity of the labels."""
+        """Return a cost as a product of axis lengths.
+
+        Args:
+            cost: The cost.
+            known: The axes seen before, by ``id`` of their labels; new ones are added.
+        """
         axes = []
         for labels in cost.axes:
-            if id(labels) not in known:
-                known[id(labels)] = self.axis(labels)
-            axes.append(known[id(labels)])
+            key = id(labels)
+            if key not in known:
+                known[key] = self.axis(labels)
+            axes.append(known[key])
         return Term(cost.coefficient, tuple(axes), cost.module)
 
 
-def _components(count: int, ties: list[Tie]) -> np.ndarray:
-    """Number the connected components of labels: (labels,) the smallest label of each component."""
-    parent = np.arange(count)
-    if not ties:
-        return parent
-    first = np.concatenate([tie.first.numpy().reshape(-1) for tie in ties])
-    second = np.concatenate([tie.second.numpy().reshape(-1) for tie in ties])
-    both = (first != FIXED) & (second != FIXED)
-    first, second = first[both], second[both]
-    while True:
-        one, other = parent[first], parent[second]
-        apart = one != other
-        if not apart.any():
-            return parent
-        first, second = first[apart], second[apart]
-        np.minimum.at(parent, np.maximum(one[apart], other[apart]), np.minimum(one[apart], other[apart]))
-        while True:  # let every label point at the root
-            grand = parent[parent]
-            if (grand == parent).all():
-                break
-            parent = grand
+@dataclass(frozen=True)
+class _Sides:
+    """Which labels are positions of out-channel slices, and which of in-channel slices: (labels,) bool each."""
+
+    is_out: ndarray
+    is_in: ndarray
 
 
-def _held_by_ties(ties: list[Tie]) -> list[Note]:
-    """Keep channels whole that would have to leave together with positions that cannot be removed."""
-    if not ties:
-        return []
-    first = np.concatenate([tie.first.numpy().reshape(-1) for tie in ties])
-    second = np.concatenate([tie.second.numpy().reshape(-1) for tie in ties])
-    half_fixed = np.flatnonzero((first == FIXED) != (second == FIXED))
-    if not len(half_fixed):
-        return []
-    ends = np.cumsum([tie.first.numel() for tie in ties])
-    notes = []
-    for number in np.unique(np.searchsorted(ends, half_fixed, side="right")):
-        tie = ties[number]
-        fixed, other = tie.first == FIXED, tie.second == FIXED
-        notes.append(Note(torch.cat([tie.first[other & ~fixed], tie.second[fixed & ~other]]), tie.module, tie.why))
-    return notes
+@dataclass(frozen=True)
+class _Reasons:
+    """The first of some notes about each component.
+
+    Attributes:
+        notes: The notes.
+        first: (labels,) by component, the number of the first note about it, -1 for none.
+    """
+
+    notes: Sequence[Note]
+    first: ndarray
+
+    def about(self, component: int) -> str:
+        """Return the reason, empty where there is none."""
+        number = self.first[component]
+        if number == _NONE:
+            return ""
+        return str(self.notes[number])
 
 
-def _marked(count: int, marks: list[Labels]) -> np.ndarray:
+@dataclass(frozen=True)
+class _Block:
+    """The labels of one group in one slot: (channels, labels of a channel)."""
+
+    slot: Slot
+    labels: ndarray
+
+
+def form_groups(table: SlotTable, record: Record) -> Grouping:
+    """Form channel groups from what a forward pass showed; the module's docstring does it by hand.
+
+    A channel is a component of tied labels in which some weight produces a channel. Channels form a group when they
+    lie in the same slots, equally often, cost the same, and have the same reason to be unprunable, if any.
+
+    Args:
+        table: The labels of all tensors.
+        record: What the forward pass showed.
+    """
+    pairs = TiedPairs.of(record.ties)
+    component_of = components(table.count, pairs)
+    sides = _sides(table.count, record)
+    unprunable = [*notes_on_half_fixed(record.ties, pairs), *record.unprunable]
+    not_mask_exact = [*record.not_mask_exact, *_not_masked_alone(table, record.ties, sides)]
+    why_unprunable = _reasons(component_of, unprunable)
+    why_not_mask_exact = _reasons(component_of, not_mask_exact)
+
+    numbering = number_labels(table, component_of, record, reason_of=why_unprunable.first)
+    builder = _Builder(component_of, sides, why_unprunable, why_not_mask_exact)
+    for number, blocks in enumerate(_blocks(table.slots, numbering)):
+        builder.add(number, blocks)
+    grouping = Grouping(
+        builder.groups,
+        builder.unprunable,
+        group_of=builder.number_in_order[numbering.group],
+        tied_codes=pairs.sorted_codes(table.count),
+    )
+    _require_two_channels(grouping, record.squeezed)
+    return grouping
+
+
+# -- what is known of labels and components ----------------------------------------------------------------------------
+
+
+def _sides(count: int, record: Record) -> _Sides:
+    """Return which labels the rules marked as out-channel or in-channel slices."""
+    is_out = _marked(count, record.out_slices)
+    is_out[FIXED] = False
+    return _Sides(is_out, _marked(count, record.in_slices))
+
+
+def _marked(count: int, marks: Iterable[Labels]) -> ndarray:
+    """Return which labels are among some: (labels,) bool."""
     found = np.zeros(count, dtype=bool)
     for labels in marks:
         found[labels.numpy()] = True
     return found
 
 
-def _not_masked_alone(slots: list[Slot], ties: list[Tie], produced: np.ndarray, read: np.ndarray) -> list[Note]:
-    """Note what is read by a weight that also makes channels, or that is computed from more than one."""
-    together = _components(len(read), [tie for tie in ties if tie.of_weights])
-    found = _marked(len(read), [torch.from_numpy(together[read])])[together]
-    found = (found & ~read) | (produced & read)
+def _not_masked_alone(table: SlotTable, ties: Sequence[Tie], sides: _Sides) -> list[Note]:
+    """Note in-channel slices of weights that also produce channels, or that are computed from more than one weight."""
+    among_weights = TiedPairs.of([tie for tie in ties if tie.of_weights])
+    weight_of = components(table.count, among_weights)
+    is_weight_consuming = np.zeros(table.count, dtype=bool)
+    is_weight_consuming[weight_of[sides.is_in]] = True
+    is_computed_with_others = is_weight_consuming[weight_of] & ~sides.is_in
+    is_on_both_sides = sides.is_out & sides.is_in
+    found = is_computed_with_others | is_on_both_sides
     found[FIXED] = False
+    if not found.any():
+        return []
+    why = "reads channels by a weight that cannot be masked alone"
     notes = []
-    for slot in slots if found.any() else []:
-        labels = slot.start + np.flatnonzero(found[slot.start : slot.start + slot.size])
-        if len(labels):
-            module = slot.tensor.rpartition(".")[0] or slot.tensor
-            why = "reads channels by a weight that cannot be masked alone"
-            notes.append(Note(torch.from_numpy(labels), module, why))
+    for slot in table.slots:
+        positions = np.flatnonzero(found[slot.start : slot.stop])
+        if len(positions):
+            labels = torch.from_numpy(slot.start + positions)
+            notes.append(Note(labels, module_of(slot.tensor), why))
     return notes
 
 
-def _reasons(component: np.ndarray, noted: list[Note]) -> np.ndarray:
-    """Return, per component, the index of the first note about it, -1 for none."""
-    reason = np.full(len(component), -1)
-    for i in range(len(noted) - 1, -1, -1):
-        reason[component[noted[i].labels.numpy()]] = i
-    reason[component[FIXED]] = -1
-    return reason
+def _reasons(component_of: ndarray, notes: Sequence[Note]) -> _Reasons:
+    """Return the first note about each component."""
+    first = np.full(len(component_of), _NONE)
+    numbered = list(enumerate(notes))
+    for number, note in reversed(numbered):  # so that the first is written last
+        labels = note.labels.numpy()
+        components_of_note = component_of[labels]
+        first[components_of_note] = number
+    fixed = component_of[FIXED]
+    first[fixed] = _NONE
+    return _Reasons(notes, first)
 
 
-def _signatures(slots: list[Slot], component: np.ndarray, costs: list[CostTerm]) -> np.ndarray:
-    """Return, per component, a hash of the slots and the axes of costs that it has positions in, and how many."""
-    weight = np.zeros(len(component), dtype=np.uint64)
-    random = np.random.default_rng(0)
-    for slot, value in zip(slots, random.integers(1, 2**63, len(slots), dtype=np.uint64), strict=True):
-        weight[slot.start : slot.start + slot.size] = value
-    signature = np.zeros(len(component), dtype=np.uint64)
-    np.add.at(signature, component, weight)
-    axes = {id(labels): labels.numpy() for cost in costs for labels in cost.axes}
-    for labels, value in zip(axes.values(), random.integers(1, 2**63, len(axes), dtype=np.uint64), strict=True):
-        np.add.at(signature, component[labels], value)
-    return signature
+# -- groups and their slices -------------------------------------------------------------------------------------------
 
 
-def couple(slots: list[Slot], record: Record) -> Coupling:
-    """Form channel groups from what a forward pass showed.
+def _blocks(slots: Sequence[Slot], numbering: Numbering) -> list[list[_Block]]:
+    """Return the labels of every group, slot by slot in ascending order, by the number of the group."""
+    count = int(numbering.group.max()) + 1
+    blocks: list[list[_Block]] = [[] for _ in range(count)]
+    slot_ends = [slot.stop for slot in slots]
+    for labels in _labels_by_block(slot_ends, numbering):
+        first, last = labels[0], labels[-1]
+        slot = slots[bisect_right(slot_ends, first)]
+        channels = numbering.channel[last] + 1
+        block = _Block(slot, labels.reshape(channels, -1))
+        number = numbering.group[first]
+        blocks[number].append(block)
+    return blocks
 
-    A channel is a component of tied labels in which some weight makes a channel. Channels form a group when they lie
-    in the same slots, equally often, cost the same, and are held or free alike.
+
+def _labels_by_block(slot_ends: Sequence[int], numbering: Numbering) -> list[ndarray]:
+    """Return the labels of each group in each slot: (labels of the block,), channel by channel."""
+    labels = np.flatnonzero(numbering.group >= 0)
+    if not len(labels):
+        return []
+    group = numbering.group[labels]
+    channel = numbering.channel[labels]
+    slot = np.searchsorted(slot_ends, labels, side="right")
+    order = np.lexsort((channel, slot, group))  # by group, then by slot, then by channel
+    is_other_group = np.diff(group[order]) != 0
+    is_other_slot = np.diff(slot[order]) != 0
+    ends = np.flatnonzero(is_other_group | is_other_slot)
+    block_starts = ends + 1
+    return np.split(labels[order], block_starts)
+
+
+class _Builder:
+    """Build groups one after the other, and set apart those that cannot be pruned.
 
     Args:
-        slots: The dimensions of all tensors, in ascending order of their labels.
-        record: What the forward pass showed.
+        component_of: (labels,) the component of each label.
+        sides: Which labels are out-channel or in-channel slices.
+        why_unprunable: The reasons why components cannot be pruned.
+        why_not_mask_exact: The reasons why pruning them is not the same as masking.
+
+    Attributes:
+        groups: The groups that can be pruned, by name.
+        unprunable: The channels that cannot, by the name of the module.
     """
-    count = slots[-1].start + slots[-1].size if slots else 1
-    record = replace(record, holds=[*_held_by_ties(record.ties), *record.holds])
-    component = _components(count, record.ties)
-    produced, read = _marked(count, record.produced), _marked(count, record.read)
-    produced[FIXED] = False
-    record.inexact = [*record.inexact, *_not_masked_alone(slots, record.ties, produced, read)]
-    held, inexact = _reasons(component, record.holds), _reasons(component, record.inexact)
-    signature = _signatures(slots, component, record.costs)
 
-    makers = np.flatnonzero(produced)
-    order = _forward_order(record.produced, count)
-    makers = makers[np.argsort(order[makers], kind="stable")]
-    channels, first = np.unique(component[makers], return_index=True)
-    channels, first = channels[np.argsort(first)], np.sort(first)  # channels by where they are made first
-    keys = np.stack([signature[channels], held[channels].astype(np.uint64)], axis=1)
-    _, first_of_key, key = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first_of_key))  # groups in the order of the forward pass
-    group_number = rank[key.reshape(-1)]
+    def __init__(
+        self, component_of: ndarray, sides: _Sides, why_unprunable: _Reasons, why_not_mask_exact: _Reasons
+    ) -> None:
+        self.component_of = component_of
+        self.sides = sides
+        self.why_unprunable = why_unprunable
+        self.why_not_mask_exact = why_not_mask_exact
+        self.groups: dict[str, Group] = {}
+        self.unprunable: dict[str, Unprunable] = {}
+        self._numbers: list[int] = []
 
-    channel_group = np.full(count, -1)
-    channel_group[channels] = group_number
-    number_within = np.zeros(count, dtype=np.int64)
-    by_group = np.argsort(group_number, kind="stable")
-    starts = np.searchsorted(group_number[by_group], np.arange(group_number.max() + 1 if len(channels) else 0))
-    number_within[channels[by_group]] = np.arange(len(channels)) - starts[group_number[by_group]]
+    @property
+    def number_in_order(self) -> ndarray:
+        """By number of a group added, its number among those that can be pruned; the last, at -1, is for no group."""
+        return np.array([*self._numbers, _NONE])
 
-    label_group, label_channel = channel_group[component], number_within[component]
-    coupling = _assemble(slots, record, component, label_group, label_channel, held, inexact, (produced, read))
-    coupling.pairs = _pairs(count, record.ties)
-    for axis in map(coupling.axis, record.squeezed):
-        if axis.fixed == 0 and [per_channel for _, per_channel in axis.groups] == [1]:
-            name = axis.groups[0][0]
-            coupling.groups[name] = replace(coupling.groups[name], least=2)
-    return coupling
-
-
-def _pairs(count: int, ties: list[Tie]) -> np.ndarray:
-    if not ties:
-        return np.zeros(0, dtype=np.int64)
-    first = np.concatenate([tie.first.numpy().reshape(-1) for tie in ties])
-    second = np.concatenate([tie.second.numpy().reshape(-1) for tie in ties])
-    apart = first != second
-    return np.sort(first[apart] * count + second[apart])
-
-
-def _forward_order(produced: list[Labels], count: int) -> np.ndarray:
-    """Return when each label was made: (labels,)."""
-    order = np.full(count, np.iinfo(np.int64).max)
-    at = 0
-    for labels in produced:
-        where = labels.numpy()
-        order[where] = np.minimum(order[where], at + np.arange(len(where)))
-        at += len(where)
-    return order
-
-
-def _assemble(
-    slots: list[Slot],
-    record: Record,
-    component: np.ndarray,
-    label_group: np.ndarray,
-    label_channel: np.ndarray,
-    held: np.ndarray,
-    inexact: np.ndarray,
-    sides: tuple[np.ndarray, np.ndarray],
-) -> Coupling:
-    """Collect the slices of every group, in order of tensors, and sort groups into free and held."""
-    slot_of = np.repeat(np.arange(len(slots)), [slot.size for slot in slots])
-    slot_of = np.concatenate([[0], slot_of])  # the label FIXED is in no slot
-    labels = np.flatnonzero(label_group >= 0)
-    place = label_group[labels] * len(slots) + slot_of[labels]
-    within = place * (label_channel[labels].max(initial=0) + 1) + label_channel[labels]
-    order = np.argsort(within, kind="stable")
-    labels, place = labels[order], place[order]
-    cuts = np.flatnonzero(place[1:] != place[:-1]) + 1
-    parts: dict[int, list[tuple[Slot, np.ndarray]]] = {}
-    for run in np.split(labels, cuts) if len(labels) else []:
-        number, slot = label_group[run[0]], slots[slot_of[run[0]]]
-        size = label_channel[run].max() + 1
-        parts.setdefault(int(number), []).append((slot, run.reshape(size, -1)))
-
-    groups: dict[str, Group] = {}
-    whole: dict[str, Unprunable] = {}
-    index_of_group = np.full(int(label_group.max(initial=-1)) + 2, -1)  # the last is for labels in none, numbered -1
-    for number in sorted(parts):
-        group, reason = _group(parts[number], record, component, held, inexact, sides)
+    def add(self, number: int, blocks: Sequence[_Block]) -> None:
+        """Add the group of some number."""
+        group = self._make_group(blocks)
+        reason = self.why_unprunable.about(self._component(blocks))
+        if not reason and group.size == 1:
+            module = group.out_slices[0].tensor.rpartition(".")[0]
+            reason = f"{module}: all its channels can only be pruned together"
         if reason:
-            before = whole.get(group.name)
-            whole[group.name] = Unprunable(
-                group.size + (before.channels if before else 0), before.reason if before else reason
-            )
-        else:
-            name = group.name if group.name not in groups else f"{group.name}#{number}"
-            index_of_group[number] = len(groups)
-            groups[name] = Group(name, *list(group.__dict__.values())[1:])
-    return Coupling(groups, whole, component, index_of_group[label_group], label_channel)
+            self._numbers.append(_NONE)
+            self._add_unprunable(group, reason)
+            return
+        self._numbers.append(len(self.groups))
+        name = group.name
+        if name in self.groups:
+            name = f"{name}#{number}"
+        self.groups[name] = replace(group, name=name)
+
+    def _component(self, blocks: Sequence[_Block]) -> int:
+        """Return the component that is the first channel of a group."""
+        first_label = blocks[0].labels[0, 0]
+        return self.component_of[first_label]
+
+    def _add_unprunable(self, group: Group, reason: str) -> None:
+        channels = group.size
+        before = self.unprunable.get(group.name)
+        if before is not None:
+            channels += before.channels
+            reason = before.reason
+        self.unprunable[group.name] = Unprunable(channels, reason)
+
+    def _make_group(self, blocks: Sequence[_Block]) -> Group:
+        out_slices: list[Slice] = []
+        in_slices: list[Slice] = []
+        other_slices: list[Slice] = []
+        for block in blocks:
+            positions = block.labels - block.slot.start
+            first_label = block.labels[0, 0]
+            if self.sides.is_out[first_label]:
+                slices = out_slices
+            elif self.sides.is_in[first_label]:
+                slices = in_slices
+            else:
+                slices = other_slices
+            slices.extend(slices_of(block.slot, positions))
+        return Group(
+            name=module_of(out_slices[0].tensor),
+            size=len(blocks[0].labels),
+            out_slices=tuple(out_slices),
+            in_slices=tuple(in_slices),
+            other_slices=tuple(other_slices),
+            not_mask_exact=self.why_not_mask_exact.about(self._component(blocks)),
+        )
 
 
-def _group(
-    parts: list[tuple[Slot, np.ndarray]],
-    record: Record,
-    component: np.ndarray,
-    held: np.ndarray,
-    inexact: np.ndarray,
-    sides: tuple[np.ndarray, np.ndarray],
-) -> tuple[Group, str]:
-    """Make one group from the labels it has in each slot; returns it with the reason why it is held, if it is."""
-    produced, read = sides
-    by_side: tuple[list[Slice], list[Slice], list[Slice]] = ([], [], [])
-    for slot, labels in parts:
-        side = 0 if produced[labels[0, 0]] else 1 if read[labels[0, 0]] else 2
-        by_side[side].extend(_slices(slot, labels - slot.start))
-    first = component[parts[0][1][0, 0]]
-    name = by_side[0][0].tensor
-    reason = str(record.holds[held[first]]) if held[first] >= 0 else ""
-    size = len(parts[0][1])
-    if size == 1 and not reason:
-        reason = f"{name.rpartition('.')[0]}: all its channels can only leave together"
-    why = str(record.inexact[inexact[first]]) if inexact[first] >= 0 else ""
-    makers, readers, others = (tuple(side) for side in by_side)
-    return Group(name.rpartition(".")[0] or name, size, makers, readers, others, why), reason
-
-
-def _slices(slot: Slot, positions: np.ndarray) -> list[Slice]:
-    """Write the positions of channels, (channels, positions of a channel), as slices with a regular step."""
-    found = []
-    size, width = positions.shape
-    start = int(positions[0, 0])
-    if width == 1 and np.array_equal(positions[:, 0], np.arange(start, start + size)):
-        return [Slice(slot.tensor, slot.axis, start)]
-    breaks = np.flatnonzero(np.diff(positions[0]) != 1) + 1
-    for columns in np.split(positions, breaks, axis=1):
-        step = int(columns[1, 0] - columns[0, 0]) if len(columns) > 1 else 1
-        width = columns.shape[1]
-        start = int(columns[0, 0])
-        regular = start + np.arange(len(columns))[:, None] * step + np.arange(width)
-        if step <= 0 or not np.array_equal(regular, columns):
-            return [Slice(slot.tensor, slot.axis, table=tuple(tuple(map(int, row)) for row in positions))]
-        found.append(Slice(slot.tensor, slot.axis, start, step, width))
-    return found
+def _require_two_channels(grouping: Grouping, squeezed: Iterable[Labels]) -> None:
+    """Let groups keep two channels where an axis of a single one would be squeezed away."""
+    for labels in squeezed:
+        axis = grouping.axis(labels)
+        if axis.fixed > 0 or len(axis.groups) != 1:
+            continue
+        [(name, positions_per_channel)] = axis.groups
+        if positions_per_channel == 1:
+            group = grouping.groups[name]
+            grouping.groups[name] = replace(group, least=2)

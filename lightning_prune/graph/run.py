@@ -1,26 +1,24 @@
-"""Run the forward pass of a model on stand-ins of its tensors, with labels on them."""
+"""Run of a model's forward pass on stand-ins of its tensors, with labels on them."""
 
-import random
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.graph.groups import Slot
+from lightning_prune.graph.nested import nested_tensors
+from lightning_prune.graph.neutral import neutral_state
+from lightning_prune.graph.records import FIXED, Labels, Note
 from lightning_prune.graph.sizes import class_name
-from lightning_prune.graph.substitution import named_tensors, substituted
-from lightning_prune.graph.tracer import Labels, Note, Tracer, Values
-from lightning_prune.pruning_plan import PruningPlan, plan_in_force
+from lightning_prune.graph.slots import SlotTable
+from lightning_prune.graph.substitution import named_tensors, substituting_tensors
+from lightning_prune.graph.tracer import Tracer, ValueWatcher
+from lightning_prune.pruning_plan import plan_in_force
 
-__all__ = ["Forward", "Index", "as_call"]
+__all__ = ["Forward", "KeptPositions", "as_call"]
 
-Index = Mapping[str, Mapping[int, Tensor]]  # the positions that stay, by tensor and axis
+KeptPositions = Mapping[str, Mapping[int, Tensor]]  # (kept,) int64 positions, by tensor and axis; absent: all are kept
 
 
 class Forward:
@@ -28,89 +26,82 @@ class Forward:
 
     Args:
         model: The model.
-        module: Dotted name of the part to run.
-        example_inputs: What the part takes.
+        module: Dotted name of the submodule to run; empty for the model itself.
+        example_inputs: What it takes.
+
+    Attributes:
+        submodule: The submodule to run.
+        tensors: The parameters and buffers of the model, by name.
+        shapes: Their shapes in the original model.
+        module_names: The names of all submodules of the model.
+        names: The names of all modules, by ``id``; that of the model's class for the model itself.
+        labelled: The labels of all positions of the tensors of the submodule.
+        real: Whether it has to run on real data.
+
+    Raises:
+        ValueError: If there is no such submodule, or the model cannot be pruned at all.
     """
 
     def __init__(self, model: nn.Module, module: str, example_inputs: Any) -> None:
-        try:
-            self.part = model.get_submodule(module)
-        except AttributeError:
-            raise ValueError(f"The model has no module {module!r}; name one of its parts, such as 'network'.") from None
-        modules = list(model.named_modules())
-        _check_traceable(modules)
+        self.submodule = _submodule(model, module)
+        modules = dict(model.named_modules())
+        for name, submodule in modules.items():
+            _refuse_untraceable(name, submodule)
+        _refuse_several_devices(modules.values())
         self.args, self.kwargs = as_call(example_inputs)
         self.tensors = named_tensors(model)
-        plan = plan_in_force(model) or PruningPlan()
-        self.shapes = {name: tuple(plan.shapes.get(name, t.shape)) for name, t in self.tensors.items()}
-        self.names = {id(m): name or type(m).__name__ for name, m in modules}
-        self.module_names = [name for name, _ in modules if name]
-        self.slots, self.count = self._slots()
-        self._whole: dict[str, dict[int, Labels]] = {}
-        for slot in self.slots:
-            labels = torch.arange(slot.start, slot.start + slot.size)
-            self._whole.setdefault(slot.tensor, {})[slot.axis] = labels
+        self.shapes = _original_shapes(model, self.tensors)
+        self.module_names = [name for name in modules if name]
+        self.names = {id(submodule): name for name, submodule in modules.items()}
+        self.names[id(model)] = type(model).__name__
+        self.labelled = SlotTable(self._shapes_to_label())
         self.real = False
 
-    def _slots(self) -> tuple[list[Slot], int]:
-        reached = {id(t) for t in (*self.part.parameters(), *self.part.buffers())}
-        slots, label = [], 1  # 0 is FIXED
+    def _shapes_to_label(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Return the names and shapes of the tensors of the submodule."""
+        parameters = map(id, self.submodule.parameters())
+        buffers = map(id, self.submodule.buffers())
+        reached = {*parameters, *buffers}
         for name, tensor in self.tensors.items():
             if id(tensor) in reached:
-                for axis, size in enumerate(self.shapes[name]):
-                    if size > 1:
-                        slots.append(Slot(name, axis, label, size))
-                        label += size
-        return slots, label
+                yield name, self.shapes[name]
 
-    def labels(self, name: str) -> dict[int, Labels]:
-        """Return the labels of a tensor of the model, by axis."""
-        return self._whole.get(name, {})
+    def run(self, tracer: Tracer, kept: KeptPositions, training: bool) -> None:
+        """Run with only some positions of some tensors; the tracer's record tells what that showed.
 
-    def maker(self, labels: Labels) -> str:
-        """Name the module that some labels belong to, or the parameter where that is the model's own."""
-        at = bisect_right(self.slots, int(labels.max()), key=lambda slot: slot.start) - 1
-        name = self.slots[at].tensor
-        return name.rpartition(".")[0] or name
-
-    def run(self, tracer: Tracer, stays: Index, training: bool) -> None:
-        """Run with only some positions of some tensors left; the tracer's record tells what that showed.
+        Args:
+            tracer: The tracer.
+            kept: The positions that are kept.
+            training: The mode to run in.
 
         Raises:
             Exception: Whatever the forward pass raises.
         """
 
-        def watched(module: nn.Module, forward: Any) -> Any:
+        def watched(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            name = self.names[id(module)]
             rule = tracer.tables.rules.get(class_name(module))
-            known = forward if rule is None else tracer.as_one(rule, module, forward)
-            return tracer.entering(self.names[id(module)], known)
+            if rule is not None:
+                forward = tracer.muting(rule, module, forward)
+            return tracer.watched(name, forward)
 
-        with ExitStack() as stack:
-            stack.enter_context(_neutral_state())
-            stand_ins = self._stand_ins(tracer, stays)
-            args, kwargs = tree_map(self._input, (self.args, self.kwargs))
-            stack.enter_context(substituted(self.part, stand_ins, training, watched))
-            stack.enter_context(Values(tracer))
-            stack.enter_context(tracer)
-            output = self.part(*args, **kwargs)
-        if self.real:  # outputs take memory
-            tracer.record.visits.clear()
-        for labels in tracer.labels_of(_leaves(output, set())):
-            if int(labels.max()) > 0:
-                tracer.record.holds.append(Note(labels, self.maker(labels), "is an output of the network"))
+        with neutral_state():
+            stand_ins = self._stand_ins(tracer, kept)
+            args, kwargs = tree_map(self._stand_in_of_input, (self.args, self.kwargs))
+            running = substituting_tensors(self.submodule, stand_ins, training, watched)
+            with running, ValueWatcher(tracer), tracer:
+                output = self.submodule(*args, **kwargs)
+        self._mark_outputs(tracer, output)
 
-    def _stand_ins(self, tracer: Tracer, stays: Index) -> dict[int, Tensor]:
-        stand_ins = {id(t): self._stand_in(name, t, stays.get(name, {})) for name, t in self.tensors.items()}
-        for name, axes in self._whole.items():
-            left = stays.get(name, {})
-            tracer.set_labels(
-                stand_ins[id(self.tensors[name])],
-                {axis: labels[left[axis]] if axis in left else labels for axis, labels in axes.items()},
-            )
-        return stand_ins
+    def _mark_outputs(self, tracer: Tracer, output: Any) -> None:
+        for labels in tracer.labels_of(nested_tensors(output)):
+            if int(labels.max()) > FIXED:
+                module = self.labelled.module_of(labels)
+                note = Note(labels, module, "is an output of the network")
+                tracer.record.unprunable.append(note)
 
-    def observe(self, make_tracer: Any, training: bool) -> Tracer:
-        """Run the whole network, on tensors without data if that is possible, else for real.
+    def observe(self, make_tracer: Callable[[], Tracer], training: bool) -> Tracer:
+        """Run the full network, on tensors without data if that is possible, else for real.
 
         Args:
             make_tracer: Makes a new tracer.
@@ -119,59 +110,107 @@ class Forward:
         Raises:
             ValueError: If the example inputs do not fit.
         """
-        tracer = make_tracer()
-        guilty = ""
+        needs_values = set()
         if not self.real:
+            tracer = make_tracer()
             try:
                 self.run(tracer, {}, training)
-                return tracer
             except Exception as raised:
                 self.real = True  # perhaps it only needs data
                 if not isinstance(raised, NotImplementedError):
-                    guilty = tracer.failed_in
-                tracer = make_tracer()
+                    needs_values.add(tracer.failed_in)
+            else:
+                return tracer
+        tracer = make_tracer()
+        self._run_on_data(tracer, training)
+        needs_values |= tracer.unsure
+        for name in sorted(needs_values - {""}):
+            self._mark_module_unprunable(tracer, name)
+        tracer.record.module_calls.clear()  # outputs take memory
+        return tracer
+
+    def _run_on_data(self, tracer: Tracer, training: bool) -> None:
         try:
             self.run(tracer, {}, training)
         except Exception as raised:
-            shapes = [tuple(t.shape) for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+            inputs = tree_leaves((self.args, self.kwargs))
+            shapes = [tuple(leaf.shape) for leaf in inputs if isinstance(leaf, Tensor)]
+            network = type(self.submodule).__name__
             raise ValueError(
-                f"The example inputs {shapes} do not fit the forward pass of {type(self.part).__name__}: {raised}"
+                f"The example inputs {shapes} do not fit the forward pass of {network}: {raised}"
             ) from raised
-        for name in {guilty, *tracer.unsure} - {""}:
-            self._hold_module(tracer, name)
-        return tracer
 
-    def _hold_module(self, tracer: Tracer, name: str) -> None:
-        """Keep all that a module makes, reads and is given: for other values it may do something else."""
+    def _mark_module_unprunable(self, tracer: Tracer, name: str) -> None:
+        """Mark all that a module produces, consumes and is given: for other values it may do something else."""
         why = "looks at values, and may do something else for others"
-        for called, tensors in tracer.calls:
-            if called == name:
-                touched = tracer.labels_of(_leaves(tensors, set()))
-                tracer.record.holds.extend(Note(along, name, why) for along in touched)
-        whole = name == self.names[id(self.part)]
-        for slot in self.slots:
-            if whole or slot.tensor.startswith(name + "."):
-                tracer.record.holds.append(Note(self._whole[slot.tensor][slot.axis], name, why))
+        touched: list[Labels] = []
+        for key, call in tracer.record.module_calls.items():
+            if key.module == name:
+                tensors = nested_tensors((call.inputs, call.output))
+                touched.extend(tracer.labels_of(tensors))
+        is_everything = name == self.names[id(self.submodule)]
+        for tensor, labels_by_axis in self.labelled.by_tensor.items():
+            if is_everything or tensor.startswith(name + "."):
+                touched.extend(labels_by_axis.values())
+        for labels in touched:
+            tracer.record.unprunable.append(Note(labels, name, why))
 
-    def _stand_in(self, name: str, tensor: Tensor, stays: Mapping[int, Tensor]) -> Tensor:
-        shape = [len(stays[a]) if a in stays else size for a, size in enumerate(self.shapes[name])]
+    # -- stand-ins -------------------------------------------------------------------------------------------------
+
+    def _stand_ins(self, tracer: Tracer, kept: KeptPositions) -> dict[int, Tensor]:
+        """Return what stands in for each tensor, with its labels, by ``id`` of the tensor."""
+        stand_ins = {}
+        for name, tensor in self.tensors.items():
+            kept_here = kept.get(name, {})
+            stand_in = self._stand_in(name, tensor, kept_here)
+            stand_ins[id(tensor)] = stand_in
+            labels = self.labelled.labels(name)
+            if labels:
+                tracer.set_labels(stand_in, _keep_labels(labels, kept_here))
+        return stand_ins
+
+    def _stand_in(self, name: str, tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+        original_shape = self.shapes[name]
+        shape = list(original_shape)
+        for axis, positions in kept.items():
+            shape[axis] = len(positions)
         if not self.real:
-            made = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        elif tuple(tensor.shape) != self.shapes[name]:  # a pruned model, run in its original shape
-            made = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+            stand_in = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        elif tuple(tensor.shape) != original_shape:  # a pruned model, run in its original shape
+            stand_in = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         else:
-            made = tensor.detach().clone()
-            for axis, index in stays.items():
-                made = made.index_select(axis, index.to(made.device))
+            stand_in = tensor.detach().clone()
+            for axis, positions in kept.items():
+                stand_in = stand_in.index_select(axis, positions.to(stand_in.device))
         if isinstance(tensor, nn.Parameter):
-            made._is_weight = True  # type: ignore[attr-defined]
-        made._dotted_name = name  # type: ignore[attr-defined]
-        return made
+            stand_in._is_weight = True  # type: ignore[attr-defined]
+        stand_in._dotted_name = name  # type: ignore[attr-defined]
+        return stand_in
 
-    def _input(self, leaf: Any) -> Any:
+    def _stand_in_of_input(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         return leaf.detach().clone() if self.real else torch.empty_like(leaf, device="meta")
+
+
+def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[int, Labels]:
+    """Return the labels of the kept positions, by axis."""
+    kept_labels = dict(labels)
+    for axis, positions in kept.items():
+        kept_labels[axis] = labels[axis][positions]
+    return kept_labels
+
+
+def _original_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape that each tensor had before the model was pruned."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    plan = plan_in_force(model)
+    if plan is None:
+        return shapes
+    for name, shape in plan.shapes.items():
+        if name in shapes:
+            shapes[name] = shape
+    return shapes
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -183,59 +222,29 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-def _check_traceable(modules: list[tuple[str, nn.Module]]) -> None:
-    """Refuse what cannot be pruned at all, in one sentence."""
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"The model has no module {name!r}; name one of its submodules, such as 'network'.") from None
+
+
+def _refuse_untraceable(name: str, module: nn.Module) -> None:
+    if ".quantized." in type(module).__module__:
+        raise ValueError(f"{name or type(module).__name__!r} is quantized; prune the model before quantizing it.")
+    for parameter_name, parameter in module._parameters.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"'{name}.{parameter_name}' has no shape yet; run the model once on a batch, then trace it."
+            )
+
+
+def _refuse_several_devices(modules: Iterable[nn.Module]) -> None:
     devices = set()
-    for name, module in modules:
-        if ".quantized." in type(module).__module__:
-            raise ValueError(f"{name or type(module).__name__!r} is quantized; prune the model before quantizing it.")
-        for own, tensor in module._parameters.items():
-            if isinstance(tensor, nn.parameter.UninitializedParameter):
-                raise ValueError(f"'{name}.{own}' has no shape yet; run the model once on a batch, then trace it.")
-            if tensor is not None:
-                devices.add(str(tensor.device))
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                devices.add(str(parameter.device))
     if len(devices) > 1:
-        raise ValueError(f"The model is spread over {', '.join(sorted(devices))}; move it to one device to trace it.")
-
-
-def _leaves(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Find the tensors in nested values, also in dataclasses and other objects that PyTorch does not look into."""
-    if isinstance(value, Tensor):
-        yield value
-    elif id(value) not in seen and not isinstance(value, nn.Module | type):
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            inside = list(value.values())
-        elif isinstance(value, tuple | list | set | frozenset):
-            inside = list(value)
-        else:
-            inside = _attributes(value)
-        for item in inside:
-            yield from _leaves(item, seen)
-
-
-def _attributes(value: Any) -> list[Any]:
-    """Return what an object holds, in its dictionary and in the slots of its classes."""
-    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
-    names = [name for own in slots for name in ([own] if isinstance(own, str) else own) if name != "__dict__"]
-    found = [getattr(value, name) for name in names if hasattr(value, name)]
-    return [*found, *getattr(value, "__dict__", {}).values()]
-
-
-@contextmanager
-def _neutral_state() -> Iterator[None]:
-    """Run without gradients, fused attention layers and checks of values; give the random state back as it was."""
-    python, numpy = random.getstate(), np.random.get_state()
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
-        torch.backends.mha.set_fastpath_enabled(False)
-        # One value per channel has no variance, which does not matter where there are no values.
-        check = vars(functional)["_verify_batch_size"]
-        vars(functional)["_verify_batch_size"] = lambda size: None
-        try:
-            yield
-        finally:
-            vars(functional)["_verify_batch_size"] = check
-            torch.backends.mha.set_fastpath_enabled(fast)
-            random.setstate(python)
-            np.random.set_state(numpy)
+        several = ", ".join(sorted(devices))
+        raise ValueError(f"The model is spread over {several}; move it to one device to trace it.")

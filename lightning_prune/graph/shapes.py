@@ -4,7 +4,7 @@ PyTorch knows the shape of every output, but finds it in Python code that takes 
 here returns an output without data, or NotImplemented wherever its arguments are not the plain case.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +12,22 @@ from torch import Tensor
 
 __all__ = ["SHAPES"]
 
-SHAPES: dict[str, Callable[..., Any]] = {}
+Shape = Callable[..., Any]
+SHAPES: dict[str, Shape] = {}
 
 
-def _on_meta(*operators: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+def _shape_of(*operators: str) -> Callable[[Shape], Shape]:
+    """Register what returns the output of some operators on tensors without data."""
+
+    def register(function: Shape) -> Shape:
         for operator in operators:
-            SHAPES[f"aten.{operator}"] = function
+            SHAPES[operator] = function
         return function
 
     return register
 
 
-@_on_meta("convolution")
+@_shape_of("aten.convolution")
 def _convolution(
     x: Tensor,
     weight: Tensor,
@@ -36,69 +39,115 @@ def _convolution(
     output_padding: list[int],
     groups: int,
 ) -> Any:
-    fits = x.dim() == weight.dim() and x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0
-    fits = fits and (bias is None or bias.shape[0] == weight.shape[0])
-    if not fits or transposed or not x.is_meta or x.dtype != weight.dtype:
+    if transposed or not _fits_convolution(x, weight, bias, groups):
         return NotImplemented
-    axes = x.dim() - 2
-    stride, padding, dilation = (list(v) * axes if len(v) == 1 else v for v in (stride, padding, dilation))
-    spatial = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    if min(spatial) < 1:
-        return NotImplemented
+    kernel = weight.shape[2:]
+    steps = _per_axis(stride, kernel)
+    paddings = _per_axis(padding, kernel)
+    dilations = _per_axis(dilation, kernel)
+    spatial = []
+    for axis, kernel_size in enumerate(kernel):
+        covered = dilations[axis] * (kernel_size - 1) + 1
+        padded = x.shape[2 + axis] + 2 * paddings[axis]
+        size = (padded - covered) // steps[axis] + 1
+        if size < 1:
+            return NotImplemented
+        spatial.append(size)
     return x.new_empty((x.shape[0], weight.shape[0], *spatial))
 
 
-@_on_meta("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
-def _batch_norm(x: Tensor, *stored: Any) -> Any:
-    known = [t for t in stored if isinstance(t, Tensor)]
-    if not x.is_meta or x.dim() < 2 or any(t.shape != x.shape[1:2] or t.dtype != x.dtype for t in known):
+def _fits_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> bool:
+    """Tell whether the arguments are of the plain case, (batch, in_channels, *spatial) and no error."""
+    if not x.is_meta or x.dim() != weight.dim() or x.dtype != weight.dtype:
+        return False
+    out_channels, in_channels_of_group = weight.shape[:2]
+    if out_channels % groups > 0 or x.shape[1] != in_channels_of_group * groups:
+        return False
+    return bias is None or bias.shape[0] == out_channels
+
+
+def _per_axis(setting: list[int], kernel: Sequence[int]) -> list[int]:
+    """Repeat a setting that is given once for all axes."""
+    return setting * len(kernel) if len(setting) == 1 else setting
+
+
+@_shape_of("aten.native_batch_norm", "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_no_training")
+def _batch_norm(x: Tensor, *arguments: Any) -> Any:
+    if not x.is_meta or x.dim() < 2:
         return NotImplemented
+    channels = x.shape[1:2]
+    for per_channel in arguments:
+        if isinstance(per_channel, Tensor) and not _is_like(per_channel, channels, x):
+            return NotImplemented
+    return _normalised(x)
+
+
+@_shape_of("aten.native_layer_norm")
+def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Any:
+    normalized_shape = x.shape[-len(shape) :]
+    if not x.is_meta or list(normalized_shape) != list(shape):
+        return NotImplemented
+    for parameter in (weight, bias):
+        if parameter is not None and not _is_like(parameter, normalized_shape, x):
+            return NotImplemented
+    return _normalised(x)
+
+
+def _is_like(tensor: Tensor, shape: torch.Size, x: Tensor) -> bool:
+    return tensor.shape == shape and tensor.dtype == x.dtype
+
+
+def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an output, and statistics that nothing looks at."""
     return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
 
 
-@_on_meta(
-    "relu", "hardtanh", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu", "mish"
-)
+@_shape_of(
+    "aten.relu", "aten.hardtanh", "aten.silu", "aten.gelu", "aten.hardswish", "aten.hardsigmoid", "aten.sigmoid",
+    "aten.tanh", "aten.leaky_relu", "aten.elu", "aten.mish",
+)  # fmt: skip
 def _activation(x: Tensor, *numbers: Any, **named: Any) -> Any:
-    return torch.empty_like(x) if x.is_meta and x.is_floating_point() else NotImplemented
+    if x.is_meta and x.is_floating_point():
+        return torch.empty_like(x)
+    return NotImplemented
 
 
-@_on_meta("relu_", "hardtanh_", "silu_", "hardswish_", "hardsigmoid_", "sigmoid_", "leaky_relu_", "elu_", "mish_")
+@_shape_of(
+    "aten.relu_", "aten.hardtanh_", "aten.silu_", "aten.hardswish_", "aten.hardsigmoid_", "aten.sigmoid_",
+    "aten.leaky_relu_", "aten.elu_", "aten.mish_",
+)  # fmt: skip
 def _activation_in_place(x: Tensor, *numbers: Any) -> Any:
-    return x if x.is_meta and x.is_floating_point() else NotImplemented
+    if x.is_meta and x.is_floating_point():
+        return x
+    return NotImplemented
 
 
-@_on_meta("add", "mul", "sub", "div")
+@_shape_of("aten.add", "aten.mul", "aten.sub", "aten.div")
 def _arithmetic(first: Tensor, second: Any, **named: Any) -> Any:
     if not first.is_meta or not first.is_floating_point() or "rounding_mode" in named:
         return NotImplemented
-    if isinstance(second, Tensor) and _fits(first, second):
+    if isinstance(second, Tensor) and _broadcasts(first, second):
         return torch.empty_like(second)
-    return torch.empty_like(first) if _fits(second, first) else NotImplemented
+    if _broadcasts(second, first):
+        return torch.empty_like(first)
+    return NotImplemented
 
 
-@_on_meta("add_", "mul_", "sub_", "div_")
+@_shape_of("aten.add_", "aten.mul_", "aten.sub_", "aten.div_")
 def _arithmetic_in_place(first: Tensor, second: Any, **named: Any) -> Any:
-    counts = isinstance(second, int) and not isinstance(second, bool)
-    return first if first.is_meta and (counts or _fits(second, first)) else NotImplemented
+    if not first.is_meta:
+        return NotImplemented
+    is_integer = isinstance(second, int) and not isinstance(second, bool)
+    if is_integer or _broadcasts(second, first):
+        return first
+    return NotImplemented
 
 
-def _fits(value: Any, into: Tensor) -> bool:
+def _broadcasts(value: Any, to: Tensor) -> bool:
     """Tell whether a value is a number, or a tensor that is repeated along some axes to the shape of another."""
-    if isinstance(value, Tensor):
-        alike = value.is_meta and value.dtype == into.dtype and value.dim() == into.dim()
-        return alike and all(own in (1, size) for own, size in zip(value.shape, into.shape, strict=True))
-    return isinstance(value, int | float) and into.is_floating_point()
-
-
-@_on_meta("native_layer_norm")
-def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Any:
-    known = [t for t in (weight, bias) if t is not None]
-    if not x.is_meta or list(x.shape[-len(shape) :]) != list(shape):
-        return NotImplemented
-    if any(list(t.shape) != list(shape) or t.dtype != x.dtype for t in known):
-        return NotImplemented
-    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+    if not isinstance(value, Tensor):
+        return isinstance(value, int | float) and to.is_floating_point()
+    if not value.is_meta or value.dtype != to.dtype or value.dim() != to.dim():
+        return False
+    sizes = zip(value.shape, to.shape, strict=True)
+    return all(size in (1, broadcast_size) for size, broadcast_size in sizes)

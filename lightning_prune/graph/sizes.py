@@ -7,67 +7,79 @@ from torch import nn
 
 __all__ = ["class_name", "size_attributes", "sync_attributes"]
 
-_GROUPED = "_was_grouped"
+Sync = Callable[[Any], None]  # is given a module, whose tensors may have changed shape
+
+_WAS_GROUPED = "_was_grouped"
 
 
-def _sync_conv(module: Any) -> None:
-    first, second = module.weight.shape[:2]
-    if module.groups > 1 or _GROUPED in module.__dict__:
-        # Whole convolution groups leave together, so each keeps the size it had. One that is left alone would look
-        # like an ordinary convolution, and could not grow back.
-        module.__dict__[_GROUPED] = True
-        module.groups = module.groups * first // (module.in_channels if module.transposed else module.out_channels)
-    if module.transposed:
-        module.in_channels, module.out_channels = first, second * module.groups
+def _sync_convolution(convolution: Any) -> None:
+    outer, inner = convolution.weight.shape[:2]
+    if convolution.groups > 1 or _WAS_GROUPED in vars(convolution):
+        convolution.groups = _groups_of(convolution, outer)
+    if convolution.transposed:
+        convolution.in_channels = outer
+        convolution.out_channels = inner * convolution.groups
     else:
-        module.in_channels, module.out_channels = second * module.groups, first
+        convolution.in_channels = inner * convolution.groups
+        convolution.out_channels = outer
 
 
-def _sync_linear(module: Any) -> None:
-    module.out_features, module.in_features = module.weight.shape
+def _groups_of(convolution: Any, outer: int) -> int:
+    """Return how many groups a convolution has now, each of which keeps the size that it had.
+
+    One that keeps a single group would look like an ordinary convolution, and could not grow back; so it is noted.
+    """
+    vars(convolution)[_WAS_GROUPED] = True
+    outer_before = convolution.in_channels if convolution.transposed else convolution.out_channels
+    return convolution.groups * outer // outer_before
 
 
-def _sync_batch_norm(module: Any) -> None:
-    per_channel = module.weight if module.weight is not None else module.running_mean
+def _sync_linear(linear: Any) -> None:
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _sync_batch_norm(norm: Any) -> None:
+    per_channel = norm.running_mean if norm.weight is None else norm.weight
     if per_channel is not None:
-        module.num_features = per_channel.shape[0]
+        norm.num_features = per_channel.shape[0]
 
 
-def _sync_layer_norm(module: Any) -> None:
-    if module.weight is not None:
-        module.normalized_shape = tuple(module.weight.shape)
+def _sync_layer_norm(norm: Any) -> None:
+    if norm.weight is not None:
+        norm.normalized_shape = tuple(norm.weight.shape)
 
 
-def _sync_group_norm(module: Any) -> None:
-    if module.weight is not None:
-        channels = module.weight.shape[0]
-        module.num_groups = module.num_groups * channels // module.num_channels
-        module.num_channels = channels
+def _sync_group_norm(norm: Any) -> None:
+    if norm.weight is not None:
+        channels = norm.weight.shape[0]
+        norm.num_groups = norm.num_groups * channels // norm.num_channels
+        norm.num_channels = channels
 
 
-def _sync_prelu(module: Any) -> None:
-    module.num_parameters = module.weight.shape[0]
+def _sync_prelu(prelu: Any) -> None:
+    prelu.num_parameters = prelu.weight.shape[0]
 
 
-def _sync_embedding(module: Any) -> None:
-    module.num_embeddings, module.embedding_dim = module.weight.shape
+def _sync_embedding(embedding: Any) -> None:
+    embedding.num_embeddings, embedding.embedding_dim = embedding.weight.shape
 
 
-_SYNC: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[nn.Module], None]]] = [
-    (nn.modules.conv._ConvNd, _sync_conv),
-    (nn.Linear, _sync_linear),
-    (nn.modules.batchnorm._NormBase, _sync_batch_norm),
-    ((nn.LayerNorm, nn.RMSNorm), _sync_layer_norm),
-    (nn.GroupNorm, _sync_group_norm),
-    (nn.PReLU, _sync_prelu),
-    (nn.Embedding, _sync_embedding),
-]
+# Subclasses are brought in step as their base class is.
+_SYNC_BY_CLASS: dict[type[nn.Module], Sync] = {
+    nn.modules.conv._ConvNd: _sync_convolution,
+    nn.Linear: _sync_linear,
+    nn.modules.batchnorm._NormBase: _sync_batch_norm,
+    nn.LayerNorm: _sync_layer_norm,
+    nn.RMSNorm: _sync_layer_norm,
+    nn.GroupNorm: _sync_group_norm,
+    nn.PReLU: _sync_prelu,
+    nn.Embedding: _sync_embedding,
+}
+
+_SYNC_BY_CLASS_NAME: dict[str, Sync] = {}  # of users' classes
 
 
-_OWN_SYNC: dict[str, Callable[[Any], None]] = {}
-
-
-def size_attributes(*classes: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+def size_attributes(*classes: str) -> Callable[[Sync], Sync]:
     """Register a function that brings the size attributes of a module class of your own in step with its tensors.
 
     Args:
@@ -82,9 +94,9 @@ def size_attributes(*classes: str) -> Callable[[Callable[[Any], None]], Callable
         ...     module.channels = module.weight.shape[0]
     """
 
-    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    def register(function: Sync) -> Sync:
         for name in classes:
-            _OWN_SYNC[name] = function
+            _SYNC_BY_CLASS_NAME[name] = function
         return function
 
     return register
@@ -92,14 +104,15 @@ def size_attributes(*classes: str) -> Callable[[Callable[[Any], None]], Callable
 
 def class_name(module: nn.Module) -> str:
     """Return the full name of the class of a module, ``"torch.nn.modules.linear.Linear"``."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def sync_attributes(module: nn.Module) -> None:
     """Make the size attributes of one module (``out_channels``, ``num_features``, ``groups`` ...) fit its tensors.
 
     Args:
-        module: A module whose tensors may just have changed shape. Its children are not visited.
+        module: A module whose tensors may just have changed shape; its children are not touched.
 
     Example:
         >>> convolution = nn.Conv2d(3, 8, 1)
@@ -108,11 +121,11 @@ def sync_attributes(module: nn.Module) -> None:
         >>> convolution
         Conv2d(3, 6, kernel_size=(1, 1), stride=(1, 1))
     """
-    own = _OWN_SYNC.get(class_name(module))
-    if own is not None:
-        own(module)
+    registered = _SYNC_BY_CLASS_NAME.get(class_name(module))
+    if registered is not None:
+        registered(module)
         return
-    for kinds, sync in _SYNC:
-        if isinstance(module, kinds):
+    for module_class, sync in _SYNC_BY_CLASS.items():
+        if isinstance(module, module_class):
             sync(module)
             return

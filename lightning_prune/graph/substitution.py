@@ -11,138 +11,194 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.sizes import sync_attributes
 
-__all__ = ["given_back", "named_tensors", "owners", "put", "substituted"]
+__all__ = ["named_tensors", "owning_modules", "preserving_attributes", "replace_tensors", "substituting_tensors"]
 
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer of ``model`` by its dotted name, shared ones once, under their first name."""
-    parameters: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for prefix, module in _walk(model, "", set()):  # walked once for both, which is most of the time this takes
-        for named, held in ((parameters, module._parameters), (buffers, module._buffers)):
-            for name, tensor in held.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    named[prefix + name] = tensor
-    return {**parameters, **buffers}
-
-
-def _walk(module: nn.Module, prefix: str, seen: set[int]) -> list[tuple[str, nn.Module]]:
-    """Return the module and all below it in the order of ``named_modules``, each with what comes before its names.
-
-    Pruning in many small steps walks the model at each of them; PyTorch's nested generators take several times longer.
-    """
-    if id(module) in seen:
-        return []
-    seen.add(id(module))
-    found = [(prefix, module)]
-    for name, child in module._modules.items():
-        if child is not None:
-            found += _walk(child, f"{prefix}{name}.", seen)
-    return found
-
-
-def put(module: nn.Module, tensors: Mapping[int, Tensor]) -> None:
-    """Give a module, and not its children, other tensors in the place of its own, and size attributes that fit them.
-
-    Args:
-        module: The module.
-        tensors: The stand-in of each parameter and buffer, by ``id`` of the tensor it stands in for.
-    """
-    changed = False
-    for held in (module._parameters, module._buffers):
-        for name, tensor in held.items():
-            stand_in = tensors.get(id(tensor))
-            if stand_in is not None:
-                held[name] = stand_in  # type: ignore[assignment]
-                changed = changed or stand_in.shape != tensor.shape  # type: ignore[union-attr]
-    if changed:
-        sync_attributes(module)
-
-
-@contextmanager
-def substituted(
-    model: nn.Module,
-    tensors: Mapping[int, Tensor],
-    training: bool,
-    watched: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
-) -> Iterator[None]:
-    """Run ``model`` on other tensors for a while, and give back every attribute of every module afterwards.
-
-    Unlike ``torch.func.functional_call`` this also restores what a forward pass writes to the modules (counters,
-    caches, the plain ``weight`` that old-style weight norm sets) and keeps size attributes in step with the tensors.
-
-    Args:
-        model: The module to run.
-        tensors: The stand-in of each parameter and buffer, by ``id`` of the tensor it stands in for.
-        training: The mode to run in; set without calling anyone's ``train`` method, which may have side effects.
-        watched: Given a module and its forward function, returns the function to run in its place.
-    """
-    with given_back(model):
-        for m in model.modules():
-            put(m, tensors)
-            m.__dict__["training"] = training
-            if not isinstance(m, torch.jit.ScriptModule):
-                m.__dict__["forward"] = watched(m, m.forward)
-        yield
-
+ForwardWrapper = Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
 
 _COLLECTIONS = frozenset({dict, OrderedDict, defaultdict, list, deque, set})
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
-@contextmanager
-def given_back(model: nn.Module) -> Iterator[None]:
-    """Give back every attribute of every module afterwards, also what a forward pass changes in place.
+# -- finding tensors ---------------------------------------------------------------------------------------------------
 
-    Counters, caches and the states of metrics are tensors that are no parameters or buffers, and collections. Until
-    then such tensors are copies; collections stay the objects that hooks may refer to, and get their content back.
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and then every buffer of a model, by its dotted name.
+
+    A tensor that is shared is there once, under its first name.
 
     Args:
-        model: The model. Values of its parameters and buffers that change in place stay changed; see `put`.
+        model: The model.
+
+    Example:
+        >>> list(named_tensors(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False))))
+        ['0.weight', '0.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked']
+    """
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in _prefixed_modules(model):  # walked once for both, which is most of the time this takes
+        _add_unseen(module._parameters, prefix, seen, parameters)
+        _add_unseen(module._buffers, prefix, seen, buffers)
+    return {**parameters, **buffers}
+
+
+def _add_unseen(tensors: Mapping[str, Tensor | None], prefix: str, seen: set[int], named: dict[str, Tensor]) -> None:
+    """Add the tensors of one module, with its prefix before their names, except for those whose ``id`` was seen."""
+    for name, tensor in tensors.items():
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            named[prefix + name] = tensor
+
+
+def owning_modules(model: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
+    """Return the submodules that have any of some parameters and buffers as their own.
+
+    Args:
+        model: The model.
+        tensors: Parameters and buffers of it; a shared one is owned by several submodules.
+    """
+    wanted = {id(tensor) for tensor in tensors}
+    owning = []
+    for _, module in _prefixed_modules(model):
+        own_tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(id(tensor) in wanted for tensor in own_tensors):
+            owning.append(module)
+    return owning
+
+
+def _prefixed_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what comes before the names of each submodule's tensors, and the submodule, as ``named_modules`` does.
+
+    Pruning in many small steps walks the model at each of them; PyTorch's nested generators take several times longer.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found.append((prefix, module))
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(child, f"{prefix}{name}.")
+
+    walk(model, "")
+    return found
+
+
+# -- substituting tensors ----------------------------------------------------------------------------------------------
+
+
+def replace_tensors(module: nn.Module, stand_ins: Mapping[int, Tensor]) -> None:
+    """Replace parameters and buffers of one module, and bring its size attributes in step; not those of its children.
+
+    Args:
+        module: The module.
+        stand_ins: What replaces each tensor, by the ``id`` of the tensor; tensors that are absent are not replaced.
+
+    Example:
+        >>> linear = nn.Linear(3, 4, bias=False)
+        >>> replace_tensors(linear, {id(linear.weight): nn.Parameter(torch.zeros(2, 3))})
+        >>> linear
+        Linear(in_features=3, out_features=2, bias=False)
+    """
+    shapes_changed = False
+    own_tensors: list[Any] = [module._parameters, module._buffers]
+    for tensors_by_name in own_tensors:
+        for name, tensor in tensors_by_name.items():
+            stand_in = stand_ins.get(id(tensor))
+            if stand_in is not None:
+                tensors_by_name[name] = stand_in
+                shapes_changed = shapes_changed or stand_in.shape != tensor.shape
+    if shapes_changed:
+        sync_attributes(module)
+
+
+@contextmanager
+def substituting_tensors(
+    model: nn.Module, stand_ins: Mapping[int, Tensor], training: bool, wrap_forward: ForwardWrapper
+) -> Iterator[None]:
+    """Replace tensors of a model for a while, and restore every attribute of every submodule afterwards.
+
+    Unlike ``torch.func.functional_call`` this also restores what a forward pass writes to the modules (counters,
+    caches, the plain ``weight`` that old-style weight norm sets) and keeps size attributes in step with the tensors.
+
+    Args:
+        model: The model to run.
+        stand_ins: What replaces each parameter and buffer, by the ``id`` of the tensor.
+        training: The mode to run in; set without calling anyone's ``train`` method, which may have side effects.
+        wrap_forward: Given a submodule and its forward function, returns the function to run in its place.
+    """
+    with preserving_attributes(model):
+        for module in model.modules():
+            replace_tensors(module, stand_ins)
+            attributes = vars(module)
+            attributes["training"] = training
+            if not isinstance(module, torch.jit.ScriptModule):
+                attributes["forward"] = wrap_forward(module, module.forward)
+        yield
+
+
+# -- preserving attributes ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def preserving_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore every attribute of every submodule afterwards, also what a forward pass changes in place.
+
+    Counters, caches and the states of metrics are tensors that are no parameters or buffers, and collections. Until
+    then such tensors are copies. Collections are not replaced, because hooks may refer to them; they get their content
+    back.
+
+    Args:
+        model: The model. Values of its parameters and buffers that change in place are not restored; give it others
+            by `replace_tensors` to keep them.
     """
     modules = list(model.modules())
-    attributes = [m.__dict__ for m in modules]
-    # The dictionaries of parameters, buffers and children are objects of their own, which a copy of `__dict__` only
-    # refers to.
-    held = [each for m in modules for each in (m._parameters, m._buffers, m._modules)]
-    plain = list(_plain_collections(attributes))
-    saved = [(each, dict(each)) for each in (*attributes, *held)] + [(each, copy.copy(each)) for each in plain]
+    attributes = [module.__dict__ for module in modules]
+    collections = list(_plain_collections(attributes))
+    # A copy of `__dict__` only refers to the dictionaries of parameters, buffers and children.
+    by_name = [*attributes]
+    for module in modules:
+        by_name += [module._parameters, module._buffers, module._modules]
+    saved = [(named, dict(named)) for named in by_name]
+    saved += [(collection, copy.copy(collection)) for collection in collections]
     try:
-        _copy_tensors([*attributes, *plain])
+        _copy_tensors([*attributes, *collections])
         yield
     finally:
-        for each, content in saved:
-            _refill(each, content)
+        for collection, content in saved:
+            _refill(collection, content)
 
 
 def _plain_collections(attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
     """Find the collections among the attributes of modules, and those in them, but not what PyTorch keeps itself."""
     seen: set[int] = set()
-    found = [
-        value
-        for each in attributes
-        for name, value in each.items()
-        if type(value) in _COLLECTIONS and name not in _TORCH_ATTRIBUTES
-    ]
-    while found:
-        value = found.pop()
+    unsearched = []
+    for by_name in attributes:
+        unsearched += [value for name, value in by_name.items() if name not in _TORCH_ATTRIBUTES]
+    while unsearched:
+        value = unsearched.pop()
         if type(value) in _COLLECTIONS and id(value) not in seen:
             seen.add(id(value))
-            found.extend(value.values() if isinstance(value, dict) else value)
+            unsearched.extend(value.values() if isinstance(value, dict) else value)
             yield value
 
 
 def _copy_tensors(collections: Iterable[Any]) -> None:
     """Replace the tensors in collections by copies, one that is there several times by the same copy."""
     copies: dict[int, Tensor] = {}
-    for each in collections:
-        for key, value in each.items() if isinstance(each, dict) else enumerate(each):
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not isinstance(each, set):
+    for collection in collections:
+        if isinstance(collection, set):  # its tensors are found by their identity
+            continue
+        items = collection.items() if isinstance(collection, dict) else enumerate(collection)
+        for key, value in items:
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 if id(value) not in copies:
                     copies[id(value)] = value.detach().clone()
-                each[key] = copies[id(value)]
+                collection[key] = copies[id(value)]
 
 
 def _refill(collection: Any, content: Any) -> None:
@@ -155,13 +211,3 @@ def _refill(collection: Any, content: Any) -> None:
     else:  # the tensors of a scripted module, whose names are fixed
         for name, value in content.items():
             collection[name] = value
-
-
-def owners(model: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
-    """Return the modules that hold any of some parameters and buffers."""
-    wanted = {id(tensor) for tensor in tensors}
-    return [
-        module
-        for _, module in _walk(model, "", set())
-        if any(id(tensor) in wanted for held in (module._parameters, module._buffers) for tensor in held.values())
-    ]

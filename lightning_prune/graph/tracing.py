@@ -1,51 +1,56 @@
-"""Trace a model into a channel graph, and try the graph out on smaller tensors before anyone relies on it."""
+"""Tracing a model into a channel graph that has been tried out on smaller networks."""
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_prune.compiled import as_written
-from lightning_prune.graph.channel_graph import ChannelGraph, Term, Unprunable
+from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.costs import COSTS
-from lightning_prune.graph.groups import Coupling, couple
+from lightning_prune.graph.explanation import Finding
+from lightning_prune.graph.groups import Grouping, form_groups
+from lightning_prune.graph.operators import OperatorTables
+from lightning_prune.graph.records import CostTerm, Known, Note, Record
 from lightning_prune.graph.rules import RULES
 from lightning_prune.graph.run import Forward, as_call
-from lightning_prune.graph.tracer import CostTerm, Known, Note, Record, Tables, Tracer
-from lightning_prune.graph.verification import UNEXPLAINED, Finding, Prober
+from lightning_prune.graph.terms import cost_terms
+from lightning_prune.graph.tracer import Tracer
+from lightning_prune.graph.verification import Verifier
 from lightning_prune.progress import progress
 
-__all__ = ["Unprunable", "as_call", "trace"]
+__all__ = ["as_call", "trace"]
 
 
 def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Sequence[str] = ()) -> ChannelGraph:
-    """Find out which channels of a model leave together, which may not leave, and why.
+    """Find out which channels of a model can only be pruned together, which cannot be pruned, and why.
 
-    The model's forward pass runs on tensors without data, and then once more with channels missing, to see that
-    nothing in it relies on their number, in evaluation and in training mode. Where data is needed (control flow that
-    depends on values) the example inputs are run for real. The model is left exactly as it was: mode, parameters,
-    buffers, hooks, gradients and random state.
+    The model's forward pass runs on tensors without data, and then once more with fewer channels, to see that nothing
+    in it relies on their number, in evaluation and in training mode. Where data is needed (control flow that depends
+    on values) the example inputs are run for real. The model is as it was afterwards: mode, parameters, buffers,
+    hooks, gradients and random state.
 
     Args:
         model: Any module; a model that has been pruned before is traced in its original shape.
         example_inputs: What ``forward`` takes: a tensor, a tuple of positional arguments or a dictionary of named
             ones. Costs are counted for these inputs.
-        module: Dotted name of the part to trace, whose ``forward`` then takes the example inputs; default the whole
-            model.
-        ignore: Patterns (``"layer1.*"``) of module names whose channels stay whole.
+        module: Dotted name of the submodule to trace, whose ``forward`` then takes the example inputs; default the
+            model itself.
+        ignore: Patterns (``"layer1.*"``) of names of modules whose channels are not to be pruned.
 
     Returns:
         The graph.
 
     Raises:
-        ValueError: If the inputs do not fit, a pattern matches no module, ``module`` names no part of the model, or
-            the model is quantized, not initialised, or spread over several devices.
+        ValueError: If the inputs do not fit, a pattern matches no module, ``module`` names no submodule, or the model
+            is quantized, not initialised, or spread over several devices.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
         >>> graph = trace(model, torch.zeros(1, 3, 8, 8))
         >>> graph.groups["0"].size
@@ -55,109 +60,184 @@ def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Se
     """
     with progress(f"Tracing {type(model).__name__}"), as_written():
         forward = Forward(model, module, example_inputs)
-        ignored = list(_ignored(forward, ignore))
-        coupling, flops = _Search(forward, ignored).settle()
-        terms = _terms(forward, coupling, flops)
-    return ChannelGraph(model, coupling.groups, coupling.unprunable, forward.shapes, terms, module, example_inputs)
+        patterns = _checked_patterns(ignore, forward.module_names)
+        grouping, operations = _Search(forward, patterns).settle()
+        terms = cost_terms(forward, grouping, operations)
+    return ChannelGraph(model, grouping.groups, grouping.unprunable, forward.shapes, terms, module, example_inputs)
+
+
+def _checked_patterns(ignore: Sequence[str], module_names: Sequence[str]) -> list[str]:
+    patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+    for pattern in patterns:
+        if not _matches_any(pattern, module_names):
+            raise ValueError(f"The ignore pattern {pattern!r} matches no module; module names look like 'layer1.0'.")
+    return patterns
+
+
+def _matches_any(pattern: str, names: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+class _TrainingMode(Enum):
+    """What is known of a network in training mode."""
+
+    NOT_OBSERVED = auto()
+    OBSERVED = auto()
+    UNTRACEABLE = auto()  # it takes other inputs to be trained, such as targets
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What the full network showed in evaluation and, where it was observed, in training mode."""
+
+    evaluation: Record
+    training: Record | None
+
+    def joined(self) -> Record:
+        """Return what both modes showed about channels, with the costs in evaluation mode."""
+        joined = Record(costs=self.evaluation.costs)
+        joined.extend(self.evaluation)
+        if self.training is not None:
+            joined.extend(self.training)
+        return joined
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Whether groups work, and what does not; nothing is found where training mode was not observed."""
+
+    works: bool
+    findings: Sequence[Finding] = ()
 
 
 class _Search:
-    """Form groups, try them out, and keep whole what does not work, until everything works."""
+    """Form groups, try them out, and mark as unprunable what does not work, until everything works.
 
-    def __init__(self, forward: Forward, ignored: list[str]) -> None:
+    Args:
+        forward: The forward pass.
+        ignored: Patterns of names of modules whose channels are not to be pruned.
+
+    Attributes:
+        known: What has been found out about the network.
+        found_unprunable: The channels that did not work.
+        training_mode: What is known of training mode.
+    """
+
+    def __init__(self, forward: Forward, ignored: Sequence[str]) -> None:
         self.forward = forward
         self.ignored = ignored
-        self.tables = Tables(RULES, COSTS)
+        self.tables = OperatorTables(RULES, COSTS)
+        self.tables_without_costs = OperatorTables(RULES, {})
         self.known = Known()
-        self.stuck: list[Note] = []
-        self.with_training = False
+        self.found_unprunable: list[Note] = []
+        self.training_mode = _TrainingMode.NOT_OBSERVED
 
-    def settle(self) -> tuple[Coupling, list[CostTerm]]:
-        """Return the groups that work, and the operations of the whole network in evaluation mode."""
-        evaluation, training = self._observe()
+    def settle(self) -> tuple[Grouping, list[CostTerm]]:
+        """Return the groups that work, and the operations of the full network in evaluation mode."""
+        observed = self._observe_evaluation()
         while True:
-            coupling = self._couple(evaluation, training)
-            findings = self._probe(coupling, evaluation, training)
-            if not findings:
-                return coupling, evaluation.costs
-            if not self.with_training:  # perhaps training mode only does more
-                self.with_training = True
-                evaluation, training = self._observe()
-                continue
-            sites = {f.site for f in findings if f.site is not None and f.site not in self.known.split}
-            if sites:
-                # The outer part becomes shorter, not the inner one.
-                self.known = replace(self.known, split={**self.known.split, **dict.fromkeys(sites, 0)})
-                evaluation, training = self._observe()
+            grouping = self._form_groups(observed)
+            verdict = self._verify(grouping, observed)
+            if verdict.works:
+                return grouping, observed.evaluation.costs
+            if self._asks_for_another_look(verdict):
+                observed = self._observe_both_modes()
             else:
-                self.stuck.extend(finding.note(coupling) for finding in findings)
+                self.found_unprunable.extend(finding.note(grouping) for finding in verdict.findings)
 
-    def _observe(self) -> tuple[Record, Record | None]:
-        def make() -> Tracer:
-            return Tracer(self.tables, self.known)
+    def _asks_for_another_look(self, verdict: _Verdict) -> bool:
+        """Tell whether the trouble may be with what is known of the full network, and not with the groups."""
+        if self.training_mode is _TrainingMode.NOT_OBSERVED:  # perhaps training mode only does more
+            return True
+        return self._learn_which_axes_shrink(verdict.findings)
 
-        tracers = [self.forward.observe(make, training=False)]
-        if self.with_training:
-            # What takes other inputs to be trained (targets, say) is traced as it is in evaluation mode.
-            with suppress(ValueError):
-                tracers.append(self.forward.observe(make, training=True))
-        self.known = replace(self.known, grouped=frozenset().union(*(tracer.grouped for tracer in tracers)))
-        return tracers[0].record, tracers[1].record if len(tracers) > 1 else None
+    def _learn_which_axes_shrink(self, findings: Sequence[Finding]) -> bool:
+        """Let the outermost axis of a split become shorter where the innermost one did not work.
 
-    def _couple(self, evaluation: Record, training: Record | None) -> Coupling:
-        joined = Record(costs=evaluation.costs)
-        for record in (evaluation, training):
-            if record is not None:
-                joined.extend(record)
-        for labels in joined.produced:
-            maker = self.forward.maker(labels)
-            for pattern in self.ignored:
-                if any(fnmatch.fnmatchcase(name, pattern) for name in _with_parents(maker)):
-                    joined.holds.append(Note(labels, maker, f"is ignored by the pattern {pattern!r}"))
-        joined.holds.extend(self.stuck)
-        return couple(self.forward.slots, joined)
+        Returns:
+            Whether there was such a split that has not been learnt about before.
+        """
+        known = self.known.shrinking_axis
+        sites = {finding.site for finding in findings if finding.site is not None and finding.site not in known}
+        if sites:
+            self.known = replace(self.known, shrinking_axis={**known, **dict.fromkeys(sites, 0)})
+        return bool(sites)
 
-    def _probe(self, coupling: Coupling, evaluation: Record, training: Record | None) -> list[Finding]:
-        """Try the groups in training mode, and in evaluation mode unless that has just been seen to do the same."""
-        if not coupling.groups:
-            return []
-        prober = Prober(self.forward, coupling, self.tables, self.known)
-        if training is not None or not self.with_training:
-            findings, trial = prober.probe(True, training)
+    # -- observing the full network --------------------------------------------------------------------------------
+
+    def _observe_evaluation(self) -> _Observed:
+        evaluation = self.forward.observe(self._make_tracer, training=False)
+        self.known = replace(self.known, grouped=frozenset(evaluation.grouped))
+        return _Observed(evaluation.record, None)
+
+    def _observe_both_modes(self) -> _Observed:
+        evaluation = self.forward.observe(self._make_tracer, training=False)
+        training: Tracer | None = None
+        with suppress(ValueError):
+            training = self.forward.observe(self._make_tracer, training=True)
+        if training is None:
+            self.training_mode = _TrainingMode.UNTRACEABLE
+            self.known = replace(self.known, grouped=frozenset(evaluation.grouped))
+            return _Observed(evaluation.record, None)
+        self.training_mode = _TrainingMode.OBSERVED
+        self.known = replace(self.known, grouped=frozenset(evaluation.grouped | training.grouped))
+        return _Observed(evaluation.record, training.record)
+
+    def _make_tracer(self) -> Tracer:
+        return Tracer(self.tables, self.known)
+
+    # -- forming groups --------------------------------------------------------------------------------------------
+
+    def _form_groups(self, observed: _Observed) -> Grouping:
+        record = observed.joined()
+        record.unprunable += self._ignored_channels(record)
+        record.unprunable += self.found_unprunable
+        return form_groups(self.forward.labelled, record)
+
+    def _ignored_channels(self, record: Record) -> list[Note]:
+        notes: list[Note] = []
+        for labels in record.out_slices:
+            module = self.forward.labelled.module_of(labels)
+            matching = [pattern for pattern in self.ignored if _matches_any(pattern, _with_parents(module))]
+            notes.extend(Note(labels, module, f"is ignored by the pattern {pattern!r}") for pattern in matching)
+        return notes
+
+    # -- trying them out -------------------------------------------------------------------------------------------
+
+    def _verify(self, grouping: Grouping, observed: _Observed) -> _Verdict:
+        """Try groups in training mode, and in evaluation mode unless that has just been seen to do the same."""
+        if not grouping.groups:
+            return _Verdict(works=True)
+        verifier = Verifier(self.forward, grouping, self.tables_without_costs, self.known)
+        if self.training_mode is _TrainingMode.NOT_OBSERVED:
+            return self._verify_unobserved(verifier, observed.evaluation)
+        if self.training_mode is _TrainingMode.OBSERVED:
+            trial = verifier.first_trial(training=True, full=observed.training)
+            findings = verifier.findings(trial)
             if findings:
-                return findings
-            # Where channels are cut is compared with what the whole network does in the same mode.
-            if training is None and len(trial.record.cut) != len(evaluation.cut):
-                return [UNEXPLAINED]
-            if (training is not None or not prober.cuts(evaluation)) and prober.covers(trial, evaluation):
-                return []
-        return prober.probe(False, evaluation)[0]
+                return _Verdict(works=False, findings=findings)
+            if trial.covers(observed.evaluation):
+                return _Verdict(works=True)
+        return self._verify_in_evaluation(verifier, observed.evaluation)
+
+    def _verify_unobserved(self, verifier: Verifier, evaluation: Record) -> _Verdict:
+        """Try groups in training mode without knowing what the full network does in it."""
+        trial = verifier.first_trial(training=True, full=None)
+        cuts_as_often = len(trial.record.cut) == len(evaluation.cut)
+        if not verifier.looks_right(trial) or not cuts_as_often:
+            return _Verdict(works=False)
+        # Where channels are cut is compared with what the full network does in the same mode.
+        if not verifier.cuts(evaluation) and trial.covers(evaluation):
+            return _Verdict(works=True)
+        return self._verify_in_evaluation(verifier, evaluation)
+
+    def _verify_in_evaluation(self, verifier: Verifier, evaluation: Record) -> _Verdict:
+        trial = verifier.first_trial(training=False, full=evaluation)
+        findings = verifier.findings(trial)
+        return _Verdict(works=not findings, findings=findings)
 
 
 def _with_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _ignored(forward: Forward, patterns: Sequence[str]) -> Iterable[str]:
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in forward.module_names):
-            raise ValueError(f"The ignore pattern {pattern!r} matches no module; module names look like 'layer1.0'.")
-        yield pattern
-
-
-def _terms(forward: Forward, coupling: Coupling, flops: list[CostTerm]) -> dict[str, list[Term]]:
-    known: dict[int, Any] = {}
-    params = []
-    of_the_part = {id(parameter) for parameter in forward.part.parameters()}
-    for name, tensor in forward.tensors.items():
-        if id(tensor) in of_the_part:
-            axes = forward.labels(name)
-            fixed = [size for axis, size in enumerate(forward.shapes[name]) if axis not in axes]
-            params.append(CostTerm(torch.Size(fixed).numel(), tuple(axes.values()), name.rpartition(".")[0]))
-    makers: dict[tuple[str, int], None] = {}
-    for group in coupling.groups.values():
-        makers.update({(part.tensor, part.axis): None for part in group.out_slices})
-    channels = [CostTerm(1, (forward.labels(name)[axis],), name.rpartition(".")[0]) for name, axis in makers]
-    counted = {"flops": flops, "params": params, "channels": channels}
-    return {metric: [coupling.term(cost, known) for cost in costs] for metric, costs in counted.items()}
+    """Return the names of a module and of all that it is in: "a", "a.b" and "a.b.c" for "a.b.c"."""
+    steps = name.split(".")
+    return [".".join(steps[: length + 1]) for length in range(len(steps))]

@@ -29,8 +29,8 @@ class PadShortcut(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         # Both amounts are numbers fixed here and never worked out again from x.shape: zero channel k of the wide side
-        # must stay zero channel k when channels leave the narrow side. Pad amounts that followed the shape of x would
-        # grow by what was pruned, and every surviving channel would be added to a different partner than before.
+        # must remain zero channel k when channels of the narrow side are pruned. Pad amounts that followed the shape
+        # of x would grow by what was pruned, and every kept channel would be added to a different partner than before.
         self.before = (out_channels - in_channels) // 2
         self.after = out_channels - in_channels - self.before
 
@@ -65,13 +65,13 @@ class BasicBlock(nn.Module):
         if stride == 2 and shortcut == "A":
             self.shortcut = PadShortcut(in_channels, out_channels)
         elif stride == 2:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False), nn.BatchNorm2d(out_channels)
-            )
+            projection = nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, in_channels, h, w) to (n, out_channels, h, w), or to half of h and w where a stage begins."""
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn1(self.conv1(x))
+        out = F.relu(out)
         out = self.bn2(self.conv2(out))
         return F.relu(out + self.shortcut(x))
 
@@ -103,7 +103,8 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int = 20, num_classes: int = 10, in_channels: int = 3, shortcut: str = "A") -> None:
         if depth not in DEPTHS:
-            raise ValueError(f"depth={depth} is not a CIFAR ResNet: choose one of {', '.join(map(str, DEPTHS))}.")
+            choices = ", ".join(map(str, DEPTHS))
+            raise ValueError(f"depth={depth} is not a CIFAR ResNet: choose one of {choices}.")
         if shortcut not in ("A", "B"):
             raise ValueError(f"shortcut={shortcut!r} is unknown: choose 'A' (zero padding) or 'B' (1x1 convolution).")
         super().__init__()
@@ -111,20 +112,26 @@ class CifarResNet(nn.Module):
         first, second, third = STAGE_WIDTHS
         self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
-        self.layer1 = self._stage(blocks, first, first, shortcut)
-        self.layer2 = self._stage(blocks, first, second, shortcut)
-        self.layer3 = self._stage(blocks, second, third, shortcut)
+        self.layer1 = _make_stage(blocks, first, first, shortcut)
+        self.layer2 = _make_stage(blocks, first, second, shortcut)
+        self.layer3 = _make_stage(blocks, second, third, shortcut)
         self.linear = nn.Linear(third, num_classes)
         initialize_he(self)
-
-    @staticmethod
-    def _stage(blocks: int, in_channels: int, out_channels: int, shortcut: str) -> nn.Sequential:
-        widths = [in_channels] + [out_channels] * blocks
-        return nn.Sequential(*(BasicBlock(widths[i], widths[i + 1], shortcut) for i in range(blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (n, in_channels, h, w) to logits (n, num_classes)."""
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
-        return self.linear(x)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = F.adaptive_avg_pool2d(x, 1)
+        return self.linear(torch.flatten(x, 1))
+
+
+def _make_stage(blocks: int, in_channels: int, out_channels: int, shortcut: str) -> nn.Sequential:
+    stage = nn.Sequential()
+    for _ in range(blocks):
+        block = BasicBlock(in_channels, out_channels, shortcut)
+        stage.append(block)
+        in_channels = out_channels
+    return stage

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -48,7 +49,7 @@ class ImageClassifier(L.LightningModule):
             ``torchvision/<name>`` the name of one of torchvision's own, such as "IMAGENET1K_V1".
         optimization: Optimizer, weight decay and learning rate: see `Optimization`.
         regularization: Label smoothing, mixup and cutmix: see `Regularization`.
-        transfer: Which part of the weights is not used or not trained, for classes other than theirs: see `Transfer`.
+        transfer: Which of the weights are not used or not trained, for classes other than theirs: see `Transfer`.
         distillation: A teacher of the same architecture to learn from: see `Distillation`.
         per_class: Also log the accuracy of each class, as ``val/accuracy_class_<number>`` and for the test.
         channels_last: Keep images and weights in this memory format, which is fastest on GPUs with mixed precision.
@@ -80,14 +81,13 @@ class ImageClassifier(L.LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        _check_data(num_classes, input_shape)
         network_args = network_args or {}
-        if network.startswith(TORCHVISION_PREFIX) and "weights" in network_args:
-            raise ValueError("network_args may not name weights, which checkpoints hold: set `weights` instead.")
+        _check_data(num_classes, input_shape)
+        _check_network_args(network, network_args)
         self.optimization = _settings(Optimization, optimization)
         self.regularization = _settings(Regularization, regularization)
         self.transfer = _settings(Transfer, {} if transfer is None else transfer)
-        # A checkpoint holds every weight, so it does not name the file that training once started from. Together with
+        # A checkpoint has every weight, so it does not name the file that training once started from. Together with
         # loading right here, this gives the right weights at every moment:
         # - load_from_checkpoint builds the module with weights=None, on a machine that may not have the file;
         # - what looks at the network before or in a callback's `setup` (scores, a trace without any Trainer) sees the
@@ -106,17 +106,14 @@ class ImageClassifier(L.LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.example_input_array = torch.zeros(1, *input_shape)
 
-        self.network = build_network_for(network, num_classes, input_shape, network_args)
+        build = partial(build_network_for, network, num_classes, input_shape, network_args)
+        self.network = build()
         if weights is not None:
             new_head = "" if transfer is None else self.transfer.head_of(self.network)
             load_pretrained(self.network, network, weights, new_head)
         self.transfer.freeze(self.network, epoch=0)
         self.network.to(memory_format=self.memory_format)
-        self.teacher: Teacher | None = None
-        if distillation is not None:
-            wisdom = _settings(Distillation, distillation)
-            taught = build_network_for(network, num_classes, input_shape, network_args)
-            self.teacher = Teacher(load_pretrained(taught, network, wisdom.weights), wisdom)
+        self.teacher = None if distillation is None else _make_teacher(distillation, network, build)
 
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_metrics = _make_metrics(num_classes, per_class).clone(prefix="val/")
@@ -131,8 +128,9 @@ class ImageClassifier(L.LightningModule):
     def on_train_start(self) -> None:
         """Train what is to be trained in the epoch that a run starts or resumes in."""
         # The few batches of fast_dev_run are to show that later epochs work too.
-        last = getattr(self.trainer, "fast_dev_run", False)
-        if self.transfer.freeze(self.network, sys.maxsize if last else self.current_epoch):
+        is_dev_run = getattr(self.trainer, "fast_dev_run", False)
+        epoch = sys.maxsize if is_dev_run else self.current_epoch
+        if self.transfer.freeze(self.network, epoch):
             rewrap(self.trainer)
 
     def on_train_epoch_start(self) -> None:
@@ -151,9 +149,11 @@ class ImageClassifier(L.LightningModule):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.regularization.label_smoothing)
         if self.teacher is not None:
             loss = self.teacher.loss(images, logits, loss)
-        self.train_accuracy(logits, labels.argmax(dim=1) if labels.dim() == 2 else labels)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(labels))
+        classes = labels.argmax(dim=1) if labels.dim() == 2 else labels
+        self.train_accuracy(logits, classes)
+        log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(labels))
+        log("train/loss", loss, sync_dist=True)
+        log("train/accuracy", self.train_accuracy)
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -188,7 +188,8 @@ class ImageClassifier(L.LightningModule):
         images, labels = batch
         logits = self(images)
         metrics.update(logits, labels)
-        self.log(name, F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        loss = F.cross_entropy(logits, labels)
+        self.log(name, loss, batch_size=len(labels), sync_dist=True)
 
     def _log_accuracies(self, metrics: MetricCollection) -> None:
         # Computed here and not by Lightning, which knows no metrics of several values. They are the same on all ranks.
@@ -212,22 +213,36 @@ def _settings(kind: type[Settings], given: Settings | Mapping[str, Any]) -> Sett
         raise ValueError(f"{kind.__name__} cannot be made of {dict(given)}: {error}.") from error
 
 
+def _make_teacher(
+    distillation: Distillation | Mapping[str, Any], network_name: str, build: Callable[[], nn.Module]
+) -> Teacher:
+    settings = _settings(Distillation, distillation)
+    network = load_pretrained(build(), network_name, settings.weights)
+    return Teacher(network, settings)
+
+
 def _make_metrics(num_classes: int, per_class: bool) -> MetricCollection:
     # cross_entropy refuses labels out of range; to look for them here too would make a GPU wait at every batch.
-    metrics: dict[str, Any] = {"accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False)}
+    accuracy = partial(MulticlassAccuracy, num_classes, validate_args=False)
+    metrics: dict[str, Any] = {"accuracy": accuracy(average="micro")}
     if num_classes > 5:
-        metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
+        metrics["accuracy_top5"] = accuracy(top_k=5, average="micro")
     if per_class:
-        each = MulticlassAccuracy(num_classes, average=None, validate_args=False)
-        metrics["classes"] = ClasswiseWrapper(each, prefix="accuracy_class_")
+        accuracy_of_each = accuracy(average=None)
+        metrics["classes"] = ClasswiseWrapper(accuracy_of_each, prefix="accuracy_class_")
     # Metrics that agree on the first batch are no groups: top-1 and top-5 may both be perfect there.
     return MetricCollection(metrics, compute_groups=False)
 
 
 def _check_data(num_classes: int, input_shape: Sequence[int]) -> None:
     if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} leaves nothing to classify: set the number of classes, 2 or more.")
+        raise ValueError(f"num_classes={num_classes} is no choice: set the number of classes, 2 or more.")
     if len(input_shape) != 3 or min(input_shape) < 1:
         raise ValueError(
             f"input_shape={tuple(input_shape)} is no image: give (channels, height, width), such as (3, 32, 32)."
         )
+
+
+def _check_network_args(network: str, network_args: Mapping[str, Any]) -> None:
+    if network.startswith(TORCHVISION_PREFIX) and "weights" in network_args:
+        raise ValueError("network_args may not name weights, which a checkpoint has: set `weights` instead.")

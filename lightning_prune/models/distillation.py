@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Distillation:
-    """Say how a network learns from a trained teacher of the same architecture, whole while the network is pruned.
+    """Say how a network learns from a trained teacher of the same architecture, which is not pruned.
 
     Args:
         weights: The teacher's weights: a file, such as a checkpoint of a run without pruning, or a name, as for the
@@ -36,14 +36,14 @@ class Distillation:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0: 4 is usual.")
         if not 0 < self.share <= 1:
-            raise ValueError(f"share={self.share} is outside (0, 1]: leave `distillation` out for no teacher.")
+            raise ValueError(f"share={self.share} is outside (0, 1]: set `distillation` to null for no teacher.")
 
 
 class Teacher:
     """Compare a student with a trained network that never changes.
 
-    This is not an ``nn.Module``, so that what holds it has neither the teacher's weights in its checkpoints nor its
-    channels among those to be pruned.
+    This is not an ``nn.Module``, so that a module that has one has neither the teacher's weights in its
+    checkpoints nor its channels among those to be pruned.
 
     Args:
         network: The trained network; it is frozen, and follows the images to their device and type.
@@ -73,9 +73,9 @@ class Teacher:
         """
         temperature, share = self.settings.temperature, self.settings.share
         with torch.no_grad():
-            expected = F.log_softmax(self.network.to(images)(images) / temperature, dim=1)
-        divergence = F.kl_div(
-            F.log_softmax(logits / temperature, dim=1), expected, reduction="batchmean", log_target=True
-        )
+            expected_logits = self.network.to(images)(images)
+        expected = F.log_softmax(expected_logits / temperature, dim=1)  # (n, classes)
+        said = F.log_softmax(logits / temperature, dim=1)  # (n, classes)
+        divergence = F.kl_div(said, expected, reduction="batchmean", log_target=True)
         # The gradients of soft targets fall with the square of the temperature (section 2 of the paper).
         return (1 - share) * label_loss + share * temperature**2 * divergence

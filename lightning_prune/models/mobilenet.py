@@ -33,7 +33,7 @@ class MobileNetV1(nn.Module):
         width: What the paper's numbers of channels are multiplied with, above 0.
 
     Raises:
-        ValueError: If ``width`` leaves a layer without channels.
+        ValueError: If ``width`` gives a layer no channels.
 
     Example:
         >>> import torch
@@ -43,24 +43,29 @@ class MobileNetV1(nn.Module):
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, width: float = 1.0) -> None:
-        if int(32 * width) < 1:
-            raise ValueError(f"width={width} leaves no channels: set it to 1/32 or more.")
-        super().__init__()
-        small = image_size < SMALL_IMAGE
         channels = int(32 * width)
-        blocks: list[nn.Module] = [_conv_norm_relu(in_channels, channels, stride=1 if small else 2)]
-        for number, (paper_channels, paper_stride) in enumerate(V1_BLOCKS):
+        if channels < 1:
+            raise ValueError(f"width={width} gives the first layer no channels: set it to 1/32 or more.")
+        super().__init__()
+        is_small = image_size < SMALL_IMAGE
+        stem = _conv_norm_relu(in_channels, channels, stride=1 if is_small else 2)
+        self.features = nn.Sequential(stem)
+        for number, (paper_channels, stride) in enumerate(V1_BLOCKS):
+            if is_small and number == 1:
+                stride = 1
             out_channels = int(paper_channels * width)
-            blocks.append(_separable(channels, out_channels, 1 if small and number == 1 else paper_stride))
+            block = _separable(channels, out_channels, stride)
+            self.features.append(block)
             channels = out_channels
-        self.features = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
         initialize_he(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (n, in_channels, h, w) to logits (n, num_classes)."""
-        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        x = self.features(x)
+        x = self.pool(x)
+        return self.classifier(torch.flatten(x, 1))
 
 
 def _conv_norm_relu(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -80,7 +85,7 @@ def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
 
 
 class CifarMobileNetV2(MobileNetV2):
-    """Classify 32x32 images with MobileNetV2 (Sandler et al. 2018), torchvision's with two strides removed.
+    """Classify 32x32 images with MobileNetV2 (Sandler et al. 2018), torchvision's without two of its strides.
 
     The first convolution and the second stage keep the size of the image, so that 32x32 ends as 4x4 rather than 1x1;
     widths and number of parameters are those of the ImageNet network.

@@ -70,12 +70,11 @@ class Optimization:
         if self.schedule == "steps" and not self.milestones:
             raise ValueError("schedule='steps' needs milestones: list the epochs at which the learning rate falls.")
         if self.restarts and self.schedule != "cosine":
-            raise ValueError(f"schedule={self.schedule!r} has no restarts: choose 'cosine', or leave restarts empty.")
+            raise ValueError(f"schedule={self.schedule!r} has no restarts: choose 'cosine', or set no restarts.")
         if self.restarts and self.restarts[0] <= self.warmup_epochs:
             raise ValueError(f"restarts={self.restarts} begin within the warm-up: list epochs after warmup_epochs.")
-        for name, epochs in {"milestones": self.milestones, "restarts": self.restarts}.items():
-            if any(late <= early for early, late in zip([0, *epochs], epochs, strict=False)):
-                raise ValueError(f"{name}={epochs} do not rise: list epochs above 0, each later than the last.")
+        _check_rising("milestones", self.milestones)
+        _check_rising("restarts", self.restarts)
         # Made once for nothing, so that arguments that the optimizer refuses are refused before any data is loaded.
         self.make_optimizer(nn.Linear(1, 1))
 
@@ -88,15 +87,17 @@ class Optimization:
         Returns:
             The optimizer, with one group of parameters that decay and one of those that are spared.
         """
-        parameters = list(module.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        decaying = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+        spared = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
+        groups: list[dict[str, Any]] = []
+        if decaying:
+            groups.append({"params": decaying, "weight_decay": self.weight_decay})
+        if spared:
+            groups.append({"params": spared, "weight_decay": 0.0})
         arguments = OPTIMIZER_DEFAULTS.get(self.optimizer, {}) | self.optimizer_args
-        kind = _find_optimizer(self.optimizer)
+        optimizer_class = _find_optimizer(self.optimizer)
         try:
-            return kind([group for group in groups if group["params"]], lr=self.lr, **arguments)  # type: ignore[call-arg]
+            return optimizer_class(groups, lr=self.lr, **arguments)  # type: ignore[call-arg]
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"optimizer={self.optimizer!r} refuses lr={self.lr} and optimizer_args={arguments} ({error}): correct "
@@ -108,7 +109,7 @@ class Optimization:
 
         Args:
             optimizer: The optimizer.
-            max_epochs: Number of epochs of the whole training, if known; "cosine" needs it.
+            max_epochs: Number of epochs of the training, if known; "cosine" needs it.
 
         Raises:
             ValueError: If the schedule is "cosine" and the number of epochs is not known.
@@ -122,7 +123,7 @@ class Optimization:
 
         Args:
             epoch: The epoch, from 0.
-            max_epochs: Number of epochs of the whole training; only "cosine" needs it.
+            max_epochs: Number of epochs of the training; only "cosine" needs it.
 
         Returns:
             The factor, in [0, 1].
@@ -130,12 +131,23 @@ class Optimization:
         if epoch < self.warmup_epochs:
             return (epoch + 1) / (self.warmup_epochs + 1)
         if self.schedule == "cosine":
-            passed = bisect_right(self.restarts, epoch)
-            start = [self.warmup_epochs, *self.restarts][passed]
-            end = [*self.restarts, max_epochs][passed]
+            restarts_before = bisect_right(self.restarts, epoch)
+            start = [self.warmup_epochs, *self.restarts][restarts_before]
+            end = [*self.restarts, max_epochs][restarts_before]
             progress = (epoch - start) / max(1, end - start)
             return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return 0.1 ** sum(epoch >= milestone for milestone in self.milestones) if self.schedule == "steps" else 1.0
+        if self.schedule == "steps":
+            milestones_before = sum(epoch >= milestone for milestone in self.milestones)
+            return 0.1**milestones_before
+        return 1.0
+
+
+def _check_rising(name: str, epochs: list[int]) -> None:
+    previous = 0
+    for epoch in epochs:
+        if epoch <= previous:
+            raise ValueError(f"{name}={epochs} do not rise: list epochs above 0, each later than the last.")
+        previous = epoch
 
 
 def _find_optimizer(name: str) -> type[Optimizer]:

@@ -95,12 +95,14 @@ def build_network_for(
         >>> network.conv1.in_channels, network.linear1.in_features
         (3, 576)
     """
-    fitting = {"num_classes": num_classes, "in_channels": input_shape[0], "image_size": input_shape[1]}
+    channels, height, _ = input_shape
+    fitting = {"num_classes": num_classes, "in_channels": channels, "image_size": height}
     if name.startswith(TORCHVISION_PREFIX):
         accepted = {"num_classes"}  # hidden in torchvision's **kwargs
     else:
         accepted = set(inspect.signature(find_factory(name)).parameters)
-    return build_network(name, **{k: v for k, v in fitting.items() if k in accepted} | network_args)
+    arguments = {argument: value for argument, value in fitting.items() if argument in accepted}
+    return build_network(name, **{**arguments, **network_args})
 
 
 def find_factory(name: str) -> NetworkFactory:
@@ -133,7 +135,7 @@ def find_factory(name: str) -> NetworkFactory:
 
 
 def _find_in_torchvision(name: str) -> NetworkFactory:
-    # Only the module itself: without it, the list also holds detection, segmentation, video and quantized networks.
+    # Only the module itself: without it, the list also has detection, segmentation, video and quantized networks.
     known = torchvision_models.list_models(module=torchvision_models)
     if name in known:
         return torchvision_models.get_model_builder(name)

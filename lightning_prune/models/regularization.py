@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 
@@ -54,6 +54,12 @@ class Regularization:
             Images (n, c, h, w) and the probabilities of their classes (n, num_classes), or both as they were where no
             mixing is asked for.
         """
-        mixers = [v2.MixUp(alpha=self.mixup, num_classes=num_classes)] if self.mixup else []
-        mixers += [v2.CutMix(alpha=self.cutmix, num_classes=num_classes)] if self.cutmix else []
-        return v2.RandomChoice(mixers)(images, labels) if mixers else (images, labels)
+        mixers: list[nn.Module] = []
+        if self.mixup:
+            mixers.append(v2.MixUp(alpha=self.mixup, num_classes=num_classes))
+        if self.cutmix:
+            mixers.append(v2.CutMix(alpha=self.cutmix, num_classes=num_classes))
+        if not mixers:
+            return images, labels
+        mix_by_one = v2.RandomChoice(mixers)
+        return mix_by_one(images, labels)

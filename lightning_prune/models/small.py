@@ -46,8 +46,10 @@ class LeNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (n, in_channels, image_size, image_size) to logits (n, num_classes)."""
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(self.conv1(x))
+        x = F.max_pool2d(x, 2)
+        x = F.relu(self.conv2(x))
+        x = F.max_pool2d(x, 2)
         x = torch.flatten(x, 1)
         x = F.relu(self.linear1(x))
         x = F.relu(self.linear2(x))
@@ -95,14 +97,15 @@ class Conv4(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (n, in_channels, image_size, image_size) to logits (n, num_classes)."""
-        return self.classifier(torch.flatten(self.features(x), 1))
+        x = self.features(x)
+        return self.classifier(torch.flatten(x, 1))
 
 
 class AlexNet(nn.Module):
     """Classify 28x28 or 32x32 images with five convolutions and three linear layers (after Krizhevsky et al. 2012).
 
     The widths of the convolutions are those of torchvision's AlexNet; filters are 3x3 and the stride is 1, because the
-    11x11 filters with stride 4 of the original would leave nothing of a small image. There is no BatchNorm.
+    11x11 filters with stride 4 of the original would make nothing of a small image. There is no BatchNorm.
 
     Args:
         num_classes: Number of classes, at least 1.
@@ -148,7 +151,8 @@ class AlexNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (n, in_channels, image_size, image_size) to logits (n, num_classes)."""
-        return self.classifier(torch.flatten(self.features(x), 1))
+        x = self.features(x)
+        return self.classifier(torch.flatten(x, 1))
 
 
 class _ResidualBlock(nn.Module):
@@ -163,8 +167,18 @@ class _ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, channels, h, w) to the same shape."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(x + self.bn2(self.conv2(out)))
+        out = self.bn1(self.conv1(x))
+        out = F.relu(out)
+        out = self.bn2(self.conv2(out))
+        return F.relu(x + out)
+
+
+def _widen(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
 
 
 class DigitsNet(nn.Module):
@@ -187,22 +201,18 @@ class DigitsNet(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, width: int = 32) -> None:
         super().__init__()
-        self.stage1 = nn.Sequential(self._widen(in_channels, width, stride=1), _ResidualBlock(width))
-        self.stage2 = nn.Sequential(self._widen(width, 2 * width, stride=2), _ResidualBlock(2 * width))
-        self.stage3 = self._widen(2 * width, 4 * width, stride=2)
+        first, second, third = width, 2 * width, 4 * width
+        self.stage1 = nn.Sequential(_widen(in_channels, first, stride=1), _ResidualBlock(first))
+        self.stage2 = nn.Sequential(_widen(first, second, stride=2), _ResidualBlock(second))
+        self.stage3 = _widen(second, third, stride=2)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(4 * width, num_classes)
+        self.linear = nn.Linear(third, num_classes)
         initialize_he(self)
-
-    @staticmethod
-    def _widen(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (n, in_channels, h, w) to logits (n, num_classes)."""
-        x = self.stage3(self.stage2(self.stage1(x)))
-        return self.linear(torch.flatten(self.pool(x), 1))
+        x = self.stage1(x)
+        x = self.stage2(x)
+        x = self.stage3(x)
+        x = self.pool(x)
+        return self.linear(torch.flatten(x, 1))

@@ -39,8 +39,10 @@ class SmallImageResNet(ResNet):
 
     def __init__(self, depth: int = 18, num_classes: int = 10, in_channels: int = 3) -> None:
         if depth not in BLOCKS:
-            raise ValueError(f"depth={depth} is not one of these ResNets: choose {', '.join(map(str, BLOCKS))}.")
-        super().__init__(*BLOCKS[depth], num_classes=num_classes)
+            choices = ", ".join(map(str, BLOCKS))
+            raise ValueError(f"depth={depth} is not one of these ResNets: choose {choices}.")
+        block, blocks_per_stage = BLOCKS[depth]
+        super().__init__(block, blocks_per_stage, num_classes=num_classes)
         self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
         initialize_he(self.conv1)
         self.maxpool = nn.Identity()

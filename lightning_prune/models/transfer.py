@@ -10,10 +10,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Transfer:
-    """Say which part of a network is new, and which parts are not trained.
+    """Say which submodule of a network is new, and which parameters are not trained.
 
-    Names are those within the network, without ``network.`` before them. BatchNorm layers of frozen parts still follow
-    the statistics of the images.
+    Names are those within the network, without ``network.`` before them. Frozen BatchNorm layers still follow the
+    statistics of the images.
 
     Args:
         head: Dotted name of the module that is drawn afresh, whatever the weights say of it; default the network's
@@ -56,14 +56,14 @@ class Transfer:
             ValueError: If there is no module of that name, or no linear layer.
         """
         modules = dict(network.named_modules())
-        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        name = self.head or (linear[-1] if linear else "")
-        if not name or name not in modules:
-            raise ValueError(
-                f"{type(network).__name__} has no {f'module {self.head!r}' if self.head else 'linear layer'} to be the "
-                "new head: name one with `head`."
-            )
-        return name
+        linear_layers = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        name = self.head
+        if not name and linear_layers:
+            name = linear_layers[-1]
+        if name and name in modules:
+            return name
+        wanted = f"module {self.head!r}" if self.head else "linear layer"
+        raise ValueError(f"{type(network).__name__} has no {wanted} to be the new head: name one with `head`.")
 
     def freeze(self, network: nn.Module, epoch: int) -> bool:
         """Freeze or unfreeze parameters as it is to be in an epoch, and tell whether that changed anything.
@@ -75,13 +75,15 @@ class Transfer:
         Raises:
             ValueError: If a pattern fits no parameter.
         """
-        train = self.unfreeze_epoch is not None and epoch >= self.unfreeze_epoch
+        is_trained = self.unfreeze_epoch is not None and epoch >= self.unfreeze_epoch
+        named_parameters = dict(network.named_parameters())
         changed = False
         for pattern in self.frozen:
-            named = [p for name, p in network.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
-            if not named:
+            names = [name for name in named_parameters if fnmatch.fnmatchcase(name, pattern)]
+            if not names:
                 raise ValueError(f"No parameter of {type(network).__name__} fits {pattern!r}: correct `frozen`.")
-            changed |= any(parameter.requires_grad != train for parameter in named)
-            for parameter in named:
-                parameter.requires_grad_(train)
+            for name in names:
+                parameter = named_parameters[name]
+                changed = changed or parameter.requires_grad != is_trained
+                parameter.requires_grad_(is_trained)
         return changed

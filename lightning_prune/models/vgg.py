@@ -13,10 +13,10 @@ STAGE_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3,
 
 
 class CifarVGG(nn.Module):
-    """Classify 32x32 images with a plain chain of 3x3 convolutions and one linear layer.
+    """Classify 32x32 images with 3x3 convolutions, one after the other, and one linear layer.
 
     The three linear layers of the ImageNet network are replaced by one, as is usual for CIFAR-10: nearly all of the
-    parameters are then in convolutions, where channels can be removed.
+    parameters are then in convolutions, where channels can be pruned.
 
     Args:
         depth: 11, 13, 16 or 19, counted as in the paper, that is with three linear layers.
@@ -25,7 +25,7 @@ class CifarVGG(nn.Module):
         width: Factor on the channels of all stages, above 0; a quarter trains in minutes on a CPU.
 
     Raises:
-        ValueError: If ``depth`` is none of the above, or ``width`` leaves a stage without channels.
+        ValueError: If ``depth`` is none of the above, or ``width`` gives a stage no channels.
 
     Example:
         >>> import torch
@@ -36,25 +36,29 @@ class CifarVGG(nn.Module):
 
     def __init__(self, depth: int = 16, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
         if depth not in STAGE_CONVOLUTIONS:
-            raise ValueError(f"depth={depth} is not a VGG: choose one of {', '.join(map(str, STAGE_CONVOLUTIONS))}.")
+            choices = ", ".join(map(str, STAGE_CONVOLUTIONS))
+            raise ValueError(f"depth={depth} is not a VGG: choose one of {choices}.")
         widths = [int(channels * width) for channels in STAGE_WIDTHS]
         if min(widths) < 1:
-            raise ValueError(f"width={width} leaves stages without channels: give a factor of at least 1/64.")
+            raise ValueError(f"width={width} gives stages no channels: set a factor of at least 1/64.")
         super().__init__()
-        layers: list[nn.Module] = []
+        self.features = nn.Sequential()
         channels = in_channels
         for convolutions, stage_width in zip(STAGE_CONVOLUTIONS[depth], widths, strict=True):
             for _ in range(convolutions):
                 # No bias: the BatchNorm that follows would subtract it again.
-                layers += [nn.Conv2d(channels, stage_width, 3, padding=1, bias=False), nn.BatchNorm2d(stage_width)]
-                layers += [nn.ReLU(inplace=True)]
+                convolution = nn.Conv2d(channels, stage_width, 3, padding=1, bias=False)
+                self.features.append(convolution)
+                self.features.append(nn.BatchNorm2d(stage_width))
+                self.features.append(nn.ReLU(inplace=True))
                 channels = stage_width
-            layers += [nn.MaxPool2d(2)]
-        self.features = nn.Sequential(*layers)
+            self.features.append(nn.MaxPool2d(2))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
         initialize_he(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (n, in_channels, h, w), h and w at least 32, to logits (n, num_classes)."""
-        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        x = self.features(x)
+        x = self.pool(x)
+        return self.classifier(torch.flatten(x, 1))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import Axis, ChannelGraph, Term
-from lightning_prune.graph.substitution import named_tensors, substituted
+from lightning_prune.graph.substitution import named_tensors, substituting_tensors
 from lightning_prune.planning.cost import Products
 from lightning_prune.planning.timing import placed, wait
 from lightning_prune.progress import progress
@@ -109,7 +109,7 @@ def at_widths(graph: ChannelGraph, widths: dict[str, int], watched: Callable[...
     stand_ins = {id(t): _stand_in(t, shapes[name]) for name, t in named_tensors(graph.model).items()}
     args, kwargs = placed(graph.example_inputs, part)
     watched = watched or (lambda module, forward: forward)
-    with torch.no_grad(), as_written(), substituted(part, stand_ins, False, watched):
+    with torch.no_grad(), as_written(), substituting_tensors(part, stand_ins, False, watched):
         yield lambda: part(*args, **kwargs)
 
 

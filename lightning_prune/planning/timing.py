@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_prune.graph.substitution import given_back, put
+from lightning_prune.graph.substitution import preserving_attributes, replace_tensors
 from lightning_prune.graph.tracing import as_call
 
 __all__ = ["measure_latency", "placed", "timed", "wait"]
@@ -38,9 +38,9 @@ def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_
     buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
     try:
         model.eval()
-        with given_back(model):
+        with preserving_attributes(model):
             for module in model.modules():
-                put(module, buffers)
+                replace_tensors(module, buffers)
             times = [timed(lambda: model(*args, **kwargs), device) for _ in range(warm_up + runs)]
     finally:
         for module, training in flags:

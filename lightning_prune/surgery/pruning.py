@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.sizes import sync_attributes
-from lightning_prune.graph.substitution import named_tensors, owners
+from lightning_prune.graph.substitution import named_tensors, owning_modules
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force, record_plan
 
 __all__ = ["PruneReport", "check", "prune", "pruned_tensors", "reshape"]
@@ -322,6 +322,6 @@ def _count(tensors: Mapping[str, Tensor]) -> int:
 
 def _finish(model: nn.Module, plan: PruningPlan | None, changed: Iterable[Tensor]) -> None:
     """Bring size attributes in step and note the plan on the model."""
-    for module in owners(model, changed):
+    for module in owning_modules(model, changed):
         sync_attributes(module)
     record_plan(model, plan)

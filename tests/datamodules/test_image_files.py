@@ -95,7 +95,7 @@ def test_broken_image_is_named(tmp_path, name, damage):
     pixels = numpy.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=numpy.uint8)
     Image.fromarray(pixels).save(path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=rf"{name}' cannot be read as an image \(.+\): replace or remove it"):
+    with pytest.raises(ValueError, match=rf"{name}' cannot be read as an image \(.+\): replace or delete it"):
         read_image(str(path), 32, WHOLE)
 
 
@@ -216,9 +216,9 @@ def test_cache_that_cannot_be_made_is_told_with_the_remedy(image_root, tmp_path)
         decoded(image_root, tmp_path / "file")
 
 
-def test_what_a_killed_process_left_is_overwritten(image_root, tmp_path):
+def test_what_a_killed_process_had_written_is_deleted(image_root, tmp_path):
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "train.unfinished").write_bytes(b"x" * 100_000)
+    (tmp_path / "cache" / ".train-16px-0123456789abcdef-killed.npy").write_bytes(b"x" * 100_000)
     assert len(decoded(image_root, tmp_path / "cache")[1]) == 30
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".npy"]
 

@@ -1,4 +1,4 @@
-"""Networks that cut channels at a place that is written down or computed: right in any smaller network, or held."""
+"""Networks that cut channels at a place that is written down or computed: right in any smaller one, or unprunable."""
 
 import re
 from collections.abc import Callable
@@ -29,12 +29,12 @@ class Around(nn.Module):
         return self.head(self.between(self.stem(x)))
 
 
-def assert_masked_equals_removed(model: nn.Module) -> None:
-    """Remove from each group alone, at either end, and from all."""
+def assert_masked_equals_pruned(model: nn.Module) -> None:
+    """Prune each group alone, at either end, and all."""
     model = randomised(model).double().eval()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     graph = lp.trace(model, x)
-    exact = {name: group.size for name, group in graph.groups.items() if not group.not_mask_exact}
+    exact = {name: group.size for name, group in graph.groups.items() if group.mask_exact}
     for channels in (lambda size: torch.arange(size // 2, size), lambda size: torch.arange((size + 1) // 2)):
         kept = {name: channels(size) for name, size in exact.items()}
         for some in (kept, *({name: each} for name, each in kept.items())):
@@ -63,7 +63,7 @@ def changed(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return run
 
 
-HELD = {
+UNPRUNABLE = {
     "a quarter": (quarter, 8),
     "a quarter, by negative padding": (lambda x: torch.cat([F.pad(x, (0, 0) * 2 + (-(x.shape[1] // 4), 0)), x], 1), 8),
     "the smaller half": (smaller_half, 9),
@@ -76,16 +76,16 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("case", HELD)
-def test_places_that_only_fit_the_whole_network_are_held(case: str):
-    between, channels = HELD[case]
+@pytest.mark.parametrize("case", UNPRUNABLE)
+def test_places_that_only_fit_the_full_network_are_unprunable(case: str):
+    between, channels = UNPRUNABLE[case]
     model = Around(between, channels)
     if "padding" in case:
         model.head = nn.Conv2d(14, 2, 1)
     graph = lp.trace(model, IMAGE)
     assert "stem" not in graph.groups
     assert graph.unprunable["stem"].reason.startswith("Around: relies on the number of its channels (test_cuts.py:")
-    assert_masked_equals_removed(model)
+    assert_masked_equals_pruned(model)
 
 
 class PartialConvolution(nn.Module):
@@ -102,13 +102,13 @@ class PartialConvolution(nn.Module):
         return self.head(torch.cat([self.part(first), others], 1))
 
 
-def test_partial_convolution_is_held():
+def test_partial_convolution_is_unprunable():
     graph = lp.trace(PartialConvolution(), IMAGE)
     assert "stem" not in graph.groups
     why = "PartialConvolution: relies on the number of its channels (test_cuts.py:"
     assert graph.unprunable["stem"].channels == 8
     assert graph.unprunable["stem"].reason.startswith(why)
-    assert_masked_equals_removed(PartialConvolution())
+    assert_masked_equals_pruned(PartialConvolution())
 
 
 class Joined(nn.Module):
@@ -132,16 +132,16 @@ def test_parts_of_what_was_put_side_by_side_are_free():
         **{f"layers.{i}": 6 for i in range(4)},
         "layers.4": 5,
     }
-    assert_masked_equals_removed(Joined(taken=0))
+    assert_masked_equals_pruned(Joined(taken=0))
 
 
 @pytest.mark.parametrize("taken", [1, 2, 3])
-def test_a_place_that_is_the_width_of_another_layer_is_held(taken: int):
+def test_a_place_that_is_the_width_of_another_layer_is_unprunable(taken: int):
     graph = lp.trace(Joined(taken), IMAGE)
     assert "layers.0" in graph.unprunable
     assert f"layers.{taken}" in graph.unprunable
     assert "Joined: relies on the number of its channels (test_cuts.py:" in graph.unprunable["layers.0"].reason
-    assert_masked_equals_removed(Joined(taken))
+    assert_masked_equals_pruned(Joined(taken))
 
 
 class Heads(nn.Module):
@@ -158,11 +158,11 @@ class Heads(nn.Module):
         return self.out(heads.sigmoid().flatten(1, 2))
 
 
-def test_heads_of_the_width_of_another_layer_are_held():
+def test_heads_of_the_width_of_another_layer_are_unprunable():
     graph = lp.trace(Heads(), IMAGE)
     assert list(graph.groups) == ["middle"]
     assert graph.unprunable["value"].reason.startswith("Heads: relies on the number of its channels (test_cuts.py:")
-    assert_masked_equals_removed(Heads())
+    assert_masked_equals_pruned(Heads())
 
 
 class InTraining(Around):
@@ -173,7 +173,7 @@ class InTraining(Around):
         return self.head(self.between(x) if self.training else x)
 
 
-def test_what_only_training_mode_cuts_is_held():
+def test_what_only_training_mode_cuts_is_unprunable():
     graph = lp.trace(InTraining(quarter), IMAGE)
     assert graph.unprunable["stem"].reason.startswith("InTraining: relies on the number of its channels (test_cuts.py:")
 
@@ -193,7 +193,9 @@ def test_a_rule_of_ones_own_that_cuts():
     try:
         model = Around(Quarter())
         model.head = nn.Conv2d(2, 2, 1)
-        assert lp.trace(model, IMAGE).unprunable["stem"].reason.startswith("between: relies on the number of its channels")
+        assert (
+            lp.trace(model, IMAGE).unprunable["stem"].reason.startswith("between: relies on the number of its channels")
+        )
     finally:
         RULES.pop(name)
 
@@ -224,7 +226,7 @@ class Normalised(Around):
 
 @pytest.mark.parametrize(("groups", "channels"), [(4, 8), (32, 64), (3, 12), (2, 8), (4, 16)])
 @pytest.mark.parametrize("make", [lambda *sizes: Around(nn.GroupNorm(*sizes, affine=False), sizes[1]), Normalised])
-def test_groups_whose_number_does_not_follow_are_held(make, groups: int, channels: int):
+def test_groups_whose_number_does_not_follow_are_unprunable(make, groups: int, channels: int):
     model = make(groups, channels)
     graph = lp.trace(model, IMAGE)
     assert not graph.groups
@@ -235,4 +237,4 @@ def test_groups_whose_number_does_not_follow_are_held(make, groups: int, channel
 def test_groups_whose_number_follows_are_free(groups: int, channels: int):
     model = Around(nn.GroupNorm(groups, channels), channels)
     assert lp.trace(model, IMAGE).groups["stem"].size == groups
-    assert_masked_equals_removed(model)
+    assert_masked_equals_pruned(model)

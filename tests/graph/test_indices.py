@@ -11,7 +11,7 @@ import lightning_prune as lp
 IMAGE = torch.zeros(2, 3, 8, 8)
 
 
-def test_plain_chain():
+def test_plain_sequence():
     model = randomised(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 1))
     )
@@ -33,7 +33,7 @@ def test_plain_chain():
     )
 
 
-def test_the_output_of_the_network_is_held():
+def test_the_output_of_the_network_is_unprunable():
     graph = lp.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)), IMAGE)
     assert list(graph.groups) == ["0"]
     assert graph.unprunable["1"].channels == 6
@@ -120,7 +120,7 @@ class OptionA(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def test_option_a_shortcut_ties_stages_and_holds_what_meets_the_padding():
+def test_option_a_shortcut_ties_stages_and_makes_unprunable_what_meets_the_padding():
     model = randomised(OptionA())
     assert_pruned(
         model,
@@ -307,7 +307,7 @@ def test_linear_on_the_last_of_several_axes():
     )
 
 
-def test_sizes_written_into_the_code_are_held_with_the_module_and_the_line():
+def test_sizes_written_into_the_code_are_unprunable_with_the_module_and_the_line():
     class Fixed(nn.Module):
         def forward(self, x):
             return x.view(-1, 4, 64).mean(2)
@@ -318,7 +318,7 @@ def test_sizes_written_into_the_code_are_held_with_the_module_and_the_line():
     assert graph.unprunable["0"].reason.startswith("1: relies on the number of its channels (test_indices.py:")
 
 
-def test_unknown_operators_are_held_with_the_module_and_the_operator():
+def test_unknown_operators_are_unprunable_with_the_module_and_the_operator():
     class Sorted(nn.Module):
         def forward(self, x):
             return x.cummax(1).values
@@ -330,7 +330,7 @@ def test_unknown_operators_are_held_with_the_module_and_the_operator():
 
 
 @pytest.mark.parametrize("model", [Basic(), Bottleneck(), OptionA(), Concat(), Excitation()])
-def test_masked_equals_removed(model: nn.Module):
+def test_masked_equals_pruned(model: nn.Module):
     model = randomised(model).double().eval()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     graph = lp.trace(model, x)

@@ -27,15 +27,15 @@ def traced(request: pytest.FixtureRequest):
     return model, x, lp.trace(model, x)
 
 
-def test_masked_equals_removed(traced):
+def test_masked_equals_pruned(traced):
     model, x, graph = traced
-    assert not any(group.not_mask_exact for group in graph.groups.values())
+    assert all(group.mask_exact for group in graph.groups.values())
     assert difference(model, graph, random_plan(graph), x) <= 1e-9
 
 
-def test_only_the_classes_are_held(traced):
+def test_only_the_classes_are_unprunable(traced):
     _, _, graph = traced
-    assert [(held.channels, held.reason.split(": ")[1]) for held in graph.unprunable.values()] == [
+    assert [(one.channels, one.reason.split(": ")[1]) for one in graph.unprunable.values()] == [
         (1000, "is an output of the network")
     ]
 
@@ -50,7 +50,7 @@ def test_costs_are_those_of_the_pruned_network(traced):
     lp.prune(pruned, plan)
     assert flops(plan.widths) == counted_flops(pruned, x)
     assert params(plan.widths) == sum(p.numel() for p in pruned.parameters())
-    produced = {part.tensor for group in graph.groups.values() for part in group.out_slices}
+    produced = {one.tensor for group in graph.groups.values() for one in group.out_slices}
     tensors = dict(pruned.named_parameters())
     assert channels(plan.widths) == sum(tensors[name].shape[0] for name in produced)
 
@@ -62,15 +62,15 @@ def test_one_network_of_every_family(name: str):
     graph = lp.trace(model, x)
     assert difference(model, graph, random_plan(graph, exact_only=True), x) <= 1e-9
     for metric in ("flops", "channels"):
-        keep = max(0.5, reachable(graph, metric))  # at small inputs most of Swin's work lies where nothing can leave
+        keep = max(0.5, reachable(graph, metric))  # at small inputs most of Swin's work is unprunable
         plan = lp.plan(graph, lp.criteria.magnitude(graph), keep, metric)
         assert plan.budget["achieved"] <= keep
     lp.prune(model, plan)
     cost = CostModel(graph, "flops")
     assert cost(plan.widths) == counted_flops(model, x)
     free = sum(group.size * group.width for group in graph.groups.values())
-    held = sum(held.channels for held in graph.unprunable.values())
-    assert free > 0.4 * (free + held)
+    unprunable = sum(one.channels for one in graph.unprunable.values())
+    assert free > 0.4 * (free + unprunable)
 
 
 def test_reasons_name_lines_of_torchvision():

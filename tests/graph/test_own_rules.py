@@ -56,7 +56,7 @@ def tables() -> Iterator[None]:
     yield
     for name in (SCALE, HALVES):
         RULES.pop(name, None)
-        sizes._OWN_SYNC.pop(name, None)
+        sizes._SYNC_BY_CLASS_NAME.pop(name, None)
 
 
 def teach_scale() -> None:
@@ -77,7 +77,7 @@ def network() -> nn.Module:
     return randomised(nn.Sequential(nn.Conv2d(3, 4, 3), ChannelScale(4), nn.ReLU(), nn.Conv2d(4, 2, 1)))
 
 
-def test_without_a_rule_the_module_is_held():
+def test_without_a_rule_the_module_is_unprunable():
     graph = lp.trace(network(), IMAGE)
     assert not graph.groups
     assert "autograd function Scale" in graph.unprunable["0"].reason
@@ -116,7 +116,7 @@ def test_a_rule_that_says_too_little_is_found_out(tables):
     assert "1: relies on the number of its channels" in graph.unprunable["0"].reason
 
 
-def test_a_rule_that_raises_holds_what_the_module_touches(tables):
+def test_a_rule_that_raises_makes_unprunable_what_the_module_touches(tables):
     @rule(SCALE)
     def broken(tracer, call):
         raise KeyError("no such thing")

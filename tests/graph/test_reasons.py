@@ -1,4 +1,4 @@
-"""What the rules say of one operator each: held, inexact or free, with the exact reason or positions."""
+"""What the rules say of one operator each: unprunable, not mask-exact or free, with the exact reason or positions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -113,9 +113,9 @@ def at_points(x: Tensor) -> Tensor:
     return x[torch.arange(2, device=x.device), :, torch.tensor([1, 3], device=x.device)].mean(2)
 
 
-# -- held --------------------------------------------------------------------------------------------------------------
+# -- unprunable --------------------------------------------------------------------------------------------------------
 
-HELD: dict[str, tuple[Network, Any, str, str]] = {
+UNPRUNABLE: dict[str, tuple[Network, Any, str, str]] = {
     "rows of a table that is also the output layer": (
         Network(
             lambda net, i: net.head(F.linear(net.table(i), net.table.weight)),
@@ -177,7 +177,7 @@ HELD: dict[str, tuple[Network, Any, str, str]] = {
         Network(fixed_blur, stem=nn.Conv2d(3, 8, 1)),
         IMAGE,
         "stem",
-        "is read by a grouped convolution of fixed size",
+        "is consumed by a grouped convolution of fixed size",
     ),
     "a convolution over channels": (
         Network(
@@ -253,7 +253,7 @@ HELD: dict[str, tuple[Network, Any, str, str]] = {
         ),
         ROWS,
         "one",
-        "holds two kinds of channels along one axis",
+        "has two kinds of channels along one axis",
     ),
     "channels beyond those there are": (around(surplus), IMAGE, "stem", "has none of its channels taken"),
     "points picked before and behind the channels": (
@@ -291,14 +291,14 @@ HELD: dict[str, tuple[Network, Any, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", HELD)
-def test_held_for_exactly_this_reason(case: str):
-    model, inputs, name, why = HELD[case]
+@pytest.mark.parametrize("case", UNPRUNABLE)
+def test_unprunable_for_exactly_this_reason(case: str):
+    model, inputs, name, why = UNPRUNABLE[case]
     graph = lp.trace(model, inputs)
     assert graph.unprunable[name].reason == (why if ": " in why else f"Network: {why}")
 
 
-def test_the_other_channels_are_free_when_one_is_held():
+def test_the_other_channels_are_free_when_one_is_unprunable():
     graph = lp.trace(around(gated(lambda gate: gate.reshape(2, 1, -1).view(2, 1, 8, 8))), IMAGE)
     assert graph.unprunable["stem"].channels == 1
     assert_pruned(
@@ -309,7 +309,7 @@ def test_the_other_channels_are_free_when_one_is_held():
     )
 
 
-# -- inexact -----------------------------------------------------------------------------------------------------------
+# -- not mask-exact ----------------------------------------------------------------------------------------------------
 
 TWO_ACTIVATIONS = "Network: sums over the product of two activations"
 NOT_ALONE = "reads channels by a weight that cannot be masked alone"
@@ -387,7 +387,7 @@ INEXACT: dict[str, tuple[Network, Any, str, str, dict[str, int]]] = {
         ),
         IMAGE,
         "stem",
-        "head.parametrizations.weight.0: is part of the length that a weight is normalised by",
+        "head.parametrizations.weight.0: counts in the norm that a weight is divided by",
         {"stem.weight": 0, "stem.bias": 0, "head.parametrizations.weight.original1": 1},
     ),
 }
@@ -404,7 +404,7 @@ def buffered(combined: Callable[[Tensor, Tensor], Tensor]) -> Network:
     return net
 
 
-SHIFTED = "Network: reads channels by a weight that is not zero where its parameters are"
+SHIFTED = "Network: consumes channels by a weight that is not zero where its parameters are"
 COMPUTED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "exponential": (lambda w, fixed: w.exp(), SHIFTED),
     "one plus": (lambda w, fixed: (1 + w).t().contiguous().t(), SHIFTED),
@@ -429,7 +429,7 @@ def test_a_computed_weight_masks_exactly_where_zero_stays_zero(case: str):
 
 
 @pytest.mark.parametrize("case", INEXACT)
-def test_inexact_for_exactly_this_reason(case: str):
+def test_not_mask_exact_for_exactly_this_reason(case: str):
     model, inputs, name, why, axes = INEXACT[case]
     assert lp.trace(model, inputs).groups[name].not_mask_exact == why
     assert_pruned(randomised(model), inputs, {name: [2, 5]}, {tensor: {axis: [2, 5]} for tensor, axis in axes.items()})
@@ -532,7 +532,7 @@ def test_free_at_these_positions(case: str):
     inputs = torch.randn(inputs.shape, dtype=torch.float64) if inputs.is_floating_point() else inputs
     assert_pruned(model, inputs, {name: [1, 4]}, kept)
     graph = lp.trace(model, inputs)
-    assert not graph.groups[name].not_mask_exact
+    assert graph.groups[name].mask_exact
     for _ in range(2):
         assert difference(model, graph, random_plan(graph), inputs) <= 1e-9
 

@@ -1,4 +1,4 @@
-"""Tracing leaves nothing behind (invariant 3)."""
+"""Tracing changes nothing (invariant 3)."""
 
 import copy
 import random
@@ -77,7 +77,7 @@ def test_the_model_is_as_before(training: bool, grad: bool):
     assert list(graph.groups) == ["body.0"]
 
 
-def test_a_failing_forward_leaves_the_model_as_before():
+def test_a_failing_forward_changes_nothing_of_the_model():
     model = Model()
     before = copy.deepcopy(_state(model)) | {"identity": [id(p) for p in model.parameters()]}
     with pytest.raises(ValueError, match=r"The example inputs \[\(1, 5, 8, 8\)\] do not fit the forward pass of Model"):
@@ -101,7 +101,7 @@ def test_inference_mode():
         assert lp.trace(model, torch.zeros(1, 3, 8, 8)).groups == expected
 
 
-def test_data_dependent_networks_run_for_real_and_still_leave_nothing_behind():
+def test_data_dependent_networks_run_for_real_and_are_as_before():
     class Dependent(Model):
         def forward(self, x: Tensor) -> Tensor:
             if x.sum() > 0:

@@ -1,4 +1,4 @@
-"""Networks that take channels apart, shuffle them or gate them: prunable where exact, held where not."""
+"""Networks that take channels apart, shuffle them or gate them: prunable where exact, unprunable where not."""
 
 from dataclasses import dataclass
 
@@ -65,7 +65,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("case", EXACT)
-def test_halves_leave_together(case: str):
+def test_halves_are_pruned_together(case: str):
     between, read, makes, reads = EXACT[case]
     model = randomised(Around(between, 8, read))
     assert lp.trace(model, IMAGE).groups["stem"].size == 4
@@ -100,11 +100,11 @@ def test_pixel_shuffle_takes_blocks_and_unshuffle_gives_them():
     )
 
 
-def test_whole_groups_of_group_norm_leave():
+def test_groups_of_group_norm_are_pruned_as_one():
     model = Around(nn.GroupNorm(2, 8))
     graph = lp.trace(model, IMAGE)
     assert graph.groups["stem"].size == 2
-    assert not graph.groups["stem"].not_mask_exact
+    assert graph.groups["stem"].mask_exact
     back = list(range(4, 8))
     assert_pruned(
         randomised(model),
@@ -125,7 +125,7 @@ def test_whole_groups_of_group_norm_leave():
         (lambda x: x * x.sum(1, keepdim=True), "is summed over its channels"),
     ],
 )
-def test_statistics_over_channels_are_inexact(between, why: str):
+def test_statistics_over_channels_are_not_mask_exact(between, why: str):
     graph = lp.trace(Around(between), IMAGE)
     assert why in graph.groups["stem"].not_mask_exact
 
@@ -160,7 +160,7 @@ MADE_ANYWHERE = {
 
 
 @pytest.mark.parametrize("case", MADE_ANYWHERE)
-def test_a_constant_that_names_no_device_holds_nothing(case: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_constant_that_names_no_device_makes_nothing_unprunable(case: str, monkeypatch: pytest.MonkeyPatch):
     real = []
     monkeypatch.setattr(
         Forward, "real", property(lambda self: False, lambda self, value: real.append(value)), raising=False
@@ -169,7 +169,7 @@ def test_a_constant_that_names_no_device_holds_nothing(case: str, monkeypatch: p
     assert not any(real)
 
 
-def test_a_constant_beside_the_input_holds_nothing():
+def test_a_constant_beside_the_input_makes_nothing_unprunable():
     class Placed(Around):
         def forward(self, x):
             line = torch.linspace(0, 1, x.shape[-1]).expand(x.shape[0], 1, x.shape[-2], -1)
@@ -224,7 +224,7 @@ class Mixed(torch.autograd.Function):
         return gradient * 2
 
 
-HELD = {
+UNPRUNABLE = {
     "a size in a view": (hard_coded, "relies on the number of its channels"),
     "sizes in a split": (hard_split, "relies on the number of its channels"),
     "sizes in slices that fit any width": (hard_swap, "relies on the number of its channels"),
@@ -264,9 +264,9 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("case", HELD)
-def test_held_with_module_and_reason(case: str):
-    between, why = HELD[case]
+@pytest.mark.parametrize("case", UNPRUNABLE)
+def test_unprunable_with_module_and_reason(case: str):
+    between, why = UNPRUNABLE[case]
     graph = lp.trace(Around(between), IMAGE)
     assert "stem" not in graph.groups
     assert graph.unprunable["stem"].reason.startswith("Around: ")
@@ -314,8 +314,8 @@ class Heads(nn.Module):
         return x + self.down(torch.relu(self.up(x + self.out(y))))
 
 
-@pytest.mark.parametrize(("where", "held"), [("operator", "inner"), ("code", "inner"), ("given", "")])
-def test_all_modules_that_fail_are_found_in_few_runs(where: str, held: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("where", "unprunable"), [("operator", "inner"), ("code", "inner"), ("given", "")])
+def test_all_modules_that_fail_are_found_in_few_runs(where: str, unprunable: str, monkeypatch: pytest.MonkeyPatch):
     runs = []
     run = Forward.run
     monkeypatch.setattr(Forward, "run", lambda self, *args: (runs.append(1), run(self, *args))[1])
@@ -323,13 +323,28 @@ def test_all_modules_that_fail_are_found_in_few_runs(where: str, held: str, monk
     graph = lp.trace(model, torch.zeros(2, 5, 3))
     assert len(runs) <= 10
     blocks = range(1, 13)
-    if held:
-        assert {f"{i}.{held}" for i in blocks} | {"13"} == set(graph.unprunable)
-        assert all(graph.unprunable[f"{i}.{held}"].reason.startswith(f"{i}: relies on the number") for i in blocks)
+    if unprunable:
+        assert {f"{i}.{unprunable}" for i in blocks} | {"13"} == set(graph.unprunable)
+        assert all(
+            graph.unprunable[f"{i}.{unprunable}"].reason.startswith(f"{i}: relies on the number") for i in blocks
+        )
         assert set(graph.groups) == {"0", *(f"{i}.up" for i in blocks)}, "what is innocent is free"
     else:
         assert {"0", "13"} == set(graph.unprunable)
         assert graph.unprunable["0"].reason.startswith("1: relies on the number of its channels (test_splitting.py:")
+
+
+def test_a_hook_of_the_model_itself_that_relies_on_a_width_makes_it_unprunable():
+    model = Around(torch.relu)
+
+    def check(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if module.stem.out_channels != 8:
+            raise ValueError("eight!")
+
+    model.register_forward_hook(check)
+    graph = lp.trace(model, IMAGE)
+    assert not graph.groups
+    assert graph.unprunable["stem"].reason.startswith("the model: relies on the number of its channels (test_splitting")
 
 
 class Careful(nn.Module):
@@ -343,7 +358,7 @@ class Careful(nn.Module):
         return self.one(x) if x.abs().sum() > 0 else self.other(x)
 
 
-def test_control_flow_on_values_holds_the_module_and_what_it_is_given():
+def test_control_flow_on_values_makes_unprunable_the_module_and_what_it_is_given():
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), Careful(), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1))
     graph = lp.trace(model, torch.ones(2, 3, 8, 8))
     assert list(graph.groups) == ["0", "3"]
@@ -382,7 +397,7 @@ class TwoSlots(OneSlot):
 
 
 @pytest.mark.parametrize("kind", [Output, InSlots, TwoSlots])
-def test_tensors_in_any_output_are_held(kind: type):
+def test_tensors_in_any_output_are_unprunable(kind: type):
     class Nested(Around):
         def forward(self, x):
             x = self.stem(x)
@@ -417,7 +432,7 @@ def test_hidden_width_of_a_transformer_layer():
 @pytest.mark.parametrize(
     ("between", "channels", "read"), [(nn.PixelShuffle(2), 24, 6)] + [(case[0], 8, case[1]) for case in EXACT.values()]
 )
-def test_masked_equals_removed(between, channels: int, read: int):
+def test_masked_equals_pruned(between, channels: int, read: int):
     model = randomised(Around(between, channels, read)).double().eval()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     graph = lp.trace(model, x)
@@ -436,7 +451,7 @@ def test_weight_norm_makes_channels_from_two_parameters():
         assert difference(model.eval(), graph, random_plan(graph), x) <= 1e-9
 
 
-def test_a_grouped_convolution_of_computed_weight_leaves_others_alone():
+def test_a_grouped_convolution_of_computed_weight_does_not_touch_others():
     def normed(*sizes: int, groups: int = 1) -> nn.Module:
         return nn.utils.parametrizations.weight_norm(nn.Conv1d(*sizes, groups=groups))
 
@@ -477,7 +492,7 @@ def test_nothing_is_seen_to_make_channels(model: nn.Module):
     assert not graph.unprunable
 
 
-def test_ignored_modules_are_held_with_the_pattern():
+def test_ignored_modules_are_unprunable_with_the_pattern():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
     graph = lp.trace(model, IMAGE, ignore=["0"])
     assert list(graph.groups) == ["1"]

@@ -325,13 +325,13 @@ def test_command_line_may_replace_optimizer_and_schedule(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"num_classes": 1}, "num_classes=1 leaves nothing to classify: set the number of classes"),
+        ({"num_classes": 1}, "num_classes=1 is no choice: set the number of classes"),
         ({"input_shape": (8, 8)}, r"input_shape=\(8, 8\) is no image: give \(channels, height, width\)"),
         ({"input_shape": (1, 8, 0)}, r"input_shape=\(1, 8, 0\) is no image"),
         ({"optimization": {"lr": 0.0}}, "lr=0.0 would not train: set a learning rate above 0"),
         ({"regularization": {"label_smoothing": 1.0}}, r"label_smoothing=1.0 is outside \[0, 1\): set it to 0"),
         ({"transfer": {"unfreeze_epoch": 0}}, "unfreeze_epoch=0 freezes nothing: set it to 1"),
-        ({"distillation": {"weights": "w", "share": 0}}, r"share=0 is outside \(0, 1\]: leave `distillation` out"),
+        ({"distillation": {"weights": "w", "share": 0}}, r"share=0 is outside \(0, 1\]: set `distillation` to null"),
         ({"optimization": {"rate": 1}}, r"Optimization cannot be made of \{'rate': 1\}: .*'rate'"),
         ({"network": "torchvision/resnet18", "network_args": {"weights": "DEFAULT"}}, "set `weights` instead"),
         ({"network": "digit"}, "Unknown network 'digit': choose one of resnet20"),

@@ -82,7 +82,7 @@ def test_teacher_follows_the_type_of_the_images():
     ("settings", "message"),
     [
         ({"temperature": 0.0}, "temperature=0.0 must be above 0: 4 is usual"),
-        ({"share": 0.0}, r"share=0.0 is outside \(0, 1\]: leave `distillation` out for no teacher"),
+        ({"share": 0.0}, r"share=0.0 is outside \(0, 1\]: set `distillation` to null for no teacher"),
         ({"share": 1.5}, r"share=1.5 is outside \(0, 1\]"),
     ],
 )

@@ -111,7 +111,7 @@ def test_mobilenet_v1_has_the_size_of_the_paper():
 def test_mobilenet_v1_ends_at_4x4_for_small_images_and_scales():
     assert MobileNetV1(image_size=32).eval().features(torch.zeros(1, 3, 32, 32)).shape == (1, 1024, 4, 4)
     assert MobileNetV1(width=0.25, in_channels=1).eval().features(torch.zeros(1, 1, 32, 32)).shape == (1, 256, 4, 4)
-    with pytest.raises(ValueError, match=r"width=0.01 leaves no channels: set it to 1/32 or more"):
+    with pytest.raises(ValueError, match=r"width=0.01 gives the first layer no channels: set it to 1/32 or more"):
         MobileNetV1(width=0.01)
 
 

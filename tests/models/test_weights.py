@@ -114,7 +114,7 @@ def test_damaged_file_is_refused(tmp_path, content):
 @pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}, {"state_dict": {}}])
 def test_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.th")
-    with pytest.raises(ValueError, match=r"holds no state_dict: save network.state_dict\(\)"):
+    with pytest.raises(ValueError, match=r"has no state_dict: save network.state_dict\(\)"):
         load_weights(make_network(), tmp_path / "w.th")
 
 

@@ -1,9 +1,15 @@
-"""What each operator says about channels: one table, from an operator's name to its rule.
+"""Rules of operators: one table, from the name of an operator to what it does to channels.
 
-A rule is a function of the tracer and the call. It gives the output its labels (`Tracer.set_labels`) and says which
-channels leave together (`tie`), which stay whole and why (`hold`), whose removal is not the same as zeroing them
-(`inexact`), which side of a weight makes channels (`produce`) and which reads them (`read`). Operators tagged as
-pointwise by PyTorch share one rule. Whatever has no rule keeps the channels it touches whole: nothing is guessed.
+A rule is a function of the tracer and the operator's call. It gives the output its labels (`Tracer.set_labels`) and
+says
+
+- which channels can only be pruned together (`tie`),
+- which are unprunable, and why (`mark_unprunable`),
+- for which pruning is not the same as masking (`mark_not_mask_exact`),
+- where a weight produces channels (`mark_out_slice`) and where it consumes them (`mark_in_slice`).
+
+Operators that PyTorch tags as pointwise share one rule. Every channel that an operator without a rule touches is
+unprunable: nothing is guessed.
 
 Example:
     A rule for an operator of your own, under the name that ``torch.library`` knows it by::
@@ -30,7 +36,17 @@ Example:
             module.channels = module.weight.shape[0]
 """
 
-from lightning_prune.graph.rules import elementwise, mixing, moving, normalising, reducing  # noqa: F401  fill the table
+from lightning_prune.graph.rules import (  # noqa: F401  importing them fills the table
+    elementwise,
+    joining,
+    mixing,
+    normalising,
+    picking,
+    rearranging,
+    reducing,
+    shuffling,
+    slicing,
+)
 from lightning_prune.graph.rules.table import RULES, rule
 
 __all__ = ["RULES", "rule"]

@@ -2,147 +2,203 @@
 
 from torch import Tensor
 
+from lightning_prune.graph.convolutions import Convolution
 from lightning_prune.graph.rules.elementwise import combine
 from lightning_prune.graph.rules.table import rule
 from lightning_prune.graph.tracer import Call, Labels, Tracer
 
 __all__: list[str] = []
 
-
-@rule("aten.convolution", "aten._convolution")
-def convolution(tracer: Tracer, call: Call) -> None:
-    """Tie the input's channels to the weight's input side; the output has the labels of the output side."""
-    x, weight, bias = call.args[0], call.args[1], call.argument(2, "bias")
-    transposed, groups = call.argument(6, "transposed", False), call.argument(8, "groups", 1)
-    channel = x.dim() - weight.dim() + 1  # an input without a batch axis has its channels first
-    for axis in range(2, weight.dim()):
-        tracer.mark_unprunable(tracer.labels(weight, axis), "is the kernel size of a convolution")
-    for axis, labels in tracer.all_labels(x).items():
-        if axis > channel:
-            tracer.mark_unprunable(labels, "is a spatial axis of a convolution")
-    inlet, outlet = (0, 1) if transposed else (1, 0)
-    if groups == 1 and _identity(tracer, weight) not in tracer.grouped:
-        tracer.tie(tracer.labels(x, channel), tracer.labels(weight, inlet), "reads an input of fixed size")
-        _read(tracer, weight, inlet)
-        made = tracer.labels(weight, outlet)
-    else:
-        made = _grouped(tracer, tracer.labels(x, channel), weight, x.shape[channel], groups, transposed)
-    tracer.mark_out_slice(made)
-    if bias is not None:
-        tracer.tie(made, tracer.labels(bias, 0), "has a bias of fixed size")
-    batch = {0: tracer.labels(x, 0)} if channel > 0 else {}
-    tracer.set_labels(call.output, {**batch, channel: made})
+_TWO_ACTIVATIONS = "sums over the product of two activations"
 
 
-def _identity(tracer: Tracer, weight: Tensor) -> str:
-    """Name a weight, or the place where it is read if it is computed."""
-    return tracer.name_of(weight) or tracer.where() + tracer.line()
-
-
-def _read(tracer: Tracer, weight: Tensor, axis: int) -> None:
-    """Note that a weight reads channels along one axis, and whether its parameters can be masked in its place."""
+def _mark_in_slice(tracer: Tracer, weight: Tensor, axis: int) -> None:
+    """Mark the axis along which a weight consumes channels, and whether masking its parameters masks the weight."""
     labels = tracer.labels(weight, axis)
     tracer.mark_in_slice(labels)
     if tracer.shifts_zero(weight):
-        tracer.mark_not_mask_exact(labels, "reads channels by a weight that is not zero where its parameters are")
+        tracer.mark_not_mask_exact(labels, "consumes channels by a weight that is not zero where its parameters are")
 
 
-def _grouped(
-    tracer: Tracer, read: Labels | None, weight: Tensor, channels: int, groups: int, transposed: bool
-) -> Labels | None:
-    """Let whole convolution groups leave: a group's inputs, outputs and kernels are one channel of the plan.
+# -- convolutions ------------------------------------------------------------------------------------------------------
 
-    A depthwise convolution is the case of one input a group, with or without a multiplier.
+
+@rule("aten.convolution", "aten._convolution")
+def convolution(tracer: Tracer, call: Call) -> None:
+    """Tie the input's channels to the in-channel slice of the weight; the output has those of its out-channel slice."""
+    conv = Convolution.of(call)
+    _mark_spatial_axes(tracer, conv)
+    convolve = _convolve_in_groups if _is_grouped(tracer, conv) else _convolve
+    out_channels = convolve(tracer, conv)
+    tracer.mark_out_slice(out_channels)
+    if conv.bias is not None:
+        bias = tracer.labels(conv.bias, 0)
+        tracer.tie(out_channels, bias, "has a bias of fixed size")
+    output_labels = {conv.channel_axis: out_channels}
+    if conv.channel_axis > 0:
+        batch = tracer.labels(conv.x, 0)
+        output_labels = {0: batch, **output_labels}
+    tracer.set_labels(call.output, output_labels)
+
+
+def _mark_spatial_axes(tracer: Tracer, conv: Convolution) -> None:
+    """Make unprunable what lies along the kernel of the weight and along the spatial axes of the input."""
+    weight = conv.weight
+    for axis in range(2, weight.dim()):
+        labels = tracer.labels(weight, axis)
+        tracer.mark_unprunable(labels, "is the kernel size of a convolution")
+    input_labels = tracer.all_labels(conv.x)
+    for axis, labels in input_labels.items():
+        if axis > conv.channel_axis:
+            tracer.mark_unprunable(labels, "is a spatial axis of a convolution")
+
+
+def _is_grouped(tracer: Tracer, conv: Convolution) -> bool:
+    """Tell whether a convolution has groups, or had several before all but one of them were pruned."""
+    if conv.groups > 1:
+        return True
+    return _weight_name(tracer, conv) in tracer.grouped
+
+
+def _weight_name(tracer: Tracer, conv: Convolution) -> str:
+    """Name the weight, or the line of code that runs if the weight is computed."""
+    name = tracer.name_of(conv.weight)
+    return name or tracer.where() + tracer.line()
+
+
+def _convolve(tracer: Tracer, conv: Convolution) -> Labels | None:
+    """Consume every channel of the input; returns the labels of the output's channels."""
+    in_channels = tracer.labels(conv.x, conv.channel_axis)
+    in_slice = tracer.labels(conv.weight, conv.in_axis)
+    tracer.tie(in_channels, in_slice, "consumes an input of fixed size")
+    _mark_in_slice(tracer, conv.weight, conv.in_axis)
+    return tracer.labels(conv.weight, conv.out_axis)
+
+
+def _convolve_in_groups(tracer: Tracer, conv: Convolution) -> Labels | None:
+    """Tie all inputs, outputs and kernels of a convolution group: they are one channel of the plan.
+
+    A depthwise convolution, with or without a multiplier, has one input per convolution group. Returns the labels of
+    the output's channels.
     """
-    tracer.grouped.add(_identity(tracer, weight))
-    full, shared = tracer.labels(weight, 0), tracer.labels(weight, 1)
-    tracer.mark_unprunable(shared, "is the inner side of a grouped convolution")
-    if full is None:
-        tracer.mark_unprunable(read, "is read by a grouped convolution of fixed size")
+    weight_name = _weight_name(tracer, conv)
+    tracer.grouped.add(weight_name)
+    in_channels = tracer.labels(conv.x, conv.channel_axis)
+    outer = tracer.labels(conv.weight, 0)
+    inner = tracer.labels(conv.weight, 1)
+    tracer.mark_unprunable(inner, "is the inner side of a grouped convolution")
+    if outer is None:
+        tracer.mark_unprunable(in_channels, "is consumed by a grouped convolution of fixed size")
         return None
-    first = full.view(groups, -1)[:, :1]  # one label stands for its convolution group
-    if full.numel() > groups:
-        tracer.tie(full, first.expand(groups, full.numel() // groups).reshape(-1), "is a grouped convolution")
-    tied = first.expand(groups, channels // groups).reshape(-1)
-    tracer.tie(read, tied, "is a grouped convolution that reads an input of fixed size")
-    if not transposed:
-        return full
-    return first.expand(groups, weight.shape[1]).reshape(-1)
+    by_group = outer.view(conv.groups, -1)  # (groups, labels of a group)
+    one_per_group = by_group[:, :1]
+    if len(outer) > conv.groups:
+        same_in_group = one_per_group.expand_as(by_group)
+        tracer.tie(outer, same_in_group.reshape(-1), "is a grouped convolution")
+    in_per_group = conv.in_channels // conv.groups
+    same_in_group = one_per_group.expand(-1, in_per_group)
+    why = "is a grouped convolution that consumes an input of fixed size"
+    tracer.tie(in_channels, same_in_group.reshape(-1), why)
+    if not conv.transposed:
+        return outer
+    out_per_group = conv.weight.shape[1]
+    return one_per_group.expand(-1, out_per_group).reshape(-1)
 
 
-def _contract(tracer: Tracer, left: Tensor, left_axis: int, right: Tensor, right_axis: int) -> None:
-    """Tie the axis that a matrix product sums over, and note which weight reads and which makes channels."""
-    summed = tracer.labels(left, left_axis)
-    tracer.tie(summed, tracer.labels(right, right_axis), "multiplies a matrix of fixed size")
-    if not tracer.is_weight(left) and not tracer.is_weight(right):
-        tracer.mark_not_mask_exact(summed, "sums over the product of two activations")
-    for operand, inner in ((left, left_axis), (right, right_axis)):
-        if tracer.is_weight(operand):
-            _read(tracer, operand, inner)
-            outer = operand.dim() - 1 if inner % operand.dim() == operand.dim() - 2 else operand.dim() - 2
-            tracer.mark_out_slice(tracer.labels(operand, outer))
+# -- matrix products ---------------------------------------------------------------------------------------------------
 
 
 @rule("aten.mm", "aten.bmm")
 def matrix_product(tracer: Tracer, call: Call) -> None:
-    """Sum over the last axis of the first matrix and the one before last of the second."""
-    _matrix_product(tracer, call.args[0], call.args[1], call.output)
-
-
-def _matrix_product(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> None:
-    _contract(tracer, left, -1, right, -2)
-    last = output.dim() - 1
-    axes = {last - 1: tracer.labels(left, -2), last: tracer.labels(right, -1)}
-    if last == 2:
-        tracer.tie(tracer.labels(left, 0), tracer.labels(right, 0), "is a batch of matrices of fixed number")
-        axes[0] = tracer.labels(left, 0)
-    tracer.set_labels(output, axes)
+    """Tie the columns of the first matrix to the rows of the second; a weight consumes channels along that axis."""
+    left, right = call.args[:2]
+    _multiply(tracer, left, right, call.output)
 
 
 @rule("aten.addmm", "aten.baddbmm")
 def biased_matrix_product(tracer: Tracer, call: Call) -> None:
-    """Add a bias, broadcast, to a matrix product."""
-    bias, left, right = call.args[0], call.args[1], call.args[2]
-    _matrix_product(tracer, left, right, call.output)
-    combine(tracer, [call.output, bias], call.output)
+    """Tie as a matrix product does, then tie the output to a bias that is broadcast."""
+    bias, left, right = call.args[:3]
+    output = call.output
+    _multiply(tracer, left, right, output)
+    combine(tracer, [output, bias], output)
+
+
+def _multiply(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> None:
+    """Label the product of (rows, inner) and (inner, columns), or of as many such matrices as there are in a batch."""
+    rows = tracer.labels(left, -2)
+    columns = tracer.labels(right, -1)
+    inner = tracer.labels(left, -1)
+    tracer.tie(inner, tracer.labels(right, -2), "multiplies a matrix of fixed size")
+    left_is_weight = tracer.is_weight(left)
+    right_is_weight = tracer.is_weight(right)
+    if left_is_weight:
+        _mark_in_slice(tracer, left, -1)
+        tracer.mark_out_slice(rows)
+    if right_is_weight:
+        _mark_in_slice(tracer, right, -2)
+        tracer.mark_out_slice(columns)
+    if not left_is_weight and not right_is_weight:
+        tracer.mark_not_mask_exact(inner, _TWO_ACTIVATIONS)
+    if output.dim() == 2:
+        tracer.set_labels(output, {0: rows, 1: columns})
+        return
+    batch = tracer.labels(left, 0)
+    tracer.tie(batch, tracer.labels(right, 0), "is a batch of matrices of fixed number")
+    tracer.set_labels(output, {1: rows, 2: columns, 0: batch})
 
 
 @rule("aten.mv", "aten.addmv")
 def matrix_vector_product(tracer: Tracer, call: Call) -> None:
-    """Sum over the vector."""
+    """Tie the columns of a matrix to a vector; whichever is a weight consumes these channels."""
     *bias, matrix, vector = call.args
-    tracer.tie(tracer.labels(matrix, 1), tracer.labels(vector, 0), "multiplies a vector of fixed size")
+    rows = tracer.labels(matrix, 0)
+    columns = tracer.labels(matrix, 1)
+    tracer.tie(columns, tracer.labels(vector, 0), "multiplies a vector of fixed size")
     if tracer.is_weight(vector):
-        _read(tracer, vector, 0)
+        _mark_in_slice(tracer, vector, 0)
     elif tracer.is_weight(matrix):
-        _read(tracer, matrix, 1)
-        tracer.mark_out_slice(tracer.labels(matrix, 0))
+        _mark_in_slice(tracer, matrix, 1)
+        tracer.mark_out_slice(rows)
     else:
-        tracer.mark_not_mask_exact(tracer.labels(matrix, 1), "sums over the product of two activations")
-    tracer.set_labels(call.output, {0: tracer.labels(matrix, 0)})
+        tracer.mark_not_mask_exact(columns, _TWO_ACTIVATIONS)
+    output = call.output
+    tracer.set_labels(output, {0: rows})
     if bias:
-        combine(tracer, [call.output, bias[0]], call.output)
+        combine(tracer, [output, *bias], output)
 
 
 @rule("aten.dot", "aten.vdot")
 def dot(tracer: Tracer, call: Call) -> None:
-    """Sum over both vectors: what is left depends on all channels, whatever reads it."""
+    """Make both vectors unprunable: the number that they are summed up to depends on all channels."""
     for vector in call.args[:2]:
-        tracer.mark_unprunable(tracer.labels(vector, 0), "is summed up to one number")
+        labels = tracer.labels(vector, 0)
+        tracer.mark_unprunable(labels, "is summed up to one number")
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
 
 
 @rule("aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_attention_math")
 def attention(tracer: Tracer, call: Call) -> None:
-    """Keep the width of queries and keys whole, because their scale depends on it; pass on that of the values."""
+    """Make the width of queries and keys unprunable, because scores are scaled by it; the output has the values' width.
+
+    All three are (*heads, sequence, width).
+    """
     query, key, value = call.args[:3]
     for tensor in (query, key):
-        tracer.mark_unprunable(tracer.labels(tensor, -1), "is the width of an attention head")
+        width = tracer.labels(tensor, -1)
+        tracer.mark_unprunable(width, "is the width of an attention head")
     for tensor in (query, key, value):
-        tracer.mark_unprunable(tracer.labels(tensor, -2), "is a sequence that attention runs over")
-    last = query.dim() - 1
-    for axis in range(last - 1):
-        for other in (key, value):
-            tracer.tie(tracer.labels(query, axis), tracer.labels(other, axis), "attends to a fixed number of heads")
-    heads = {axis: labels for axis, labels in tracer.all_labels(query).items() if axis < last - 1}
-    outputs = call.outputs
-    tracer.set_labels(outputs[0], {**heads, last: tracer.labels(value, -1)})
+        sequence = tracer.labels(tensor, -2)
+        tracer.mark_unprunable(sequence, "is a sequence that attention runs over")
+    sequence_axis = query.dim() - 2
+    output_labels = {}
+    for axis in range(sequence_axis):
+        heads = tracer.labels(query, axis)
+        for tensor in (key, value):
+            tracer.tie(heads, tracer.labels(tensor, axis), "attends to a fixed number of heads")
+        output_labels[axis] = heads
+    output_labels[sequence_axis + 1] = tracer.labels(value, -1)
+    attended = call.outputs[0]
+    tracer.set_labels(attended, output_labels)

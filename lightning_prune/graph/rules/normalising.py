@@ -1,9 +1,12 @@
-"""Normalisation."""
+"""Operators that normalise by statistics, and those that run along one axis as softmax does."""
+
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
-from lightning_prune.graph.rules.elementwise import combine
-from lightning_prune.graph.rules.table import rule
+from lightning_prune.graph.rules.elementwise import combine, same_shape
+from lightning_prune.graph.rules.table import plain_name, rule
 from lightning_prune.graph.tracer import Call, Tracer
 
 __all__: list[str] = []
@@ -15,68 +18,102 @@ __all__: list[str] = []
     "aten.miopen_batch_norm", "aten._batch_norm_no_update", "aten.batch_norm",
 )  # fmt: skip
 def batch_norm(tracer: Tracer, call: Call) -> None:
-    """Tie the channels to whatever is stored per channel."""
-    x = call.args[0]
-    for stored in call.args[1:5]:
-        if isinstance(stored, Tensor):
-            tracer.tie(tracer.labels(x, 1), tracer.labels(stored, 0), "is normalised by statistics of fixed number")
-    tracer.set_labels(call.outputs[0], tracer.all_labels(x))
+    """Tie the channels to the affine parameters and the running statistics."""
+    x, *per_channel = call.args[:5]  # weight, bias, running mean, running variance
+    _tie_per_channel(tracer, x, per_channel, "is normalised by statistics of fixed number")
+    _keep_labels(tracer, x, call)
+
+
+def _tie_per_channel(tracer: Tracer, x: Tensor, tensors: Iterable[Tensor | None], why: str) -> None:
+    """Tie the channels of (batch, channels, ...) to tensors that hold one value for each."""
+    channels = tracer.labels(x, 1)
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            values = tracer.labels(tensor, 0)
+            tracer.tie(channels, values, why)
+
+
+def _keep_labels(tracer: Tracer, x: Tensor, call: Call) -> None:
+    """Give the first output, which is the normalised one, the labels of the input."""
+    labels_by_axis = tracer.all_labels(x)
+    normalised = call.outputs[0]
+    tracer.set_labels(normalised, labels_by_axis)
 
 
 @rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm")
 def layer_norm(tracer: Tracer, call: Call) -> None:
-    """Tie the channels to the affine parameters; the statistics are over all channels, so that removal is inexact."""
-    x, shape = call.args[0], call.args[1]
-    affine = [tensor for tensor in call.args[2:4] if isinstance(tensor, Tensor)]
-    for axis in range(x.dim() - len(shape), x.dim()):
-        tracer.mark_not_mask_exact(
-            tracer.labels(x, axis), "is normalised over its channels, fewer of which have other statistics"
-        )
-    combine(tracer, [x, *affine], call.outputs[0])
+    """Tie the channels to the affine parameters; not mask-exact, because the statistics are over all channels."""
+    x, normalized_shape, *affine = call.args[:4]
+    _mark_statistics(tracer, x, axes=len(normalized_shape))
+    normalised = call.outputs[0]
+    _combine_affine(tracer, x, affine, normalised)
 
 
 @rule("torch.nn.modules.normalization.RMSNorm")
 def rms_norm(tracer: Tracer, call: Call) -> None:
-    """Treat the module as the operator that it would run, were that not taken apart into a mean and more."""
+    """Treat the module as the operator that computes it; on its own it runs as a mean and several other operators."""
     module = call.operator
     x = call.argument(0, "x")
-    layer_norm(tracer, Call(module, (x, module.normalized_shape, module.weight), {}, call.output))
+    _mark_statistics(tracer, x, axes=len(module.normalized_shape))
+    _combine_affine(tracer, x, [module.weight], call.output)
+
+
+def _mark_statistics(tracer: Tracer, x: Tensor, axes: int) -> None:
+    """Mark the channels along the last axes, which statistics are taken over."""
+    why = "is normalised over its channels, fewer of which have other statistics"
+    first_axis = x.dim() - axes
+    for axis in range(first_axis, x.dim()):
+        labels = tracer.labels(x, axis)
+        tracer.mark_not_mask_exact(labels, why)
+
+
+def _combine_affine(tracer: Tracer, x: Tensor, affine: Iterable[Any], output: Tensor) -> None:
+    parameters = [value for value in affine if isinstance(value, Tensor)]
+    combine(tracer, [x, *parameters], output)
 
 
 @rule("aten.native_group_norm")
 def group_norm(tracer: Tracer, call: Call) -> None:
-    """Let whole groups of channels leave; a group's statistics do not depend on the other groups."""
-    x, groups = call.args[0], call.args[6]
-    labels = tracer.labels(x, 1)
-    for stored in call.args[1:3]:
-        if isinstance(stored, Tensor):
-            tracer.tie(labels, tracer.labels(stored, 0), "is normalised by parameters of fixed number")
-    if labels is not None:
-        first = labels.view(groups, -1)[:, :1].expand(groups, len(labels) // groups).reshape(-1)
-        tracer.tie(labels, first, "is normalised in groups")
-        tracer.computes_with(len(labels) // groups)
-    tracer.set_labels(call.outputs[0], tracer.all_labels(x))
+    """Tie the channels of a normalisation group: its statistics do not depend on the other groups."""
+    x, *weight_and_bias = call.args[:3]
+    groups = call.args[6]
+    _tie_per_channel(tracer, x, weight_and_bias, "is normalised by parameters of fixed number")
+    channels = tracer.labels(x, 1)
+    if channels is not None:
+        by_group = channels.view(groups, -1)  # (groups, channels of a group)
+        same_in_group = by_group[:, :1].expand_as(by_group)
+        tracer.tie(channels, same_in_group.reshape(-1), "is normalised in groups")
+        tracer.computes_with(by_group.shape[1])
+    _keep_labels(tracer, x, call)
 
 
 @rule("aten._weight_norm_interface")
 def weight_norm(tracer: Tracer, call: Call) -> None:
-    """Scale the slices of a weight along one axis to given lengths; a length is over all the other axes."""
-    direction, length = call.args[:2]
-    own = call.argument(2, "dim", 0) % direction.dim()
-    for axis, labels in tracer.all_labels(direction).items():
-        if axis != own:
-            tracer.mark_not_mask_exact(labels, "is part of the length that a weight is normalised by")
-    combine(tracer, [direction, length], call.outputs[0])
+    """Scale the slices of a weight along one axis to given norms; not mask-exact along the others, which norms sum."""
+    direction, norms = call.args[:2]
+    dim = call.argument(2, "dim", 0)
+    scaled_axis = dim % direction.dim()
+    labels_by_axis = tracer.all_labels(direction)
+    for axis, labels in labels_by_axis.items():
+        if axis != scaled_axis:
+            tracer.mark_not_mask_exact(labels, "counts in the norm that a weight is divided by")
+    weight = call.outputs[0]
+    combine(tracer, [direction, norms], weight)
 
 
-@rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.cumsum", "aten.cumprod", "aten.sort")
-def along_one_axis(tracer: Tracer, call: Call) -> None:
-    """Keep the labels; channels along the axis that is normalised or summed up stay whole."""
-    x, axis = call.args[0], call.argument(1, "dim", -1)
-    tracer.mark_unprunable(
-        tracer.labels(x, axis), f"runs {call.name.removeprefix('aten.').lstrip('_')} along its channels"
-    )
+@rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax")
+def softmax(tracer: Tracer, call: Call) -> None:
+    """Make the channels along the axis unprunable; no output is zero where the input is."""
+    along_axis(tracer, call)
     for output in call.outputs:
-        tracer.set_labels(output, tracer.all_labels(x))
-        if call.name.endswith("softmax"):
-            tracer.shift_zero(output)
+        tracer.shift_zero(output)
+
+
+@rule("aten.cumsum", "aten.cumprod", "aten.sort")
+def along_axis(tracer: Tracer, call: Call) -> None:
+    """Make the channels along the axis unprunable, because each depends on the others; keep those of other axes."""
+    x = call.args[0]
+    axis = call.argument(1, "dim", -1)
+    labels = tracer.labels(x, axis)
+    tracer.mark_unprunable(labels, f"runs {plain_name(call)} along its channels")
+    same_shape(tracer, call)

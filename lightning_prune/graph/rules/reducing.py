@@ -1,93 +1,123 @@
 """Operators that pool, resize or reduce."""
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
 
-from lightning_prune.graph.rules.table import Rule, rule
+from lightning_prune.graph.rules.table import plain_name, rule
 from lightning_prune.graph.tracer import Call, Tracer
 
 __all__: list[str] = []
 
 
-def _spatial(axes: int) -> Rule:
-    def spatial(tracer: Tracer, call: Call) -> None:
-        """Keep the labels of all but the last axes, which are pooled or resized."""
-        x = call.args[0]
-        kept = {}
-        for axis, labels in tracer.all_labels(x).items():
-            if axis >= x.dim() - axes:
-                tracer.mark_unprunable(labels, "is a spatial axis that is pooled or resized")
-            else:
-                kept[axis] = labels
-        for output in call.outputs:
-            tracer.set_labels(output, kept)
-
-    return spatial
+# -- pooling and resizing ----------------------------------------------------------------------------------------------
 
 
-for _axes, _operators in {
-    1: (
-        "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d", "upsample_linear1d", "reflection_pad1d",
-        "replication_pad1d", "_upsample_nearest_exact1d",
-    ),
-    2: (
-        "avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d",
-        "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d", "reflection_pad2d",
-        "replication_pad2d", "adaptive_avg_pool2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-        "fractional_max_pool2d", "grid_sampler_2d", "max_unpool2d",
-    ),
-    3: (
-        "avg_pool3d", "max_pool3d_with_indices", "_adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_nearest3d",
-        "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d", "_upsample_nearest_exact3d",
-        "grid_sampler_3d",
-    ),
-}.items():  # fmt: skip
-    rule(*(f"aten.{name}" for name in _operators))(_spatial(_axes))
+@rule(
+    "aten.avg_pool1d", "aten.adaptive_avg_pool1d", "aten.upsample_nearest1d", "aten.upsample_linear1d",
+    "aten.reflection_pad1d", "aten.replication_pad1d", "aten._upsample_nearest_exact1d",
+)  # fmt: skip
+def resize_1d(tracer: Tracer, call: Call) -> None:
+    """Keep the channels along all axes but the last one, which is pooled or resized."""
+    _resize(tracer, call, 1)
 
 
-def _reduced_axes(x: Tensor, axes: Any) -> set[int]:
-    if axes is None or axes == []:
-        return set(range(x.dim()))
-    return {axis % x.dim() for axis in ([axes] if isinstance(axes, int) else axes)}
+@rule(
+    "aten.avg_pool2d", "aten.max_pool2d_with_indices", "aten._adaptive_avg_pool2d", "aten.adaptive_max_pool2d",
+    "aten.upsample_nearest2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_nearest_exact2d",
+    "aten.reflection_pad2d", "aten.replication_pad2d", "aten.adaptive_avg_pool2d", "aten._upsample_bilinear2d_aa",
+    "aten._upsample_bicubic2d_aa", "aten.fractional_max_pool2d", "aten.grid_sampler_2d", "aten.max_unpool2d",
+)  # fmt: skip
+def resize_2d(tracer: Tracer, call: Call) -> None:
+    """Keep the channels along all axes but the last two, which are pooled or resized."""
+    _resize(tracer, call, 2)
 
 
-_AXES_SECOND = {"aten.linalg_vector_norm", "aten.norm"}  # an order comes before the axes
+@rule(
+    "aten.avg_pool3d", "aten.max_pool3d_with_indices", "aten._adaptive_avg_pool3d", "aten.adaptive_max_pool3d",
+    "aten.upsample_nearest3d", "aten.upsample_trilinear3d", "aten.reflection_pad3d", "aten.replication_pad3d",
+    "aten._upsample_nearest_exact3d", "aten.grid_sampler_3d",
+)  # fmt: skip
+def resize_3d(tracer: Tracer, call: Call) -> None:
+    """Keep the channels along all axes but the last three, which are pooled or resized."""
+    _resize(tracer, call, 3)
+
+
+def _resize(tracer: Tracer, call: Call, spatial_axes: int) -> None:
+    x = call.args[0]
+    first_spatial_axis = x.dim() - spatial_axes
+    kept = {}
+    labels_by_axis = tracer.all_labels(x)
+    for axis, labels in labels_by_axis.items():
+        if axis < first_spatial_axis:
+            kept[axis] = labels
+        else:
+            tracer.mark_unprunable(labels, "is a spatial axis that is pooled or resized")
+    for output in call.outputs:
+        tracer.set_labels(output, kept)
+
+
+# -- reducing ----------------------------------------------------------------------------------------------------------
 
 
 @rule(
     "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.max", "aten.min", "aten.prod", "aten.median",
-    "aten.linalg_vector_norm", "aten.norm", "aten.any", "aten.all", "aten.argmax", "aten.argmin", "aten.logsumexp",
-    "aten.var_mean", "aten.std_mean", "aten.aminmax",
+    "aten.any", "aten.all", "aten.argmax", "aten.argmin", "aten.logsumexp", "aten.var_mean", "aten.std_mean",
+    "aten.aminmax",
 )  # fmt: skip
 def reduction(tracer: Tracer, call: Call) -> None:
-    """Drop the reduced axes; channels that are reduced over stay whole."""
-    reduced = _reduced_axes(call.args[0], call.argument(2 if call.name in _AXES_SECOND else 1, "dim"))
+    """Make the channels along the axes that are reduced unprunable; the others are kept."""
+    dim = call.argument(1, "dim")
+    _reduce(tracer, call, dim)
+
+
+@rule("aten.linalg_vector_norm", "aten.norm")
+def norm(tracer: Tracer, call: Call) -> None:
+    """Reduce the axes, which come after the order of the norm among the arguments."""
+    dim = call.argument(2, "dim")
+    _reduce(tracer, call, dim)
+
+
+def _reduce(tracer: Tracer, call: Call, dim: Any) -> None:
+    x = call.args[0]
+    why = f"takes {plain_name(call)} over its channels"
+    reduced = _axes(x, dim)
     for axis in reduced:
-        tracer.mark_unprunable(
-            tracer.labels(call.args[0], axis), f"takes {call.name.removeprefix('aten.')} over its channels"
-        )
-    _drop(tracer, call, reduced)
+        labels = tracer.labels(x, axis)
+        tracer.mark_unprunable(labels, why)
+    _label_without(tracer, call, reduced)
 
 
 @rule("aten.sum", "aten.nansum")
 def summation(tracer: Tracer, call: Call) -> None:
-    """Drop the summed axes; what a removed channel held is then missing from the sum."""
-    reduced = _reduced_axes(call.args[0], call.argument(1, "dim"))
-    for axis in reduced:
-        tracer.mark_not_mask_exact(
-            tracer.labels(call.args[0], axis), "is summed over its channels, and no weight can mask one"
-        )
-    _drop(tracer, call, reduced)
+    """Sum channels up, which is not mask-exact: what a pruned channel added to the sum is then missing from it."""
+    x = call.args[0]
+    dim = call.argument(1, "dim")
+    summed = _axes(x, dim)
+    for axis in summed:
+        labels = tracer.labels(x, axis)
+        tracer.mark_not_mask_exact(labels, "is summed over its channels, and no weight can mask one")
+    _label_without(tracer, call, summed)
 
 
-def _drop(tracer: Tracer, call: Call, reduced: set[int]) -> None:
+def _axes(x: Tensor, dim: Any) -> set[int]:
+    """Return the axes that a ``dim`` argument names: all of them where it is None or empty."""
+    if dim is None or dim == []:
+        return set(range(x.dim()))
+    if isinstance(dim, int):
+        dim = [dim]
+    return {axis % x.dim() for axis in dim}
+
+
+def _label_without(tracer: Tracer, call: Call, reduced: Collection[int]) -> None:
+    """Keep the labels along the axes that are not reduced; the reduced ones may be kept with a single position."""
     x = call.args[0]
     for output in call.outputs:
-        keeps = output.dim() == x.dim()
-        kept = {
-            axis - (0 if keeps else sum(other < axis for other in reduced)): labels
-            for axis, labels in tracer.all_labels(x).items()
-            if axis not in reduced
-        }
-        tracer.set_labels(output, kept)
+        keeps_axes = output.dim() == x.dim()
+        output_labels = {}
+        for axis, labels in tracer.all_labels(x).items():
+            if axis not in reduced:
+                dropped = [] if keeps_axes else [other for other in reduced if other < axis]
+                output_labels[axis - len(dropped)] = labels
+        tracer.set_labels(output, output_labels)

@@ -1,12 +1,12 @@
-"""The table of rules, and what happens to operators that are not in it."""
+"""Table of rules by operator, and what happens to operators that are not in it."""
 
 from collections.abc import Callable
 
-import torch
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.tracer import Call, Tracer
 
-__all__ = ["RULES", "Rule", "rule"]
+__all__ = ["RULES", "Rule", "plain_name", "rule"]
 
 Rule = Callable[[Tracer, Call], None]
 RULES: dict[str, Rule] = {}
@@ -41,12 +41,19 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def plain_name(call: Call) -> str:
+    """Return the name of an operator as people know it: ``softmax`` for ``aten._softmax``."""
+    return call.name.removeprefix("aten.").lstrip("_")
+
+
 @rule("unknown")
 def unknown(tracer: Tracer, call: Call) -> None:
-    """Keep every channel that an operator without a rule touches."""
-    for labels in tracer.labels_of(torch.utils._pytree.tree_leaves((call.args, call.kwargs))):
-        tracer.mark_unprunable(labels, f"runs {call.name}, which has no rule")
-    for output in call.outputs:  # an input again, where that is changed in place
+    """Make every channel unprunable that an operator without a rule is given."""
+    given = tree_leaves((call.args, call.kwargs))
+    why = f"runs {call.name}, which has no rule"
+    for labels in tracer.labels_of(given):
+        tracer.mark_unprunable(labels, why)
+    for output in call.outputs:  # an operator that works in place returns its input, labels and all
         tracer.set_labels(output, {})
 
 
@@ -54,5 +61,5 @@ def unknown(tracer: Tracer, call: Call) -> None:
     "aten.size", "aten.sym_size", "aten.stride", "aten.numel", "aten.is_same_size", "aten.new_zeros", "aten.new_ones",
     "aten.new_empty", "aten.new_full", "aten.new_empty_strided",
 )  # fmt: skip
-def nothing(tracer: Tracer, call: Call) -> None:
-    """Say nothing: the operator makes no tensor, or one whose size is given as numbers."""
+def no_channels(tracer: Tracer, call: Call) -> None:
+    """Give the output no labels: the operator returns no tensor, or one whose size it was given as numbers."""

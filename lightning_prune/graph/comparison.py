@@ -1,0 +1,176 @@
+"""Comparison of a network that has fewer channels with the full one: what it must show, and where it first does not."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy import ndarray
+
+from lightning_prune.graph.groups import Grouping
+from lightning_prune.graph.records import Labels, Note, OperatorStep, OutputLabels, Record, Tie
+from lightning_prune.graph.ties import TiedPairs, is_among
+
+__all__ = ["Expectations", "KeptLabels", "covers", "first_shift"]
+
+_NO_LABELS = torch.zeros(0, dtype=torch.int64)
+
+
+class KeptLabels:
+    """The labels that a smaller network keeps.
+
+    Args:
+        is_kept: (labels,) which labels are kept.
+
+    Example:
+        >>> kept = KeptLabels(np.array([True, True, False, True]))
+        >>> kept.among(torch.tensor([3, 2, 1]))
+        tensor([3, 1])
+    """
+
+    def __init__(self, is_kept: ndarray) -> None:
+        self._is_kept = torch.from_numpy(is_kept)
+        self._known_to_agree: set[tuple[int, int]] = set()
+
+    def among(self, labels: Labels) -> Labels:
+        """Return the kept ones of some labels, in order."""
+        return labels[self._is_kept[labels]]
+
+    def agree(self, full: OutputLabels, small: OutputLabels) -> bool:
+        """Tell whether an output of the smaller network has just the kept channels of that of the full one."""
+        for axis in full.keys() | small.keys():
+            expected = full.get(axis, _NO_LABELS)
+            found = small.get(axis, _NO_LABELS)
+            if not self._are_kept_ones(expected, found):
+                return False
+        return True
+
+    def _are_kept_ones(self, expected: Labels, found: Labels) -> bool:
+        both = id(expected), id(found)  # most operators pass on the very labels that they are given
+        if both in self._known_to_agree:
+            return True
+        agree = torch.equal(self.among(expected), found)
+        if agree:
+            self._known_to_agree.add(both)
+        return agree
+
+
+def first_shift(full: Record, small: Record, kept: KeptLabels, start: int, stop: int) -> int | None:
+    """Find the first operator whose output does not have just the kept channels of what it has in the full network.
+
+    Args:
+        full: What the full network showed.
+        small: What the smaller network showed.
+        kept: The labels that the smaller network keeps.
+        start: Number of the operator to start with.
+        stop: Number of the operator to stop before.
+
+    Returns:
+        Its number; None if there is no such operator before the networks run different ones.
+    """
+    end = min(stop, len(full.operator_trace), len(small.operator_trace))
+    for number in range(start, end):
+        rule_in_full = full.operator_trace[number][0]
+        rule_in_small = small.operator_trace[number][0]
+        if rule_in_small is not rule_in_full:
+            return None
+        if not kept.agree(full.output_labels[number], small.output_labels[number]):
+            return number
+    return None
+
+
+def covers(small: Record, full: Record, kept: KeptLabels) -> bool:
+    """Tell whether a smaller network did all that the full one did, in order, to just the kept channels.
+
+    Args:
+        small: What the smaller network showed; it may have done more.
+        full: What the full network showed.
+        kept: The labels that the smaller network keeps.
+    """
+    steps = zip(small.operator_trace, small.output_labels, strict=True)
+    for step, labels in zip(full.operator_trace, full.output_labels, strict=True):
+        if not _goes_on_to(steps, step, labels, kept):
+            return False
+    return True
+
+
+def _goes_on_to(
+    steps: Iterator[tuple[OperatorStep, OutputLabels]], expected: OperatorStep, labels: OutputLabels, kept: KeptLabels
+) -> bool:
+    """Go through the steps of a smaller network up to one that the full network took; tells whether there is one."""
+    return any(step == expected and kept.agree(labels, found) for step, found in steps)
+
+
+class Expectations:
+    """What groups lead to expect of a network in which some have fewer channels: nothing more is tied or unprunable.
+
+    Where something else is tied, positions have shifted against each other, because a size is written into the code.
+
+    Args:
+        grouping: The groups.
+        count: Number of labels.
+    """
+
+    def __init__(self, grouping: Grouping, count: int) -> None:
+        self.grouping = grouping
+        self.count = count
+        self.is_prunable = grouping.group_of >= 0  # (labels,)
+
+    def groups_of(self, axes: Sequence[Labels]) -> frozenset[int]:
+        """Return the numbers of the groups that the labels along some axes belong to."""
+        if not axes:
+            return frozenset()
+        labels = np.concatenate([along.numpy() for along in axes])
+        numbers = np.unique(self.grouping.group_of[labels])
+        groups = numbers[numbers >= 0]
+        return frozenset(groups.tolist())
+
+    def any_prunable(self, axes: Iterable[Labels]) -> bool:
+        """Tell whether any label along some axes belongs to a group."""
+        for labels in axes:
+            is_prunable = self.is_prunable[labels.numpy()]
+            if is_prunable.any():
+                return True
+        return False
+
+    def first_unprunable(self, notes: Sequence[Note]) -> int | None:
+        """Find the first note that makes channels of a group unprunable."""
+        for number, note in enumerate(notes):
+            if self.any_prunable([note.labels]):
+                return number
+        return None
+
+    def first_new_tie(self, ties: Sequence[Tie]) -> int | None:
+        """Find the first tie of channels of groups that the full network does not tie."""
+        of_equal_sides: list[Tie] = []
+        for tie in ties:
+            if tie.first.numel() == tie.second.numel():
+                of_equal_sides.append(tie)
+            elif self.groups_of(tie.sides):
+                break
+            else:
+                of_equal_sides.append(Tie(_NO_LABELS, _NO_LABELS, tie.module, tie.why))
+        found = self._first_new_pair(of_equal_sides)
+        if found is not None:
+            return found
+        all_are_equal = len(of_equal_sides) == len(ties)
+        return None if all_are_equal else len(of_equal_sides)
+
+    def _first_new_pair(self, ties: Sequence[Tie]) -> int | None:
+        """Find the first of some ties that ties a pair of labels which is not tied in the full network."""
+        pairs = TiedPairs.of(ties)
+        # Not only of the same channel, but the very positions that met before: the order within a channel counts too.
+        differ = pairs.first != pairs.second
+        prunable = self.is_prunable[pairs.first] | self.is_prunable[pairs.second]
+        candidates = np.flatnonzero(differ & prunable)
+        codes = pairs.codes(self.count)[candidates]
+        known = is_among(codes, self.grouping.tied_codes)
+        new = candidates[~known]
+        if not len(new):
+            return None
+        return int(pairs.tie_of(new[0]))
+
+    def are_met(self, record: Record) -> bool:
+        """Tell whether a smaller network tied nothing new and made nothing unprunable."""
+        new_tie = self.first_new_tie(record.ties)
+        unprunable = self.first_unprunable(record.unprunable)
+        return new_tie is None and unprunable is None

@@ -1,0 +1,60 @@
+"""Convolutions: the arguments of a call that decide where channels lie."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_prune.graph.tracer import Call
+
+__all__ = ["Convolution"]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """What a call of ``aten.convolution`` was given.
+
+    Attributes:
+        x: (batch, in_channels, *spatial), or without a batch axis.
+        weight: (out_channels, in_channels / groups, *kernel), transposed
+            (in_channels, out_channels / groups, *kernel).
+        bias: (out_channels,), or None.
+        transposed: Whether it is a transposed convolution.
+        groups: Number of convolution groups.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    transposed: bool
+    groups: int
+
+    @classmethod
+    def of(cls, call: Call) -> "Convolution":
+        """Read the arguments of a call."""
+        return cls(
+            x=call.args[0],
+            weight=call.args[1],
+            bias=call.argument(2, "bias"),
+            transposed=call.argument(6, "transposed", False),
+            groups=call.argument(8, "groups", 1),
+        )
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of channels in the input and the output: 1, or 0 without a batch axis."""
+        return self.x.dim() - self.weight.dim() + 1
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels of the input."""
+        return self.x.shape[self.channel_axis]
+
+    @property
+    def in_axis(self) -> int:
+        """The axis of the weight that consumes channels."""
+        return 0 if self.transposed else 1
+
+    @property
+    def out_axis(self) -> int:
+        """The axis of the weight that produces channels."""
+        return 1 if self.transposed else 0

@@ -1,0 +1,216 @@
+"""Explanation of what goes wrong in a smaller network: the groups, the module and the line of code."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from lightning_prune.graph.comparison import Expectations
+from lightning_prune.graph.frames import raising_line
+from lightning_prune.graph.groups import Grouping
+from lightning_prune.graph.records import CallKey, Note, OperatorStep, SplitSite
+from lightning_prune.graph.trial import Entries, Failure, Trial, TrialRunner
+
+__all__ = ["Explanation", "Finding"]
+
+_RELIES = "relies on the number of its channels"
+_COMPUTES = "computes with the number of its channels"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that does not hold in a smaller network.
+
+    Attributes:
+        groups: Numbers of the groups that it concerns.
+        module: Name of the module that relies on them.
+        why: How, with the line of code.
+        site: The line of code that splits an axis, if the trouble is there.
+    """
+
+    groups: frozenset[int]
+    module: str
+    why: str
+    site: SplitSite | None = None
+
+    def note(self, grouping: Grouping) -> Note:
+        """Return it as a reason why the groups are unprunable."""
+        is_concerned = np.isin(grouping.group_of, list(self.groups))
+        labels = np.flatnonzero(is_concerned)
+        return Note(torch.from_numpy(labels), self.module, self.why)
+
+
+class Explanation:
+    """Explain a trial by comparing it with the full network.
+
+    Args:
+        runner: Runs more trials where one does not tell.
+        expectations: What the groups lead to expect.
+        trial: The trial, which knows what the full network showed.
+    """
+
+    def __init__(self, runner: TrialRunner, expectations: Expectations, trial: Trial) -> None:
+        self.runner = runner
+        self.expectations = expectations
+        self._groups_of = expectations.groups_of
+        self.trial = trial
+        self.full = trial.full
+        self.record = trial.record
+
+    def findings(self) -> list[Finding]:
+        """Return what went wrong; nothing if all is as in the full network."""
+        new_tie = self.expectations.first_new_tie(self.record.ties)
+        unprunable = self.expectations.first_unprunable(self.record.unprunable)
+        failures = self._failures_before(new_tie, unprunable)
+        if failures:
+            return self._explain_failures(failures)
+        if new_tie is not None:
+            return [self._explain_tie(new_tie)]
+        if unprunable is not None:
+            return [self._explain_unprunable(unprunable)]
+        if self.record.operator_trace != self.full.operator_trace:
+            return [self._explain_other_operators()]
+        shifted = self.trial.first_shift(0, len(self.full.operator_trace))
+        if shifted is not None:
+            return [self._explain_shift(shifted)]
+        return []
+
+    def _failures_before(self, new_tie: int | None, unprunable: int | None) -> list[Failure]:
+        """Return the failures that may not only be due to channels having met others than their own before."""
+        failures = self.trial.failures
+        if new_tie is not None:
+            failures = [failure for failure in failures if failure.ties <= new_tie]
+        if unprunable is not None:
+            failures = [failure for failure in failures if failure.unprunable <= unprunable]
+        return failures
+
+    # -- channels at wrong places ----------------------------------------------------------------------------------
+
+    def _explain_tie(self, number: int) -> Finding:
+        """Name the first place where channels meet others than their own."""
+        tie = self.record.ties[number]
+        groups = self._groups_of(tie.sides)
+        site = self.trial.ties_of_splits.get(number)
+        return self._explain_misplaced(groups, Entries.TIES, number, site)
+
+    def _explain_unprunable(self, number: int) -> Finding:
+        """Name the first place where a rule says of channels that they cannot be pruned."""
+        note = self.record.unprunable[number]
+        groups = self._groups_of([note.labels])
+        return self._explain_misplaced(groups, Entries.UNPRUNABLE, number)
+
+    def _explain_misplaced(
+        self, groups: frozenset[int], entries: Entries, number: int, site: SplitSite | None = None
+    ) -> Finding:
+        """Name the first operator that gives channels a wrong place or, if none does, where an entry was made."""
+        shifted = self.trial.first_shift(0, len(self.record.operator_trace))
+        if shifted is None:
+            place = self.runner.locate(entries, number, self.trial)
+        else:
+            place = self.runner.locate(Entries.OPERATORS, shifted, self.trial)
+        return Finding(groups, place.module, f"{_RELIES}{place.line}", site)
+
+    def _explain_shift(self, shifted: int) -> Finding:
+        """Name the channels that an operator cuts at a wrong place."""
+
+        def still_shifts(trial: Trial) -> bool:
+            return trial.first_shift(0, shifted + 1) is not None
+
+        place = self.runner.locate(Entries.OPERATORS, shifted, self.trial)
+        groups = self._groups_of(place.given) or self._culprits(still_shifts)
+        return Finding(groups, place.module, f"{_RELIES}{place.line}")
+
+    def _explain_other_operators(self) -> Finding:
+        """Find the groups whose size changes what the network does, or a number that it computes with."""
+        expected = self.full.operator_trace
+        found = self.record.operator_trace
+
+        def still_differs(trial: Trial) -> bool:
+            return trial.record.operator_trace != expected
+
+        number = _first_difference(expected, found)
+        place = self.runner.locate(Entries.OPERATORS, number, self.trial)
+        groups = self._culprits(still_differs)
+        return Finding(groups, place.module, f"{_COMPUTES}{place.line}")
+
+    # -- failures --------------------------------------------------------------------------------------------------
+
+    def _explain_failures(self, failures: Sequence[Failure]) -> list[Finding]:
+        """Find what the operators that failed were given or, where Python code failed, what makes it fail."""
+        suspects = self._suspects(failures)
+        findings = []
+        resumed = 0
+        for failure in failures:
+            shifted = self.trial.first_shift(resumed, failure.at)
+            if shifted is not None:
+                findings.append(self._explain_shift(shifted))
+            elif suspects[failure.key]:
+                findings.append(_finding_of_failure(failure, suspects[failure.key]))
+            resumed = failure.resumed
+        return findings or [self._search_for_cause(failures[0])]
+
+    def _suspects(self, failures: Sequence[Failure]) -> dict[CallKey, frozenset[int]]:
+        """Return, for each failure, the groups that may be its cause.
+
+        That is what the operator that failed was given. Where Python code failed, it is most often what the last
+        operator returned, or what the module was given; further trials, in which nothing else is smaller, tell.
+        """
+        suspects, of_last_output, of_module_inputs = {}, {}, {}
+        for failure in failures:
+            suspects[failure.key] = self._groups_of(failure.given)
+            of_last_output[failure.key] = self._groups_of(failure.last_output)
+            of_module_inputs[failure.key] = self._groups_of(failure.module_inputs)
+        for cause in (of_last_output, of_module_inputs):
+            likely = {key: groups for key, groups in cause.items() if not suspects[key]}
+            groups = frozenset().union(*likely.values())
+            if not groups:
+                continue
+            trial = self._try(sorted(groups))
+            for failure in trial.failures:
+                key = failure.key
+                if key in likely:
+                    suspects[key] = likely[key]
+        return suspects
+
+    def _search_for_cause(self, failure: Failure) -> Finding:
+        """Search for what makes code fail that gives no hint."""
+
+        def still_fails(trial: Trial) -> bool:
+            return bool(trial.failures)
+
+        return _finding_of_failure(failure, self._culprits(still_fails))
+
+    # -- more trials -----------------------------------------------------------------------------------------------
+
+    def _culprits(self, goes_wrong: Callable[[Trial], bool]) -> frozenset[int]:
+        """Narrow down the groups that must be small for something to go wrong, by halves."""
+        suspects = self.trial.shrinking.groups
+        while len(suspects) > 1:
+            middle = len(suspects) // 2
+            if goes_wrong(self._try(suspects[:middle])):
+                suspects = suspects[:middle]
+            elif goes_wrong(self._try(suspects[middle:])):
+                suspects = suspects[middle:]
+            else:
+                break  # it takes some of both
+        return frozenset(suspects)
+
+    def _try(self, groups: Sequence[int]) -> Trial:
+        """Run the same trial again with only some groups smaller."""
+        shrinking = replace(self.trial.shrinking, groups=groups)
+        return self.runner.run(shrinking, self.full)
+
+
+def _finding_of_failure(failure: Failure, groups: frozenset[int]) -> Finding:
+    line = raising_line(failure.raised)
+    why = f"{_RELIES}{line}"
+    return Finding(groups, failure.key.module, why)
+
+
+def _first_difference(expected: Sequence[OperatorStep], found: Sequence[OperatorStep]) -> int:
+    """Return the number of the first operator that differs; the last one found if it is only the number of them."""
+    for number, (one, other) in enumerate(zip(expected, found, strict=False)):
+        if one != other:
+            return number
+    return len(found) - 1

@@ -1,0 +1,53 @@
+"""Nested values: the tensors in whatever a module takes or returns."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["nested_tensors"]
+
+
+def nested_tensors(value: Any) -> Iterator[Tensor]:
+    """Find the tensors in nested values, also in dataclasses and other objects that PyTorch does not look into.
+
+    Args:
+        value: Any value; one that refers to itself is gone through once.
+
+    Example:
+        >>> import torch
+        >>> outputs = {"logits": torch.zeros(2), "states": [(torch.ones(1), "a name")]}
+        >>> list(nested_tensors(outputs))
+        [tensor([0., 0.]), tensor([1.])]
+    """
+    yield from _tensors_in(value, set())
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in seen or isinstance(value, nn.Module | type):
+        return
+    seen.add(id(value))
+    for item in _content(value):
+        yield from _tensors_in(item, seen)
+
+
+def _content(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, tuple | list | set | frozenset):
+        return list(value)
+    in_slots = [getattr(value, name) for name in _slot_names(type(value)) if hasattr(value, name)]
+    in_dictionary = getattr(value, "__dict__", {}).values()
+    return [*in_slots, *in_dictionary]
+
+
+def _slot_names(kind: type) -> Iterator[str]:
+    """Return the names of the slots of a class and of the classes it inherits from."""
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if name != "__dict__":
+                yield name

@@ -1,0 +1,125 @@
+"""Operators, and all that the tracer can know about one before it runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from lightning_prune.graph.records import Call
+from lightning_prune.graph.shapes import SHAPES
+
+__all__ = ["Operator", "OperatorTables", "TracerRule"]
+
+TracerRule = Callable[[Any, Call], None]  # is given the tracer and the call
+
+_NEEDS_VALUES = frozenset({
+    "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.masked_select",
+})  # fmt: skip
+_TAKES_NUMBERS = frozenset({
+    "aten.lift_fresh", "aten.scalar_tensor", "aten.full", "aten.full_like", "aten.new_full",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What is known about an operator.
+
+    Attributes:
+        function: The ATen operator, overload and all.
+        rule: What it says about channels.
+        cost: What it costs; None if it is free.
+        shape: Finds the shape of its output faster than PyTorch does; None if nothing does.
+        takes_numbers: Whether the numbers that it is given change what it computes.
+        needs_values: Whether it looks at the values of tensors.
+    """
+
+    function: Any
+    rule: TracerRule
+    cost: TracerRule | None
+    shape: Callable[..., Any] | None
+    takes_numbers: bool
+    needs_values: bool
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        """Return the output.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The named arguments.
+            tensors: The tensors among both.
+        """
+        if self.shape is not None:
+            output = self.shape(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        try:
+            return self.function(*args, **kwargs)
+        except RuntimeError:
+            if not self._mixes_devices(tensors):
+                raise
+            # Constants that were made on some device meet tensors without data: they need no data either.
+            args, kwargs = tree_map_only(Tensor, _without_data, (args, kwargs))
+            return self.function(*args, **kwargs)
+
+    def _mixes_devices(self, tensors: list[Tensor]) -> bool:
+        """Tell whether tensors with and without data meet, and no data would be written to."""
+        writes_data = self.function._schema.is_mutable and not tensors[0].is_meta
+        return not writes_data and len({tensor.is_meta for tensor in tensors}) == 2
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+class OperatorTables:
+    """The tables in which operators are looked up by name (`aten.convolution`).
+
+    Args:
+        rules: What an operator, or a module by the name of its class, says about channels.
+        costs: What an operator costs.
+    """
+
+    def __init__(self, rules: Mapping[str, TracerRule], costs: Mapping[str, TracerRule]) -> None:
+        self.rules = rules
+        self.costs = costs
+        self._operators: dict[Any, Operator] = {}
+
+    def look_up(self, function: Any) -> Operator:
+        """Return what is known about an ATen operator."""
+        operator = self._operators.get(function)
+        if operator is None:
+            operator = self._make_operator(function)
+            self._operators[function] = operator
+        return operator
+
+    def _make_operator(self, function: Any) -> Operator:
+        name = str(function.overloadpacket)
+        pointwise = torch.Tag.pointwise in function.tags or self._is_pointwise_in_place(name)
+        fallback = self.rules["pointwise" if pointwise else "unknown"]
+        return Operator(
+            function=function,
+            rule=self.rules.get(name, fallback),
+            cost=self.costs.get(name),
+            shape=SHAPES.get(name),
+            takes_numbers=pointwise or name in _TAKES_NUMBERS,
+            needs_values=name in _NEEDS_VALUES,
+        )
+
+    def _is_pointwise_in_place(self, name: str) -> bool:
+        """Tell whether an operator without a rule of its own changes a tensor in place, point by point."""
+        if not name.endswith("_") or name in self.rules:
+            return False
+        out_of_place = name[:-1]
+        return _is_tagged_pointwise(out_of_place) or self.rules.get(out_of_place) is self.rules["pointwise"]
+
+
+def _is_tagged_pointwise(name: str) -> bool:
+    namespace, _, operator = name.partition(".")
+    packet = getattr(getattr(torch.ops, namespace), operator, None)
+    if packet is None:
+        return False
+    first_overload = getattr(packet, packet.overloads()[0])
+    return torch.Tag.pointwise in first_overload.tags

@@ -1,0 +1,215 @@
+"""Records of a forward pass: what the tracer writes down while it runs, for others to read."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_prune.graph.frames import SourceLine
+
+__all__ = [
+    "FIXED", "Call", "CallKey", "CostTerm", "Known", "Labels", "ModuleCall", "Note", "OperatorStep", "OutputLabels",
+    "Record", "SplitSite", "Tie", "numbers_in", "tensors_in",
+]  # fmt: skip
+
+Labels = Tensor  # (size of the axis,) int64: the label of each position
+FIXED = 0  # the label of a position that no parameter can prune, such as a zero that `F.pad` put there
+
+OperatorStep = tuple[Any, ...]  # the rule that an operator followed, and the numbers that it computed with
+OutputLabels = dict[int, Labels]  # the labels of an output, by axis
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors among the arguments or outputs of an operator, which nests nothing deeper than lists."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
+
+
+def numbers_in(values: Iterable[Any]) -> list[float]:
+    """Return the numbers among some values."""
+    return [value for value in values if isinstance(value, int | float)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator as it was called, or one module that has a rule of its own.
+
+    Attributes:
+        operator: The ATen operator, overload and all, or the module.
+        args: Its positional arguments.
+        kwargs: Its named arguments.
+        output: What it returned.
+    """
+
+    operator: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """Return an argument, whether it was given by position or by name."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    @property
+    def name(self) -> str:
+        """Name of the operator without its overload, ``aten.convolution``, or of the module's class."""
+        class_name = type(self.operator).__qualname__
+        return str(getattr(self.operator, "overloadpacket", class_name))
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors among what it returned."""
+        return tensors_in(self.output)
+
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        return tensors_in([*self.args, *self.kwargs.values()])
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Positions of two axes that can only be pruned together.
+
+    Attributes:
+        first: Labels along one axis.
+        second: Labels along the other, of equal number.
+        module: Name of the module that ran.
+        why: What to say when one side cannot be pruned.
+        of_weights: Whether nothing but weights met there, to be computed into another weight.
+    """
+
+    first: Labels
+    second: Labels
+    module: str
+    why: str
+    of_weights: bool = False
+
+    @property
+    def sides(self) -> list[Labels]:
+        """The labels of both sides, each in one row."""
+        return [self.first.reshape(-1), self.second.reshape(-1)]
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that a rule said about channels.
+
+    Attributes:
+        labels: The channels.
+        module: Name of the module that ran.
+        why: What it does to them.
+    """
+
+    labels: Labels
+    module: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.module}: {self.why}"
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """A number of operations: a coefficient times the product of the lengths of some axes.
+
+    Attributes:
+        coefficient: What does not depend on any channel.
+        axes: The labels along each axis that can become shorter.
+        module: Name of the module that spends it.
+    """
+
+    coefficient: int
+    axes: tuple[Labels, ...]
+    module: str
+
+
+class CallKey(NamedTuple):
+    """A module, and how often it had been called before."""
+
+    module: str
+    number: int
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module.
+
+    Attributes:
+        start: Length of the operator trace before it.
+        stop: Length of the operator trace after it.
+        inputs: The positional and the named arguments.
+        output: What it returned.
+    """
+
+    start: int
+    stop: int
+    inputs: Any
+    output: Any
+
+
+class SplitSite(NamedTuple):
+    """A line of code that splits an axis into several, and how many."""
+
+    line: SourceLine
+    axes: int
+
+
+@dataclass
+class Record:
+    """What a forward pass showed.
+
+    Attributes:
+        ties: Labels that can only be pruned together.
+        unprunable: Channels that cannot be pruned.
+        not_mask_exact: Channels whose pruning is not the same as masking.
+        out_slices: Axes of weights that produce channels.
+        in_slices: Axes of weights that consume channels.
+        squeezed: Axes that a squeeze would drop if a single channel were kept.
+        costs: Operations.
+        operator_trace: What each operator did; two passes of equal operator traces do the same thing.
+        output_labels: The labels that each of these operators gave to its first output.
+        cut: The labels along each axis that an operator passed only some of on.
+        module_calls: The calls of all modules, in the order in which they ended.
+    """
+
+    ties: list[Tie] = field(default_factory=list)
+    unprunable: list[Note] = field(default_factory=list)
+    not_mask_exact: list[Note] = field(default_factory=list)
+    out_slices: list[Labels] = field(default_factory=list)
+    in_slices: list[Labels] = field(default_factory=list)
+    squeezed: list[Labels] = field(default_factory=list)
+    costs: list[CostTerm] = field(default_factory=list)
+    operator_trace: list[OperatorStep] = field(default_factory=list)
+    output_labels: list[OutputLabels] = field(default_factory=list)
+    cut: list[Labels] = field(default_factory=list)
+    module_calls: dict[CallKey, ModuleCall] = field(default_factory=dict)
+
+    def extend(self, other: "Record") -> None:
+        """Add what another pass showed about channels."""
+        self.ties.extend(other.ties)
+        self.unprunable.extend(other.unprunable)
+        self.not_mask_exact.extend(other.not_mask_exact)
+        self.out_slices.extend(other.out_slices)
+        self.in_slices.extend(other.in_slices)
+        self.squeezed.extend(other.squeezed)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What earlier passes have shown about a network, which a smaller one no longer shows.
+
+    Attributes:
+        shrinking_axis: Which of the axes that one was split into becomes shorter; the last where nothing is known.
+        grouped: Names of the weights of grouped convolutions, or where they are read if they are computed; a
+            convolution of a single group looks like any other.
+    """
+
+    shrinking_axis: dict[SplitSite, int] = field(default_factory=dict)
+    grouped: frozenset[str] = frozenset()

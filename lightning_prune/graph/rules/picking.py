@@ -1,0 +1,105 @@
+"""Operators that pick positions by number: channels along an axis that is picked from are unprunable."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.rules.elementwise import same_shape
+from lightning_prune.graph.rules.table import plain_name, rule
+from lightning_prune.graph.tracer import Call, Labels, Tracer
+
+__all__: list[str] = []
+
+
+def _mark_picked(tracer: Tracer, call: Call, axes: Collection[int]) -> dict[int, Labels]:
+    """Make the channels along some axes unprunable, and return the labels along the others."""
+    x = call.args[0]
+    why = f"has its channels picked by {plain_name(call)}"
+    other_labels = {}
+    for axis, labels in tracer.all_labels(x).items():
+        if axis in axes:
+            tracer.mark_unprunable(labels, why)
+        else:
+            other_labels[axis] = labels
+    return other_labels
+
+
+def _axis_argument(call: Call) -> int:
+    x = call.args[0]
+    dim = call.argument(1, "dim", 0)
+    return dim % x.dim()
+
+
+@rule("aten.select", "aten.unbind")
+def select(tracer: Tracer, call: Call) -> None:
+    """Keep the channels along all axes but the one that is picked from, which the output does not have."""
+    picked_axis = _axis_argument(call)
+    other_labels = _mark_picked(tracer, call, [picked_axis])
+    output_labels = {}
+    for axis, labels in other_labels.items():
+        output_axis = axis - 1 if axis > picked_axis else axis
+        output_labels[output_axis] = labels
+    for output in call.outputs:
+        tracer.set_labels(output, output_labels)
+
+
+@rule("aten.index_select", "aten.unfold")
+def index_select(tracer: Tracer, call: Call) -> None:
+    """Keep the channels along all axes but the one that is picked from."""
+    picked_axis = _axis_argument(call)
+    other_labels = _mark_picked(tracer, call, [picked_axis])
+    tracer.set_labels(call.output, other_labels)
+
+
+@rule("aten.roll")
+def roll(tracer: Tracer, call: Call) -> None:
+    """Make channels unprunable along the axes that are rolled: all of them, as one long row, where none are named."""
+    x = call.args[0]
+    dims = call.argument(2, "dims") or range(x.dim())
+    rolled = {axis % x.dim() for axis in dims}
+    _mark_picked(tracer, call, rolled)
+    same_shape(tracer, call)
+
+
+@rule("aten.gather")
+def gather(tracer: Tracer, call: Call) -> None:
+    """Make the channels along every axis unprunable."""
+    x = call.args[0]
+    _mark_picked(tracer, call, range(x.dim()))
+
+
+@rule("aten.index")
+def index(tracer: Tracer, call: Call) -> None:
+    """Keep the channels in front of and behind indexed axes that are neighbours; all others are unprunable."""
+    x, indices = call.args[:2]
+    output = call.output
+    indexed = _indexed_axes(indices)
+    other_labels = _mark_picked(tracer, call, indexed)
+    first, last = min(indexed), max(indexed)
+    are_neighbours = len(indexed) == last - first + 1
+    added_axes = output.dim() - x.dim()
+    output_labels = {}
+    for axis, labels in other_labels.items():
+        if not are_neighbours:
+            tracer.mark_unprunable(labels, "is indexed along several axes")
+        elif axis < first:
+            output_labels[axis] = labels
+        else:
+            output_labels[axis + added_axes] = labels
+    tracer.set_labels(output, output_labels)
+
+
+def _indexed_axes(indices: list[Tensor | None]) -> set[int]:
+    """Return the axes that are indexed; a mask is over as many as it has itself."""
+    indexed: set[int] = set()
+    axis = 0
+    for positions in indices:
+        if positions is None:
+            axis += 1
+            continue
+        is_mask = positions.dtype in (torch.bool, torch.uint8)
+        axes = positions.dim() if is_mask else 1
+        indexed.update(range(axis, axis + axes))
+        axis += axes
+    return indexed

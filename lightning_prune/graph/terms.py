@@ -1,0 +1,68 @@
+"""Terms of the cost of a model: sums of products of axis lengths, by metric."""
+
+from collections.abc import Sequence
+
+from lightning_prune.graph.channel_graph import Axis, Term
+from lightning_prune.graph.groups import Grouping
+from lightning_prune.graph.records import CostTerm
+from lightning_prune.graph.run import Forward
+
+__all__ = ["cost_terms"]
+
+
+def cost_terms(forward: Forward, grouping: Grouping, operations: Sequence[CostTerm]) -> dict[str, list[Term]]:
+    """Return what a model costs.
+
+    Args:
+        forward: The forward pass of the model.
+        grouping: Its groups.
+        operations: Its operations, in evaluation mode.
+
+    Returns:
+        The terms of "flops", "params" and "channels".
+    """
+    by_metric = {
+        "flops": operations,
+        "params": _parameters(forward),
+        "channels": _channels(forward, grouping),
+    }
+    known_axes: dict[int, Axis] = {}
+    terms = {}
+    for metric, costs in by_metric.items():
+        terms[metric] = [grouping.term(cost, known_axes) for cost in costs]
+    return terms
+
+
+def _parameters(forward: Forward) -> list[CostTerm]:
+    """Count the elements of every parameter."""
+    counted = {id(parameter) for parameter in forward.submodule.parameters()}
+    terms = []
+    for name, tensor in forward.tensors.items():
+        if id(tensor) in counted:
+            terms.append(_elements(forward, name))
+    return terms
+
+
+def _elements(forward: Forward, name: str) -> CostTerm:
+    """Return the number of elements of a tensor."""
+    labels = forward.labelled.labels(name)
+    fixed = 1
+    for axis, size in enumerate(forward.shapes[name]):
+        if axis not in labels:
+            fixed *= size
+    return CostTerm(fixed, tuple(labels.values()), _module(name))
+
+
+def _channels(forward: Forward, grouping: Grouping) -> list[CostTerm]:
+    """Count every axis of a weight along which channels of groups are produced, each once."""
+    terms: dict[tuple[str, int], CostTerm] = {}
+    for group in grouping.groups.values():
+        for out_slice in group.out_slices:
+            tensor, axis = out_slice.tensor, out_slice.axis
+            labels = forward.labelled.labels(tensor)[axis]
+            terms[tensor, axis] = CostTerm(1, (labels,), _module(tensor))
+    return list(terms.values())
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

@@ -1,0 +1,330 @@
+"""Trial: a run of a network in which some groups have fewer channels, past modules that fail."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_prune.graph.comparison import KeptLabels, covers, first_shift
+from lightning_prune.graph.groups import Grouping
+from lightning_prune.graph.operators import OperatorTables, TracerRule
+from lightning_prune.graph.records import Call, CallKey, Known, Labels, ModuleCall, Record
+from lightning_prune.graph.run import Forward, KeptPositions
+from lightning_prune.graph.tracer import Tracer
+from lightning_prune.pruning_plan import PlannedGroup, PruningPlan
+
+__all__ = ["Entries", "Failure", "Place", "Pruned", "Shrinking", "Trial", "TrialRunner"]
+
+
+class Pruned(Enum):
+    """Which half of the channels of a group is pruned."""
+
+    FIRST = "the first channels"
+    LAST = "the last channels"
+    SPREAD = "some channels everywhere"
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """How a network is made smaller.
+
+    Attributes:
+        groups: Numbers of the groups that about half of the channels of are pruned.
+        pruned: Which half.
+        training: The mode to run in.
+    """
+
+    groups: Sequence[int]
+    pruned: Pruned
+    training: bool
+
+
+def _kept_channels(number: int, size: int, pruned: Pruned) -> Tensor:
+    """Return the channels that the group of some number keeps."""
+    channels = torch.arange(size)
+    if pruned is Pruned.FIRST:
+        return channels[size // 2 :]
+    if pruned is Pruned.LAST:
+        return channels[: (size + 1) // 2]
+    if size == 3:
+        return channels[1:]
+    # Not everywhere the same share: groups that must not be mistaken for each other become unlike.
+    if number % 2 == 0 or size < 4:
+        return channels[1::2]
+    return channels[channels % 3 != 1]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A module that failed.
+
+    Attributes:
+        key: The call of the module.
+        raised: What it raised.
+        given: The labels that the operator which failed was given, if an operator did.
+        last_output: The labels of the output of the last operator.
+        module_inputs: The labels that the module was given.
+        at: Length of the operator trace when it failed.
+        resumed: Length of the operator trace of the full network when the module has ended.
+        ties: Number of ties before.
+        unprunable: Number of notes on unprunable channels before.
+    """
+
+    key: CallKey
+    raised: Exception
+    given: list[Labels]
+    last_output: list[Labels]
+    module_inputs: list[Labels]
+    at: int
+    resumed: int
+    ties: int
+    unprunable: int
+
+
+class Trial(Tracer):
+    """Follow a smaller network; modules that fail return what they did in the full network, less what is pruned.
+
+    Args:
+        tables: What operators say about channels.
+        known: What the full network has shown.
+        full: Its record; None if that is not known.
+        shrinking: How the network is made smaller.
+        kept: The labels that are kept.
+
+    Attributes:
+        failures: The modules that failed, in the order in which they did.
+    """
+
+    def __init__(
+        self, tables: OperatorTables, known: Known, full: Record | None, shrinking: Shrinking, kept: KeptLabels
+    ) -> None:
+        super().__init__(tables, known)
+        self.full = full or Record()
+        self.shrinking = shrinking
+        self.kept = kept
+        self.failures: list[Failure] = []
+
+    def tie_parts(self, labels: Labels, size: int) -> None:
+        """Tie nothing: parts of equal size may be so by chance, and it shows elsewhere if they are the wrong ones."""
+
+    def instead_of(self, key: CallKey, start: int, inputs: Any, raised: Exception) -> Any:
+        """Note the failure where it happened first, and return what the module would have returned."""
+        in_full = self._call_in_full(key, start)
+        noted_in_submodule = bool(self.failures) and self.failures[-1].raised is raised
+        if not noted_in_submodule:
+            self.note_failure(key, inputs, raised, in_full)
+        if in_full is None:
+            raise raised
+        self._skip(start, in_full.stop)
+        return tree_map(self._shrunk, in_full.output)
+
+    def _call_in_full(self, key: CallKey, start: int) -> ModuleCall | None:
+        """Return the same call in the full network, if what it returned there can stand in for its output."""
+        call = self.full.module_calls.get(key)
+        if call is None or call.start != start or not _is_without_data(call.output):
+            return None
+        return call
+
+    def note_failure(self, key: CallKey, inputs: Any, raised: Exception, in_full: ModuleCall | None = None) -> None:
+        """Note that a module failed.
+
+        Args:
+            key: The call of the module.
+            inputs: What it was given.
+            raised: What it raised.
+            in_full: The call in the full network, if the trial goes on behind it.
+        """
+        record = self.record
+        at = len(record.operator_trace)
+        self.failures.append(
+            Failure(
+                key=key,
+                raised=raised,
+                given=self.labels_of(self.running_inputs),
+                last_output=list(record.output_labels[-1].values()) if record.output_labels else [],
+                module_inputs=self.labels_of(tree_leaves(inputs)),
+                at=at,
+                resumed=at if in_full is None else in_full.stop,
+                ties=len(record.ties),
+                unprunable=len(record.unprunable),
+            )
+        )
+        self.running_inputs = []
+
+    def first_shift(self, start: int, stop: int) -> int | None:
+        """Find the first of some operators whose output does not have just the kept channels; see `comparison`."""
+        return first_shift(self.full, self.record, self.kept, start, stop)
+
+    def covers(self, full: Record) -> bool:
+        """Tell whether the trial did all that the full network did, in order, to just the kept channels."""
+        return covers(self.record, full, self.kept)
+
+    def _skip(self, start: int, stop: int) -> None:
+        """Take over the operator trace of the full network for a module that failed; what it did has no labels."""
+        record = self.record
+        at = len(record.operator_trace)
+        record.operator_trace[start:] = self.full.operator_trace[start:stop]
+        record.output_labels[at:] = [{}] * (stop - at)
+        del record.output_labels[stop:]
+
+    def _shrunk(self, leaf: Any) -> Any:
+        """Return a tensor of the full network without the channels that are pruned."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        kept = {axis: self.kept.among(labels) for axis, labels in self.all_labels(leaf).items()}
+        shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(leaf.shape)]
+        shrunk = torch.empty(shape, dtype=leaf.dtype, device="meta")
+        shrunk._is_weight = self.is_weight(leaf)  # type: ignore[attr-defined]
+        self.set_labels(shrunk, kept)
+        return shrunk
+
+
+def _is_without_data(output: Any) -> bool:
+    """Tell whether all tensors in an output can be found, and none has data."""
+    return all(
+        leaf.is_meta if isinstance(leaf, Tensor) else isinstance(leaf, int | float | str | None)
+        for leaf in tree_leaves(output)
+    )
+
+
+# -- places ------------------------------------------------------------------------------------------------------------
+
+
+class Entries(Enum):
+    """A list of a record."""
+
+    TIES = "ties"
+    UNPRUNABLE = "unprunable"
+    OPERATORS = "operator_trace"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an entry of a record was made.
+
+    Attributes:
+        module: Name of the module that ran.
+        line: The line of code, as `` (file.py:12)``.
+        given: The labels that the operator there was given.
+    """
+
+    module: str = "the model"
+    line: str = ""
+    given: Sequence[Labels] = ()
+
+
+class _Found(BaseException):
+    """The place that was looked for has been reached."""
+
+
+class _Locator(Trial):
+    """Run until an entry of the record is made, to see where that is.
+
+    Args:
+        entries: The list of the record.
+        number: Number of the entry.
+        settings: Those of a trial.
+    """
+
+    def __init__(self, entries: Entries, number: int, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.entries = entries
+        self.number = number
+        self.place = Place()
+        self.given: list[Labels] = []
+        self.found = False
+
+    def tie(self, first: Labels | None, second: Labels | None, why: str) -> None:
+        super().tie(first, second, why)
+        self._look()
+
+    def mark_unprunable(self, labels: Labels | None, why: str) -> None:
+        super().mark_unprunable(labels, why)
+        self._look()
+
+    def _apply(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
+        self.given = self.labels_of(inputs)
+        super()._apply(rule, call, inputs)
+        self._look()
+
+    def _look(self) -> None:
+        entries = getattr(self.record, self.entries.value)
+        if not self.found and len(entries) > self.number:
+            self.found = True
+            self.place = Place(self.where(), self.line(), self.given)
+            raise _Found
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+class TrialRunner:
+    """Run a network with fewer channels in some groups.
+
+    Args:
+        forward: The forward pass.
+        grouping: The groups.
+        tables: What operators say about channels.
+        known: What the full network has shown.
+    """
+
+    def __init__(self, forward: Forward, grouping: Grouping, tables: OperatorTables, known: Known) -> None:
+        self.forward = forward
+        self.grouping = grouping
+        self.tables = tables
+        self.known = known
+
+    def run(self, shrinking: Shrinking, full: Record | None) -> Trial:
+        """Return a trial that has run, past all failures if that is possible.
+
+        Args:
+            shrinking: How the network is made smaller.
+            full: What the full network showed in this mode, if that is known.
+        """
+        kept = self._kept_positions(shrinking)
+        trial = Trial(self.tables, self.known, full, shrinking, self._kept_labels(kept))
+        try:
+            self.forward.run(trial, kept, shrinking.training)
+        except Exception as raised:
+            if not trial.failures:  # a hook of the whole model failed, which is no module's forward
+                trial.note_failure(CallKey(trial.where(), 0), (), raised)
+        return trial
+
+    def locate(self, entries: Entries, number: int, trial: Trial) -> Place:
+        """Run a trial once more, to see where an entry of its record was made.
+
+        Args:
+            entries: The list of the record.
+            number: Number of the entry.
+            trial: The trial.
+        """
+        kept = self._kept_positions(trial.shrinking)
+        settings = self.tables, self.known, trial.full, trial.shrinking, self._kept_labels(kept)
+        locator = _Locator(entries, number, *settings)
+        with suppress(_Found, Exception):
+            self.forward.run(locator, kept, trial.shrinking.training)
+        return locator.place
+
+    def _kept_positions(self, shrinking: Shrinking) -> KeptPositions:
+        groups = list(self.grouping.groups.values())
+        planned = {}
+        for number in shrinking.groups:
+            group = groups[number]
+            kept = _kept_channels(number, group.size, shrinking.pruned)
+            planned[group.name] = PlannedGroup(group.size, tuple(kept.tolist()), group.slices)
+        return PruningPlan(planned, self.forward.shapes).index()
+
+    def _kept_labels(self, kept: KeptPositions) -> KeptLabels:
+        is_kept = np.ones(self.forward.labelled.count, dtype=bool)
+        for tensor, kept_by_axis in kept.items():
+            for axis, positions in kept_by_axis.items():
+                labels = self.forward.labelled.labels(tensor)[axis]
+                is_kept[labels.numpy()] = False
+                is_kept[labels[positions].numpy()] = True
+        return KeptLabels(is_kept)

@@ -1,0 +1,180 @@
+"""Vocabulary of the rules: what a rule can ask about tensors, and what it can say about channels."""
+
+from collections.abc import Iterable, Mapping
+from types import CodeType
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_prune.graph.frames import is_on_stack, running_line
+from lightning_prune.graph.records import CostTerm, Known, Labels, Note, Record, SplitSite, Tie
+
+__all__ = ["Vocabulary"]
+
+
+class Vocabulary:
+    """What a rule can ask and say; a rule gets it as its tracer.
+
+    Args:
+        known: What earlier passes have shown.
+
+    Attributes:
+        record: What this pass has shown so far.
+        modules: Names of the modules that run, outermost first.
+        of_weights: Whether the operator that runs is given nothing but weights.
+        in_attention: Whether it runs between the two matrix products of attention written as one operator.
+        grouped: Names of the weights of grouped convolutions.
+        ties_of_splits: The places that split an axis, by the number of the tie that is due to each.
+    """
+
+    module_frame: ClassVar[CodeType]  # the function whose frame on the call stack is a module that runs
+
+    def __init__(self, known: Known) -> None:
+        super().__init__()
+        self.known = known
+        self.record = Record()
+        self.modules: list[str] = []
+        self.of_weights = False
+        self.in_attention = False
+        self.grouped = set(known.grouped)
+        self.ties_of_splits: dict[int, SplitSite] = {}
+
+    # -- what a rule can ask ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def labels(tensor: Any, axis: int) -> Labels | None:
+        """Return the labels along one axis of a tensor, or None where its positions cannot be pruned."""
+        by_axis = getattr(tensor, "_channel_labels", None)
+        if not by_axis:
+            return None
+        dimensions = tensor.dim()
+        return by_axis.get(axis % dimensions if dimensions else 0)
+
+    @staticmethod
+    def all_labels(tensor: Any) -> dict[int, Labels]:
+        """Return the labels of a tensor by axis; axes without labels are absent."""
+        return getattr(tensor, "_channel_labels", None) or {}
+
+    @classmethod
+    def labels_of(cls, tensors: Iterable[Any]) -> list[Labels]:
+        """Return the labels of all axes of some tensors."""
+        return [labels for tensor in tensors for labels in cls.all_labels(tensor).values()]
+
+    def axes(self, tensor: Tensor) -> list[Labels | int]:
+        """Return, for each axis of a tensor, its labels or its size where it has none."""
+        by_axis = self.all_labels(tensor)
+        return [by_axis.get(axis, size) for axis, size in enumerate(tensor.shape)]
+
+    @staticmethod
+    def is_weight(tensor: Any) -> bool:
+        """Tell whether a tensor is a parameter or was computed from nothing but parameters."""
+        return getattr(tensor, "_is_weight", False)
+
+    @staticmethod
+    def shifts_zero(tensor: Any) -> bool:
+        """Tell whether masking the weights that a tensor is made of does not mask the tensor."""
+        return getattr(tensor, "_shifts_zero", False)
+
+    @staticmethod
+    def name_of(tensor: Any) -> str:
+        """Return the dotted name of a parameter or buffer, empty for any other tensor."""
+        return getattr(tensor, "_dotted_name", "")
+
+    def where(self) -> str:
+        """Name the module that runs now."""
+        return self.modules[-1] if self.modules else "the model"
+
+    def line(self) -> str:
+        """Name the line of code outside torch that runs now, as `` (file.py:12)``."""
+        return str(running_line())
+
+    def inside(self, code: CodeType) -> bool:
+        """Tell whether the module that runs now has called a Python function, given by its code object."""
+        return is_on_stack(code, self.module_frame)
+
+    # -- what a rule can say ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def set_labels(tensor: Tensor, axes: Mapping[int, Labels | None]) -> None:
+        """Give a tensor its labels by axis; None for an axis whose positions cannot be pruned."""
+        known = {axis: labels for axis, labels in axes.items() if labels is not None}
+        tensor._channel_labels = known  # type: ignore[attr-defined]
+
+    @staticmethod
+    def shift_zero(tensor: Tensor) -> None:
+        """Say that a tensor, and what is computed from it, is not zero where the weights are that it is made of."""
+        tensor._shifts_zero = True  # type: ignore[attr-defined]
+
+    def tie(self, first: Labels | None, second: Labels | None, why: str) -> None:
+        """Say that the positions of two axes can only be pruned together, each with the one at the same place.
+
+        Args:
+            first: Labels of one axis, or None when its positions cannot be pruned.
+            second: Labels of the other, of equal size.
+            why: What to say when this keeps channels from being pruned.
+        """
+        if first is second:
+            return
+        if first is None or second is None:
+            self.mark_unprunable(second if first is None else first, why)
+            return
+        self.record.ties.append(Tie(first, second, self.where(), why, self.of_weights))
+
+    def tie_parts(self, labels: Labels, size: int) -> None:
+        """Cut an axis into parts of some size; say that channels at equal places can only be pruned together."""
+        first, *others = labels.split(size)
+        for other in others:
+            self.tie(first, other, "is split into parts")
+
+    def split_axis(self, sizes: tuple[int, ...]) -> int:
+        """Say that an axis is split into several; returns the one that becomes shorter when channels are pruned.
+
+        Code that splits channels writes one size down and computes the other; which is which shows only when the
+        channels become fewer. The last one is taken to be computed, until a trial has shown otherwise.
+
+        Args:
+            sizes: The sizes of the axes, outermost first.
+        """
+        site = SplitSite(running_line(), len(sizes))
+        number_of_tie = len(self.record.ties)  # of the one that the rule is about to make
+        self.ties_of_splits[number_of_tie] = site
+        return self.known.shrinking_axis.get(site, len(sizes) - 1)
+
+    def mark_unprunable(self, labels: Labels | None, why: str) -> None:
+        """Say that channels cannot be pruned, with the reason; the name of the module that runs is put before it."""
+        if labels is not None:
+            self.record.unprunable.append(Note(labels, self.where(), why))
+
+    def mark_not_mask_exact(self, labels: Labels | None, why: str) -> None:
+        """Say that pruning these channels is not the same as masking what is read from them."""
+        if labels is not None:
+            self.record.not_mask_exact.append(Note(labels, self.where(), why))
+
+    def mark_out_slice(self, labels: Labels | None) -> None:
+        """Say that these positions of a weight produce channels."""
+        if labels is not None:
+            self.record.out_slices.append(labels)
+
+    def mark_in_slice(self, labels: Labels | None) -> None:
+        """Say that these positions of a weight consume channels."""
+        if labels is not None:
+            self.record.in_slices.append(labels)
+
+    def mark_squeezed(self, labels: Labels | None) -> None:
+        """Say that this axis would be dropped if a single channel of it were kept."""
+        if labels is not None:
+            self.record.squeezed.append(labels)
+
+    def computes_with(self, number: float) -> None:
+        """Say that the operator computes with a number, which must be the same when channels are pruned."""
+        self.record.operator_trace[-1] += (number,)
+
+    def cost(self, coefficient: int, *axes: Labels | int) -> None:
+        """Add operations: the coefficient times the length of every axis, given by its labels or as a number."""
+        labelled = []
+        for axis in axes:
+            if isinstance(axis, int):
+                coefficient *= axis
+            else:
+                labelled.append(axis)
+        self.record.costs.append(CostTerm(coefficient, tuple(labelled), self.where()))
