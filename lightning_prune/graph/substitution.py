@@ -13,7 +13,8 @@ from lightning_prune.graph.sizes import sync_attributes
 
 __all__ = ["named_tensors", "owning_modules", "preserving_attributes", "replace_tensors", "substituting_tensors"]
 
-ForwardWrapper = Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+Forward = Callable[..., Any]
+ForwardWrapper = Callable[[nn.Module, Forward], Forward]
 
 _COLLECTIONS = frozenset({dict, OrderedDict, defaultdict, list, deque, set})
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -195,10 +196,11 @@ def _copy_tensors(collections: Iterable[Any]) -> None:
             continue
         items = collection.items() if isinstance(collection, dict) else enumerate(collection)
         for key, value in items:
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                if id(value) not in copies:
-                    copies[id(value)] = value.detach().clone()
-                collection[key] = copies[id(value)]
+            if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+                continue
+            if id(value) not in copies:
+                copies[id(value)] = value.detach().clone()
+            collection[key] = copies[id(value)]
 
 
 def _refill(collection: Any, content: Any) -> None:
