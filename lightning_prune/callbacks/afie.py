@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.planning.allocation import plan_by_layer
+from lightning_prune.planning.by_layer import plan_by_layer
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.criteria import afie
 from lightning_prune.graph import ChannelGraph

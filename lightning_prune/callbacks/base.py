@@ -11,8 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune import criteria
-from lightning_prune.planning import allocation
-from lightning_prune.planning.cost import check_metric
+from lightning_prune import planning
 from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.compiled import forget_compiled
@@ -85,13 +84,12 @@ class PruningCallback(Callback):
         example_inputs: Any = None,
         criterion: str | dict[str, Any] = "l1",
     ) -> None:
-        allocation.check_keep(keep)
-        check_metric(metric)
+        planning.check_keep(keep)
+        planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
         for name, value, least in (
             ("start_epoch", start_epoch, 0),
             ("every_n_epochs", every_n_epochs, 1),
             ("steps", steps, 1),
-            ("round_to", 1 if (metric, round_to) == ("latency", "auto") else round_to, 1),
             ("min_channels", min_channels, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -144,7 +142,7 @@ class PruningCallback(Callback):
         limits = self.round_to, self.min_channels, self.cap
         with progress(f"Measuring the {self.metric} of {type(graph.model).__name__}"):
             trainer_state.decided_by_first_rank(
-                trainer, lambda: allocation.check_reachable(graph, self.keep, self.metric, *limits)
+                trainer, lambda: planning.check_reachable(graph, self.keep, self.metric, *limits)
             )
 
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
@@ -155,7 +153,7 @@ class PruningCallback(Callback):
             scores: What `scores` returned.
             keep: Fraction of the original cost that may stay.
         """
-        return allocation.plan(graph, scores, keep, self.metric, self.round_to, self.min_channels)
+        return planning.plan(graph, scores, keep, self.metric, self.round_to, self.min_channels)
 
     def ready(self) -> bool:
         """Tell whether all that ranking needs is there; a prune that is due waits for it."""

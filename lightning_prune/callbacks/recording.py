@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_prune.planning.cost import METRICS, CostModel
+from lightning_prune.planning.metrics import METRICS
 from lightning_prune.callbacks.trainer_state import metrics
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import plan_in_force
@@ -41,7 +41,7 @@ class Recorder:
     history: History | None = None
 
     def __post_init__(self) -> None:
-        self._costs = {metric: CostModel(self.graph, metric) for metric in METRICS}
+        self._costs = {name: metric.cost_model(self.graph) for name, metric in METRICS.items() if metric.counted}
 
     @property
     def kept(self) -> dict[str, float]:

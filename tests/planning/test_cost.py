@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning import CostModel, metric_named
 
 
 def test_worked_out_by_hand():
@@ -60,4 +60,6 @@ def test_held_channels_cost_but_are_not_counted_as_channels():
 def test_unknown_metric():
     graph = lp.trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="metric must be one of flops, params, channels, latency; got 'flop'"):
+        metric_named("flop")
+    with pytest.raises(ValueError, match="is known in flops, params, channels, not in 'flop'; latency is known once"):
         CostModel(graph, "flop")

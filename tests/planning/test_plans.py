@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune.planning.allocation import check_reachable, plan_by_layer, reachable
-from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning import CostModel, check_reachable, plan_by_layer, reachable
 
 
 class Network(nn.Module):
@@ -50,7 +49,7 @@ def random_scores(seed: int) -> dict[str, torch.Tensor]:
 def test_the_budget_is_kept_within_one_rounding_step(seed: int, keep: float, metric: str, round_to: int):
     lowest = reachable(GRAPH, metric, round_to)
     if keep < lowest:
-        with pytest.raises(ValueError, match=f"between {lowest:.3f} and 1 can stay"):
+        with pytest.raises(ValueError, match=f"between {lowest:.3f} and 1 can be kept"):
             lp.plan(GRAPH, random_scores(seed), keep, metric, round_to)
         return
     plan = lp.plan(GRAPH, random_scores(seed), keep, metric, round_to)
@@ -130,7 +129,7 @@ def test_scores_must_fit():
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.1, True, "half", math.nan])
 def test_keep_must_be_a_fraction(keep: object):
-    with pytest.raises(ValueError, match="keep must be the fraction that stays"):
+    with pytest.raises(ValueError, match="keep must be the fraction that is kept"):
         lp.plan(GRAPH, random_scores(0), keep)
 
 
@@ -149,13 +148,13 @@ def test_keeping_all_keeps_all():
 
 def test_a_budget_that_cannot_be_reached_is_told_in_one_sentence():
     sentence = (
-        r"keep=0.01 of the params cannot be reached: between 0.\d+ and 1 can stay with round_to=8 and min_channels=2"
+        r"keep=0.01 of the params cannot be reached: between 0.\d+ and 1 can be kept with round_to=8 and min_channels=2"
     )
     with pytest.raises(ValueError, match=sentence + r"\. Raise keep, or lower round_to\.$"):
         check_reachable(GRAPH, 0.01, "params", 8, 2)
     with pytest.raises(ValueError, match=sentence + r"\. Raise keep, or lower round_to\.$"):
         lp.plan(GRAPH, random_scores(0), 0.01, "params", 8, 2)
-    with pytest.raises(ValueError, match=sentence + ", and at most 0.9 of a layer may go"):
+    with pytest.raises(ValueError, match=sentence + ", and at most 0.9 of a layer may be pruned"):
         plan_by_layer(GRAPH, dict.fromkeys(GRAPH.groups, 1.0), random_scores(0), 0.01, "params", 8, 2, cap=0.9)
     check_reachable(GRAPH, reachable(GRAPH, "params", 8, 2), "params", 8, 2)
 
