@@ -95,7 +95,7 @@ def test_what_is_removed_stays_removed():
     graph = graph_of(model)
     lp.prune(model, graph.plan({"0": torch.tensor([0, 1])}))
     with pytest.raises(
-        ValueError, match=r"The plan keeps channels \[5\] of group '0', which have been removed already"
+        ValueError, match=r"The plan keeps channels \[5\] of group '0', which have been pruned already"
     ):
         lp.prune(model, graph.plan({"0": torch.tensor([0, 5])}))
     assert model[0].out_channels == 2
