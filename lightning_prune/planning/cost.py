@@ -1,12 +1,13 @@
 """The cost of a network as a function of the widths of its groups, without building the network."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
 from lightning_prune.graph.channel_graph import Axis, ChannelGraph
 
-__all__ = ["CostModel", "Products"]
+__all__ = ["CostModel", "Products", "integers"]
 
 _ONE = Axis(1, ())  # the length that pads products of few axes
 
@@ -47,7 +48,7 @@ class CostModel:
             factors = [_of_groups(axes) for axes in factors]
         self.metric = metric
         self.groups = list(graph.groups)
-        self.sizes = np.array([group.size for group in graph.groups.values()], dtype=np.int64)
+        self.sizes = integers(group.size for group in graph.groups.values())
         self._coefficients = np.array([term.coefficient for term in terms])
         self._products = Products(factors, self.groups)
 
@@ -62,12 +63,14 @@ class CostModel:
         Args:
             widths: (groups,) int64 channels that are kept, in the order of ``self.groups``.
         """
-        return (self._coefficients * self._products.of(widths)).sum().item()
+        costs = self._coefficients * self._products.of(widths)  # (terms,)
+        return costs.sum().item()
 
     def __call__(self, widths: Mapping[str, int]) -> float:
         """Return the cost at some widths, by group name; groups that are absent keep all channels."""
-        sizes = zip(self.groups, self.sizes, strict=True)
-        return self.of(np.array([widths.get(name, size) for name, size in sizes]))
+        original = zip(self.groups, self.sizes, strict=True)
+        complete = integers(widths.get(name, size) for name, size in original)
+        return self.of(complete)
 
 
 class Products:
@@ -84,18 +87,10 @@ class Products:
     """
 
     def __init__(self, factors: Sequence[tuple[Axis, ...]], groups: Sequence[str]) -> None:
-        axes = dict.fromkeys([_ONE, *(axis for product in factors for axis in product)])
-        row_of = {axis: row for row, axis in enumerate(axes)}
-        column_of = {name: column for column, name in enumerate(groups)}
-        most_factors = max(map(len, factors), default=0)
-        self._factors = np.zeros((len(factors), most_factors), dtype=np.int64)  # rows of axes; those of `_ONE` are 0
-        for number, product in enumerate(factors):
-            self._factors[number, : len(product)] = [row_of[axis] for axis in product]
-        self._fixed = np.array([axis.fixed for axis in axes], dtype=np.int64)
-        self._per_channel = np.zeros((len(axes), len(groups)), dtype=np.int64)
-        for row, axis in enumerate(axes):
-            for name, positions in axis.groups:
-                self._per_channel[row, column_of[name]] = positions
+        axes = list(dict.fromkeys([_ONE, *chain.from_iterable(factors)]))
+        self._fixed = integers(axis.fixed for axis in axes)
+        self._per_channel = _positions_per_channel(axes, groups)
+        self._factors = _rows_of_factors(axes, factors)
 
     def of(self, widths: np.ndarray) -> np.ndarray:
         """Return the products at some widths.
@@ -108,6 +103,41 @@ class Products:
         """
         lengths = self._fixed + self._per_channel @ widths  # (axes,)
         return lengths[self._factors].prod(axis=1)
+
+
+def integers(numbers: Iterable[int]) -> np.ndarray:
+    """Return whole numbers as an array: (n,) int64.
+
+    Example:
+        >>> integers([1, 2]).dtype
+        dtype('int64')
+    """
+    return np.array(list(numbers), dtype=np.int64)
+
+
+def _positions_per_channel(axes: Sequence[Axis], groups: Sequence[str]) -> np.ndarray:
+    """Return how many positions of each axis one channel of each group takes: (axes, groups)."""
+    column_of = {name: column for column, name in enumerate(groups)}
+    per_channel = np.zeros((len(axes), len(groups)), dtype=np.int64)
+    for row, axis in enumerate(axes):
+        for name, positions in axis.groups:
+            column = column_of[name]
+            per_channel[row, column] = positions
+    return per_channel
+
+
+def _rows_of_factors(axes: Sequence[Axis], factors: Sequence[tuple[Axis, ...]]) -> np.ndarray:
+    """Return the number of each axis that is a factor, and 0, that of the length 1, where a product has fewer.
+
+    Returns:
+        (products, most factors).
+    """
+    row_of = {axis: row for row, axis in enumerate(axes)}
+    most = max(map(len, factors), default=0)
+    rows = np.zeros((len(factors), most), dtype=np.int64)
+    for number, product in enumerate(factors):
+        rows[number, : len(product)] = [row_of[axis] for axis in product]
+    return rows
 
 
 def _of_groups(axes: Iterable[Axis]) -> tuple[Axis, ...]:

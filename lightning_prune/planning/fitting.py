@@ -62,12 +62,12 @@ class _Ranking:
 
     def __init__(self, scores: Sequence[Tensor]) -> None:
         by_group = [values.numpy() for values in scores]
-        all_scores = np.concatenate(by_group) if by_group else np.zeros(0)
-        order = np.argsort(-all_scores, kind="stable")
-        order = order[all_scores[order] > -math.inf]
         sizes = [len(values) for values in by_group]
         group_of_channel = np.repeat(np.arange(len(sizes)), sizes)
-        self._groups = group_of_channel[order]  # the group of each channel, best channel first
+        all_scores = np.concatenate([*by_group, np.zeros(0)])
+        best_first = np.argsort(-all_scores, kind="stable")
+        still_there = all_scores[best_first] > -math.inf
+        self._groups = group_of_channel[best_first[still_there]]  # the group of each channel, best channel first
         self._descending = [np.sort(values)[::-1] for values in by_group]
 
     def __len__(self) -> int:

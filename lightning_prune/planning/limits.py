@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.planning.cost import CostModel
+from lightning_prune.graph.channel_graph import ChannelGraph, Group
+from lightning_prune.planning.cost import CostModel, integers
 
 __all__ = ["Limits", "WidthSettings", "check_whole_number"]
 
@@ -59,31 +59,29 @@ class Limits:
         self.round_to = round_to
         self.min_channels = min_channels
         self.cap = cap
-        self.names = list(graph.groups)
-        groups = list(graph.groups.values())
-        channels = [scores[name] for name in self.names]
-        self.most = np.array([int((values > -math.inf).sum()) for values in channels], dtype=np.int64)
-        self.step = np.array([round_to // math.gcd(round_to, group.width) for group in groups], dtype=np.int64)
-        sizes = np.array([group.size for group in groups], dtype=np.int64)
-        needed = np.array([group.least for group in groups], dtype=np.int64)
-        least = self._least(sizes, needed)
-        keeps_all = np.array([bool((values == math.inf).any()) for values in channels], dtype=bool)
-        self.least = np.where(keeps_all, self.most, least)
+        ranges = [self._range(group, scores[name]) for name, group in graph.groups.items()]
+        self.least = integers(widths.least for widths in ranges)
+        self.most = integers(widths.most for widths in ranges)
+        self.step = integers(widths.step for widths in ranges)
 
     @classmethod
     def of_original(cls, graph: ChannelGraph, settings: WidthSettings, round_to: int) -> "Limits":
         """Return the limits of the original network, of which every group may lose channels."""
-        scores = {name: torch.zeros(group.size) for name, group in graph.groups.items()}
-        return cls(graph, scores, round_to, settings.min_channels, settings.cap)
+        alike = {name: torch.zeros(group.size) for name, group in graph.groups.items()}
+        return cls(graph, alike, round_to, settings.min_channels, settings.cap)
 
-    def _least(self, sizes: np.ndarray, needed: np.ndarray) -> np.ndarray:
-        """Return the least width of groups that may lose channels, of which the network needs some: (groups,)."""
+    def _range(self, group: Group, scores: Tensor) -> "_Range":
+        """Return the widths of one group."""
+        step = self.round_to // math.gcd(self.round_to, group.width)
+        most = int((scores > -math.inf).sum())
+        keeps_all = bool((scores == math.inf).any())
+        if keeps_all:
+            return _Range(most, most, step)
         # The small number makes it 99 of 100 at a cap of 0.99, where the product may fall just short of it.
-        may_lose = np.floor(self.cap * sizes + 1e-9).astype(np.int64)
-        asked = np.maximum(needed, self.min_channels)
-        least = np.maximum(asked, sizes - may_lose)
-        steps = -(-least // self.step)  # rounded up
-        return np.minimum(np.maximum(steps, 1) * self.step, self.most)
+        may_lose = math.floor(self.cap * group.size + 1e-9)
+        least = max(self.min_channels, group.least, group.size - may_lose)
+        rounded_up = math.ceil(least / step) * step
+        return _Range(min(rounded_up, most), most, step)
 
     def reachable(self, cost: CostModel) -> float:
         """Return the least fraction of the original cost that can be kept."""
@@ -102,12 +100,23 @@ class Limits:
 
     def rounded(self, widths: np.ndarray) -> np.ndarray:
         """Round widths down to what is allowed; a group that loses nothing keeps its width."""
-        down = np.maximum(widths // self.step * self.step, self.least)
-        return np.where(widths >= self.most, self.most, down)
+        multiples = widths // self.step * self.step
+        allowed = np.maximum(multiples, self.least)
+        return np.where(widths >= self.most, self.most, allowed)
 
     def above(self, width: int, group: int) -> int:
         """Return the next allowed width of a group."""
-        return int(min(width + self.step[group], self.most[group]))
+        wider = width + self.step[group]
+        return int(min(wider, self.most[group]))
+
+
+@dataclass(frozen=True)
+class _Range:
+    """The widths of one group: the least, the greatest, and what those in between are multiples of."""
+
+    least: int
+    most: int
+    step: int
 
 
 def check_whole_number(name: str, value: object) -> int:

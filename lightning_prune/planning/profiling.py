@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightning_prune.graph.channel_graph import Axis, ChannelGraph, Term
-from lightning_prune.planning.cost import Products
+from lightning_prune.planning.cost import Products, integers
 from lightning_prune.planning.profile_cache import load_terms, store_terms
 from lightning_prune.planning.segments import Segment, time_segments
 from lightning_prune.progress import progress
@@ -51,29 +51,36 @@ def profile(graph: ChannelGraph, samples: int = 32, runs: int = 3) -> None:
 
 def _measured_terms(graph: ChannelGraph, samples: int, runs: int) -> list[Term]:
     """Time the network at random widths, and fit the time of each of its segments."""
-    sizes = np.array([group.size for group in graph.groups.values()], dtype=np.int64)
+    sizes = integers(group.size for group in graph.groups.values())
     generator = np.random.default_rng(0)
     tried = [sizes, *(_random_widths(sizes, generator) for _ in range(samples))]
-    measured: list[dict[Segment, float]] = []
+    measured = _timed(graph, tried, runs)
+    terms: list[Term] = []
+    for segment in measured[0]:
+        times = [times_of_network.get(segment, 0.0) for times_of_network in measured]
+        terms += _fitted(graph, segment, np.array(times), tried)
+    return terms
+
+
+def _timed(graph: ChannelGraph, tried: Sequence[np.ndarray], runs: int) -> list[dict[Segment, float]]:
+    """Return the milliseconds of each segment, for each network that is tried."""
+    measured = []
     with progress(f"Timing {type(graph.model).__name__} at random widths", len(tried)) as work:
         for widths in tried:
             width_of = dict(zip(graph.groups, widths.tolist(), strict=True))
             measured.append(time_segments(graph, width_of, runs))
             work.advance()
-    terms: list[Term] = []
-    for segment in measured[0]:
-        times = np.array([times_of_all.get(segment, 0.0) for times_of_all in measured])
-        terms += _fitted(graph, segment, times, tried)
-    return terms
+    return measured
 
 
 def _random_widths(sizes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Draw the width of each group: neighbours must differ, or what comes in is not told from what goes out."""
     fractions = generator.uniform(0.1, 1, len(sizes))
-    widths = (sizes * fractions).round().astype(np.int64)
+    drawn = (sizes * fractions).round().astype(np.int64)
     step = np.where(sizes >= _STEP_FROM, _STEP, 1)
+    rounded = drawn // step * step
     least = np.minimum(step, sizes)
-    return np.maximum(widths // step * step, least)
+    return np.maximum(rounded, least)
 
 
 def _fitted(graph: ChannelGraph, segment: Segment, times: np.ndarray, tried: Sequence[np.ndarray]) -> list[Term]:
@@ -89,24 +96,24 @@ def _fitted(graph: ChannelGraph, segment: Segment, times: np.ndarray, tried: Seq
     products = Products(features, list(graph.groups))
     values = np.stack([products.of(widths) for widths in tried]).astype(float)  # (networks, features)
     units = values[0].clip(min=1)  # what a feature comes to in the original network
-    relative = values / units / times[:, None].clip(min=_SHORTEST)  # relative errors count
+    divisors = times[:, None].clip(min=_SHORTEST)  # relative errors count
+    relative = values / units / divisors
     weights = _non_negative_fit(relative, np.ones(len(times))) / units
-    return [
-        Term(weight, axes, segment.module)
-        for weight, axes in zip(weights.tolist(), features, strict=True)
-        if weight > 0
-    ]
+    fitted = zip(weights.tolist(), features, strict=True)
+    return [Term(weight, axes, segment.module) for weight, axes in fitted if weight > 0]
 
 
 def _features(graph: ChannelGraph, module: str) -> list[tuple[Axis, ...]]:
     """Return the products of axes that the time of a module may grow with; the empty one is the constant."""
-    features: dict[tuple[Axis, ...], None] = {(): None}
+    features: list[tuple[Axis, ...]] = [()]
     for term in graph.terms["flops"]:
+        if term.module != module:
+            continue
         varying = tuple(axis for axis in term.axes if axis.groups)
-        if term.module == module and varying:
-            features.update({(axis,): None for axis in varying})
-            features[varying] = None
-    return list(features)[:_MOST_FEATURES]
+        features += [(axis,) for axis in varying]
+        features.append(varying)
+    distinct = list(dict.fromkeys(features))
+    return distinct[:_MOST_FEATURES]
 
 
 def _non_negative_fit(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -123,9 +130,11 @@ def _non_negative_fit(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
     best = np.zeros(count)
     least_error = float(target @ target)
     for chosen in _choices(count):
-        found = np.linalg.lstsq(matrix[:, chosen], target, rcond=None)[0]
-        error = float(((matrix[:, chosen] @ found - target) ** 2).sum())
-        if error < least_error and bool((found >= 0).all()):
+        columns = matrix[:, chosen]
+        found = np.linalg.lstsq(columns, target, rcond=None)[0]
+        residuals = columns @ found - target
+        error = float((residuals**2).sum())
+        if error < least_error and found.min() >= 0:
             least_error = error
             best = np.zeros(count)
             best[chosen] = found

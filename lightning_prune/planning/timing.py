@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning_prune.progress import progress
 
 __all__ = ["measure_latency", "median_time", "placed", "timed", "times_in_turns", "wait"]
 
+_LEAST_RUNS = 3  # of which the median counts
 _SHORTEST = 1e-3  # milliseconds: what a clock may tell of next to nothing
 
 
@@ -42,7 +44,8 @@ def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_
     with evaluating(model), given_back(model):
         for module in model.modules():
             put(module, buffers)
-        times = [timed(lambda: model(*args, **kwargs), device) for _ in range(warm_up + runs)]
+        run = partial(model, *args, **kwargs)
+        times = [timed(run, device) for _ in range(warm_up + runs)]
     return statistics.median(times[warm_up:])
 
 
@@ -83,8 +86,10 @@ def median_time(run: Callable[[], Any], device: torch.device, milliseconds: floa
         Milliseconds of one run.
     """
     warm_up = max(timed(run, device), _SHORTEST)
-    runs = min(most_runs, max(3, int(milliseconds / warm_up)))
-    return statistics.median(timed(run, device) for _ in range(runs))
+    affordable_runs = int(milliseconds / warm_up)
+    runs = min(most_runs, max(_LEAST_RUNS, affordable_runs))
+    times = [timed(run, device) for _ in range(runs)]
+    return statistics.median(times)
 
 
 def placed(example_inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

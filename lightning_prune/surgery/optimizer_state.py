@@ -40,10 +40,11 @@ def check_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor]) 
             state = optimizer.state.get(tensor, {})
             for key, value in state.items():
                 if not _can_be_sliced(value, tensor):
-                    shapes = " and ".join(str(tuple(leaf.shape)) for leaf in _larger_tensors(value))
+                    what = f"{type(optimizer).__name__} keeps {key!r} of {name!r}"
+                    shapes = [str(tuple(leaf.shape)) for leaf in _larger_tensors(value)]
                     raise TypeError(
-                        f"{type(optimizer).__name__} keeps {key!r} of {name!r} in shape {shapes}, where nothing says "
-                        "which numbers belong to which channel; use another optimizer, such as SGD or AdamW."
+                        f"{what} in shape {' and '.join(shapes)}, where nothing says which numbers belong to which "
+                        "channel; use another optimizer, such as SGD or AdamW."
                     )
 
 
@@ -64,13 +65,15 @@ def slice_state(optimizers: Iterable[Optimizer], tensor: Tensor, kept: KeptByAxi
 
 def _sliced(value: Tensor, tensor: Tensor, kept: KeptByAxis) -> Tensor:
     """Slice a state along the axes that it has in full; those of factored states have length 1."""
-    full_axes = {axis: index for axis, index in kept.items() if value.shape[axis] == tensor.shape[axis]}
-    return take(value, full_axes)
+    full_axes = [axis for axis in kept if value.shape[axis] == tensor.shape[axis]]
+    return take(value, {axis: kept[axis] for axis in full_axes})
 
 
 def _has_axes_of(value: Any, tensor: Tensor) -> bool:
     """Tell whether a state is a tensor with as many axes as a parameter, and is no single number."""
-    return isinstance(value, Tensor) and value.dim() == tensor.dim() and value.dim() > 0
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return False
+    return value.dim() == tensor.dim()
 
 
 def _can_be_sliced(value: Any, tensor: Tensor) -> bool:

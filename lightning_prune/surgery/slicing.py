@@ -41,7 +41,9 @@ def replace_data(tensor: Tensor, data: Tensor) -> None:
     # Autograd may keep a node that accumulates the gradient of this parameter and remembers its shape. It is made anew
     # when the data changes its type, not when it changes its shape, hence the step over another type: one that every
     # device has, which float64 is not.
-    other_type = torch.float16 if tensor.dtype != torch.float16 else torch.float32
+    other_type = torch.float16
+    if tensor.dtype == other_type:
+        other_type = torch.float32
     tensor.data = torch.empty(0, dtype=other_type, device=tensor.device)
     tensor.data = data
 
@@ -62,9 +64,8 @@ def _selected_in_chunks(tensor: Tensor, kept: KeptByAxis) -> Tensor:
     for start in range(0, len(selected), rows_in_chunk):
         rows = slice(start, start + rows_in_chunk)
         chunk = _kept_rows(tensor, kept, rows)
-        for columns_of_axis in columns:
-            chunk = columns_of_axis.selected(chunk)
-        selected[rows] = chunk
+        selected[rows] = _kept_columns(chunk, columns)
+        del chunk  # before the next one is made
     return selected
 
 
@@ -72,7 +73,15 @@ def _kept_rows(tensor: Tensor, kept: KeptByAxis, rows: slice) -> Tensor:
     """Return some of the kept rows of a tensor."""
     if 0 not in kept:
         return tensor[rows]
-    return tensor.index_select(0, kept[0][rows])
+    index = kept[0]
+    return tensor.index_select(0, index[rows])
+
+
+def _kept_columns(chunk: Tensor, columns: "list[_Columns]") -> Tensor:
+    """Return what is kept along the other axes."""
+    for kept in columns:
+        chunk = kept.selected(chunk)
+    return chunk
 
 
 class _Columns:
