@@ -18,7 +18,7 @@ __all__ = ["plan_by_layer"]
 
 def plan_by_layer(
     graph: ChannelGraph,
-    importance: Mapping[str, float],
+    layer_scores: Mapping[str, float],
     scores: Mapping[str, Tensor],
     keep: float = 0.5,
     metric: str = "flops",
@@ -28,13 +28,13 @@ def plan_by_layer(
 ) -> PruningPlan:
     """Give each group a share of the cut by one number, and choose the channels within it by their scores.
 
-    A group loses the fraction ``min(cap, t / importance)`` of its channels, with the same ``t`` for all, found by
-    bisection so that what is kept, in whole channels, fits the budget. Equal numbers are the uniform allocation. What
-    rounding saved of the budget is given back, step by step, to the groups that have lost most beyond their share.
+    A group loses the fraction ``min(cap, t / layer score)`` of its channels, with the same ``t`` for all, found by
+    bisection so that what is kept, in channels, fits the budget. Equal numbers are the uniform allocation. What
+    rounding saved of the budget is given back, step by step, to the groups that are pruned most beyond their share.
 
     Args:
         graph: The traced model.
-        importance: One number above 0 per group, larger for groups that lose less. Groups that are absent keep all
+        layer_scores: One number above 0 per group, larger for groups that lose less. Groups that are absent keep all
             channels.
         scores: (channels,) score of each channel of each group, compared within the group only, higher is kept;
             ``-inf`` for channels that the model no longer has. Groups that are absent keep all channels.
@@ -48,13 +48,13 @@ def plan_by_layer(
         The plan, with the same ``budget`` as that of `plan`.
 
     Raises:
-        ValueError: If a setting is out of range, a number of a group is not finite and above 0, the budget cannot be
+        ValueError: If a setting is out of range, a layer score is not a finite number above 0, the budget cannot be
             reached, or scores do not fit the groups.
 
     Note:
-        The rule that a layer loses the inverse of its importance, and the cap of 0.99, are those of Lu et al.,
-        "Entropy Induced Pruning Framework for Convolutional Neural Networks" (AAAI 2024), whose budget counts filters
-        (``metric="channels"``). Solving the budget under the caps is a choice made here.
+        The rule that a layer loses the inverse of its score, there called importance, and the cap of 0.99, are those
+        of Lu et al., "Entropy Induced Pruning Framework for Convolutional Neural Networks" (AAAI 2024), whose budget
+        counts filters (``metric="channels"``). Solving the budget under the caps is a choice made here.
 
     Example:
         >>> from torch import nn
@@ -69,27 +69,27 @@ def plan_by_layer(
     """
     check_keep(keep)
     known_scores = checked_scores(graph, scores)
-    for name, value in importance.items():
+    for name, value in layer_scores.items():
         graph.group(name)
         if not 0 < value < math.inf:
-            raise ValueError(f"The importance of group {name!r} must be a finite number above 0; got {value!r}.")
+            raise ValueError(f"The layer score of group {name!r} must be a finite number above 0; got {value!r}.")
     thresholds = {
-        name: _thresholds(channel_scores, importance.get(name, math.inf))
+        name: _thresholds(channel_scores, layer_scores.get(name, math.inf))
         for name, channel_scores in known_scores.items()
     }
     settings = WidthSettings(round_to, min_channels, cap)
     return metric_named(metric).plan_by_layer(graph, thresholds, known_scores, keep, settings)
 
 
-def _thresholds(scores: Tensor, importance: float) -> Tensor:
+def _thresholds(scores: Tensor, layer_score: float) -> Tensor:
     """Return the ``t`` at which each channel is pruned; the channel that scores lowest is pruned first.
 
     Of n channels the one at place r, from 0 for the best, is pruned when the width asked for falls below r + 1/2, that
-    is beyond ``t = importance * (n - r - 1/2) / n``. Ranking all channels by these numbers is searching for ``t``.
+    is beyond ``t = layer_score * (n - r - 1/2) / n``. Ranking all channels by these numbers is searching for ``t``.
 
     Args:
         scores: (channels,) score of each channel of a group.
-        importance: The number of the group; ``inf`` if it keeps all channels.
+        layer_score: The number of the group; ``inf`` if it keeps all channels.
 
     Returns:
         (channels,) float64; ``inf`` and ``-inf`` where the scores are.
@@ -98,6 +98,6 @@ def _thresholds(scores: Tensor, importance: float) -> Tensor:
     best_first = scores.argsort(descending=True, stable=True)
     fractions = torch.arange(size, 0, -1, dtype=torch.float64).sub(0.5) / size  # pruned before the r-th best is
     thresholds = torch.full_like(scores, math.inf)
-    if importance < math.inf:
-        thresholds[best_first] = fractions * importance
+    if layer_score < math.inf:
+        thresholds[best_first] = fractions * layer_score
     return torch.where(scores.isinf(), scores, thresholds)

@@ -30,7 +30,7 @@ class PruneReport:
     """What a prune changed.
 
     Attributes:
-        widths: Channels before and after, by group name, for the groups that lost some.
+        widths: Channels before and after, by group name, for the groups that lose some.
         params: Number of parameters before and after.
     """
 

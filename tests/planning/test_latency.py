@@ -72,7 +72,7 @@ def test_the_fit_is_the_best_without_negative_coefficients():
         assert abs(slope @ found) < 1e-9
 
 
-def test_timing_leaves_the_model_as_it_was():
+def test_timing_does_not_change_the_model():
     model = network().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     graph = lp.trace(model, IMAGE)
@@ -178,7 +178,7 @@ def test_a_budget_is_refused_by_what_was_measured_not_by_what_the_profile_says(m
             check_reachable(graph, keep, "latency", round_to=1)
 
 
-def test_channels_that_save_more_time_leave_first(monkeypatch):
+def test_channels_that_save_more_time_are_pruned_first(monkeypatch):
     machine(monkeypatch, lambda fraction: fraction)
     graph = lp.trace(network(), IMAGE)
     alike = {name: torch.ones(group.size) for name, group in graph.groups.items()}
@@ -186,7 +186,7 @@ def test_channels_that_save_more_time_leave_first(monkeypatch):
     assert widths["0"] / 32 < widths["3"] / 64  # a channel of "0" costs two to three times as much
 
 
-def test_of_channels_that_do_harm_those_that_cost_more_leave_first(monkeypatch):
+def test_of_channels_that_do_harm_those_that_cost_more_are_pruned_first(monkeypatch):
     machine(monkeypatch, lambda fraction: fraction)
     graph = lp.trace(network(), IMAGE)
     harmful = {name: -torch.ones(group.size) for name, group in graph.groups.items()}
