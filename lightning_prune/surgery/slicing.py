@@ -57,15 +57,16 @@ def _selected(tensor: Tensor, kept: KeptByAxis) -> Tensor:
 
 def _selected_in_chunks(tensor: Tensor, kept: KeptByAxis) -> Tensor:
     """Select some rows at a time: of a large tensor, only what is kept is ever in memory beside it."""
-    columns = [_Columns(axis, index, tensor.shape[axis]) for axis, index in kept.items() if axis != 0]
     selected = _empty(tensor, kept)
+    columns = [_Columns(axis, index, tensor.shape[axis]) for axis, index in kept.items() if axis != 0]
     row_size = tensor.numel() // len(tensor)
     rows_in_chunk = max(1, _CHUNK // row_size)
     for start in range(0, len(selected), rows_in_chunk):
         rows = slice(start, start + rows_in_chunk)
         chunk = _kept_rows(tensor, kept, rows)
-        selected[rows] = _kept_columns(chunk, columns)
-        del chunk  # before the next one is made
+        for columns_of_axis in columns:
+            chunk = columns_of_axis.selected(chunk)
+        selected[rows] = chunk
     return selected
 
 
@@ -75,13 +76,6 @@ def _kept_rows(tensor: Tensor, kept: KeptByAxis, rows: slice) -> Tensor:
         return tensor[rows]
     index = kept[0]
     return tensor.index_select(0, index[rows])
-
-
-def _kept_columns(chunk: Tensor, columns: "list[_Columns]") -> Tensor:
-    """Return what is kept along the other axes."""
-    for kept in columns:
-        chunk = kept.selected(chunk)
-    return chunk
 
 
 class _Columns:
