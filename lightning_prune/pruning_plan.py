@@ -218,7 +218,7 @@ class PruningPlan:
         for tensor, axes in self._index.items():
             shape = list(shapes[tensor])
             for axis, kept in axes.items():
-                shape[axis] = len(kept)
+                shape[axis] = kept.shape[0]
             shapes[tensor] = tuple(shape)
         return shapes
 

@@ -213,7 +213,7 @@ def _kept_now(plan: PruningPlan, earlier: PruningPlan) -> Index:
             before = axes_before.get(axis)
             if before is None:
                 positions[name][axis] = kept
-            elif len(before) > len(kept):
+            elif before.shape != kept.shape:
                 positions[name][axis] = search(before, kept)
     return positions
 
