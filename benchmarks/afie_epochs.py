@@ -29,7 +29,7 @@ from lightning_prune.callbacks import PruningCallback
 from lightning_prune.datamodules import ImageDataModule, ImageFolderDataModule, MNISTDataModule
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.models import ImageClassifier, Optimization
-from lightning_prune.planning.allocation import plan_by_layer
+from lightning_prune.planning.by_layer import plan_by_layer
 from lightning_prune.pruning_plan import PruningPlan
 
 # Network, its settings, its images, and a learning rate that trains it; "/4" is a quarter as wide.

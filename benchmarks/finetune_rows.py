@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import lightning_prune as lp
 from lightning_prune import criteria
 from lightning_prune.models.cifar_resnet import PadShortcut
-from lightning_prune.planning.allocation import checked_scores, plan_by_layer
+from lightning_prune.planning.by_layer import plan_by_layer
 from lightning_prune.planning.by_time import by_score_per_cost
 from lightning_prune.planning.cost import CostModel
-from lightning_prune.planning.fitting import Limits
+from lightning_prune.planning.limits import Limits
+from lightning_prune.planning.scores import checked_scores
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.search.policy_search import PolicySearch
 from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
@@ -118,7 +119,7 @@ def per_flop(criterion: Any, graph: Graph, batches: Batches, keep: float) -> Pru
     """Rank by the score for each FLOP that a channel costs, as budgets of time rank by that for each millisecond."""
     scores = checked_scores(graph, criteria.score(graph, criterion, batches, loss_of))
     limits = Limits(graph, scores, round_to=1, min_channels=1)
-    return by_score_per_cost(graph, scores, limits, CostModel(graph, "flops"), keep)
+    return by_score_per_cost(graph, scores, keep, CostModel(graph, "flops"), limits)
 
 
 def at_random(graph: Graph, batches: Batches, keep: float) -> PruningPlan:

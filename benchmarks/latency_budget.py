@@ -25,7 +25,7 @@ from torch import nn
 import lightning_prune as lp
 from lightning_prune.planning.by_time import by_score_per_cost, kept_score
 from lightning_prune.planning.cost import CostModel
-from lightning_prune.planning.fitting import Limits
+from lightning_prune.planning.limits import Limits
 from lightning_prune.pruning_plan import PruningPlan
 
 NETWORKS = ["mobilenet_v2", "resnet18", "resnet50", "vgg16_bn"]
@@ -63,7 +63,7 @@ def as_fast_by_flops(
 def lead_of_ranking(graph: lp.graph.ChannelGraph, scores: dict[str, torch.Tensor], keep: float) -> float:
     """Return the score that a plan by score for each FLOP keeps, compared with one by score, at equal FLOPs."""
     cost, limits = CostModel(graph, "flops"), Limits(graph, scores, round_to=8, min_channels=1)
-    ranked = by_score_per_cost(graph, scores, limits, cost, keep)
+    ranked = by_score_per_cost(graph, scores, keep, cost, limits)
     return kept_score(ranked, scores) / kept_score(lp.plan(graph, scores, keep=keep, round_to=8), scores)
 
 

@@ -35,7 +35,7 @@ from lightning_prune.callbacks import PruningCallback, RLJointPruneCallback
 from lightning_prune.datamodules import ImageFolderDataModule
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.models import ImageClassifier, Optimization
-from lightning_prune.planning.allocation import plan_by_layer
+from lightning_prune.planning.by_layer import plan_by_layer
 from lightning_prune.pruning_plan import PruningPlan
 
 KEEP = 0.5

@@ -31,7 +31,7 @@ from lightning_prune.criteria import l1, layer_importance, sensitiveness
 from lightning_prune.datamodules import ImageDataModule, ImageFolderDataModule, MNISTDataModule
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.models import ImageClassifier, Optimization
-from lightning_prune.planning.allocation import plan_by_layer
+from lightning_prune.planning.by_layer import plan_by_layer
 
 DAMAGES = ("random", "magnitude", "noise")
 FINE_TUNE = 0.1  # learning rate after the prune, as a fraction of that of training

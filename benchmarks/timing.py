@@ -1,10 +1,11 @@
 """How much faster a pruned network is than the whole one."""
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lightning_prune.planning import measure_latency
+from lightning_prune.planning import measure_latency, times_in_turns
 
 __all__ = ["speed_ups"]
 
@@ -20,5 +21,5 @@ def speed_ups(whole: nn.Module, pruned: nn.Module, inputs: Any, rounds: int, run
         runs: Timed runs in a turn; the median counts.
         warm_up: Runs before these.
     """
-    times = ([measure_latency(each, inputs, runs, warm_up) for each in (whole, pruned)] for _ in range(rounds))
-    return [before / after for before, after in times]
+    turns = [partial(measure_latency, network, inputs, runs, warm_up) for network in (whole, pruned)]
+    return [before / after for before, after in zip(*times_in_turns(turns, rounds), strict=True)]

@@ -3,7 +3,7 @@
 from lightning_prune import criteria
 from lightning_prune.checkpoint import load_pruned
 from lightning_prune.graph import trace
-from lightning_prune.planning.allocation import plan
+from lightning_prune.planning.by_score import plan
 from lightning_prune.surgery import prune
 
 __all__ = ["criteria", "load_pruned", "plan", "prune", "trace"]

@@ -1,7 +1,8 @@
-"""The plan format: which channels of each group stay, always against the original model, as plain JSON."""
+"""The plan: which channels of each group are kept, always of the original model, as plain JSON."""
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,12 @@ __all__ = ["FORMAT_VERSION", "PlannedGroup", "PruningPlan", "Slice", "plan_in_fo
 
 FORMAT_VERSION = 1
 _RECORD = "_pruning_plan"
+
+Index = dict[str, dict[int, Tensor]]
+"""(n,) int64 positions that are kept, by tensor name and axis, for the axes that get shorter."""
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shape by tensor name."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +60,41 @@ class Slice:
         """
         if self.table:
             return torch.tensor(self.table)[channels].reshape(-1)
+        starts = channels * self.step + self.start  # (n,)
         if self.width == 1:
-            return channels * self.step + self.start
-        return (self.start + channels[:, None] * self.step + torch.arange(self.width)).reshape(-1)
+            return starts
+        neighbours = torch.arange(self.width)
+        return (starts[:, None] + neighbours).reshape(-1)
+
+    def to_json(self) -> list[Any]:
+        """Return the slice as plain values, in the order of its attributes; the table only where there is one."""
+        values: list[Any] = [self.tensor, self.axis, self.start, self.step, self.width]
+        if self.table:
+            values.append([list(positions) for positions in self.table])
+        return values
+
+    @classmethod
+    def from_json(cls, values: Iterable[Any]) -> "Slice":
+        """Make a slice from what `to_json` returned."""
+        tensor, axis, start, step, width, *more = values
+        table = more[0] if more else []
+        return cls(
+            tensor=tensor,
+            axis=axis,
+            start=start,
+            step=step,
+            width=width,
+            table=tuple(tuple(positions) for positions in table),
+        )
 
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """What stays of one channel group.
+    """What is kept of one channel group.
 
     Attributes:
         size: Number of channels in the original model.
-        kept: The channels that stay, ascending.
+        kept: The channels that are kept, ascending.
         slices: Where the channels lie.
     """
 
@@ -73,24 +103,43 @@ class PlannedGroup:
     slices: tuple[Slice, ...]
 
     def __post_init__(self) -> None:
-        kept = self.channels
-        if not self.kept or kept[0] < 0 or kept[-1] >= self.size or not bool((kept.diff() > 0).all()):
+        if not self._is_valid():
             raise ValueError(
                 f"A group of {self.size} channels must keep at least one of them, ascending and without repetition; "
                 f"got {list(self.kept)}."
             )
 
+    def _is_valid(self) -> bool:
+        if not self.kept or self.kept[0] < 0 or self.kept[-1] >= self.size:
+            return False
+        distances = self.channels.diff()
+        return bool((distances > 0).all())
+
     @cached_property
     def channels(self) -> Tensor:
-        """The channels that stay, as (n,) int64."""
+        """The channels that are kept, as (n,) int64."""
         return torch.tensor(self.kept, dtype=torch.int64)
 
     @cached_property
     def pruned(self) -> Tensor:
         """The channels that are pruned, as (n,) int64."""
-        mask = torch.ones(self.size, dtype=torch.bool)
-        mask[self.channels] = False
-        return mask.nonzero()[:, 0]
+        is_pruned = torch.ones(self.size, dtype=torch.bool)
+        is_pruned[self.channels] = False
+        return is_pruned.nonzero()[:, 0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the group as plain values."""
+        return {
+            "size": self.size,
+            "kept": list(self.kept),
+            "slices": [channel_slice.to_json() for channel_slice in self.slices],
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "PlannedGroup":
+        """Make a group from what `to_json` returned."""
+        slices = tuple(Slice.from_json(values) for values in content["slices"])
+        return cls(content["size"], tuple(content["kept"]), slices)
 
     def __getstate__(self) -> dict[str, Any]:
         return _without_cache(self)
@@ -98,14 +147,14 @@ class PlannedGroup:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The channels that stay, per group, always against the original model.
+    """The channels that are kept, per group, always of the original model.
 
-    A plan holds all that is needed to prune a model of the original architecture without tracing it again.
+    A plan has all that is needed to prune a model of the original architecture without tracing it again.
 
     Attributes:
-        groups: What stays of each group, by group name. Groups that are absent stay whole.
+        groups: What is kept of each group, by group name. Groups that are absent keep all channels.
         shapes: Original shape of every tensor that the groups touch, by dotted name.
-        budget: What was asked and reached, if the plan was made for a budget; see `lightning_prune.pruning_plan`.
+        budget: What was asked and reached, if the plan was made for a budget; see `lightning_prune.planning.Budget`.
 
     Example:
         >>> group = PlannedGroup(size=4, kept=(0, 2), slices=(Slice("conv.weight", 0), Slice("fc.weight", 1)))
@@ -117,12 +166,12 @@ class PruningPlan:
     """
 
     groups: dict[str, PlannedGroup] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Shapes = field(default_factory=dict)
     budget: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def widths(self) -> dict[str, int]:
-        """Number of channels that stay, by group name."""
+        """Number of channels that are kept, by group name."""
         return {name: len(group.kept) for name, group in self.groups.items()}
 
     @property
@@ -131,45 +180,45 @@ class PruningPlan:
         content = {name: group.kept for name, group in sorted(self.groups.items())}
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def index(self) -> dict[str, dict[int, Tensor]]:
-        """Return the original positions that stay, by tensor name and axis, for the axes that get shorter."""
+    def index(self) -> Index:
+        """Return the original positions that are kept, by tensor name and axis, for the axes that get shorter."""
         return {tensor: dict(axes) for tensor, axes in self._index.items()}
 
     @cached_property
-    def _index(self) -> dict[str, dict[int, Tensor]]:
-        found: dict[str, dict[int, Tensor]] = {}
-        shared: dict[tuple[str, int], Tensor] = {}  # axes that are more than the channels of one group
+    def _index(self) -> Index:
+        index: Index = defaultdict(dict)
+        is_kept: dict[tuple[str, int], Tensor] = {}  # (positions,) bool, of axes that several slices may share
         for group in self.groups.values():
             if len(group.kept) == group.size:
                 continue
-            for part in group.slices:
-                size = self.shapes[part.tensor][part.axis]
-                axes = found.setdefault(part.tensor, {})
-                if size == group.size and not part.table:
-                    axes[part.axis] = group.channels  # one object for all such axes, so that what follows is done once
+            for channel_slice in group.slices:
+                tensor = channel_slice.tensor
+                axis = channel_slice.axis
+                axis_size = self.shapes[tensor][axis]
+                if axis_size == group.size and not channel_slice.table:
+                    # The positions are the channels. All such axes share one tensor, so that what others make of it is
+                    # made once.
+                    index[tensor][axis] = group.channels
                     continue
-                if (part.tensor, part.axis) not in shared:
-                    shared[part.tensor, part.axis] = torch.ones(size, dtype=torch.bool)
-                    axes[part.axis] = group.channels  # keeps the place
-                shared[part.tensor, part.axis][part.positions(group.pruned)] = False
-        for (tensor, axis), mask in shared.items():
-            found[tensor][axis] = mask.nonzero()[:, 0]
-        return found
+                if (tensor, axis) not in is_kept:
+                    is_kept[tensor, axis] = torch.ones(axis_size, dtype=torch.bool)
+                pruned_positions = channel_slice.positions(group.pruned)
+                is_kept[tensor, axis][pruned_positions] = False
+        for (tensor, axis), mask in is_kept.items():
+            index[tensor][axis] = mask.nonzero()[:, 0]
+        return index
 
-    def __getstate__(self) -> dict[str, Any]:
-        return _without_cache(self)
-
-    def pruned_shapes(self) -> dict[str, tuple[int, ...]]:
+    def pruned_shapes(self) -> Shapes:
         """Return the shape that each touched tensor has once the plan is applied."""
         return dict(self._pruned_shapes)
 
     @cached_property
-    def _pruned_shapes(self) -> dict[str, tuple[int, ...]]:
+    def _pruned_shapes(self) -> Shapes:
         shapes = dict(self.shapes)
         for tensor, axes in self._index.items():
             shape = list(shapes[tensor])
-            for axis, stays in axes.items():
-                shape[axis] = stays.shape[0]
+            for axis, kept in axes.items():
+                shape[axis] = kept.shape[0]
             shapes[tensor] = tuple(shape)
         return shapes
 
@@ -180,39 +229,22 @@ class PruningPlan:
             earlier: The plan in force, about the same original model; None for none.
 
         Raises:
-            ValueError: If this plan keeps a channel that the earlier one has removed.
+            ValueError: If this plan keeps a channel that the earlier one has pruned.
         """
-        if earlier is None:
+        if earlier is None or not earlier.groups:
             return self
-        for name, group in self.groups.items():
-            before = earlier.groups.get(name)
-            if before is None:
-                continue
-            if before.size != group.size or before.slices != group.slices:
-                raise ValueError(
-                    f"Group {name!r} of this plan and of the plan in force are not the same channels; trace the model "
-                    "again and make a new plan."
-                )
-            returning = sorted(set(group.kept) - set(before.kept))
-            if returning:
-                raise ValueError(
-                    f"The plan keeps channels {returning[:5]} of group {name!r}, which have been removed already; "
-                    "plans are about the original model, and what is removed stays removed."
-                )
-        return replace(self, groups={**earlier.groups, **self.groups}, shapes={**earlier.shapes, **self.shapes})
+        for name, planned in self.groups.items():
+            if name in earlier.groups:
+                _check_follows(name, planned, earlier.groups[name])
+        groups = {**earlier.groups, **self.groups}
+        shapes = {**earlier.shapes, **self.shapes}
+        return replace(self, groups=groups, shapes=shapes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values: dictionaries, lists, strings, numbers."""
         return {
             "version": FORMAT_VERSION,
-            "groups": {
-                name: {
-                    "size": group.size,
-                    "kept": list(group.kept),
-                    "slices": [_slice_to_json(part) for part in group.slices],
-                }
-                for name, group in self.groups.items()
-            },
+            "groups": {name: group.to_json() for name, group in self.groups.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "budget": self.budget,
         }
@@ -231,13 +263,13 @@ class PruningPlan:
                 "install a newer lightning-prune."
             )
         return cls(
-            {
-                name: PlannedGroup(group["size"], tuple(group["kept"]), tuple(map(_slice_from_json, group["slices"])))
-                for name, group in content["groups"].items()
-            },
-            {name: tuple(shape) for name, shape in content["shapes"].items()},
-            content.get("budget"),
+            groups={name: PlannedGroup.from_json(group) for name, group in content["groups"].items()},
+            shapes={name: tuple(shape) for name, shape in content["shapes"].items()},
+            budget=content.get("budget"),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_cache(self)
 
 
 def plan_in_force(model: nn.Module) -> PruningPlan | None:
@@ -250,16 +282,21 @@ def record_plan(model: nn.Module, plan: PruningPlan | None) -> None:
     model.__dict__[_RECORD] = plan
 
 
+def _check_follows(name: str, planned: PlannedGroup, earlier: PlannedGroup) -> None:
+    """Raise a ValueError unless what is planned of a group can be reached from what an earlier plan has kept."""
+    if earlier.size != planned.size or earlier.slices != planned.slices:
+        raise ValueError(
+            f"Group {name!r} of this plan and of the plan in force are not the same channels; trace the model again "
+            "and make a new plan."
+        )
+    returning = sorted(set(planned.kept) - set(earlier.kept))
+    if returning:
+        raise ValueError(
+            f"The plan keeps channels {returning[:5]} of group {name!r}, which have been pruned already; plans are "
+            "about the original model, and what is pruned cannot come back."
+        )
+
+
 def _without_cache(record: Any) -> dict[str, Any]:
     """Return the fields of a record, without what can be worked out from them again."""
     return {name: record.__dict__[name] for name in record.__dataclass_fields__}
-
-
-def _slice_to_json(part: Slice) -> list[Any]:
-    values: list[Any] = [part.tensor, part.axis, part.start, part.step, part.width]
-    return [*values, [list(row) for row in part.table]] if part.table else values
-
-
-def _slice_from_json(values: Iterable[Any]) -> Slice:
-    tensor, axis, start, step, width, *table = values
-    return Slice(tensor, axis, start, step, width, tuple(map(tuple, table[0])) if table else ())

@@ -22,15 +22,15 @@ def graph_of(model: nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("part", "expected"),
+    ("channel_slice", "expected"),
     [
         (Slice("w", 0), [1, 3]),
         (Slice("w", 0, start=10, step=4, width=2), [14, 15, 22, 23]),
         (Slice("w", 0, table=((5, 0), (1, 7), (2, 3), (4, 6))), [1, 7, 4, 6]),
     ],
 )
-def test_positions(part: Slice, expected: list[int]):
-    assert part.positions(torch.tensor([1, 3])).tolist() == expected
+def test_positions(channel_slice: Slice, expected: list[int]):
+    assert channel_slice.positions(torch.tensor([1, 3])).tolist() == expected
 
 
 def test_plan_survives_json():
@@ -64,7 +64,7 @@ def test_kept_channels_must_exist_and_be_ascending(kept: tuple[int, ...]):
         PlannedGroup(4, kept, ())
 
 
-def test_unknown_and_held_groups_are_named():
+def test_unknown_and_unprunable_groups_are_named():
     graph = graph_of(network())
     with pytest.raises(ValueError, match="'nothing' is no channel group of this model; the groups are 0, 2, 4"):
         graph.plan({"nothing": torch.tensor([0])})
@@ -90,13 +90,11 @@ def test_several_steps_equal_one():
     assert at_once[4].in_features == stepwise[4].in_features == 16
 
 
-def test_what_is_removed_stays_removed():
+def test_what_is_pruned_cannot_come_back():
     model = network()
     graph = graph_of(model)
     lp.prune(model, graph.plan({"0": torch.tensor([0, 1])}))
-    with pytest.raises(
-        ValueError, match=r"The plan keeps channels \[5\] of group '0', which have been removed already"
-    ):
+    with pytest.raises(ValueError, match=r"The plan keeps channels \[5\] of group '0', which have been pruned already"):
         lp.prune(model, graph.plan({"0": torch.tensor([0, 5])}))
     assert model[0].out_channels == 2
 

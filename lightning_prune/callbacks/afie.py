@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.criteria import afie
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.planning.allocation import plan_by_layer
+from lightning_prune.planning.by_layer import plan_by_layer
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["AFIEEarlyPruneCallback"]

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, distributed
 from typing_extensions import override
 
-from lightning_prune import criteria
+from lightning_prune import criteria, planning
 from lightning_prune.callbacks import refusals
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
@@ -24,8 +24,6 @@ from lightning_prune.callbacks.surgery_step import prune_in_training
 from lightning_prune.callbacks.trainer_state import log_epoch, unlogged
 from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.planning import allocation
-from lightning_prune.planning.cost import check_metric
 from lightning_prune.progress import progress, show_with
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History
@@ -101,13 +99,11 @@ class PruningCallback(Schedule, Callback):
         example_inputs: Any = None,
         criterion: str | dict[str, Any] = "l1",
     ) -> None:
-        allocation.check_keep(keep)
-        check_metric(metric)
+        planning.check_keep(keep)
+        planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
         check_whole_number("start_epoch", start_epoch, 0)
         check_whole_number("every_n_epochs", every_n_epochs, 1)
         check_whole_number("steps", steps, 1)
-        if (metric, round_to) != ("latency", "auto"):
-            check_whole_number("round_to", round_to, 1)
         check_whole_number("min_channels", min_channels, 1)
         self.keep = keep
         self.metric = metric
@@ -175,7 +171,7 @@ class PruningCallback(Schedule, Callback):
             scores: What `scores` returned.
             keep: Fraction of the original cost that may be kept.
         """
-        return allocation.plan(graph, scores, keep, self.metric, self.round_to, self.min_channels)
+        return planning.plan(graph, scores, keep, self.metric, self.round_to, self.min_channels)
 
     def check_criterion(self) -> None:
         """Raise a ValueError unless `scores` can be worked out by the criterion; called by the constructor."""
@@ -189,7 +185,7 @@ class PruningCallback(Schedule, Callback):
         """Raise a ValueError if the budget cannot be reached; called when training starts."""
         limits = self.round_to, self.min_channels, self.cap
         with progress(f"Measuring the {self.metric} of {type(graph.model).__name__}"):
-            decided_by_first_rank(trainer, lambda: allocation.check_reachable(graph, self.keep, self.metric, *limits))
+            decided_by_first_rank(trainer, lambda: planning.check_reachable(graph, self.keep, self.metric, *limits))
 
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         """Set up what the run needs, and refuse what cannot work; called when training starts."""

@@ -20,7 +20,7 @@ from lightning_prune.candidates import classification
 from lightning_prune.candidates.evaluator import alone
 from lightning_prune.candidates.measures import examples_in
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning import CostModel, metric_named
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.progress import say
@@ -146,7 +146,7 @@ class LearnToPruneCallback(PruningCallback):
         **settings: Any,
     ) -> None:
         super().__init__(start_epoch=start_epoch, steps=steps, criterion="l1", **settings)
-        if self.metric == "latency":
+        if not metric_named(self.metric).counted:
             raise ValueError("LearnToPruneCallback needs a metric that can be counted: flops, params or channels.")
         if accepted_drop <= 0:
             raise ValueError(f"accepted_drop must be above 0, in points of accuracy; got {accepted_drop!r}.")

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_prune.callbacks.trainer_state import metrics
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning import measure_latency
-from lightning_prune.planning.cost import METRICS, CostModel
+from lightning_prune.planning.metrics import METRICS
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History, run_folder, write_history
@@ -40,7 +40,7 @@ class Recorder:
     history: History | None = None
 
     def __post_init__(self) -> None:
-        self._costs = {metric: CostModel(self.graph, metric) for metric in METRICS}
+        self._costs = {name: metric.cost_model(self.graph) for name, metric in METRICS.items() if metric.counted}
 
     @property
     def kept(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ from lightning_prune.callbacks.schedule import check_whole_number
 from lightning_prune.callbacks.trainer_state import log_epoch, loss_scale, unlogged
 from lightning_prune.candidates import classification
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.planning import metric_named
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.progress import say
@@ -138,7 +139,7 @@ class RLJointPruneCallback(PruningCallback):
         super().__init__(start_epoch=start_epoch, criterion=within, **settings)
         if self.steps != 1:
             raise ValueError(f"RLJointPruneCallback prunes all channels at once; set steps to 1, not {self.steps}.")
-        if self.metric == "latency":
+        if not metric_named(self.metric).counted:
             raise ValueError("RLJointPruneCallback needs a metric that can be counted: flops, params or channels.")
         if not 0 <= warmup_epochs < start_epoch:
             raise ValueError(f"warmup_epochs must be below start_epoch={start_epoch}; got {warmup_epochs!r}.")

@@ -13,7 +13,7 @@ from lightning_prune.callbacks.batches import ValidationBatches, check_limit
 from lightning_prune.candidates import classification, evaluate_candidates
 from lightning_prune.criteria.damage import LEVELS, RATIOS, check_settings, layer_importance, sensitiveness
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.planning.allocation import plan_by_layer
+from lightning_prune.planning.by_layer import plan_by_layer
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["SensitivenessCallback"]

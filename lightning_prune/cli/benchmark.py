@@ -15,8 +15,7 @@ from torch import nn
 from lightning_prune.cli.loading import add_loading_options, load
 from lightning_prune.export import random_inputs
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.planning.timing import placed, timed
-from lightning_prune.progress import progress
+from lightning_prune.planning.timing import median_time, placed, times_in_turns
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.summary import aligned
 from lightning_prune.surgery import reshape
@@ -94,16 +93,13 @@ def times(models: Sequence[nn.Module], example_inputs: Any, rounds: int) -> list
     Returns:
         For each model and turn the median time of one forward pass, in milliseconds.
     """
-    taken: list[list[float]] = [[] for _ in models]
-    with progress("Timing, turn and turn about", rounds * len(models)) as work:
-        for model, turns in [*zip(models, taken, strict=True)] * rounds:
-            args, kwargs = placed(example_inputs, model)
-            device = next(model.parameters()).device
-            run = partial(model.eval(), *args, **kwargs)
-            warm = max(timed(run, device), 1e-3)
-            turns.append(statistics.median(timed(run, device) for _ in range(int(min(50, max(3, 100 / warm))))))
-            work.advance()
-    return taken
+
+    def turn(model: nn.Module) -> float:
+        args, kwargs = placed(example_inputs, model)
+        device = next(model.parameters()).device
+        return median_time(partial(model.eval(), *args, **kwargs), device, milliseconds=100, most_runs=50)
+
+    return times_in_turns([partial(turn, model) for model in models], rounds)
 
 
 def _row(size: int, original: list[float], pruned: list[float]) -> tuple[str, ...]:

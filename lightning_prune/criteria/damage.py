@@ -89,7 +89,7 @@ def sensitiveness(
 
 
 def layer_importance(measured: Mapping[str, float], ratio: str = "inverse") -> dict[str, float]:
-    """Turn sensitiveness into the importance that `allocation.plan_by_layer` takes.
+    """Turn sensitiveness into the importance that `plan_by_layer` takes.
 
     Args:
         measured: What `sensitiveness` returned.

@@ -1,4 +1,4 @@
-"""Rank layers by average filter information entropy: one number per group, for `allocation.plan_by_layer`."""
+"""Rank layers by average filter information entropy: one number per group, for `plan_by_layer`."""
 
 import math
 from collections.abc import Callable

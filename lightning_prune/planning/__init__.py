@@ -1,19 +1,32 @@
 """Plans under a budget: what a plan costs, which widths are allowed, and which channels are kept."""
 
-from lightning_prune.planning.allocation import plan, plan_by_layer
-from lightning_prune.planning.by_time import measured_fraction, plan_for_latency, timed_plan, with_best_rounding
+from lightning_prune.planning.budget import Budget, check_keep
+from lightning_prune.planning.by_layer import plan_by_layer
+from lightning_prune.planning.by_score import plan
+from lightning_prune.planning.by_time import measured_fraction
 from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning.limits import Limits
+from lightning_prune.planning.metrics import METRICS, Metric, metric_named
 from lightning_prune.planning.profiling import profile
-from lightning_prune.planning.timing import measure_latency
+from lightning_prune.planning.reachability import check_reachable, reachable
+from lightning_prune.planning.scores import checked_scores
+from lightning_prune.planning.timing import measure_latency, times_in_turns
 
 __all__ = [
+    "METRICS",
+    "Budget",
     "CostModel",
+    "Limits",
+    "Metric",
+    "check_keep",
+    "check_reachable",
+    "checked_scores",
     "measure_latency",
     "measured_fraction",
+    "metric_named",
     "plan",
     "plan_by_layer",
-    "plan_for_latency",
     "profile",
-    "timed_plan",
-    "with_best_rounding",
+    "reachable",
+    "times_in_turns",
 ]

@@ -1,9 +1,8 @@
-"""Plans that meet a budget of measured time."""
+"""Plans within a budget of measured time: networks of predicted widths are timed until one fits."""
 
-import math
 import statistics
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,205 +11,203 @@ from torch import Tensor
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.planning.cost import CostModel
-from lightning_prune.planning.fitting import Limits, fit
-from lightning_prune.planning.profiling import at_widths, profile
-from lightning_prune.planning.timing import timed
-from lightning_prune.progress import progress
+from lightning_prune.planning.fitting import fit
+from lightning_prune.planning.limits import Limits
+from lightning_prune.planning.stand_ins import at_widths
+from lightning_prune.planning.timing import median_time, times_in_turns
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = [
+    "ROUNDINGS",
+    "Planner",
+    "best_plan",
     "by_score_per_cost",
     "kept_score",
     "measured_fraction",
-    "plan_for_latency",
     "timed_plan",
-    "with_best_rounding",
 ]
+
+ROUNDINGS = (32, 16, 8, 4, 1)
+"""What ``round_to="auto"`` tries, coarsest first: if not even single channels will do, nothing does."""
+
+Planner = Callable[[ChannelGraph, Mapping[str, Tensor], float, CostModel, Limits], PruningPlan]
+"""Given graph, ranking of the channels, fraction of the cost, cost and limits, returns a plan; as `fit` does."""
 
 _CLOSE = 0.97  # of the budget: near enough to stop
 _ATTEMPTS = 8
-_ROUND_TO = (32, 16, 8, 4, 1)  # coarsest first: if not even single channels will do, nothing does
+_CAUTION = 0.99  # a network that was too slow is not aimed at by the last percent again
+_ROUNDS = 4  # after which the widths that a ranking is made for, and those that come of it, hardly differ
 
 
-def plan_for_latency(
-    graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, round_to: int | str, min_channels: int
-) -> PruningPlan:
-    """Choose the channels that stay so that a forward pass takes at most a fraction of its time, as measured.
+@dataclass(frozen=True)
+class _Attempt:
+    """A plan, and the fraction of the original time that its network took."""
 
-    Channels are ranked by their score for each millisecond that removing them saves, as the profile of the network
-    predicts it; see `timed_plan` for how the budget is met.
-
-    Args:
-        graph: The traced model.
-        scores: (channels,) float64 score of each channel of every group, as for `lightning_prune.pruning_plan`.
-        keep: Fraction of the original time that may be taken.
-        round_to: Layers that lose channels keep a multiple of this many; ``"auto"`` tries several and keeps the plan
-            with the highest sum of scores.
-        min_channels: Least number of channels of a group.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: If no network within the limits is fast enough, with what was measured.
-
-    Note:
-        Ranking by importance for each unit of latency is how a greedy solver treats the knapsack problem of Shen et
-        al., "Structural Pruning via Latency-Saliency Knapsack" (NeurIPS 2022), whose latency comes from a table of
-        layers; predicting it from a fit, and correcting the budget by timing whole networks, is done here.
-    """
-    if "latency" not in graph.terms:
-        profile(graph)
-
-    def make(step: int) -> PruningPlan:
-        limits = Limits(graph, scores, step, min_channels)
-        cost = CostModel(graph, "latency")
-        return timed_plan(graph, keep, limits, partial(by_score_per_cost, graph, scores, limits, cost))
-
-    with progress("Timing smaller networks"):
-        return with_best_rounding(round_to, scores, make)
-
-
-def with_best_rounding(
-    round_to: int | str, scores: Mapping[str, Tensor], make: Callable[[int], PruningPlan]
-) -> PruningPlan:
-    """Make a plan; for ``"auto"`` several, of which the one stays that keeps the highest sum of scores.
-
-    Args:
-        round_to: What layers keep a multiple of, or ``"auto"``.
-        scores: (channels,) score of each channel of every group.
-        make: Makes a plan for a multiple.
-
-    Raises:
-        ValueError: If there is no such plan for any multiple.
-    """
-    if round_to != "auto":
-        return make(int(round_to))
-    made: list[PruningPlan] = []
-    for step in _ROUND_TO:
-        with suppress(ValueError):
-            made.append(make(step))
-    # If there is none, the last says what can be reached.
-    return max(made, key=lambda plan: kept_score(plan, scores)) if made else make(_ROUND_TO[-1])
+    plan: PruningPlan
+    fraction: float
 
 
 def timed_plan(
-    graph: ChannelGraph, keep: float, limits: Limits, planned: Callable[[float], PruningPlan]
+    planner: Planner,
+    graph: ChannelGraph,
+    ranking: Mapping[str, Tensor],
+    keep: float,
+    cost: CostModel,
+    limits: Limits,
 ) -> PruningPlan:
     """Aim at budgets of predicted time until the measured time fits.
 
-    Each plan is timed against the whole network, turn and turn about, and the next one aims at as much less, or more,
-    as the last one was off.
+    Each plan is timed against the original network, turn and turn about, and the next one aims at as much less, or
+    more, as the last one was off.
 
     Args:
-        graph: The traced model, profiled.
+        planner: Makes a plan for a fraction of the predicted time.
+        graph: The traced model.
+        ranking: (channels,) float64 of every group; channels with the highest numbers are kept.
         keep: Fraction of the original time that may be taken.
+        cost: The predicted time.
         limits: The widths that are allowed.
-        planned: Makes a plan for a fraction of the predicted time.
 
     Returns:
         The slowest plan that fits. Its ``budget`` tells the measured fraction as ``achieved`` and what the profile
         predicted as ``predicted``.
 
     Raises:
-        ValueError: If no plan that was tried is fast enough.
+        ValueError: If no plan that was tried is fast enough, with what was measured.
     """
-    cost = CostModel(graph, "latency")
-    floor = limits.reachable(cost)
-    aimed, tried = keep, dict[tuple[int, ...], tuple[float, PruningPlan]]()
-    for _ in range(_ATTEMPTS):
-        plan = planned(max(aimed, floor))
-        widths = tuple(plan.widths.values())
-        if widths in tried:
-            break
-        measured = measured_fraction(graph, plan.widths)
-        tried[widths] = measured, plan
-        if _CLOSE * keep <= measured <= keep or (measured > keep and aimed <= floor):
-            break
-        aimed = min(1.0, aimed * keep / measured * (0.99 if measured > keep else 1.0))
-    measured, plan = max(
-        (each for each in tried.values() if each[0] <= keep), key=lambda each: each[0], default=(math.inf, plan)
+    attempts = _attempts(
+        graph, keep, limits.reachable(cost), lambda aimed: planner(graph, ranking, aimed, cost, limits)
     )
-    if measured == math.inf:
+    within_budget = [attempt for attempt in attempts if attempt.fraction <= keep]
+    if not within_budget:
+        fastest = min(attempt.fraction for attempt in attempts)
         raise ValueError(
             f"keep={keep} of the latency cannot be reached: the fastest network within round_to={limits.round_to} and "
-            f"min_channels={limits.min_channels} that was timed took {min(taken for taken, _ in tried.values()):.3f} "
-            "of the original time. Raise keep, or lower round_to."
+            f"min_channels={limits.min_channels} that was timed took {fastest:.3f} of the original time. Raise keep, "
+            "or lower round_to."
         )
-    assert plan.budget is not None
-    told = {**plan.budget, "asked": keep, "achieved": measured, "predicted": plan.budget["achieved"]}
-    return PruningPlan(plan.groups, plan.shapes, told)
+    slowest = max(within_budget, key=lambda attempt: attempt.fraction)
+    plan = slowest.plan
+    measured = {"asked": keep, "achieved": slowest.fraction, "predicted": cost(plan.widths) / cost.original}
+    return replace(plan, budget={**(plan.budget or {}), **measured})
+
+
+def _attempts(
+    graph: ChannelGraph, keep: float, least: float, planned: Callable[[float], PruningPlan]
+) -> list[_Attempt]:
+    """Time plans until one is close to the budget, or there is no other to try."""
+    attempts: list[_Attempt] = []
+    aimed = keep
+    for _ in range(_ATTEMPTS):
+        plan = planned(max(aimed, least))
+        if any(plan.widths == attempt.plan.widths for attempt in attempts):
+            break
+        fraction = measured_fraction(graph, plan.widths)
+        attempts.append(_Attempt(plan, fraction))
+        too_slow = fraction > keep
+        close = _CLOSE * keep <= fraction <= keep
+        if close or (too_slow and aimed <= least):
+            break
+        off = keep / fraction
+        aimed = min(1.0, aimed * off * (_CAUTION if too_slow else 1.0))
+    return attempts
+
+
+def best_plan(
+    roundings: Iterable[int], scores: Mapping[str, Tensor], make: Callable[[int], PruningPlan]
+) -> PruningPlan:
+    """Make a plan for each rounding, and return the one that keeps the highest sum of scores.
+
+    Args:
+        roundings: Multiples that widths are rounded to, coarsest first; at least one.
+        scores: (channels,) score of each channel of every group.
+        make: Makes a plan for a multiple, or raises a ValueError.
+
+    Raises:
+        ValueError: If there is no plan for any multiple; the finest says what can be reached.
+    """
+    plans: list[PruningPlan] = []
+    refusals: list[ValueError] = []
+    for round_to in roundings:
+        try:
+            plans.append(make(round_to))
+        except ValueError as refusal:  # noqa: PERF203 - making a plan takes far longer
+            refusals.append(refusal)
+    if not plans:
+        raise refusals[-1]
+    return max(plans, key=lambda plan: kept_score(plan, scores))
 
 
 def kept_score(plan: PruningPlan, scores: Mapping[str, Tensor]) -> float:
-    """Return the sum of the scores of the channels that stay, of the groups that are scored."""
-    return sum(
-        float(scores[name][group.channels].sum())
-        for name, group in plan.groups.items()
-        if bool(scores[name][group.channels].isfinite().all())
-    )
+    """Return the sum of the scores of the channels that are kept, of the groups that are scored."""
+    kept = [scores[name][group.channels] for name, group in plan.groups.items()]
+    return sum(float(values.sum()) for values in kept if bool(values.isfinite().all()))
 
 
 def measured_fraction(graph: ChannelGraph, widths: Mapping[str, int], rounds: int = 5) -> float:
-    """Time the network at some widths against the whole one, turn and turn about.
+    """Time the network at some widths against the original one, turn and turn about.
 
     Args:
         graph: The traced model.
         widths: Channels by group name.
-        rounds: Number of turns; the median of their ratios counts, which leaves out what else the machine does.
+        rounds: Number of turns; the median of their ratios counts, so that what else the machine does has no say.
 
     Returns:
-        The time at these widths as a fraction of that of the whole network.
+        The time at these widths as a fraction of that of the original network.
     """
     device = next(graph.model.parameters()).device
-    ratios = []
-    for _ in range(rounds):
-        taken = []
-        for each in ({}, dict(widths)):
-            with at_widths(graph, each) as run:
-                warm = max(timed(run, device), 1e-3)
-                runs = int(min(20, max(3, 200 / warm)))  # enough to trust the median, or a fifth of a second
-                taken.append(statistics.median(timed(run, device) for _ in range(runs)))
-        ratios.append(taken[1] / taken[0])
-    return statistics.median(ratios)
+
+    def turn(widths: Mapping[str, int]) -> float:
+        with at_widths(graph, widths) as run:
+            return median_time(run, device, milliseconds=200, most_runs=20)
+
+    turns = [partial(turn, {}), partial(turn, widths)]
+    original_times, times = times_in_turns(turns, rounds)
+    return statistics.median(time / original for time, original in zip(times, original_times, strict=True))
 
 
 def by_score_per_cost(
-    graph: ChannelGraph, scores: Mapping[str, Tensor], limits: Limits, cost: CostModel, keep: float
+    graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, cost: CostModel, limits: Limits
 ) -> PruningPlan:
-    """Rank channels by score for each unit of cost that removing them saves.
+    """Rank channels by score for each unit of cost that pruning them saves.
 
     What that saves depends on the widths that come out, which takes a few rounds.
 
     Args:
         graph: The traced model.
         scores: (channels,) float64 score of each channel of every group.
-        limits: The widths that are allowed.
+        keep: Fraction of the original cost that may be kept.
         cost: What the network costs.
-        keep: Fraction of the original cost that may stay.
+        limits: The widths that are allowed.
     """
     widths = limits.most
-    for _ in range(4):
-        saved = _saved_by_a_channel(cost, widths, limits)
-        ranked = {name: _for_each(scores[name], float(time)) for name, time in zip(graph.groups, saved, strict=True)}
-        plan = fit(graph, ranked, keep, cost, limits)
+    for _ in range(_ROUNDS):
+        saved = _saved_by_a_channel(cost, widths, limits).tolist()
+        ranking = {
+            name: _per_cost(scores[name], cost_of_channel)
+            for name, cost_of_channel in zip(graph.groups, saved, strict=True)
+        }
+        plan = fit(graph, ranking, keep, cost, limits)
+        planned_widths = np.array([plan.widths[name] for name in graph.groups])
         # Halfway, since two groups that share layers would else take turns.
-        widths = (widths + np.array([plan.widths[name] for name in graph.groups])) // 2
+        widths = (widths + planned_widths) // 2
     return plan
 
 
-def _for_each(scores: Tensor, cost: float) -> Tensor:
+def _per_cost(scores: Tensor, cost: float) -> Tensor:
     """Return scores for each unit of cost; of two that are below 0, the one that costs more is the worse."""
     return torch.where(scores < 0, scores * cost, scores / cost)
 
 
 def _saved_by_a_channel(cost: CostModel, widths: np.ndarray, limits: Limits) -> np.ndarray:
     """Return what one channel less of each group saves: (groups,)."""
+    cost_now = cost.of(widths)
+    eighths = cost.sizes // 8
+    tried = np.maximum(limits.step, eighths)  # one channel alone may save less than rounding hides
+    fewer_by = np.clip(widths - 1, 1, tried)
     saved = np.empty(len(widths))
-    now = cost.of(widths)
-    for group, width in enumerate(widths):
-        step = max(1, min(int(width) - 1, max(int(limits.step[group]), int(cost.sizes[group]) // 8)))
-        fewer = widths.copy()
-        fewer[group] = max(int(width) - step, 1)
-        saved[group] = (now - cost.of(fewer)) / max(int(width) - int(fewer[group]), 1)
+    for group, fewer in enumerate(fewer_by.tolist()):
+        narrower = widths.copy()
+        narrower[group] = max(widths[group] - fewer, 1)
+        saved[group] = (cost_now - cost.of(narrower)) / fewer
     return saved.clip(min=saved.max(initial=0) * 1e-6 + 1e-12)

@@ -1,22 +1,23 @@
-"""What a plan costs, as a function of the widths of the groups: exact for FLOPs, parameters and channels."""
+"""The cost of a network as a function of the widths of its groups, without building the network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
 from lightning_prune.graph.channel_graph import Axis, ChannelGraph
 
-__all__ = ["METRICS", "CostModel", "Products", "check_metric"]
+__all__ = ["CostModel", "Products", "integers"]
 
-METRICS = ("flops", "params", "channels")  # what can be counted; "latency" has to be measured
+_ONE = Axis(1, ())  # the length that pads products of few axes
 
 
 class CostModel:
-    """Count the cost of a network from the widths of its channel groups, without building the network.
+    """Know the cost of a network at any widths of its channel groups.
 
     Costs are for the example inputs that the graph was traced with. One FLOP is one fused multiply-add, and the count
     is that of fvcore's ``FlopCountAnalysis`` on the pruned network in evaluation mode, to the unit. Channels are the
-    outputs of all layers that make channels of some group.
+    outputs of all layers that produce channels of some group.
 
     Args:
         graph: The traced model.
@@ -36,18 +37,20 @@ class CostModel:
     """
 
     def __init__(self, graph: ChannelGraph, metric: str) -> None:
-        check_metric(metric)
         if metric not in graph.terms:
             raise ValueError(
-                "The latency of this network has not been measured; call lightning_prune.planning.profile."
+                f"The cost of this network is known in {', '.join(graph.terms)}, not in {metric!r}; latency is known "
+                "once lightning_prune.planning.profile has measured it."
             )
+        terms = graph.terms[metric]
+        factors = [term.axes for term in terms]
+        if metric == "channels":
+            factors = [_of_groups(axes) for axes in factors]
         self.metric = metric
         self.groups = list(graph.groups)
-        self.sizes = np.array([graph.groups[name].size for name in self.groups], dtype=np.int64)
-        terms = graph.terms[metric]
+        self.sizes = integers(group.size for group in graph.groups.values())
         self._coefficients = np.array([term.coefficient for term in terms])
-        # Only what can become fewer counts as a channel.
-        self._products = Products([term.axes for term in terms], self.groups, fixed=metric != "channels")
+        self._products = Products(factors, self.groups)
 
     @property
     def original(self) -> float:
@@ -58,53 +61,85 @@ class CostModel:
         """Return the cost at some widths.
 
         Args:
-            widths: (groups,) int64 channels that stay, in the order of ``self.groups``.
+            widths: (groups,) int64 channels that are kept, in the order of ``self.groups``.
         """
-        return (self._coefficients * self._products.of(widths)).sum().item()
+        costs = self._coefficients * self._products.of(widths)  # (terms,)
+        return costs.sum().item()
 
     def __call__(self, widths: Mapping[str, int]) -> float:
-        """Return the cost at some widths, by group name; groups that are absent are whole."""
-        return self.of(np.array([widths.get(name, size) for name, size in zip(self.groups, self.sizes, strict=True)]))
+        """Return the cost at some widths, by group name; groups that are absent keep all channels."""
+        original = zip(self.groups, self.sizes, strict=True)
+        complete = integers(widths.get(name, size) for name, size in original)
+        return self.of(complete)
 
 
 class Products:
-    """The products of the lengths of axes, as functions of the widths of the groups.
+    """Products of the lengths of axes, as functions of the widths of the groups.
 
     Args:
-        axes: The factors of each product.
+        factors: The axes whose lengths are multiplied, for each product.
         groups: Names of the groups, in the order that widths come in.
-        fixed: Whether positions that no group can lose count.
+
+    Example:
+        >>> inputs, outputs = Axis(3, ()), Axis(0, (("0", 1),))
+        >>> Products([(inputs, outputs), (outputs,)], ["0"]).of(np.array([5]))
+        array([15,  5])
     """
 
-    def __init__(self, axes: Sequence[tuple[Axis, ...]], groups: Sequence[str], fixed: bool = True) -> None:
-        rows: dict[Axis, int] = {Axis(1, ()): 0}
-        deepest = max(map(len, axes), default=0)
-        factors = [[rows.setdefault(axis, len(rows)) for axis in each] for each in axes]
-        self._factors = np.array([row + [0] * (deepest - len(row)) for row in factors], dtype=np.int64)
-        self._factors = self._factors.reshape(len(axes), deepest)
-        self._fixed = np.array([axis.fixed for axis in rows], dtype=np.int64)
-        self._per_channel = np.zeros((len(rows), len(groups)), dtype=np.int64)
-        number = {name: i for i, name in enumerate(groups)}
-        for row, axis in enumerate(rows):
-            for name, positions in axis.groups:
-                self._per_channel[row, number[name]] = positions
-        if not fixed:
-            self._fixed[1:] = 0
+    def __init__(self, factors: Sequence[tuple[Axis, ...]], groups: Sequence[str]) -> None:
+        axes = list(dict.fromkeys([_ONE, *chain.from_iterable(factors)]))
+        self._fixed = integers(axis.fixed for axis in axes)
+        self._per_channel = _positions_per_channel(axes, groups)
+        self._factors = _rows_of_factors(axes, factors)
 
     def of(self, widths: np.ndarray) -> np.ndarray:
         """Return the products at some widths.
 
         Args:
-            widths: (groups,) int64 channels that stay.
+            widths: (groups,) int64 channels that are kept.
 
         Returns:
             (products,) int64.
         """
-        lengths = self._fixed + self._per_channel @ widths
+        lengths = self._fixed + self._per_channel @ widths  # (axes,)
         return lengths[self._factors].prod(axis=1)
 
 
-def check_metric(metric: str) -> None:
-    """Raise a ValueError unless the metric is known."""
-    if metric not in (*METRICS, "latency"):
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, latency; got {metric!r}.")
+def integers(numbers: Iterable[int]) -> np.ndarray:
+    """Return whole numbers as an array: (n,) int64.
+
+    Example:
+        >>> integers([1, 2]).dtype
+        dtype('int64')
+    """
+    return np.array(list(numbers), dtype=np.int64)
+
+
+def _positions_per_channel(axes: Sequence[Axis], groups: Sequence[str]) -> np.ndarray:
+    """Return how many positions of each axis one channel of each group takes: (axes, groups)."""
+    column_of = {name: column for column, name in enumerate(groups)}
+    per_channel = np.zeros((len(axes), len(groups)), dtype=np.int64)
+    for row, axis in enumerate(axes):
+        for name, positions in axis.groups:
+            column = column_of[name]
+            per_channel[row, column] = positions
+    return per_channel
+
+
+def _rows_of_factors(axes: Sequence[Axis], factors: Sequence[tuple[Axis, ...]]) -> np.ndarray:
+    """Return the number of each axis that is a factor, and 0, that of the length 1, where a product has fewer.
+
+    Returns:
+        (products, most factors).
+    """
+    row_of = {axis: row for row, axis in enumerate(axes)}
+    most = max(map(len, factors), default=0)
+    rows = np.zeros((len(factors), most), dtype=np.int64)
+    for number, product in enumerate(factors):
+        rows[number, : len(product)] = [row_of[axis] for axis in product]
+    return rows
+
+
+def _of_groups(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    """Return axes without the positions that no group can lose: only what can be pruned counts as a channel."""
+    return tuple(Axis(0, axis.groups) for axis in axes)

@@ -1,140 +1,114 @@
-"""From channels in one ranking to widths that fit a budget."""
+"""Widths that fit a budget, from one ranking of the channels of all groups."""
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 from torch import Tensor
 
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.planning.budget import Budget
 from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning.limits import Limits
+from lightning_prune.planning.scores import best_channels
 from lightning_prune.pruning_plan import PruningPlan
 
-__all__ = ["Limits", "fit"]
+__all__ = ["fit"]
 
 
-def fit(
-    graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, cost: CostModel, limits: "Limits"
-) -> PruningPlan:
+def fit(graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, cost: CostModel, limits: Limits) -> PruningPlan:
     """Keep as many of the best channels as the budget allows.
 
     Args:
         graph: The traced model.
         scores: (channels,) float64 score of each channel of every group, comparable between groups; ``-inf`` for
-            channels that are gone, ``inf`` for groups that stay whole.
-        keep: Fraction of the original cost that may stay.
+            channels that are pruned already, ``inf`` for those of groups that keep all channels.
+        keep: Fraction of the original cost that may be kept.
         cost: What the network costs.
         limits: The widths that are allowed.
 
     Raises:
         ValueError: If the budget cannot be reached.
     """
-    target = keep * cost.original
-    least = limits.reachable(cost)
-    limits.check(keep, cost.metric, least)
-    ranked = _Ranked(scores, list(graph.groups))
-    low, high = 0, len(ranked.group)  # how many of the best channels stay; `low` always fits
-    while low < high:
-        middle = (low + high + 1) // 2
-        if cost.of(limits.rounded(ranked.widths(middle))) <= target:
-            low = middle
-        else:
-            high = middle - 1
-    widths = limits.rounded(ranked.widths(low))
-    rounded = cost.of(widths)
-    widths = _give_back(widths, limits, ranked, cost, target)
-    kept = {
-        name: scores[name].argsort(descending=True, stable=True)[: int(width)].sort().values
-        for name, width in zip(graph.groups, widths, strict=True)
-    }
-    budget = {
-        "metric": cost.metric,
-        "asked": keep,
-        "reachable": least,
-        "rounded": rounded / cost.original,
-        "achieved": cost.of(widths) / cost.original,
-        "original": cost.original,
-        "round_to": limits.round_to,
-    }
-    made = graph.plan(kept)
-    return PruningPlan(made.groups, made.shapes, budget)
+    reachable = limits.reachable(cost)
+    limits.check(keep, cost.metric, reachable)
+    affordable = keep * cost.original
+    ranking = _Ranking([scores[name] for name in graph.groups])
+    rounded = _widths_of_best(ranking, limits, cost, affordable)
+    widths = _widened(rounded, ranking, limits, cost, affordable)
+    budget = Budget(
+        metric=cost.metric,
+        asked=keep,
+        reachable=reachable,
+        rounded=cost.of(rounded) / cost.original,
+        achieved=cost.of(widths) / cost.original,
+        original=cost.original,
+        round_to=limits.round_to,
+    )
+    width_of = zip(graph.groups, widths.tolist(), strict=True)
+    plan = graph.plan({name: best_channels(scores[name], width) for name, width in width_of})
+    return replace(plan, budget=budget.to_json())
 
 
-class Limits:
-    """The widths that rounding, the least number of channels and the cap allow."""
+class _Ranking:
+    """All channels, best first; equal scores in the order of groups and channels, the same on every machine.
 
-    def __init__(
-        self, graph: ChannelGraph, scores: Mapping[str, Tensor], round_to: int, min_channels: int, cap: float = 1.0
-    ) -> None:
-        for name, value in (("round_to", round_to), ("min_channels", min_channels)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}.")
-        if not 0 < cap <= 1:
-            raise ValueError(f"cap must be the greatest fraction that a group may lose, in (0, 1]; got {cap!r}.")
-        self.round_to, self.min_channels, self.cap = round_to, min_channels, cap
-        groups = list(graph.groups.values())
-        self.most = np.array([int((scores[g.name] > -math.inf).sum()) for g in groups], dtype=np.int64)
-        whole = np.array([bool((scores[g.name] == math.inf).any()) for g in groups], dtype=bool)
-        self.step = np.array([round_to // math.gcd(round_to, g.width) for g in groups], dtype=np.int64)
-        # The small number keeps 0.99 of 100 at 99, where the product may fall short of it.
-        capped = np.array([g.size - math.floor(cap * g.size + 1e-9) for g in groups], dtype=np.int64)
-        asked = np.array([max(min_channels, g.least) for g in groups], dtype=np.int64)
-        least = -(-np.maximum(asked, capped) // self.step) * self.step
-        self.least = np.where(whole, self.most, np.minimum(np.maximum(least, self.step), self.most))
+    Args:
+        scores: (channels,) score of each channel, for each group.
+    """
 
-    def reachable(self, cost: CostModel) -> float:
-        """Return the least fraction of the original cost that can stay."""
-        return cost.of(self.least) / cost.original
+    def __init__(self, scores: Sequence[Tensor]) -> None:
+        by_group = [values.numpy() for values in scores]
+        sizes = [len(values) for values in by_group]
+        group_of_channel = np.repeat(np.arange(len(sizes)), sizes)
+        all_scores = np.concatenate([*by_group, np.zeros(0)])
+        best_first = np.argsort(-all_scores, kind="stable")
+        still_there = all_scores[best_first] > -math.inf
+        self._groups = group_of_channel[best_first[still_there]]  # the group of each channel, best channel first
+        self._descending = [np.sort(values)[::-1] for values in by_group]
 
-    def check(self, keep: float, metric: str, least: float) -> None:
-        """Raise a ValueError unless the budget is at least the fraction that has to stay."""
-        if least <= keep:
-            return
-        capped = f", and at most {self.cap} of a layer may go" if self.cap < 1 else ""
-        raise ValueError(
-            f"keep={keep} of the {metric} cannot be reached: between {least:.3f} and 1 can stay with "
-            f"round_to={self.round_to} and min_channels={self.min_channels}{capped}. Raise keep, or "
-            "lower round_to."
-        )
-
-    def rounded(self, widths: np.ndarray) -> np.ndarray:
-        """Round widths down to what is allowed; a group that loses nothing stays as it is."""
-        down = np.maximum(widths // self.step * self.step, self.least)
-        return np.where(widths >= self.most, self.most, down)
-
-    def above(self, width: int, group: int) -> int:
-        """Return the next allowed width of a group."""
-        return int(min(width + self.step[group], self.most[group]))
-
-
-class _Ranked:
-    """All channels, best first; equal scores in the order of groups and channels, the same on every machine."""
-
-    def __init__(self, scores: Mapping[str, Tensor], names: list[str]) -> None:
-        values = [scores[name].numpy() for name in names]
-        group = np.repeat(np.arange(len(names)), [len(v) for v in values])
-        flat = np.concatenate(values) if values else np.zeros(0)
-        order = np.argsort(-flat, kind="stable")
-        order = order[flat[order] > -math.inf]
-        self.group = group[order]
-        self.count = len(names)
-        self.descending = [np.sort(v)[::-1] for v in values]
+    def __len__(self) -> int:
+        return len(self._groups)
 
     def widths(self, best: int) -> np.ndarray:
-        """Return how many channels of each group are among the best."""
-        return np.bincount(self.group[:best], minlength=self.count)
+        """Return how many channels of each group are among the best: (groups,)."""
+        return np.bincount(self._groups[:best], minlength=len(self._descending))
+
+    def next_score(self, group: int, width: int) -> float:
+        """Return the score of the best channel of a group that is not kept at some width."""
+        return float(self._descending[group][width])
 
 
-def _give_back(widths: np.ndarray, limits: Limits, ranked: _Ranked, cost: CostModel, target: float) -> np.ndarray:
+def _widths_of_best(ranking: _Ranking, limits: Limits, cost: CostModel, affordable: float) -> np.ndarray:
+    """Return the widths, rounded, of the greatest number of best channels that can be afforded."""
+
+    def cost_of_best(number: int) -> float:
+        return cost.of(limits.rounded(ranking.widths(number)))
+
+    numbers = range(1, len(ranking) + 1)
+    most = bisect_right(numbers, affordable, key=cost_of_best)  # 0 if only the least widths can be afforded
+    return limits.rounded(ranking.widths(most))
+
+
+def _widened(widths: np.ndarray, ranking: _Ranking, limits: Limits, cost: CostModel, affordable: float) -> np.ndarray:
     """Widen groups, one rounding step at a time, while the budget allows; best next channels first."""
-    widths = widths.copy()
-    open_groups = {i for i in range(len(widths)) if widths[i] < limits.most[i]}
-    while open_groups:
-        group = max(open_groups, key=lambda i: (ranked.descending[i][widths[i]], -i))
+
+    def turn(group: int, width: int) -> tuple[float, int]:
+        return -ranking.next_score(group, width), group
+
+    open_groups = np.flatnonzero(widths < limits.most).tolist()
+    turns = [turn(group, widths[group]) for group in open_groups]
+    heapify(turns)
+    while turns:
+        _, group = heappop(turns)
         wider = widths.copy()
         wider[group] = limits.above(widths[group], group)
-        if cost.of(wider) <= target:
-            widths = wider
-        if cost.of(wider) > target or widths[group] >= limits.most[group]:
-            open_groups.remove(group)
+        if cost.of(wider) > affordable:
+            continue
+        widths = wider
+        if widths[group] < limits.most[group]:
+            heappush(turns, turn(group, widths[group]))
     return widths

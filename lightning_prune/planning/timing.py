@@ -1,18 +1,24 @@
-"""Measured time of a forward pass."""
+"""Measured time of a forward pass, of one network or of several in turns."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_prune.graph.substitution import preserving_attributes, replace_tensors
 from lightning_prune.graph.tracing import as_call
+from lightning_prune.modes import evaluating
+from lightning_prune.progress import progress
 
-__all__ = ["measure_latency", "placed", "timed", "wait"]
+__all__ = ["measure_latency", "median_time", "placed", "timed", "times_in_turns", "wait"]
+
+_LEAST_RUNS = 3  # of which the median counts
+_SHORTEST = 1e-3  # milliseconds: what a clock may tell of next to nothing
 
 
 @torch.no_grad()
@@ -34,18 +40,56 @@ def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_
     """
     args, kwargs = placed(example_inputs, model)
     device = next(model.parameters()).device
-    flags = [(module, module.training) for module in model.modules()]
     buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
-    try:
-        model.eval()
-        with preserving_attributes(model):
-            for module in model.modules():
-                replace_tensors(module, buffers)
-            times = [timed(lambda: model(*args, **kwargs), device) for _ in range(warm_up + runs)]
-    finally:
-        for module, training in flags:
-            module.training = training
+    with evaluating(model), preserving_attributes(model):
+        for module in model.modules():
+            replace_tensors(module, buffers)
+        run = partial(model, *args, **kwargs)
+        times = [timed(run, device) for _ in range(warm_up + runs)]
     return statistics.median(times[warm_up:])
+
+
+def times_in_turns(turns: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """Time several networks turn and turn about, so that what else the machine does slows all of them alike.
+
+    Args:
+        turns: For each network, what times it once and returns milliseconds.
+        rounds: How often each has its turn.
+
+    Returns:
+        (networks, rounds) milliseconds.
+
+    Example:
+        >>> clock = iter([1.0, 10.0, 2.0, 20.0])
+        >>> times_in_turns([lambda: next(clock), lambda: next(clock)], rounds=2)
+        [[1.0, 2.0], [10.0, 20.0]]
+    """
+    times: list[list[float]] = [[] for _ in turns]
+    with progress("Timing, turn and turn about", rounds * len(turns)) as work:
+        for _ in range(rounds):
+            for turn, times_of_network in zip(turns, times, strict=True):
+                times_of_network.append(turn())
+                work.advance()
+    return times
+
+
+def median_time(run: Callable[[], Any], device: torch.device, milliseconds: float, most_runs: int) -> float:
+    """Return the median time of a function over some runs after one to warm up.
+
+    Args:
+        run: What is timed.
+        device: Where it works.
+        milliseconds: How long the runs may take together; there are three at least.
+        most_runs: Greatest number of runs.
+
+    Returns:
+        Milliseconds of one run.
+    """
+    warm_up = max(timed(run, device), _SHORTEST)
+    affordable_runs = int(milliseconds / warm_up)
+    runs = min(most_runs, max(_LEAST_RUNS, affordable_runs))
+    times = [timed(run, device) for _ in range(runs)]
+    return statistics.median(times)
 
 
 def placed(example_inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -53,15 +97,16 @@ def placed(example_inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict
     first = next(model.parameters())
 
     def place(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
+        if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.to(first.device, first.dtype if leaf.is_floating_point() else None)
+        precision = first.dtype if leaf.is_floating_point() else None
+        return leaf.to(first.device, precision)
 
     return tree_map(place, as_call(example_inputs))
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the milliseconds that a function takes, work that it leaves to the device included."""
+    """Return the milliseconds that a function takes, the work that it gives to the device included."""
     wait(device)
     started = time.perf_counter()
     run()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.planning.profiling import time_by_layer
+from lightning_prune.planning.segments import time_by_layer
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.summary import Measurement
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_prune import criteria
 from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.planning.allocation import checked_scores
 from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning.scores import checked_scores
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.rl.base import Agent
 from lightning_prune.rl.transition import Transition

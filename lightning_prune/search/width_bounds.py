@@ -9,7 +9,7 @@ import torch
 
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning.cost import CostModel
-from lightning_prune.planning.fitting import Limits
+from lightning_prune.planning.limits import Limits
 
 __all__ = ["WidthBounds"]
 

@@ -1,12 +1,15 @@
 """Statistics of batch normalisation that follow what is kept."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_prune.modes import evaluating
 
 __all__ = ["recalibrate"]
 
@@ -15,8 +18,8 @@ __all__ = ["recalibrate"]
 def recalibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], Any] | None = None) -> None:
     """Estimate the running statistics of batch normalisation anew, in place, as the mean over some batches.
 
-    Masks and removal change the statistics of the layers behind them; this corrects them without training. Everything
-    but the statistics is left as it is, the mode of the modules included.
+    Masks and pruning change the statistics of the layers behind them; this corrects them without training. Nothing
+    but the statistics changes, and the modules are in the mode they were in afterwards.
 
     Args:
         model: The model.
@@ -32,23 +35,28 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Modu
         >>> norm.running_mean, norm.running_var, norm.training
         (tensor([4.]), tensor([2.]), False)
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    modes = [(m, m.training) for m in model.modules()]
-    batches = iter(batches)
-    first = list(islice(batches, 1))
+    run = run or nn.Module.__call__
+    remaining = iter(batches)
+    first = list(islice(remaining, 1))
     if not first:
         raise ValueError("There are no batches to estimate the statistics of batch normalisation from.")
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    tracking = [norm for norm in norms if norm.running_mean is not None]
+    with evaluating(model), _averaging(tracking):
+        for batch in chain(first, remaining):
+            run(model, batch)
+
+
+@contextmanager
+def _averaging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Let layers average the statistics of all batches that they see; the mode is for the caller to restore."""
     momenta = [norm.momentum for norm in norms]
     try:
-        for module, _ in modes:
-            module.training = False
         for norm in norms:
             norm.reset_running_stats()
-            norm.training, norm.momentum = True, None
-        for batch in chain(first, batches):
-            (run or nn.Module.__call__)(model, batch)
+            norm.training = True
+            norm.momentum = None  # a plain mean instead of a moving one
+        yield
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, training in modes:
-            module.training = training

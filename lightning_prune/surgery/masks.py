@@ -1,4 +1,4 @@
-"""Masks: channels that are still there but that nobody reads."""
+"""Masks: channels that are still there but that no layer behind them reads."""
 
 from collections.abc import Iterator
 
@@ -14,14 +14,14 @@ __all__ = ["in_positions_of_pruned", "mask", "pruned_channels"]
 
 @torch.no_grad()
 def mask(graph: ChannelGraph, plan: PruningPlan) -> None:
-    """Zero what is read from the channels that a plan removes, in place; the network then computes what pruning leaves.
+    """Zero the in-channel slices of the channels that a plan prunes, in place; outputs are then those of pruning.
 
-    What is zeroed is the input side of the layers behind the channels, not the channels themselves: a normalisation or
-    an activation in between may turn a zero into something else.
+    The channels themselves are not zeroed: a normalisation or an activation in between
+    may turn a zero into something else.
 
     Args:
         graph: The traced model, pruned already or not.
-        plan: The channels that stay.
+        plan: The channels to keep.
 
     Example:
         >>> from torch import nn
@@ -34,22 +34,30 @@ def mask(graph: ChannelGraph, plan: PruningPlan) -> None:
     """
     tensors = named_tensors(graph.model)
     for name, axis, positions in in_positions_of_pruned(graph, plan):
-        tensors[name].index_fill_(axis, positions.to(tensors[name].device), 0)
+        tensor = tensors[name]
+        tensor.index_fill_(axis, positions.to(tensor.device), 0)
 
 
 def in_positions_of_pruned(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield where tensors read channels that a plan removes and that the model still has.
+    """Yield where tensors consume channels that a plan prunes and that the model still has.
+
+    Args:
+        graph: The traced model, pruned already or not.
+        plan: The channels to keep.
 
     Yields:
         Name of the tensor, axis, (n,) int64 positions along it as the model is now.
     """
-    for name, group in plan.groups.items():
-        channels = pruned_channels(graph, name, group)
-        for part in graph.group(name).in_slices if len(channels) else ():
-            yield part.tensor, part.axis, graph.positions_now(part, channels)
+    for name, planned in plan.groups.items():
+        channels = pruned_channels(graph, name, planned)
+        if not len(channels):
+            continue
+        for in_slice in graph.group(name).in_slices:
+            yield in_slice.tensor, in_slice.axis, graph.positions_now(in_slice, channels)
 
 
-def pruned_channels(graph: ChannelGraph, name: str, group: PlannedGroup) -> Tensor:
-    """Return the channels of a group that a plan removes and that the model still has, as (n,) int64."""
-    live = graph.kept(name)
-    return live[~torch.isin(live, torch.tensor(group.kept))]
+def pruned_channels(graph: ChannelGraph, name: str, planned: PlannedGroup) -> Tensor:
+    """Return the channels of a group that a plan prunes and that the model still has, as (n,) int64."""
+    channels = graph.kept(name)
+    is_kept = torch.isin(channels, planned.channels)
+    return channels[~is_kept]

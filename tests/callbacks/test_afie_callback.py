@@ -11,7 +11,7 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.callbacks import AFIEEarlyPruneCallback
-from lightning_prune.planning.allocation import plan_by_layer
+from lightning_prune.planning.by_layer import plan_by_layer
 from lightning_prune.pruning_plan import plan_in_force
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)

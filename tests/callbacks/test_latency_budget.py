@@ -5,11 +5,11 @@ import pytest
 from battery import train
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_prune.planning import allocation
 from lightning_prune.planning.cost import Products
 from lightning_prune.callbacks import AFIEEarlyPruneCallback, PruningCallback
 from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.planning import by_time, profiling
+from lightning_prune.planning import by_time, metrics, profiling
+from lightning_prune.planning.segments import Segment
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +22,16 @@ def machine_of_known_speed(tmp_path, monkeypatch):
         operations = Products([term.axes for term in graph.terms["flops"]], list(graph.groups)).of(channels)
         taken = {}
         for term, count in zip(graph.terms["flops"], operations, strict=True):
-            taken[term.module, 0] = taken.get((term.module, 0), 0.1) + 1e-5 * term.coefficient * count
+            segment = Segment(term.module, 0)
+            taken[segment] = taken.get(segment, 0.1) + 1e-5 * term.coefficient * count
         return taken
 
     def fraction(graph, widths):
         return sum(segments(graph, widths).values()) / sum(segments(graph, {}).values())
 
-    monkeypatch.setattr(profiling, "_segments", segments)
+    monkeypatch.setattr(profiling, "time_segments", segments)
     monkeypatch.setattr(by_time, "measured_fraction", fraction)
-    monkeypatch.setattr(allocation, "measured_fraction", fraction)
+    monkeypatch.setattr(metrics, "measured_fraction", fraction)
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_wrong_settings_are_refused(changes: dict[str, Any], message: str) -> No
 
 
 def test_refuses_before_training_what_cannot_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"between .* can stay"):
+    with pytest.raises(ValueError, match=r"between .* can be kept"):
         battery.train(tmp_path, make_callback(keep=0.01))
     with pytest.raises(ValueError, match="has none"):
         battery.train(tmp_path, make_callback(), limit_val_batches=0)

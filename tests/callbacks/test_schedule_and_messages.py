@@ -22,7 +22,7 @@ from lightning_prune.pruning_plan import plan_in_force
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": 0}, "keep must be the fraction that stays, above 0 and at most 1; got 0"),
+        ({"keep": 0}, "keep must be the fraction that is kept, above 0 and at most 1; got 0"),
         ({"keep": 1.5}, "above 0 and at most 1; got 1.5"),
         ({"keep": "half"}, "above 0 and at most 1; got 'half'"),
         ({"keep": float("nan")}, "above 0 and at most 1; got nan"),
@@ -55,7 +55,7 @@ def test_taylor_needs_an_epoch_to_rank() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": 0.01, "round_to": 4}, r"keep=0.01 of the flops cannot be reached: between 0\.\d+ and 1 can stay"),
+        ({"keep": 0.01, "round_to": 4}, r"keep=0.01 of the flops cannot be reached: between 0\.\d+ and 1 can be kept"),
         ({"ignore": ["layer7.*"]}, r"The ignore pattern 'layer7\.\*' matches no module"),
         ({"module": "backbone"}, "example_inputs must be given to prune the submodule 'backbone'"),
         ({"module": "backbone", "example_inputs": [1, 1, 8, 8]}, "The model has no module 'backbone'"),

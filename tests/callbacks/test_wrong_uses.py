@@ -189,7 +189,7 @@ def body(kind: type[PruningCallback] = PruningCallback, module: str = "body", **
 
 
 Row = tuple[Callable[[Path], Any], type[Exception], str]
-KEEP = "keep must be the fraction that stays, above 0 and at most 1; got"
+KEEP = "keep must be the fraction that is kept, above 0 and at most 1; got"
 METRIC = "metric must be one of flops, params, channels, latency; got"
 OTHER = "keeps a copy or a mask of the weights in the shapes they have now, which does not follow when"
 INPUTS = "do not fit the forward pass of"
@@ -242,11 +242,11 @@ SETTINGS: dict[str, Row] = {
     ),
     "min_channels above all widths": (
         fit(PruningCallback(min_channels=100)), ValueError,
-        "keep=0.5 of the flops cannot be reached: between 1.000 and 1 can stay with round_to=8 and min_channels=100.",
+        "keep=0.5 of the flops cannot be reached: between 1.000 and 1 can be kept with round_to=8 and min_channels=100.",
     ),
     "round_to above all widths": (
         fit(PruningCallback(keep=0.1, metric="params", round_to=64)), ValueError,
-        "keep=0.1 of the params cannot be reached: between 1.000 and 1 can stay with round_to=64 and min_channels=1.",
+        "keep=0.1 of the params cannot be reached: between 1.000 and 1 can be kept with round_to=64 and min_channels=1.",
     ),
     "pattern with a name from elsewhere": (
         fit(PruningCallback(ignore="model.stem")), ValueError,

@@ -94,7 +94,7 @@ def test_module_and_program_are_the_same_and_find_shipped_configs(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep": 2.0}, "keep must be the fraction that stays"),
+        ({"keep": 2.0}, "keep must be the fraction that is kept"),
         ({"metric": "macs"}, "metric must be one of flops, params, channels"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.criteria.filter_entropy import spectrum_entropy
-from lightning_prune.planning.allocation import plan_by_layer
+from lightning_prune.planning.by_layer import plan_by_layer
 
 # The most that the entropy of values in [0, 1], put through a softmax, can be below that of equal ones: with a part f
 # of them at 1 and the rest at 0 it is f e / (1 - f + f e) - ln(1 - f + f e), at its largest near f = 0.339.

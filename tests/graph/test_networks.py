@@ -7,8 +7,8 @@ import torch
 from engine import counted_flops, difference, random_plan, torchvision_model
 
 import lightning_prune as lp
-from lightning_prune.planning.allocation import reachable
 from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning.reachability import reachable
 
 SIZES = {"resnet18": 40, "resnet50": 40, "mobilenet_v2": 40, "alexnet": 80, "vgg11_bn": 40}
 FAMILIES = {

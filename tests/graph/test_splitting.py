@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.graph.run import Forward
-from lightning_prune.planning.allocation import reachable
+from lightning_prune.planning.reachability import reachable
 
 IMAGE = torch.zeros(2, 3, 8, 8)
 

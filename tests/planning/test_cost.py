@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning import CostModel, metric_named
 
 
 def test_worked_out_by_hand():
@@ -36,21 +36,21 @@ def test_costs_are_quadratic_where_both_sides_shrink():
     assert cost({"0": 2, "1": 3}) == 3 * 2 + 2 * 3 + 3 * 2
 
 
-def test_what_lies_outside_of_the_part_does_not_count():
+def test_what_lies_outside_of_the_submodule_does_not_count():
     model = nn.ModuleDict({"teacher": nn.Linear(9, 9), "student": nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))})
     graph = lp.trace(model, torch.zeros(1, 3), module="student")
     for metric, original in (("flops", 12 + 8), ("params", 16 + 10), ("channels", 4)):
         assert CostModel(graph, metric).original == original
 
 
-def test_grouped_convolutions_cost_what_is_left_of_their_groups():
+def test_grouped_convolutions_cost_what_is_kept_of_their_groups():
     model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, groups=4, bias=False), nn.Conv2d(8, 2, 1))
     cost = CostModel(lp.trace(model, torch.zeros(1, 3, 1, 1)), "flops")
     assert cost.original == 3 * 8 + 8 * 2 + 8 * 2
     assert cost({"0": 1}) == 3 * 2 + 2 * 2 + 2 * 2
 
 
-def test_held_channels_cost_but_are_not_counted_as_channels():
+def test_unprunable_channels_cost_but_are_not_counted_as_channels():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
     graph = lp.trace(model, torch.zeros(1, 3))
     assert CostModel(graph, "channels").original == 4
@@ -60,4 +60,6 @@ def test_held_channels_cost_but_are_not_counted_as_channels():
 def test_unknown_metric():
     graph = lp.trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="metric must be one of flops, params, channels, latency; got 'flop'"):
+        metric_named("flop")
+    with pytest.raises(ValueError, match="is known in flops, params, channels, not in 'flop'; latency is known once"):
         CostModel(graph, "flop")

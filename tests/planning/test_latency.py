@@ -11,10 +11,12 @@ from torch import nn
 
 import lightning_prune as lp
 from lightning_prune import planning
-from lightning_prune.planning import allocation, by_time, profiling
-from lightning_prune.planning.allocation import check_reachable
+from lightning_prune.planning import by_time, metrics, plan_by_layer, profiling
 from lightning_prune.planning.cost import CostModel
-from lightning_prune.planning.profiling import at_widths, profile
+from lightning_prune.planning.profiling import profile
+from lightning_prune.planning.reachability import check_reachable
+from lightning_prune.planning.segments import Segment
+from lightning_prune.planning.stand_ins import at_widths
 
 IMAGE = torch.zeros(2, 3, 12, 12)
 
@@ -34,15 +36,15 @@ def network() -> nn.Sequential:
     )
 
 
-def clock(graph, widths: dict[str, int], runs: int) -> dict[tuple[str, int], float]:
+def clock(graph, widths: dict[str, int], runs: int) -> dict[Segment, float]:
     """Return what a machine of known speed takes: a constant, and something for each channel and each operation."""
     one, two = widths.get("0", 32), widths.get("3", 64)
     return {
-        ("", 0): 0.5,
-        ("0", 0): 1 + 0.02 * one,
-        ("1", 0): 0.01 * one,
-        ("3", 0): 0.3 + 0.001 * one * two + 0.005 * two,
-        ("5", 0): 0.2 + 0.003 * two,
+        Segment("", 0): 0.5,
+        Segment("0", 0): 1 + 0.02 * one,
+        Segment("1", 0): 0.01 * one,
+        Segment("3", 0): 0.3 + 0.001 * one * two + 0.005 * two,
+        Segment("5", 0): 0.2 + 0.003 * two,
     }
 
 
@@ -51,7 +53,7 @@ def time_of(widths: dict[str, int]) -> float:
 
 
 def test_the_profile_learns_what_the_machine_does(monkeypatch):
-    monkeypatch.setattr(profiling, "_segments", clock)
+    monkeypatch.setattr(profiling, "time_segments", clock)
     graph = lp.trace(network(), IMAGE)
     profile(graph, samples=12)
     cost = CostModel(graph, "latency")
@@ -70,7 +72,7 @@ def test_the_fit_is_the_best_without_negative_coefficients():
         assert abs(slope @ found) < 1e-9
 
 
-def test_timing_leaves_the_model_as_it_was():
+def test_timing_does_not_change_the_model():
     model = network().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     graph = lp.trace(model, IMAGE)
@@ -108,14 +110,14 @@ def test_a_pruned_model_is_timed_at_widths_of_the_original():
 
 
 def test_a_profile_is_measured_once(monkeypatch, own_cache):
-    monkeypatch.setattr(profiling, "_segments", clock)
+    monkeypatch.setattr(profiling, "time_segments", clock)
     first = lp.trace(network(), IMAGE)
     profile(first, samples=4)
 
     def fail(*args: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(profiling, "_segments", fail)
+    monkeypatch.setattr(profiling, "time_segments", fail)
     second = lp.trace(network(), IMAGE)
     profile(second, samples=4)
     assert second.terms["latency"] == first.terms["latency"]
@@ -123,7 +125,7 @@ def test_a_profile_is_measured_once(monkeypatch, own_cache):
         profile(lp.trace(network(), torch.zeros(1, 3, 12, 12)), samples=4)  # other inputs take other times
     (stored,) = (own_cache / "lightning-prune" / "latency").iterdir()
     stored.write_text(json.dumps([[1.0]])[:-3])
-    monkeypatch.setattr(profiling, "_segments", clock)
+    monkeypatch.setattr(profiling, "time_segments", clock)
     third = lp.trace(network(), IMAGE)
     profile(third, samples=4)
     assert third.terms["latency"] == first.terms["latency"]
@@ -137,9 +139,9 @@ def machine(monkeypatch, measured) -> list[float]:
         asked.append(measured(time_of(dict(widths)) / time_of({})))
         return asked[-1]
 
-    monkeypatch.setattr(profiling, "_segments", clock)
+    monkeypatch.setattr(profiling, "time_segments", clock)
     monkeypatch.setattr(by_time, "measured_fraction", fraction)
-    monkeypatch.setattr(allocation, "measured_fraction", fraction)
+    monkeypatch.setattr(metrics, "measured_fraction", fraction)
     return asked
 
 
@@ -176,7 +178,7 @@ def test_a_budget_is_refused_by_what_was_measured_not_by_what_the_profile_says(m
             check_reachable(graph, keep, "latency", round_to=1)
 
 
-def test_channels_that_save_more_time_leave_first(monkeypatch):
+def test_channels_that_save_more_time_are_pruned_first(monkeypatch):
     machine(monkeypatch, lambda fraction: fraction)
     graph = lp.trace(network(), IMAGE)
     alike = {name: torch.ones(group.size) for name, group in graph.groups.items()}
@@ -184,7 +186,7 @@ def test_channels_that_save_more_time_leave_first(monkeypatch):
     assert widths["0"] / 32 < widths["3"] / 64  # a channel of "0" costs two to three times as much
 
 
-def test_of_channels_that_do_harm_those_that_cost_more_leave_first(monkeypatch):
+def test_of_channels_that_do_harm_those_that_cost_more_are_pruned_first(monkeypatch):
     machine(monkeypatch, lambda fraction: fraction)
     graph = lp.trace(network(), IMAGE)
     harmful = {name: -torch.ones(group.size) for name, group in graph.groups.items()}
@@ -209,7 +211,7 @@ def test_auto_rounding_keeps_the_highest_score(monkeypatch):
 def test_layer_ratios_meet_a_budget_of_time(monkeypatch):
     machine(monkeypatch, lambda fraction: fraction**1.2)
     graph = lp.trace(network(), IMAGE)
-    made = allocation.plan_by_layer(
+    made = plan_by_layer(
         graph, {"0": 1.0, "3": 1.0}, lp.criteria.magnitude(graph), keep=0.5, metric="latency", round_to=1
     )
     assert 0.48 < made.budget["achieved"] <= 0.5

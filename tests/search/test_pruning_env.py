@@ -90,7 +90,7 @@ def test_no_sequence_of_actions_misses_the_budget(name: str) -> None:
     for number in range(20):
         metric, round_to = ("flops", "params", "channels")[number % 3], (1, 2, 4)[number % 4 % 3]
         cap = (0.8, 1.0)[number % 2]
-        least = lp.planning.allocation.reachable(graph, metric, round_to, cap=cap)
+        least = lp.planning.reachable(graph, metric, round_to, cap=cap)
         keep = least + (1 - least) * float(torch.rand((), generator=generator))
         problem = PruningProblem(graph, keep=keep, metric=metric, round_to=round_to, cap=cap)
         cost = CostModel(graph, metric)

@@ -9,7 +9,7 @@ import lightning_prune as lp
 from lightning_prune.surgery.masks import mask
 
 
-def test_only_what_is_read_from_removed_channels_becomes_zero():
+def test_only_what_is_consumed_of_pruned_channels_becomes_zero():
     model = randomised(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     graph = lp.trace(model, torch.zeros(1, 3, 4, 4))

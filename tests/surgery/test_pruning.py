@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import lightning_prune as lp
 from lightning_prune import surgery
 from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.surgery import reshape
+from lightning_prune.surgery import reshape, slicing
 from lightning_prune.surgery.masks import mask
 
 KEPT = {"0": torch.tensor([0, 3, 4]), "3": torch.tensor([1, 2])}
@@ -129,7 +129,7 @@ def test_a_live_gradient_accumulator_does_not_remember_the_old_shape(precision: 
     assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
-def test_hooks_on_parameters_stay():
+def test_hooks_on_parameters_are_kept():
     model = network()
     seen = []
     model[0].weight.register_hook(lambda gradient: seen.append(gradient.shape))
@@ -198,8 +198,8 @@ def test_a_graph_stays_valid_after_a_prune():
     graph = lp.trace(model, X)
     weight = model[3].weight.detach().clone()
     lp.prune(model, graph.plan(KEPT))
-    reader = graph.groups["0"].in_slices[0]
-    rows = graph.rows("0", reader)
+    in_slice = graph.groups["0"].in_slices[0]
+    rows = graph.rows("0", in_slice)
     assert torch.equal(rows, weight[[1, 2]][:, [0, 3, 4]].movedim(1, 0).reshape(3, -1))
 
 
@@ -228,7 +228,7 @@ def _unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
         (lambda: nn.Sequential(*network()[:5], nn.Linear(25, 2)), r"'5.weight' has shape \(2, 25\) where the plan"),
     ],
 )
-def test_a_plan_about_another_architecture_leaves_the_model_untouched(wrong, message: str):
+def test_a_plan_about_another_architecture_does_not_touch_the_model(wrong, message: str):
     plan, model = plan_for(network()), wrong()
     before = _state(model)
     with pytest.raises(ValueError, match=f"The plan is about another architecture: {message}"):
@@ -260,7 +260,7 @@ def test_check_takes_off_the_wrappers_of_lightning():
 
 
 class _Around(torch.optim.Optimizer):
-    """Steps with another optimizer, and keeps state of its own besides, as sharpness-aware minimisation does."""
+    """Steps with another optimizer, and keeps other state besides, as sharpness-aware minimisation does."""
 
     def __init__(self, parameters, name: str, listed: bool) -> None:
         super().__init__(parameters, {})
@@ -316,7 +316,24 @@ def test_reshape_both_ways():
     reshape(model, None)  # nothing to do
 
 
-def test_channels_last_stays_channels_last():
+@pytest.mark.parametrize("kept", [[0, 3, 4], [2, 3, 4, 5], [0, 1], [5]])
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
+def test_a_large_tensor_is_copied_in_chunks(monkeypatch, kept: list[int], axes: tuple[int, ...]):
+    tensor = torch.randn(6, 6, 2)
+    index = {axis: torch.tensor(kept) for axis in axes}
+    monkeypatch.setattr(slicing, "_CHUNK", 30)  # numbers: two rows and a half
+    assert torch.equal(slicing.take(tensor, index), sliced(tensor, index))
+
+
+@pytest.mark.parametrize(
+    ("kept", "size", "length"),
+    [([0, 1, 4, 5], 8, 2), ([0, 1, 2, 3], 8, 4), ([0, 2, 4], 6, 1), ([4, 5, 6, 7], 12, 4), ([0, 1, 3, 4, 5], 6, 1)],
+)
+def test_runs_are_as_long_as_they_can_be(kept: list[int], size: int, length: int):
+    assert slicing.run_length(torch.tensor(kept), size) == length
+
+
+def test_channels_last_is_kept():
     model = network().to(memory_format=torch.channels_last)
     lp.prune(model, plan_for(model))
     assert model[3].weight.is_contiguous(memory_format=torch.channels_last)

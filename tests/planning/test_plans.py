@@ -1,5 +1,6 @@
 """From scores to plans: budgets kept, rounding, refusals."""
 
+import json
 import math
 
 import pytest
@@ -9,8 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune.planning.allocation import check_reachable, plan_by_layer, reachable
-from lightning_prune.planning.cost import CostModel
+from lightning_prune.planning import CostModel, check_reachable, plan_by_layer, reachable
 
 
 class Network(nn.Module):
@@ -50,7 +50,7 @@ def random_scores(seed: int) -> dict[str, torch.Tensor]:
 def test_the_budget_is_kept_within_one_rounding_step(seed: int, keep: float, metric: str, round_to: int):
     lowest = reachable(GRAPH, metric, round_to)
     if keep < lowest:
-        with pytest.raises(ValueError, match=f"between {lowest:.3f} and 1 can stay"):
+        with pytest.raises(ValueError, match=f"between {lowest:.3f} and 1 can be kept"):
             lp.plan(GRAPH, random_scores(seed), keep, metric, round_to)
         return
     plan = lp.plan(GRAPH, random_scores(seed), keep, metric, round_to)
@@ -90,7 +90,7 @@ def test_equal_scores_are_broken_by_order():
         assert group.kept == tuple(range(len(group.kept)))
 
 
-def test_groups_without_scores_stay_whole():
+def test_groups_without_scores_keep_all_channels():
     plan = lp.plan(GRAPH, {"one": torch.rand(16)}, 0.95, round_to=1)
     assert plan.widths["stem"] == 24
     assert plan.widths["make"] == 8
@@ -104,7 +104,7 @@ def test_least_number_of_channels():
     assert lp.plan(GRAPH, scores, 0.7, round_to=4, min_channels=5).widths["one"] == 8
 
 
-def test_channels_that_are_gone_are_not_kept():
+def test_channels_that_are_pruned_are_not_kept():
     model = Network()
     graph = lp.trace(model, torch.zeros(1, 3, 4, 4))
     first = lp.plan(graph, lp.criteria.magnitude(graph), 0.7, round_to=1)
@@ -130,7 +130,7 @@ def test_scores_must_fit():
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.1, True, "half", math.nan])
 def test_keep_must_be_a_fraction(keep: object):
-    with pytest.raises(ValueError, match="keep must be the fraction that stays"):
+    with pytest.raises(ValueError, match="keep must be the fraction that is kept"):
         lp.plan(GRAPH, random_scores(0), keep)
 
 
@@ -149,25 +149,46 @@ def test_keeping_all_keeps_all():
 
 def test_a_budget_that_cannot_be_reached_is_told_in_one_sentence():
     sentence = (
-        r"keep=0.01 of the params cannot be reached: between 0.\d+ and 1 can stay with round_to=8 and min_channels=2"
+        r"keep=0.01 of the params cannot be reached: between 0.\d+ and 1 can be kept with round_to=8 and min_channels=2"
     )
     with pytest.raises(ValueError, match=sentence + r"\. Raise keep, or lower round_to\.$"):
         check_reachable(GRAPH, 0.01, "params", 8, 2)
     with pytest.raises(ValueError, match=sentence + r"\. Raise keep, or lower round_to\.$"):
         lp.plan(GRAPH, random_scores(0), 0.01, "params", 8, 2)
-    with pytest.raises(ValueError, match=sentence + ", and at most 0.9 of a layer may go"):
+    with pytest.raises(ValueError, match=sentence + ", and at most 0.9 of a layer may be pruned"):
         plan_by_layer(GRAPH, dict.fromkeys(GRAPH.groups, 1.0), random_scores(0), 0.01, "params", 8, 2, cap=0.9)
     check_reachable(GRAPH, reachable(GRAPH, "params", 8, 2), "params", 8, 2)
+
+
+@pytest.mark.parametrize("metric", ["flops", "params", "channels"])
+def test_the_multiple_is_chosen_for_time_alone(metric: str):
+    refused = [
+        lambda: lp.plan(GRAPH, random_scores(0), 0.5, metric, "auto"),
+        lambda: plan_by_layer(GRAPH, dict.fromkeys(GRAPH.groups, 1.0), random_scores(0), 0.5, metric, "auto"),
+        lambda: reachable(GRAPH, metric, "auto"),
+        lambda: check_reachable(GRAPH, 0.5, metric, "auto"),
+    ]
+    for ask in refused:
+        with pytest.raises(ValueError, match="round_to must be a whole number of at least 1; got 'auto'"):
+            ask()
+
+
+def test_a_plan_tells_its_budget_in_plain_values():
+    budget = lp.plan(GRAPH, random_scores(0), 0.5, "params", 1).budget
+    assert json.loads(json.dumps(budget)) == budget
+    assert list(budget) == ["metric", "asked", "reachable", "rounded", "achieved", "original", "round_to"]
+    assert (budget["metric"], budget["asked"], budget["round_to"]) == ("params", 0.5, 1)
+    assert budget["original"] == sum(p.numel() for p in MODEL.parameters())
 
 
 # -- one number per layer ----------------------------------------------------------------------------------------------
 
 
-def naive_widths(importance: dict[str, float], t: float, cap: float) -> dict[str, int]:
+def naive_widths(layer_scores: dict[str, float], t: float, cap: float) -> dict[str, int]:
     """The widths that the rule asks for, as the nearest whole numbers under the cap."""
     return {
         name: max(
-            math.floor(group.size * (1 - t / importance[name]) + 0.5),
+            math.floor(group.size * (1 - t / layer_scores[name]) + 0.5),
             math.ceil(group.size * (1 - cap) - 1e-9),
             1,
         )
@@ -182,34 +203,34 @@ def naive_widths(importance: dict[str, float], t: float, cap: float) -> dict[str
     metric=st.sampled_from(["flops", "params", "channels"]),
     cap=st.sampled_from([0.5, 0.9, 0.99, 1.0]),
 )
-def test_layers_lose_the_inverse_of_their_importance(seed: int, keep: float, metric: str, cap: float):
+def test_layers_lose_the_inverse_of_their_layer_score(seed: int, keep: float, metric: str, cap: float):
     generator = torch.Generator().manual_seed(seed)
-    importance = {name: float(torch.rand((), generator=generator)) + 0.05 for name in GRAPH.groups}
+    layer_scores = {name: float(torch.rand((), generator=generator)) + 0.05 for name in GRAPH.groups}
     cost = CostModel(GRAPH, metric)
     if keep < reachable(GRAPH, metric, 1, 1, cap):
         with pytest.raises(ValueError, match="cannot be reached"):
-            plan_by_layer(GRAPH, importance, random_scores(seed), keep, metric, 1, cap=cap)
+            plan_by_layer(GRAPH, layer_scores, random_scores(seed), keep, metric, 1, cap=cap)
         return
-    plan = plan_by_layer(GRAPH, importance, random_scores(seed), keep, metric, 1, cap=cap)
-    low, high = 0.0, 2 * max(importance.values())  # a bisection of its own, over t instead of over channels
+    plan = plan_by_layer(GRAPH, layer_scores, random_scores(seed), keep, metric, 1, cap=cap)
+    low, high = 0.0, 2 * max(layer_scores.values())  # a bisection of its own, over t instead of over channels
     for _ in range(60):
         middle = (low + high) / 2
-        widths = naive_widths(importance, middle, cap)
+        widths = naive_widths(layer_scores, middle, cap)
         low, high = (low, middle) if cost(widths) <= keep * cost.original else (middle, high)
-    asked = naive_widths(importance, high, cap)
+    asked = naive_widths(layer_scores, high, cap)
     assert plan.budget["rounded"] == pytest.approx(cost(asked) / cost.original)
-    for name, width in asked.items():  # what is left of the budget widens groups, and narrows none
+    for name, width in asked.items():  # what rounding saved of the budget widens groups, and narrows none
         assert plan.widths[name] >= width >= (1 - cap) * GRAPH.groups[name].size - 1e-9
 
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10**6), keep=st.floats(0.2, 0.95), round_to=st.sampled_from([1, 2, 8]))
 def test_by_layer_within_one_rounding_step(seed: int, keep: float, round_to: int):
-    importance, cost = dict.fromkeys(GRAPH.groups, 1.0), CostModel(GRAPH, "flops")
+    layer_scores, cost = dict.fromkeys(GRAPH.groups, 1.0), CostModel(GRAPH, "flops")
     if keep < reachable(GRAPH, "flops", round_to, cap=0.99):
         return
     scores = random_scores(seed)
-    plan = plan_by_layer(GRAPH, importance, scores, keep, round_to=round_to)
+    plan = plan_by_layer(GRAPH, layer_scores, scores, keep, round_to=round_to)
     assert plan.budget["achieved"] <= keep
     for name, group in plan.groups.items():
         step = round_to // math.gcd(round_to, GRAPH.groups[name].width)
@@ -220,35 +241,35 @@ def test_by_layer_within_one_rounding_step(seed: int, keep: float, round_to: int
             assert scores[name][list(group.kept)].min() >= scores[name][group.pruned].max()
 
 
-def test_equal_importances_are_the_uniform_allocation():
+def test_equal_layer_scores_are_the_uniform_allocation():
     for keep in (0.25, 0.5, 0.75):
         plan = plan_by_layer(GRAPH, dict.fromkeys(GRAPH.groups, 7.0), random_scores(1), keep, "channels", 1)
         assert plan.widths == {name: group.size * keep for name, group in GRAPH.groups.items()}
 
 
 def test_by_layer_after_a_prune_counts_from_the_original():
-    """The channels left by a first plan are narrowed as if the two plans had been one."""
+    """The channels kept by a first plan are narrowed as if the two plans had been one."""
     model = Network()
     graph = lp.trace(model, torch.zeros(1, 3, 4, 4))
-    importance, scores = {"stem": 1.0, "one": 2.0, "make": 3.0}, random_scores(3)
-    lp.prune(model, plan_by_layer(graph, importance, scores, 0.7, round_to=1))
+    layer_scores, scores = {"stem": 1.0, "one": 2.0, "make": 3.0}, random_scores(3)
+    lp.prune(model, plan_by_layer(graph, layer_scores, scores, 0.7, round_to=1))
     for name in graph.groups:
-        gone = torch.ones(graph.groups[name].size, dtype=torch.bool)
-        gone[graph.kept(name)] = False
-        scores[name][gone] = -math.inf
-    second = plan_by_layer(graph, importance, scores, 0.4, round_to=1)
-    assert second == plan_by_layer(GRAPH, importance, random_scores(3), 0.4, round_to=1)
+        pruned = torch.ones(graph.groups[name].size, dtype=torch.bool)
+        pruned[graph.kept(name)] = False
+        scores[name][pruned] = -math.inf
+    second = plan_by_layer(graph, layer_scores, scores, 0.4, round_to=1)
+    assert second == plan_by_layer(GRAPH, layer_scores, random_scores(3), 0.4, round_to=1)
     lp.prune(model, second)
     assert CostModel(graph, "params")(second.widths) == sum(p.numel() for p in model.parameters())
 
 
-def test_groups_without_importance_stay_whole():
+def test_groups_without_layer_score_keep_all_channels():
     assert plan_by_layer(GRAPH, {"stem": 1.0}, random_scores(0), 0.8, round_to=1).widths["make"] == 8
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
-def test_importance_must_be_positive(value: float):
-    with pytest.raises(ValueError, match="The importance of group 'one' must be a finite number above 0"):
+def test_layer_scores_must_be_positive(value: float):
+    with pytest.raises(ValueError, match="The layer score of group 'one' must be a finite number above 0"):
         plan_by_layer(GRAPH, {"one": value}, random_scores(0))
 
 

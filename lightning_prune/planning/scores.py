@@ -1,0 +1,70 @@
+"""Scores of channels as planning takes them: of every group, on the CPU, without NaN."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.channel_graph import ChannelGraph, Group
+
+__all__ = ["best_channels", "checked_scores"]
+
+
+def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the scores of every group as float64 on the CPU; groups without scores keep all channels.
+
+    Args:
+        graph: The traced model.
+        scores: (channels,) score of each channel of some groups.
+
+    Returns:
+        (channels,) score of each channel of every group: ``inf`` where none were given, ``-inf`` for channels that are
+        pruned.
+
+    Raises:
+        ValueError: If scores do not fit the groups, or are no numbers that can be ranked.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_prune import trace
+        >>> graph = trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), torch.zeros(1, 2))
+        >>> checked_scores(graph, {})
+        {'0': tensor([inf, inf], dtype=torch.float64)}
+    """
+    for name in scores:
+        graph.group(name)
+    return {
+        name: _checked(group, scores[name]) if scores.get(name) is not None else _keeping_all(graph, group)
+        for name, group in graph.groups.items()
+    }
+
+
+def best_channels(scores: Tensor, width: int) -> Tensor:
+    """Return the channels of a group that score highest, of equal ones the first: (width,) int64.
+
+    Args:
+        scores: (channels,) score of each channel.
+        width: Number of channels to keep.
+
+    Example:
+        >>> best_channels(torch.tensor([0.1, 0.3, 0.2, 0.3]), 2)
+        tensor([1, 3])
+    """
+    return scores.argsort(descending=True, stable=True)[:width]
+
+
+def _checked(group: Group, scores: Tensor) -> Tensor:
+    if scores.shape != (group.size,):
+        shape = tuple(scores.shape)
+        raise ValueError(f"Group {group.name!r} has {group.size} channels, but its scores have shape {shape}.")
+    if bool(scores.isnan().any()):
+        raise ValueError(f"The scores of group {group.name!r} contain NaN; look for non-finite weights or gradients.")
+    return scores.detach().to("cpu", torch.float64)
+
+
+def _keeping_all(graph: ChannelGraph, group: Group) -> Tensor:
+    """Return scores that keep all channels that the model still has."""
+    scores = torch.full((group.size,), -math.inf, dtype=torch.float64)
+    scores[graph.kept(group.name)] = math.inf
+    return scores

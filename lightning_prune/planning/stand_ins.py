@@ -1,0 +1,65 @@
+"""Stand-ins: tensors that give a network the shapes it has at other widths, for as long as it is timed."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.compiled import as_written
+from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.substitution import named_tensors, substituting_tensors
+from lightning_prune.planning.timing import placed
+
+__all__ = ["Watcher", "at_widths"]
+
+Forward = Callable[..., Any]
+Watcher = Callable[[nn.Module, Forward], Forward]
+"""Given a module and its forward function, returns the function to run in its place."""
+
+_FILL = 0.01  # zeros would be faster on some machines
+
+
+@contextmanager
+def at_widths(graph: ChannelGraph, widths: Mapping[str, int], watcher: Watcher | None = None) -> Iterator[Forward]:
+    """Give the traced submodule the shapes it has at some widths for a while; the values are without meaning.
+
+    Args:
+        graph: The traced model.
+        widths: Channels by group name; groups that are absent keep all channels.
+        watcher: Given a module and its forward function, returns the function to run in its place.
+
+    Returns:
+        A context that yields a function without arguments, which runs the submodule on the example inputs.
+    """
+    submodule = graph.model.get_submodule(graph.module)
+    plan = graph.plan({name: torch.arange(width) for name, width in widths.items()})
+    shapes = {**graph.shapes, **plan.pruned_shapes()}
+    tensors = named_tensors(graph.model)
+    stand_ins = {id(tensor): _stand_in(tensor, shapes[name]) for name, tensor in tensors.items()}
+    args, kwargs = placed(graph.example_inputs, submodule)
+    with torch.no_grad(), as_written(), substituting_tensors(submodule, stand_ins, False, watcher or _unwatched):
+        yield lambda: submodule(*args, **kwargs)
+
+
+def _unwatched(module: nn.Module, forward: Forward) -> Forward:
+    return forward
+
+
+def _stand_in(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of some shape, with device, precision and memory format of another."""
+    if tuple(tensor.shape) == shape and isinstance(tensor, nn.Parameter):
+        return tensor.detach()
+    if tuple(tensor.shape) == shape:
+        return tensor.clone()  # a forward pass may count in a buffer
+    stand_in = torch.full(shape, _FILL, device=tensor.device).to(tensor.dtype)
+    if _is_channels_last(tensor):
+        return stand_in.contiguous(memory_format=torch.channels_last)
+    return stand_in
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    if tensor.dim() != 4 or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=torch.channels_last)
