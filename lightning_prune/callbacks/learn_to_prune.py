@@ -19,8 +19,8 @@ from lightning_prune.callbacks import trainer_state
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, training_batches
 from lightning_prune.candidates import classification
-from lightning_prune.candidates.evaluator import alone
-from lightning_prune.candidates.measures import examples_in
+from lightning_prune.candidates.isolation import without_other_ranks
+from lightning_prune.candidates.measures import samples_in
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress
@@ -267,7 +267,7 @@ class LearnToPruneCallback(PruningCallback):
         model = self._copy(self._graph.model)
         prune(model, plan)
         for module in model.modules():
-            module.__dict__["forward"] = alone(module, module.forward)
+            module.__dict__["forward"] = without_other_ranks(module, module.forward)
         optimizer = torch.optim.SGD(model.parameters(), self.finetune_lr, momentum=MOMENTUM)
         model.train()
         with isolate_rng():
@@ -278,7 +278,7 @@ class LearnToPruneCallback(PruningCallback):
                 optimizer.step()
         model.eval()
         with torch.no_grad():
-            found = [(float(self.evaluate(model, batch)[1]), examples_in(batch)) for batch in batches]
+            found = [(float(self.evaluate(model, batch)[1]), samples_in(batch)) for batch in batches]
         return sum(accuracy * count for accuracy, count in found) / sum(count for _, count in found)
 
     def _copy(self, model: nn.Module) -> nn.Module:

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_prune as lp
 from lightning_prune.candidates import Noise, classification, evaluate_candidates
-from lightning_prune.candidates.jobs import Job, Planner, share
-from lightning_prune.candidates.replay import DivergedError, Replay, observe
-from lightning_prune.candidates.variants import plain_readers
+from lightning_prune.candidates.jobs import Job, Planner, Way, share
+from lightning_prune.candidates.operator_trace import trace_operators
+from lightning_prune.candidates.replay import DivergedError, Replay
+from lightning_prune.candidates.stand_ins import maskable_layers
 from lightning_prune.graph import ChannelGraph
 
 Batch = tuple[Tensor, Tensor]
@@ -227,11 +228,11 @@ def test_what_comes_before_the_first_difference_is_run_once() -> None:
 
 def test_a_replay_refuses_other_operations() -> None:
     x, weight = torch.ones(2), torch.tensor([1.0, 3.0])
-    course = observe(lambda: (x + 1) * weight, {"weight": weight})
-    assert course.first_read == {"weight": 1}
+    trace = trace_operators(lambda: (x + 1) * weight, {"weight": weight})
+    assert trace.first_use == {"weight": 1}
     with pytest.raises(DivergedError, match=r"the operation has been aten.add.Tensor and is now aten.sub.Tensor"):
-        Replay(lambda: (x - 1) * weight, course.operations, 2).advance(1)
-    replay = Replay(lambda: (x + 1) * weight, course.operations, 2)
+        Replay(lambda: (x - 1) * weight, trace.operations, 2).advance(1)
+    replay = Replay(lambda: (x + 1) * weight, trace.operations, 2)
     replay.advance(1)
     assert replay.run(lambda: (x + 1) * (weight + 1)).tolist() == [4.0, 8.0]
     with pytest.raises(DivergedError, match=r"operation 0 has been aten.add.Tensor and is now aten.sub.Tensor"):
@@ -336,7 +337,7 @@ def test_other_tasks_bring_their_own_measure() -> None:
 def test_refuses_what_is_no_classification() -> None:
     graph, ((x, y), *_) = made(Sequence)
     for batch in (x, (x, y.double()), {"x": x}, (x, y, y)):
-        with pytest.raises(ValueError, match="no pair of inputs and labels that are whole numbers; pass `evaluate`"):
+        with pytest.raises(ValueError, match="no pair of inputs and labels that are integers; pass `evaluate`"):
             evaluate_candidates(graph, [{}], [batch])
     with pytest.raises(ValueError, match=r"shape \(6, 5\) for labels of shape \(6, 2\), which are no logits"):
         evaluate_candidates(graph, [{}], [(x, torch.stack([y, y], 1))])
@@ -490,27 +491,27 @@ def test_ways_and_what_they_cost() -> None:
     graph = lp.trace(model, torch.zeros(1, 16))
     x = torch.zeros(4, 16)
     with torch.no_grad():
-        course = observe(lambda: model(x), dict(model.named_parameters()))
-    names = [str(operation).removeprefix("aten.").removesuffix(".default") for operation in course.operations]
+        trace = trace_operators(lambda: model(x), dict(model.named_parameters()))
+    names = [str(operation).removeprefix("aten.").removesuffix(".default") for operation in trace.operations]
     assert names == ["t", "addmm", "relu"] * 2 + ["t", "addmm"]
-    assert [course.first_read[f"{layer}.weight"] for layer in (0, 2, 4)] == [0, 3, 6]
+    assert [trace.first_use[f"{layer}.weight"] for layer in (0, 2, 4)] == [0, 3, 6]
     one, few = torch.arange(1, 8), torch.arange(2)
     candidates = [{"2": one}, {"0": one}, {"0": few, "2": few}, {}, {"2": one[1:]}, {"0": one[:-1], "2": one}]
-    planner = Planner(graph, course, plain_readers(model))
+    planner = Planner(graph, trace, maskable_layers(model))
     jobs = planner.jobs([graph.plan(each) for each in candidates], stack=2)
     whole = 16 * 8 + 8 * 8 + 8 * 2
     assert jobs == [
-        Job("sliced", 0, (2,), 1 + 16 * 2 + 2 * 2 + 2 * 2 + whole),
-        Job("stacked", 3, (1, 5), 1 + 2 * (8 * 8 + 8 * 2) + whole),
-        Job("stacked", 6, (0, 4), 1 + 2 * 8 * 2 + whole),
-        Job("plain", 8, (3,), 1 + whole + whole),
+        Job(Way.SLICED, 0, (2,), 1 + 16 * 2 + 2 * 2 + 2 * 2 + whole),
+        Job(Way.STACKED, 3, (1, 5), 1 + 2 * (8 * 8 + 8 * 2) + whole),
+        Job(Way.STACKED, 6, (0, 4), 1 + 2 * 8 * 2 + whole),
+        Job(Way.PLAIN, 8, (3,), 1 + whole + whole),
     ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_ranks_share_all_jobs_evenly(world: int) -> None:
     torch.manual_seed(0)
-    jobs = [Job("masked", number, (number,), float(cost)) for number, cost in enumerate(torch.rand(400))]
+    jobs = [Job(Way.MASKED, number, (number,), float(cost)) for number, cost in enumerate(torch.rand(400))]
     parts = [share(jobs, rank, world) for rank in range(world)]
     assert sorted(job.boundary for part in parts for job in part) == list(range(400))
     costs = [sum(job.cost for job in part) for part in parts]
