@@ -11,7 +11,7 @@ from lightning_prune.planning.allocation import plan_by_layer
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches
 from lightning_prune.candidates import classification, evaluate_candidates
-from lightning_prune.criteria.damage import LEVELS, RATIOS, check_settings, layer_importance, sensitiveness
+from lightning_prune.criteria.damage import LEVELS, RATIOS, check_settings, layer_scores, sensitiveness
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan
 
@@ -108,7 +108,7 @@ class SensitivenessCallback(PruningCallback):
 
     @override
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
-        importance = layer_importance(self.sensitiveness, self.ratio)
+        importance = layer_scores(self.sensitiveness, self.ratio)
         return plan_by_layer(graph, importance, scores, keep, self.metric, self.round_to, self.min_channels, self.cap)
 
     @override

@@ -83,7 +83,7 @@ def test_after_a_prune_channels_keep_their_numbers(name: str) -> None:
 
 
 def test_a_loss_that_runs_nothing_is_reported(graph: lp.graph.ChannelGraph) -> None:
-    with pytest.raises(ValueError, match="Nothing was read of group 'stem': there is no batch, or the loss does not"):
+    with pytest.raises(ValueError, match="Nothing of group 'stem' was consumed: there is no batch, or the loss does"):
         lp.criteria.apoz(graph, batches(), lambda model, batch: batch.sum())
 
 
@@ -99,7 +99,7 @@ def test_readers_that_cannot_be_watched_are_named() -> None:
     graph = lp.trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), Mix()), torch.zeros(1, 2))
     data = [torch.randn(5, 2)]
     for name in ("apoz", "mean_activation", "taylor"):
-        with pytest.raises(ValueError, match=r"cannot watch what '2' \(Mix\) reads of group '0'; add '0' to ignore"):
+        with pytest.raises(ValueError, match=r"cannot watch what '2' \(Mix\) consumes of group '0'; add '0' to ignore"):
             lp.criteria.score(graph, name, data, loss)
     gate = lp.criteria.score(graph, {"name": "taylor", "variant": "gate"}, data, loss)["0"]
     hidden = graph.model[:2](data[0])
