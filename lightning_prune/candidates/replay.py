@@ -157,10 +157,10 @@ class Replay:
 
     def _hand_out(self, kept: Tensor | _Blank, repeats: int) -> Tensor:
         """Return what stands in for a result of the pass; a copy if it will be written into."""
-        batched = self._repeated.has_batch_axis(kept)
+        repeated = repeats > 1 and self._repeated.has_batch_axis(kept)
         if isinstance(kept, _Blank):
-            return self._scratch.fill(kept, repeats if batched else 1)
-        tensor = self._repeated.times(kept, repeats) if batched and repeats > 1 else kept
+            return self._scratch.fill(kept, repeats if repeated else 1)
+        tensor = self._repeated.times(kept, repeats) if repeated else kept
         may_be_overwritten = self._overwritten is None or id(kept) in self._overwritten
         return tensor.clone() if may_be_overwritten else tensor
 
@@ -199,9 +199,11 @@ class _Scratch:
 
     def fill(self, blank: _Blank, repeats: int = 1) -> Tensor:
         """Return a tensor of the size and strides of a blank that is repeated along the first axis."""
-        shape = (blank.shape[0] * repeats, *blank.shape[1:]) if repeats > 1 else blank.shape
-        steps = [(size - 1) * stride for size, stride in zip(shape, blank.strides, strict=True)]
-        count = 1 + sum(steps)
+        shape = blank.shape
+        if repeats > 1:
+            shape = (shape[0] * repeats, *shape[1:])
+        last = sum((size - 1) * stride for size, stride in zip(shape, blank.strides, strict=True))
+        count = last + 1
         key = (blank.dtype, blank.device)
         memory = self._memory.get(key)
         if memory is None or memory.numel() < count:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,7 @@ def group_magnitude(graph: ChannelGraph) -> Scores:
         tensor([0.4286, 1.0000, 0.6667], dtype=torch.float64)
     """
     norms = _CoupledNorms(graph)
-    scores = {name: torch.zeros(len(graph.kept(name)), dtype=torch.float64) for name in graph.groups}
+    scores = {name: np.full(len(kept), np.nan) for name, kept in norms.of_kept.items()}
     smallest = {name: norms.smallest(name) for name in graph.groups}  # of the groups that have channels to prune
     score = 0.0
     while smallest:
@@ -64,7 +64,8 @@ def group_magnitude(graph: ChannelGraph) -> Scores:
             smallest[other] = norms.smallest(other)
         if smallest[name].relative_norm == math.inf:  # that was the last one
             del smallest[name]
-    return to_original_channels(graph, scores)
+    scores_of_kept = {name: torch.from_numpy(values) for name, values in scores.items()}
+    return to_original_channels(graph, scores_of_kept)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,21 @@ class _Place:
     positions: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Crossing:
+    """A place of a group, and the places that cross it: those along other axes of the same tensor.
+
+    Attributes:
+        squares: The squares of the tensor.
+        place: The place.
+        others: The places that share weights with it.
+    """
+
+    squares: np.ndarray
+    place: _Place
+    others: list[_Place]
+
+
 class _CoupledNorms:
     """The squared norms of all channels, over the matrices and filters that produce or consume them.
 
@@ -105,15 +121,15 @@ class _CoupledNorms:
     def __init__(self, graph: ChannelGraph) -> None:
         self.of_kept = {name: np.zeros(len(graph.kept(name))) for name in graph.groups}
         tensors = named_tensors(graph.model)
-        self._places = _places_by_tensor(graph, tensors)
-        self._tensors = {name: _tensors_of(group, self._places) for name, group in graph.groups.items()}
-        self._squares: dict[str, np.ndarray] = {}  # by tensor
-        for name, places in self._places.items():
-            axes = {place.axis for place in places}
-            squares = _squares_along(axes, tensors[name])
-            self._squares[name] = squares
-            for place in places:
-                self.of_kept[place.group] += _sums_of_channels(squares, place)
+        places = _places_by_tensor(graph, tensors)
+        squares = {name: _squares_along(places[name], tensors[name]) for name in places}
+        for name in places:
+            for place in places[name]:
+                self.of_kept[place.group] += _sums_of_channels(squares[name], place)
+        self._crossings: defaultdict[str, list[_Crossing]] = defaultdict(list)  # by group
+        for group in graph.groups.values():
+            for name in _tensors_of(group, places):
+                self._crossings[group.name] += _crossings(group, squares[name], places[name])
 
     def smallest(self, group: str) -> _Smallest:
         """Return the channel of a group that would be pruned next."""
@@ -127,23 +143,14 @@ class _CoupledNorms:
     def prune(self, group: str, channel: int) -> set[str]:
         """Prune a channel, and return the groups whose norms have changed."""
         changed = {group}
-        for tensor in self._tensors[group]:
-            places = self._places[tensor]
-            for place in places:
-                if place.group != group:
-                    continue
-                positions = place.positions[channel]
-                pruned = self._squares[tensor].take(positions, place.axis)
-                changed |= self._subtract(pruned, place.axis, places)
+        for crossing in self._crossings[group]:
+            place = crossing.place
+            pruned = crossing.squares.take(place.positions[channel], place.axis)
+            for other in crossing.others:
+                self.of_kept[other.group] -= _sums_of_channels(pruned, other)
+                changed.add(other.group)
         self.of_kept[group][channel] = np.inf
         return changed
-
-    def _subtract(self, pruned: np.ndarray, axis: int, places: list[_Place]) -> set[str]:
-        """Take what is pruned along one axis from the channels along the others; return their groups."""
-        crossing = [place for place in places if place.axis != axis]
-        for place in crossing:
-            self.of_kept[place.group] -= _sums_of_channels(pruned, place)
-        return {place.group for place in crossing}
 
 
 def _places_by_tensor(graph: ChannelGraph, tensors: Mapping[str, Tensor]) -> dict[str, list[_Place]]:
@@ -166,8 +173,17 @@ def _tensors_of(group: Group, places: Collection[str]) -> list[str]:
     return [name for name in names if name in places]
 
 
-def _squares_along(axes: Collection[int], tensor: Tensor) -> np.ndarray:
-    """Return the squares of a tensor, summed over all axes but some, which stay as axes of length 1."""
+def _crossings(group: Group, squares: np.ndarray, places: Sequence[_Place]) -> Iterator[_Crossing]:
+    """Yield the places of a group in one tensor, with those that cross them."""
+    for place in places:
+        if place.group == group.name:
+            others = [other for other in places if other.axis != place.axis]
+            yield _Crossing(squares, place, others)
+
+
+def _squares_along(places: Sequence[_Place], tensor: Tensor) -> np.ndarray:
+    """Return the squares of a tensor, summed over the axes along which there are no channels, which get length 1."""
+    axes = {place.axis for place in places}
     weights = tensor.detach().cpu()
     precise = torch.promote_types(weights.dtype, torch.float32)
     squares = weights.to(precise).square()  # 10^8 of them in a VGG-16
