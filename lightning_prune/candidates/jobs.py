@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 from itertools import accumulate
+from typing import NamedTuple
 
 from lightning_prune.candidates.candidate import Candidate, Noise
 from lightning_prune.candidates.operator_trace import OperatorTrace
@@ -36,7 +37,7 @@ class Way(Enum):
     STACKED = "stacked"
     """From the first difference on, several candidates as one batch, with masks on the inputs of layers."""
     FOLDED = "folded"
-    """With tensors of the pruned shapes, and batch normalisation as a part of convolutions."""
+    """With tensors of the pruned shapes, and batch normalisation folded into convolutions."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ class Job:
     cost: float = 1
 
 
+class _Kind(NamedTuple):
+    """What candidates must have in common to run one after the other."""
+
+    boundary: int
+    way: Way
+
+
 @dataclass(frozen=True)
 class _Choice:
     """How one candidate is run; the attributes are those of a `Job`."""
@@ -63,6 +71,10 @@ class _Choice:
     way: Way
     boundary: int
     cost: float
+
+    @property
+    def kind(self) -> _Kind:
+        return _Kind(self.boundary, self.way)
 
 
 class Planner:
@@ -91,18 +103,19 @@ class Planner:
             stack: How many of them may run in one batch.
         """
         choices = [self._choose(candidate) for candidate in candidates]
-        members_of: defaultdict[tuple[int, Way], list[int]] = defaultdict(list)
+        members_by_kind: defaultdict[_Kind, list[int]] = defaultdict(list)
         for member, choice in enumerate(choices):
-            members_of[choice.boundary, choice.way].append(member)
+            members_by_kind[choice.kind].append(member)
         jobs = []
-        for boundary, way in sorted(members_of, key=lambda kind: (kind[0], kind[1].value)):
-            members = members_of[boundary, way]
-            size = stack if way is Way.STACKED else 1
+        for kind in sorted(members_by_kind, key=_order_of_jobs):
+            members = members_by_kind[kind]
+            size = stack if kind.way is Way.STACKED else 1
             cost_of_check = self._cost_of_model  # the first job of its kind is compared with the plain run
             for start in range(0, len(members), size):
                 together = tuple(members[start : start + size])
                 cost_of_members = sum(choices[member].cost for member in together)
-                jobs.append(Job(way, boundary, together, 1 + cost_of_members + cost_of_check))
+                cost = 1 + cost_of_members + cost_of_check
+                jobs.append(Job(kind.way, kind.boundary, together, cost))
                 cost_of_check = 0
         return jobs
 
@@ -120,8 +133,9 @@ class Planner:
         cost_of_slices = self._cost_from(sliced_from)(plan.widths)
         if not self._is_mask_exact(candidate) or cost_of_slices < _WORTH_SLICING * cost_of_mask:
             return _Choice(Way.SLICED, sliced_from, cost_of_slices)
-        stackable = all(tensor in self._maskable and axis == 1 for tensor, axis in zeroed)
-        way = Way.STACKED if stackable else Way.MASKED
+        stackable = all(tensor in self._maskable for tensor, _ in zeroed)
+        columns_alone = all(axis == 1 for _, axis in zeroed)
+        way = Way.STACKED if stackable and columns_alone else Way.MASKED
         return _Choice(way, masked_from, cost_of_mask)
 
     def _choose_for_noise(self, noise: Noise) -> _Choice:
@@ -144,14 +158,22 @@ class Planner:
 
     def _first_use(self, tensors: Iterable[str]) -> int:
         """Return the number of operations before the first one that uses any of some tensors."""
-        return min((self._first_uses[tensor] for tensor in tensors), default=self._end)
+        uses = [self._first_uses[tensor] for tensor in tensors]
+        return min(uses, default=self._end)
 
     def _cost_model_from(self, boundary: int) -> CostModel:
         """Return what is spent from a boundary on; what modules without tensors spend counts always."""
-        starts = self._starts_of_modules
-        terms = self._graph.terms["flops"]
-        spent = [term for term in terms if starts.get(term.module, self._end) >= boundary]
-        return CostModel(replace(self._graph, terms={"flops": spent}), "flops")
+        spent = []
+        for term in self._graph.terms["flops"]:
+            start = self._starts_of_modules.get(term.module, self._end)
+            if start >= boundary:
+                spent.append(term)
+        behind = replace(self._graph, terms={"flops": spent})
+        return CostModel(behind, "flops")
+
+
+def _order_of_jobs(kind: _Kind) -> tuple[int, str]:
+    return kind.boundary, kind.way.value
 
 
 def _first_uses_by_module(trace: OperatorTrace) -> dict[str, int]:

@@ -37,7 +37,7 @@ class FoldablePair:
 def put_channels_last(model: nn.Module, run: Callable[[], T]) -> T:
     """Let the 2-d convolutions of a model on the CPU work with the channels last in memory, which is faster there.
 
-    Where the model then fails, as one does that calls ``view`` on what convolutions return, it stays as it was.
+    Where the model then fails, as one does that calls ``view`` on what convolutions return, it keeps its own weights.
 
     Args:
         model: The model; its convolutions are given copies of their weights.

@@ -50,10 +50,13 @@ def trace_operators(run: Callable[[], Any], tensors: Mapping[str, Tensor]) -> Op
     recorder = _UseRecorder(tensors)
     with recorder:
         result = run()
-    count = len(recorder.operations)
-    used_by = recorder.used_by
-    first_use = {name: min(used_by[name], default=count) for name in tensors}
-    uses = {name: len(used_by[name]) for name in tensors}
+    never = len(recorder.operations)
+    first_use = {}
+    uses = {}
+    for name in tensors:
+        users = recorder.users[name]
+        first_use[name] = min(users, default=never)
+        uses[name] = len(users)
     return OperatorTrace(result, recorder.operations, first_use, uses)
 
 
@@ -63,7 +66,7 @@ class _UseRecorder(TorchDispatchMode):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.operations: list[Any] = []
-        self.used_by: defaultdict[str, set[int]] = defaultdict(set)
+        self.users: defaultdict[str, set[int]] = defaultdict(set)
         self._names = {id(tensor): name for name, tensor in tensors.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,6 +74,6 @@ class _UseRecorder(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs)):
             name = self._names.get(id(leaf))
             if name is not None:
-                self.used_by[name].add(number)
+                self.users[name].add(number)
         self.operations.append(func)
         return func(*args, **(kwargs or {}))

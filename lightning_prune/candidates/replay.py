@@ -37,7 +37,8 @@ class _Blank:
 
     @classmethod
     def like(cls, tensor: Tensor) -> "_Blank":
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+        shape = tuple(tensor.shape)
+        return cls(shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 class _Watched:
@@ -58,12 +59,12 @@ class _Step:
 
     Attributes:
         operation: The operation.
-        leaves: Tensors, blanks and numbers.
+        results: Tensors, blanks and numbers.
         spec: How they are nested.
     """
 
     operation: Any
-    leaves: list[Any]
+    results: list[Any]
     spec: TreeSpec
 
 
@@ -183,9 +184,11 @@ class _Repeated:
     def times(self, kept: Tensor, repeats: int) -> Tensor:
         """Return a tensor repeated: (repeats * samples, ...)."""
         key = (id(kept), repeats)
-        if key not in self._tensors:
-            self._tensors[key] = torch.cat([kept] * repeats)
-        return self._tensors[key]
+        repeated = self._tensors.get(key)
+        if repeated is None:
+            repeated = torch.cat([kept] * repeats)
+            self._tensors[key] = repeated
+        return repeated
 
     def forget(self) -> None:
         self._tensors.clear()
@@ -202,8 +205,7 @@ class _Scratch:
         shape = blank.shape
         if repeats > 1:
             shape = (shape[0] * repeats, *shape[1:])
-        last = sum((size - 1) * stride for size, stride in zip(shape, blank.strides, strict=True))
-        count = last + 1
+        count = _extent(shape, blank.strides)
         key = (blank.dtype, blank.device)
         memory = self._memory.get(key)
         if memory is None or memory.numel() < count:
@@ -235,8 +237,8 @@ class _Player(TorchDispatchMode):
         if step.operation is not func:
             raise DivergedError(f"operation {self.position} has been {step.operation} and is now {func}")
         self.position += 1
-        leaves = [self._result(leaf) for leaf in step.leaves]
-        return tree_unflatten(leaves, step.spec)
+        results = [self._stand_in(kept) for kept in step.results]
+        return tree_unflatten(results, step.spec)
 
     def go_on(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Do an operation behind the boundary; note which of the tensors that were handed out it writes into."""
@@ -245,13 +247,13 @@ class _Player(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _note_overwritten(self, args: Any, kwargs: Any) -> None:
-        leaves = tree_leaves((args, kwargs))
-        touched = {_storage(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        values = tree_leaves((args, kwargs))
+        touched = {_storage(value) for value in values if isinstance(value, Tensor)}
         for key, tensor in self.handed_out.items():
             if _storage(tensor) in touched:
                 self.overwritten.add(key)
 
-    def _result(self, leaf: Any) -> Any:
+    def _stand_in(self, leaf: Any) -> Any:
         """Return what an operation that is skipped returns in one place."""
         if isinstance(leaf, _Blank):
             return self.hand_out(leaf)
@@ -286,26 +288,35 @@ class _Recorder(_Player):
         if func is not self._expected[count]:
             raise DivergedError(f"the operation has been {self._expected[count]} and is now {func}")
         if count == len(self._expected) - 1:
-            self.steps_at_boundary = [self._settled(step) for step in (*self.steps, *self._recorded)]
+            steps = self.steps + self._recorded
+            self.steps_at_boundary = [self._settled(step) for step in steps]
             raise _ReachedError
         result = func(*args, **kwargs)
-        leaves, spec = tree_flatten(result)
-        watched = [_Watched(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        results, spec = tree_flatten(result)
+        watched = [_Watched(leaf) if isinstance(leaf, Tensor) else leaf for leaf in results]
         self._recorded.append(_Step(func, watched, spec))
         return result
 
     def _settled(self, step: _Step) -> _Step:
         """Keep of a step what somebody else refers to at this moment."""
-        leaves = [self._settled_leaf(leaf) for leaf in step.leaves]
-        return _Step(step.operation, leaves, step.spec)
+        results = [self._settled_result(result) for result in step.results]
+        return _Step(step.operation, results, step.spec)
 
-    def _settled_leaf(self, leaf: Any) -> Any:
+    def _settled_result(self, leaf: Any) -> Any:
         if isinstance(leaf, _Watched):
             return leaf.settle()
         if isinstance(leaf, Tensor):
             alias = self.handed_out.get(id(leaf))
             return _Blank.like(leaf) if alias is None else alias
         return leaf
+
+
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Return how many numbers lie between the first and the last one of a tensor in memory, these two included."""
+    last = 0
+    for size, stride in zip(shape, strides, strict=True):
+        last += (size - 1) * stride
+    return last + 1
 
 
 def _storage(tensor: Tensor) -> int:

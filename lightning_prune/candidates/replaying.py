@@ -37,7 +37,8 @@ __all__ = ["ReplayingRunner"]
 
 _FULL_BATCH = {"cpu": 128, "cuda": 2048}  # samples in a batch from which more of them do not make a device faster
 
-PreHook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]
+Arguments = tuple[Any, ...]
+PreHook = Callable[[nn.Module, Arguments], Arguments]
 
 
 class ReplayingRunner(Runner):
@@ -135,11 +136,16 @@ class ReplayingRunner(Runner):
         inputs, labels = self._repeat_batch(copies)
         plans = [cast(PruningPlan, self.candidates[member]) for member in members]
         masks = input_masks(self.graph, plans, self.tensors)
+
+        def run() -> tuple[Tensor, Tensor]:
+            logits = self.model(inputs)
+            return per_sample(logits, labels)
+
         with ExitStack() as hooks:
             for name, mask in masks.items():
                 layer = self._maskable[name]
                 hooks.enter_context(layer.register_forward_pre_hook(_masking(mask)))
-            losses, hits = self._replay.run(lambda: per_sample(self.model(inputs), labels), copies)
+            losses, hits = self._replay.run(run, copies)
         by_copy = torch.stack([losses, hits]).unflatten(1, (copies, -1))  # (2, copies, samples)
         rows = by_copy.mean(2).t().tolist()
         return [Measurement(*row) for row in rows]
@@ -149,7 +155,9 @@ class ReplayingRunner(Runner):
         inputs, labels = labelled(self.batch)
         repeated = self._repeated_batch
         if repeated is None or len(repeated[0]) != copies * len(inputs):
-            repeated = torch.cat([inputs] * copies), torch.cat([labels] * copies)
+            repeated_inputs = torch.cat([inputs] * copies)
+            repeated_labels = torch.cat([labels] * copies)
+            repeated = (repeated_inputs, repeated_labels)
             self._repeated_batch = repeated
         return repeated
 
@@ -164,7 +172,8 @@ class ReplayingRunner(Runner):
     def _is_mask_exact(self, candidate: Candidate) -> bool:
         if isinstance(candidate, Noise):
             return True
-        return not any(self.graph.group(name).not_mask_exact for name in candidate.groups)
+        groups = [self.graph.group(name) for name in candidate.groups]
+        return not any(group.not_mask_exact for group in groups)
 
 
 @contextmanager
@@ -188,7 +197,7 @@ def _masking(mask: Tensor) -> PreHook:
         mask: (copies, inputs).
     """
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook(module: nn.Module, args: Arguments) -> Arguments:
         values, *others = args
         by_copy = values.unflatten(0, (len(mask), -1))  # (copies, samples, ...)
         axis = by_copy.dim() - 1 if isinstance(module, nn.Linear) else 2

@@ -29,9 +29,10 @@ def masked_tensors(graph: ChannelGraph, plan: PruningPlan, tensors: Tensors) -> 
     """
     masked: dict[str, Tensor] = {}
     for name, axis, positions in in_positions_of_pruned(graph, plan):
-        if name not in masked:
-            masked[name] = tensors[name].detach().clone()
-        tensor = masked[name]
+        tensor = masked.get(name)
+        if tensor is None:
+            tensor = tensors[name].detach().clone()
+            masked[name] = tensor
         tensor.index_fill_(axis, positions.to(tensor.device), 0)
     return masked
 
@@ -45,9 +46,10 @@ def noisy_tensors(graph: ChannelGraph, noise: Noise, tensors: Tensors) -> dict[s
         tensors: The tensors of the model, by name.
     """
     generator = torch.Generator().manual_seed(noise.seed)
-    slices = graph.group(noise.group).out_slices
+    group = graph.group(noise.group)
+    weights = [place.tensor for place in group.out_slices]
     noisy = {}
-    for name in dict.fromkeys(place.tensor for place in slices):
+    for name in dict.fromkeys(weights):
         weight = tensors[name].detach()
         drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
         deviation = noise.strength * weight.std(correction=0)
@@ -62,10 +64,13 @@ def maskable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     owners: Counter[int] = Counter()  # of each parameter, by id
     for module in model.modules():
-        owners.update(id(parameter) for parameter in module._parameters.values())
+        for parameter in module._parameters.values():
+            owners[id(parameter)] += 1
     layers = {}
     for name, module in model.named_modules():
-        if _inputs_are_columns(module) and owners[id(module.weight)] == 1:  # none owns a weight that is computed
+        if not _inputs_are_columns(module):
+            continue
+        if owners[id(module.weight)] == 1:  # none owns a weight that is computed
             weight = f"{name}.weight" if name else "weight"
             layers[weight] = module
     return layers
@@ -91,9 +96,11 @@ def input_masks(graph: ChannelGraph, plans: Sequence[PruningPlan], tensors: Tens
     masks: dict[str, Tensor] = {}
     for row, plan in enumerate(plans):
         for name, _, positions in in_positions_of_pruned(graph, plan):
-            if name not in masks:
-                inputs = tensors[name].shape[1]
-                masks[name] = tensors[name].new_ones(len(plans), inputs)
-            mask = masks[name]
-            mask[row, positions.to(mask.device)] = 0
+            mask = masks.get(name)
+            if mask is None:
+                weight = tensors[name]
+                mask = weight.new_ones(len(plans), weight.shape[1])
+                masks[name] = mask
+            inputs = positions.to(mask.device)
+            mask[row, inputs] = 0
     return masks

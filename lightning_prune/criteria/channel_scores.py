@@ -27,8 +27,10 @@ def to_original_channels(graph: ChannelGraph, scores_of_kept: Mapping[str, Tenso
     scores = {}
     for name, values in scores_of_kept.items():
         size = graph.groups[name].size
-        scores[name] = torch.full((size,), -math.inf, dtype=values.dtype)
-        scores[name][graph.kept(name)] = values.detach().cpu()
+        kept = graph.kept(name)
+        original = torch.full((size,), -math.inf, dtype=values.dtype)
+        original[kept] = values.detach().cpu()
+        scores[name] = original
     return scores
 
 

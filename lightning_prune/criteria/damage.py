@@ -85,7 +85,8 @@ def sensitiveness(
         raise ValueError(
             f"The accuracy is {before} before any damage, so that damage cannot lower it; train the model first."
         )
-    drops = ((before - after) / before).clamp_min(0)  # (damages,)
+    drops = (before - after) / before  # (damages,)
+    drops = drops.clamp_min(0)
     drops_by_group: defaultdict[str, list[float]] = defaultdict(list)
     for one, drop in zip(damages, drops.tolist(), strict=True):
         drops_by_group[one.group].append(drop)
@@ -153,12 +154,20 @@ class _Damage:
 def _damages(graph: ChannelGraph, damage: str, levels: Levels, draws: int, seed: int) -> Iterator[_Damage]:
     """Return damaged copies, always in the same order."""
     generator = torch.Generator().manual_seed(seed)
+    scores = magnitude(graph) if damage == "magnitude" else {}
+
+    def in_random_order(name: str, kept: Tensor) -> Tensor:
+        return torch.randperm(len(kept), generator=generator)
+
+    def smallest_first(name: str, kept: Tensor) -> Tensor:
+        norms = scores[name][kept]
+        return norms.argsort(stable=True)
+
     if damage == "noise":
         return _noises(graph, levels, draws, generator)
-    if damage == "random":
-        return _prunings(graph, levels, draws, lambda name, kept: torch.randperm(len(kept), generator=generator))
-    scores = magnitude(graph)
-    return _prunings(graph, levels, 1, lambda name, kept: scores[name][kept].argsort(stable=True))
+    if damage == "magnitude":
+        return _prunings(graph, levels, 1, smallest_first)
+    return _prunings(graph, levels, draws, in_random_order)
 
 
 def _noises(graph: ChannelGraph, levels: Levels, draws: int, generator: torch.Generator) -> Iterator[_Damage]:

@@ -1,7 +1,7 @@
 """Criterion for layers, average filter information entropy: one number per group, for `plan_by_layer`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def afie_of_shapes(graph: ChannelGraph, flatten: bool = False) -> dict[str, floa
         >>> round(afie_of_shapes(graph)["0"], 4)  # ln 2 / 4
         0.1733
     """
-    return _by_group(graph, flatten, lambda matrix: math.log(min(matrix.shape)))
+    return _by_group(graph, flatten, _largest_entropy)
 
 
 def spectrum_entropy(matrix: Tensor) -> float:
@@ -91,12 +91,16 @@ def spectrum_entropy(matrix: Tensor) -> float:
     return float(softmax.entropy())
 
 
+def _largest_entropy(matrix: Tensor) -> float:
+    singular_values = min(matrix.shape)
+    return math.log(singular_values)
+
+
 def _rounding(matrix: Tensor) -> float:
     """Return what singular values may differ by for reasons of rounding, as a fraction of the largest one."""
     # By the step of float32 for half precision too: by that of its own, all singular values would be equal.
-    step = torch.finfo(matrix.dtype).eps
-    step = min(step, torch.finfo(torch.float32).eps)
-    return max(matrix.shape) * step
+    steps = [torch.finfo(dtype).eps for dtype in (matrix.dtype, torch.float32)]
+    return max(matrix.shape) * min(steps)
 
 
 def _by_group(graph: ChannelGraph, flatten: bool, entropy: Entropy) -> dict[str, float]:
@@ -112,18 +116,19 @@ def _by_group(graph: ChannelGraph, flatten: bool, entropy: Entropy) -> dict[str,
                 entropies.append(entropy(matrix) / len(matrix))
         if entropies:
             means[name] = _mean(entropies)
-    mean_of_groups = _mean(list(means.values())) if means else 1.0
+    mean_of_groups = _mean(means.values()) if means else 1.0
     return {name: means.get(name, mean_of_groups) for name in graph.groups}
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values)
 
 
 def _matrix(graph: ChannelGraph, group: str, place: Slice, weight: Tensor, flatten: bool) -> Tensor:
     """Return the weights of a layer that produce the channels of a group: (filters, inputs)."""
     kept = graph.kept(group)
-    positions = graph.positions_now(place, kept).to(weight.device)
+    positions = graph.positions_now(place, kept)
+    positions = positions.to(weight.device)
     filters = weight.detach().index_select(place.axis, positions)
     filters = filters.movedim(place.axis, 0)  # (filters, inputs, ...)
     if flatten or filters.dim() < 3:

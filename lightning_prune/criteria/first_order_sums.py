@@ -53,7 +53,8 @@ class Totals:
         if not values:
             return
         # No branch on the outcome, to spare a synchronisation with the device.
-        finite = torch.stack([value.isfinite().all() for value in values.values()]).all()
+        all_finite = [value.isfinite().all() for value in values.values()]
+        finite = torch.stack(all_finite).all()
         counted = finite.double() * count
         for name, value in values.items():
             finite_value = torch.where(finite, value, 0.0).double()
@@ -72,7 +73,8 @@ class Totals:
         return [name for name in graph.groups if not self._has_seen(name)]
 
     def _has_seen(self, group: str) -> bool:
-        return group in self.counts and bool(self.counts[group] > 0)
+        count = self.counts.get(group)
+        return count is not None and bool(count > 0)
 
 
 def _add(sums: TensorsByName, name: str, value: Tensor) -> None:
@@ -174,8 +176,9 @@ class _Effects(Collector):
     def _tap(self, weight: str, values: Tensor, axis: int) -> Tensor:
         """Let the gradient that flows back through one layer pass by."""
         # A node of its own, for the gradient through this layer alone; a leaf where nothing before it is trained.
+        detached = values.detach()
         tapped = values.view_as(values) if values.requires_grad else values.detach().requires_grad_()
-        tapped.register_hook(partial(self._on_gradient, weight, values.detach(), axis))
+        tapped.register_hook(partial(self._on_gradient, weight, detached, axis))
         return tapped
 
     def _on_gradient(self, weight: str, values: Tensor, axis: int, gradient: Tensor | None) -> Tensor | None:
@@ -191,7 +194,7 @@ class _Effects(Collector):
             products = products.abs()
         effect = sum_positions(products, axis)  # (samples, inputs)
         by_weight = self._effects.setdefault(len(effect), {})
-        by_weight[weight] = by_weight[weight] + effect if weight in by_weight else effect
+        _add(by_weight, weight, effect)
         return None
 
     def _sum_over_samples(self, group: Group, effects: Mapping[int, TensorsByName]) -> Tensor | None:
@@ -232,7 +235,10 @@ class _Gradients(Collector):
 
     def before_step(self, gradients: Mapping[str, Tensor]) -> None:
         tensors = named_tensors(self.graph.model)
-        products = {name: tensors[name].detach() * gradient for name, gradient in gradients.items()}
+        products = {}
+        for name, gradient in gradients.items():
+            weight = tensors[name].detach()
+            products[name] = weight * gradient
         for group in self.graph.groups.values():
             if self._is_known(group, tensors):
                 self._add_products(group, products)
@@ -245,7 +251,9 @@ class _Gradients(Collector):
 
     def _add_products(self, group: Group, products: Mapping[str, Tensor]) -> None:
         # A gate on a channel multiplies it wherever it is consumed, as would a factor on the weights that consume it.
-        places = group.in_slices if self.variant == "gate" else group.out_slices + group.other_slices
+        places = group.in_slices
+        if self.variant != "gate":
+            places = group.out_slices + group.other_slices
         for place in places:
             if place.tensor in products:
                 rows = self.graph.rows(group.name, place, products).double()  # (kept channels, weights of each)

@@ -50,7 +50,7 @@ def group_magnitude(graph: ChannelGraph) -> Scores:
         tensor([0.4286, 1.0000, 0.6667], dtype=torch.float64)
     """
     norms = _CoupledNorms(graph)
-    scores = {name: np.full(len(kept), np.nan) for name, kept in norms.of_kept.items()}
+    scores = {name: np.full_like(kept, np.nan) for name, kept in norms.of_kept.items()}
     smallest = {name: norms.smallest(name) for name in graph.groups}  # of the groups that have channels to prune
     score = 0.0
     while smallest:
@@ -119,17 +119,20 @@ class _CoupledNorms:
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
-        self.of_kept = {name: np.zeros(len(graph.kept(name))) for name in graph.groups}
+        sizes = {name: len(graph.kept(name)) for name in graph.groups}
+        self.of_kept = {name: np.zeros(size) for name, size in sizes.items()}
         tensors = named_tensors(graph.model)
         places = _places_by_tensor(graph, tensors)
-        squares = {name: _squares_along(places[name], tensors[name]) for name in places}
+        squares = {}
         for name in places:
+            squares[name] = _squares_along(places[name], tensors[name])
             for place in places[name]:
                 self.of_kept[place.group] += _sums_of_channels(squares[name], place)
         self._crossings: defaultdict[str, list[_Crossing]] = defaultdict(list)  # by group
         for group in graph.groups.values():
             for name in _tensors_of(group, places):
-                self._crossings[group.name] += _crossings(group, squares[name], places[name])
+                crossings = _crossings(group, squares[name], places[name])
+                self._crossings[group.name].extend(crossings)
 
     def smallest(self, group: str) -> _Smallest:
         """Return the channel of a group that would be pruned next."""

@@ -73,7 +73,7 @@ def test_a_model_that_was_never_pruned_has_an_empty_plan(tmp_path: Path) -> None
 
 
 class Words(nn.Module):
-    """Takes whole numbers by name, and gives a dictionary."""
+    """Takes integers by name, and gives a dictionary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Words(nn.Module):
         return {"mean": self.embed(words).mean(1) * scale, "count": words.sum(1)}
 
 
-def test_inputs_by_name_and_whole_numbers(tmp_path: Path) -> None:
+def test_inputs_by_name_and_integers(tmp_path: Path) -> None:
     inputs = {"words": torch.tensor([[1, 9, 3]]), "scale": torch.ones(1, 4)}
     assert export(Words(), inputs, tmp_path / "words.pt2") <= 1e-5
     assert export(Words(), inputs, tmp_path / "words.onnx") <= 1e-5
