@@ -1,6 +1,6 @@
 """Candidates per second of the evaluator against a loop that masks and runs: the oracle of VGG-16 at CIFAR size.
 
-Each filter is removed alone and the loss measured. The evaluator measures every `--every`-th filter; the loop takes the
+Each filter is pruned alone and the loss measured. The evaluator measures every `--every`-th filter; the loop takes the
 same time for each candidate, so it measures every eighth of those. They take turns in one process; the ratio is the
 median of the rounds. Then two ranks against one, see `two_ranks.py`::
 
@@ -32,7 +32,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def make(settings: argparse.Namespace) -> tuple[ChannelGraph, list[dict[str, Tensor]], list[Batch]]:
-    """Return the network, the removals of single filters, and one batch."""
+    """Return the network, the plans that prune single filters, and one batch."""
     torch.manual_seed(0)
     model = build_network(settings.network).to(settings.device).eval()
     graph = lp.trace(model, torch.zeros(1, 3, 32, 32, device=settings.device))
@@ -58,7 +58,7 @@ def mask_and_run(graph: ChannelGraph, candidates: list[dict[str, Tensor]], batch
 
 @contextmanager
 def zeros(graph: ChannelGraph, candidate: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Zero what is read from removed channels, and give it back."""
+    """Zero what is consumed of pruned channels, and give it back."""
     places = list(in_positions_of_pruned(graph, graph.plan(candidate)))
     before = [tensors[name].index_select(axis, positions.to(tensors[name].device)) for name, axis, positions in places]
     for name, axis, positions in places:

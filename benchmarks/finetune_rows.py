@@ -174,7 +174,7 @@ def shapes(graph: Graph, batches: Batches) -> dict[str, float]:
 
 
 def sensitiveness(graph: Graph, batches: Batches) -> dict[str, float]:
-    return criteria.layer_importance(criteria.sensitiveness(graph, batches))
+    return criteria.layer_scores(criteria.sensitiveness(graph, batches))
 
 
 def taylor(variant: str, **more: Any) -> dict[str, Any]:

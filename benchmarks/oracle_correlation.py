@@ -1,6 +1,6 @@
 """How well does each criterion rank channels as the oracle does? Spearman on ResNet-20 and a VGG, CIFAR-10 (JPEG copy).
 
-Each network is trained, then each of its channels is removed alone and the loss measured on images of the validation
+Each network is trained, then each of its channels is pruned alone and the loss measured on images of the validation
 split: the absolute change is the oracle. Every registered criterion scores the channels on the same images. Reported is
 the rank correlation with the oracle within each group (the mean over the groups) and over all channels, with the scores
 as the criterion gives them and divided by their L2 norm in each group; mean and spread over the seeds.
@@ -77,7 +77,7 @@ def batches_of(settings: argparse.Namespace, seed: int) -> list[tuple[Tensor, Te
     data = data_of(settings, seed)
     data.setup("fit")
     loader = islice(data.val_dataloader(), math.ceil(settings.images / settings.batch_size))
-    moved = ([part.to(settings.device) for part in batch] for batch in loader)
+    moved = ([tensor.to(settings.device) for tensor in batch] for batch in loader)
     return [data.on_after_batch_transfer(batch) for batch in moved]
 
 

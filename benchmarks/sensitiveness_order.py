@@ -27,7 +27,7 @@ from torch import Tensor
 from training import quiet_trainer, tested
 
 import lightning_prune as lp
-from lightning_prune.criteria import l1, layer_importance, sensitiveness
+from lightning_prune.criteria import l1, layer_scores, sensitiveness
 from lightning_prune.datamodules import ImageDataModule, ImageFolderDataModule, MNISTDataModule
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.models import ImageClassifier, Optimization
@@ -134,7 +134,7 @@ def measure(network: str, seed: int, done: dict[str, Any], settings: argparse.Na
             done[damage] = {"early": early, "last": last, "order": 0.0 if math.isnan(order) else order}
             save()
     allocations = {f"{damage}, {when}": done[damage][when] for damage in DAMAGES for when in ("early", "last")}
-    importances = {name: layer_importance(found, settings.ratio) for name, found in allocations.items()}
+    importances = {name: layer_scores(found, settings.ratio) for name, found in allocations.items()}
     importances["uniform"] = dict.fromkeys(done[DAMAGES[0]]["last"], 1.0)
     pruned = done.setdefault("pruned", {})
     for name, importance in importances.items():

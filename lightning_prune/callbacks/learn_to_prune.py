@@ -17,8 +17,8 @@ from lightning_prune.callbacks.batches import ValidationBatches, check_limit, tr
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.trainer_state import log_epoch
 from lightning_prune.candidates import classification
-from lightning_prune.candidates.evaluator import alone
-from lightning_prune.candidates.measures import examples_in
+from lightning_prune.candidates.isolation import without_other_ranks
+from lightning_prune.candidates.measures import samples_in
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning import CostModel, metric_named
 from lightning_prune.progress import progress
@@ -265,15 +265,15 @@ class LearnToPruneCallback(PruningCallback):
         model = self._copy(self.run.graph.model)
         prune(model, plan)
         for module in model.modules():
-            module.__dict__["forward"] = alone(module, module.forward)
+            module.__dict__["forward"] = without_other_ranks(module, module.forward)
         self._train(model)
         model.eval()
         total, samples = 0.0, 0
         with torch.no_grad():
             for batch in self.run.validation:
                 _, accuracy = self.evaluate(model, batch)
-                total += float(accuracy) * examples_in(batch)
-                samples += examples_in(batch)
+                total += float(accuracy) * samples_in(batch)
+                samples += samples_in(batch)
         return total / samples
 
     def _train(self, model: nn.Module) -> None:

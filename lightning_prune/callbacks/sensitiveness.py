@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit
 from lightning_prune.candidates import classification, evaluate_candidates
-from lightning_prune.criteria.damage import LEVELS, RATIOS, check_settings, layer_importance, sensitiveness
+from lightning_prune.criteria.damage import LEVELS, RATIOS, check_settings, layer_scores, sensitiveness
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning.by_layer import plan_by_layer
 from lightning_prune.pruning_plan import PruningPlan
@@ -117,6 +117,6 @@ class SensitivenessCallback(PruningCallback):
 
     @override
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
-        by_group = layer_importance(self.state.sensitiveness, self.ratio)
+        by_group = layer_scores(self.state.sensitiveness, self.ratio)
         limits = self.round_to, self.min_channels, self.cap
         return plan_by_layer(graph, by_group, scores, keep, self.metric, *limits)

@@ -1,10 +1,12 @@
-"""The form in which a model runs fastest: channels last in memory, and normalisation as part of the convolution before.
+"""Layout in which a model runs fastest: channels last in memory, and batch normalisation folded into convolutions.
 
 Both change the modules of a model for good; they are for use where every attribute is given back afterwards.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -16,21 +18,26 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lightning_prune.graph.substitution import replace_tensors
 
-__all__ = ["Pair", "fold", "foldable", "put_channels_last"]
+__all__ = ["FoldablePair", "fold", "foldable", "put_channels_last"]
 
 T = TypeVar("T")
-
-Pair = tuple[_ConvNd, _BatchNorm]
-"""A convolution, and the batch normalisation that reads what it returns."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+@dataclass(frozen=True)
+class FoldablePair:
+    """A convolution, and the batch normalisation whose input is what it returns."""
+
+    convolution: _ConvNd
+    norm: _BatchNorm
+
+
 def put_channels_last(model: nn.Module, run: Callable[[], T]) -> T:
     """Let the 2-d convolutions of a model on the CPU work with the channels last in memory, which is faster there.
 
-    Where the model then fails, as one does that calls ``view`` on what convolutions return, it stays as it was.
+    Where the model then fails, as one does that calls ``view`` on what convolutions return, it keeps its own weights.
 
     Args:
         model: The model; its convolutions are given copies of their weights.
@@ -39,25 +46,30 @@ def put_channels_last(model: nn.Module, run: Callable[[], T]) -> T:
     Returns:
         What the pass returns.
     """
-    own = {id(p): p for p in model.parameters() if p.dim() == 4 and p.device.type == "cpu"}
-    copies = {key: p.detach().clone(memory_format=torch.channels_last) for key, p in own.items()}
-    _put(model, copies)
+    weights = [weight for weight in model.parameters() if weight.dim() == 4 and weight.device.type == "cpu"]
+    copies = {id(weight): _with_channels_last(weight) for weight in weights}
+    _put_everywhere(model, copies)
     try:
         return run()
     except Exception:  # whatever a model may raise that looks at strides; what fails anyway raises again
-        _put(model, {id(copy): own[key] for key, copy in copies.items()})
+        originals = {id(copies[id(weight)]): weight for weight in weights}
+        _put_everywhere(model, originals)
         return run()
 
 
-def _put(model: nn.Module, tensors: dict[int, Tensor]) -> None:
+def _with_channels_last(weight: Tensor) -> Tensor:
+    return weight.detach().clone(memory_format=torch.channels_last)
+
+
+def _put_everywhere(model: nn.Module, tensors: Mapping[int, Tensor]) -> None:
     for module in model.modules():
         replace_tensors(module, tensors)
 
 
-def foldable(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Pair]]:
+def foldable(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[FoldablePair]]:
     """Run a pass, and find the convolutions whose result goes into a batch normalisation.
 
-    Whether anything else reads the result is not looked for: what `fold` makes of the model has to be tried out.
+    Whether anything else uses the result is not looked for: what `fold` makes of the model has to be tried out.
 
     Args:
         model: The model, in evaluation mode.
@@ -66,32 +78,50 @@ def foldable(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Pair]]
     Returns:
         What the pass returns, and the pairs; modules that run several times are in none.
     """
-    calls: Counter[nn.Module] = Counter()
-    made: dict[int, tuple[Any, _ConvNd]] = {}  # by `id` of the tensor that a convolution returned
-    pairs: list[Pair] = []
-
-    def note_result(module: _ConvNd, args: Any, result: Any) -> None:
-        calls[module] += 1
-        if isinstance(result, Tensor):  # and not what a hook has made of it
-            made[id(result)] = ref(result), module
-
-    def note_input(module: _BatchNorm, args: Any) -> None:
-        calls[module] += 1
-        found = made.get(id(args[0])) if args else None  # none where the input is passed by name
-        if found is not None and found[0]() is args[0] and module.running_mean is not None:
-            pairs.append((found[1], module))
-
-    handles = [m.register_forward_hook(note_result) for m in model.modules() if type(m) in _CONVOLUTIONS]
-    handles += [m.register_forward_pre_hook(note_input) for m in model.modules() if type(m) in _NORMALISATIONS]
-    try:
+    finder = _PairFinder()
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if type(module) in _CONVOLUTIONS:
+                hooks.enter_context(module.register_forward_hook(finder.note_result))
+            if type(module) in _NORMALISATIONS:
+                hooks.enter_context(module.register_forward_pre_hook(finder.note_input))
         result = run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return result, [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
+    return result, finder.pairs_called_once()
 
 
-def fold(pairs: list[Pair]) -> None:
+class _PairFinder:
+    """Hooks that find which convolution has returned what a normalisation is given."""
+
+    def __init__(self) -> None:
+        self._calls: Counter[nn.Module] = Counter()
+        self._results: dict[int, tuple[ref[Tensor], _ConvNd]] = {}  # by id of the tensor that a convolution returned
+        self._pairs: list[FoldablePair] = []
+
+    def note_result(self, module: Any, args: Any, result: Any) -> None:
+        self._calls[module] += 1
+        if isinstance(result, Tensor):  # and not what a hook has made of it
+            self._results[id(result)] = ref(result), module
+
+    def note_input(self, module: Any, args: Any) -> None:
+        self._calls[module] += 1
+        if not args or module.running_mean is None:  # no arguments where the input is passed by name
+            return
+        convolution = self._convolution_before(args[0])
+        if convolution is not None:
+            self._pairs.append(FoldablePair(convolution, module))
+
+    def _convolution_before(self, value: Any) -> _ConvNd | None:
+        if id(value) not in self._results:
+            return None
+        result, convolution = self._results[id(value)]
+        return convolution if result() is value else None  # the id may be that of another tensor by now
+
+    def pairs_called_once(self) -> list[FoldablePair]:
+        calls = self._calls
+        return [pair for pair in self._pairs if calls[pair.convolution] == calls[pair.norm] == 1]
+
+
+def fold(pairs: list[FoldablePair]) -> None:
     """Let convolutions do what the batch normalisations behind them do in evaluation mode, and those nothing.
 
     Args:
@@ -107,11 +137,14 @@ def fold(pairs: list[Pair]) -> None:
         >>> torch.allclose(model[0](x), before), model[1](x) is x
         (True, True)
     """
-    for convolution, norm in pairs:
-        weight, bias = convolution.weight, convolution.bias
+    for pair in pairs:
+        convolution, norm = pair.convolution, pair.norm
         mean, variance = norm.running_mean, norm.running_var
         assert mean is not None  # else the normalisation is in no pair
         assert variance is not None
-        fused = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, norm.weight, norm.bias)
-        convolution._parameters["weight"], convolution._parameters["bias"] = fused
+        weight, bias = fuse_conv_bn_weights(
+            convolution.weight, convolution.bias, mean, variance, norm.eps, norm.weight, norm.bias
+        )
+        convolution._parameters["weight"] = weight
+        convolution._parameters["bias"] = bias
         norm.__dict__["forward"] = nn.Identity().forward

@@ -1,7 +1,10 @@
-"""What is measured of a sub-network on a batch: loss and accuracy."""
+"""Measures of a sub-network on a batch: loss and accuracy, by default those of a classifier.
+
+Users may give an `Evaluate` of their own; what it returns is checked here, and nothing is run but the model.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,18 +12,26 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "Evaluate",
-    "as_numbers",
+    "Measurement",
+    "as_measurement",
     "classification",
     "classification_loss",
-    "examples_in",
     "labelled",
-    "per_example",
+    "per_sample",
+    "samples_in",
 ]
 
 Evaluate = Callable[[nn.Module, Any], tuple[Any, Any]]
-"""Given a model and a batch, returns the mean loss and the mean accuracy (any score; higher is better)."""
+"""Given a model and a batch, returns the mean loss and the mean accuracy (any number; higher is better)."""
 
 _REMEDY = "pass `evaluate`, a function of the model and a batch that returns loss and accuracy"
+
+
+class Measurement(NamedTuple):
+    """Loss and accuracy of one candidate, means over the samples of one batch."""
+
+    loss: float
+    accuracy: float
 
 
 def classification(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -28,10 +39,10 @@ def classification(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
     Args:
         model: Maps the inputs to logits (n, classes), or (n, classes, ...) for labels of each position.
-        batch: Inputs (n, ...) and labels (n,) or (n, ...), whole numbers below the number of classes.
+        batch: Inputs (n, ...) and labels (n,) or (n, ...), integers below the number of classes.
 
     Returns:
-        Mean loss and accuracy over the examples.
+        Mean loss and accuracy over the samples.
 
     Raises:
         ValueError: If the batch or the outputs have another form.
@@ -43,7 +54,7 @@ def classification(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         (tensor(0.4100), tensor(0.5000))
     """
     inputs, labels = labelled(batch)
-    losses, hits = per_example(model(inputs), labels)
+    losses, hits = per_sample(model(inputs), labels)
     return losses.mean(), hits.mean()
 
 
@@ -57,67 +68,91 @@ def classification_loss(model: nn.Module, batch: Any) -> Tensor:
     Raises:
         ValueError: If the batch or the outputs have another form.
     """
-    return classification(model, batch)[0]
+    loss, _ = classification(model, batch)
+    return loss
 
 
 def labelled(batch: Any) -> tuple[Tensor, Tensor]:
     """Return the inputs and the labels of a batch.
 
     Raises:
-        ValueError: If it is no pair of tensors, or the labels are no whole numbers.
+        ValueError: If it is no pair of tensors, or the labels are no integers.
     """
-    pair = isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
-    if not pair or batch[1].is_floating_point():
-        raise ValueError(f"The batch is no pair of inputs and labels that are whole numbers; {_REMEDY}.")
-    return batch[0], batch[1]
+    if _is_pair_of_tensors(batch):
+        inputs, labels = batch
+        if not labels.is_floating_point():
+            return inputs, labels
+    raise ValueError(f"The batch is no pair of inputs and labels that are integers; {_REMEDY}.")
 
 
-def per_example(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss and the accuracy of each example.
+def _is_pair_of_tensors(batch: Any) -> bool:
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        return False
+    return all(isinstance(item, Tensor) for item in batch)
+
+
+def per_sample(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss and the accuracy of each sample.
 
     Args:
         logits: (n, classes, ...).
         labels: (n, ...).
 
+    Returns:
+        (n,) losses and (n,) accuracies, means over the positions of a sample.
+
     Raises:
         ValueError: If the shapes do not fit.
     """
-    fits = isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() >= 2
-    if not fits or logits.shape[:1] + logits.shape[2:] != labels.shape:
-        what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"The model returns {what} for labels of shape {tuple(labels.shape)}, which are no logits of a "
-            f"classifier; {_REMEDY}."
-        )
-    losses = F.cross_entropy(logits, labels.long(), reduction="none")
-    hits = (logits.argmax(1) == labels).to(losses.dtype)
-    return losses.flatten(1).mean(1) if losses.dim() > 1 else losses, hits.flatten(1).mean(
-        1
-    ) if hits.dim() > 1 else hits
+    _check_logits(logits, labels)
+    losses = F.cross_entropy(logits, labels.long(), reduction="none")  # (n, ...)
+    hits = (logits.argmax(1) == labels).to(losses.dtype)  # (n, ...)
+    return _mean_over_positions(losses), _mean_over_positions(hits)
 
 
-def examples_in(batch: Any) -> int:
-    """Return the number of examples in a batch: the length of its first tensor.
+def _check_logits(logits: Any, labels: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        description = type(logits).__name__
+    else:
+        shape_of_labels = logits.shape[:1] + logits.shape[2:]
+        if logits.is_floating_point() and logits.dim() >= 2 and shape_of_labels == labels.shape:
+            return
+        description = f"a tensor of shape {tuple(logits.shape)}"
+    raise ValueError(
+        f"The model returns {description} for labels of shape {tuple(labels.shape)}, which are no logits of a "
+        f"classifier; {_REMEDY}."
+    )
+
+
+def _mean_over_positions(values: Tensor) -> Tensor:
+    """Return (n,) means of values (n, ...)."""
+    if values.dim() == 1:
+        return values
+    return values.flatten(1).mean(1)
+
+
+def samples_in(batch: Any) -> int:
+    """Return the number of samples in a batch: the length of its first tensor.
 
     Raises:
-        ValueError: If it holds no tensor.
+        ValueError: If there is no tensor in it.
     """
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return len(leaf)
-    raise ValueError(f"A batch of type {type(batch).__name__} holds no tensor; batches must be made of tensors.")
+    raise ValueError(f"There is no tensor in a batch of type {type(batch).__name__}; batches must be made of tensors.")
 
 
-def as_numbers(measured: Any) -> tuple[float, float]:
+def as_measurement(returned: Any) -> Measurement:
     """Return what an `Evaluate` has returned as two numbers.
 
     Raises:
         ValueError: If it is anything else.
     """
     try:
-        loss, accuracy = measured
-        return float(loss), float(accuracy)
+        loss, accuracy = returned
+        return Measurement(float(loss), float(accuracy))
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"`evaluate` must return two numbers, loss and accuracy; it has returned {type(measured).__name__}."
+            f"`evaluate` must return two numbers, loss and accuracy; it has returned {type(returned).__name__}."
         ) from None

@@ -1,7 +1,9 @@
-"""Run the same pass again from a point in its middle: what it had computed by then is handed out instead."""
+"""Replay of a pass from a point in its middle: what it had computed by then is handed out instead.
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+Only operations are known here, not candidates: which point is right for a candidate is decided in `jobs`.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary, ref
@@ -11,11 +13,62 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = ["Course", "DivergedError", "Replay", "observe"]
+__all__ = ["DivergedError", "Replay"]
+
+Pass = Callable[[], Any]
 
 
 class DivergedError(Exception):
     """A pass has not done the same operations as the one before."""
+
+
+class _ReachedError(BaseException):
+    """The boundary is reached. This is no failure, hence not to be caught as an ``Exception``."""
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """Stand-in for a tensor that nothing uses behind the boundary."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def like(cls, tensor: Tensor) -> "_Blank":
+        shape = tuple(tensor.shape)
+        return cls(shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+class _Watched:
+    """A tensor for as long as somebody else refers to it, then a blank."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = ref(tensor)
+        self._blank = _Blank.like(tensor)
+
+    def settle(self) -> Tensor | _Blank:
+        tensor = self._tensor()
+        return self._blank if tensor is None else tensor
+
+
+@dataclass
+class _Step:
+    """One operation before the boundary, and what it returned.
+
+    Attributes:
+        operation: The operation.
+        results: Tensors, blanks and numbers.
+        spec: How they are nested.
+    """
+
+    operation: Any
+    results: list[Any]
+    spec: TreeSpec
+
+
+HandOut = Callable[[Tensor | _Blank], Tensor]
 
 
 class Replay:
@@ -23,33 +76,34 @@ class Replay:
 
     A pass is a sequence of tensor operations, always the same ones. `advance` runs it up to the boundary and keeps the
     tensors that are alive at this moment. `run` skips the operations up to there: these tensors are handed out where
-    they would be computed, and memory without content where a tensor would be computed that nobody reads any more.
+    they would be computed, and memory without content where a tensor would be computed that nothing uses any more.
     Python code runs as always, so nothing is asked of the model but that it does the same operations each time.
 
     Args:
         run: The pass, without gradients and without random numbers.
-        operations: The operations that it does, as `observe` returned them.
-        examples: Number of examples in its batch.
+        operations: The operations that it does, as `trace_operators` returned them.
+        samples: Number of samples in its batch.
 
     Example:
+        >>> from lightning_prune.candidates.operator_trace import trace_operators
         >>> weight = torch.ones(2)
         >>> def double():
         ...     return (torch.ones(2) + 1) * weight
-        >>> replay = Replay(double, observe(double, {}).operations, examples=2)
+        >>> replay = Replay(double, trace_operators(double, {}).operations, samples=2)
         >>> replay.advance(2)  # before the multiplication
         >>> weight = torch.tensor([1.0, 3.0])
         >>> replay.run()
         tensor([2., 6.])
     """
 
-    def __init__(self, run: Callable[[], Any], operations: Sequence[Any], examples: int) -> None:
-        self.pass_ = run
-        self.operations = operations
-        self.examples = examples
+    def __init__(self, run: Pass, operations: Sequence[Any], samples: int) -> None:
+        self._pass = run
+        self._operations = operations
+        self._scratch = _Scratch()
+        self._repeated = _Repeated(samples)
         self._steps: list[_Step] = []
-        self._repeated: dict[tuple[int, int], Tensor] = {}
-        self._written: set[int] | None = None  # which of the kept tensors are written into behind the boundary
-        self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        # Ids of the kept tensors that the pass writes into behind the boundary; None before a run has shown them.
+        self._overwritten: set[int] | None = None
 
     def advance(self, boundary: int) -> None:
         """Move the boundary on.
@@ -60,26 +114,29 @@ class Replay:
         Raises:
             DivergedError: If the pass has no more operations, or does others than before.
         """
-        if boundary == len(self._steps):
+        known = len(self._steps)
+        if boundary == known:
             return
-        if boundary >= len(self.operations):
+        if boundary >= len(self._operations):
             raise DivergedError(f"the pass has no operation {boundary}")
-        ahead = self.operations[len(self._steps) : boundary + 1]
-        recorder = _Recorder(self._steps, ahead, lambda kept: self._kept_or_blank(kept, 1, lambda tensor: tensor))
+        expected = self._operations[known : boundary + 1]
+        recorder = _Recorder(self._steps, self._hand_out_itself, expected)
         try:
             with recorder:
-                self.pass_()
-        except _Reached:
-            self._steps, self._repeated, self._written = recorder.settled, {}, None
+                self._pass()
+        except _ReachedError:
+            self._steps = recorder.steps_at_boundary
         else:
             raise DivergedError(f"the pass has ended before operation {boundary}")
+        self._repeated.forget()
+        self._overwritten = None
 
-    def run(self, run: Callable[[], Any] | None = None, repeats: int = 1) -> Any:
+    def run(self, run: Pass | None = None, repeats: int = 1) -> Any:
         """Run the pass from the boundary on.
 
         Args:
             run: What to run, if not the pass itself; the same operations up to the boundary.
-            repeats: How often the batch of that run holds the batch of the pass.
+            repeats: How often the batch of that run contains the batch of the pass.
 
         Returns:
             What the run returns.
@@ -87,119 +144,91 @@ class Replay:
         Raises:
             DivergedError: If the run does other operations than the pass up to the boundary.
         """
-        written = self._written
-
-        def own(kept: Tensor) -> Tensor:
-            return kept.clone() if written is None or id(kept) in written else kept
-
-        player = _Player(self._steps, lambda kept: self._kept_or_blank(kept, repeats, own))
+        player = _Player(self._steps, lambda kept: self._hand_out(kept, repeats))
         with player:
-            result = (run or self.pass_)()
+            result = (run or self._pass)()
         if player.position != len(self._steps):
             raise DivergedError(f"the pass has ended after {player.position} operations")
-        if written is None:
-            self._written = player.written
+        if self._overwritten is None:
+            self._overwritten = player.overwritten
         return result
 
-    def _kept_or_blank(self, kept: "Tensor | _Blank", repeats: int, own: Callable[[Tensor], Tensor]) -> Tensor:
-        batched = repeats > 1 and len(kept.shape) > 0 and kept.shape[0] == self.examples
+    def _hand_out_itself(self, kept: Tensor | _Blank) -> Tensor:
+        return self._scratch.fill(kept) if isinstance(kept, _Blank) else kept
+
+    def _hand_out(self, kept: Tensor | _Blank, repeats: int) -> Tensor:
+        """Return what stands in for a result of the pass; a copy if it will be written into."""
+        repeated = repeats > 1 and self._repeated.has_batch_axis(kept)
         if isinstance(kept, _Blank):
-            return self._empty(kept, repeats if batched else 1)
-        if not batched:
-            return own(kept)
-        key = (id(kept), repeats)
-        if key not in self._repeated:
-            self._repeated[key] = torch.cat([kept] * repeats)
-        repeated = self._repeated[key]
-        return repeated if own(kept) is kept else repeated.clone()
-
-    def _empty(self, blank: "_Blank", repeats: int) -> Tensor:
-        """Return a tensor of the right size and strides in memory that all of them share."""
-        shape = (blank.shape[0] * repeats, *blank.shape[1:]) if repeats > 1 else blank.shape
-        numbers = 1 + sum((size - 1) * step for size, step in zip(shape, blank.strides, strict=True))
-        key = (blank.dtype, blank.device)
-        if key not in self._scratch or self._scratch[key].numel() < numbers:
-            self._scratch[key] = torch.empty(numbers, dtype=blank.dtype, device=blank.device)
-        return self._scratch[key].as_strided(shape, blank.strides)
+            return self._scratch.fill(kept, repeats if repeated else 1)
+        tensor = self._repeated.times(kept, repeats) if repeated else kept
+        may_be_overwritten = self._overwritten is None or id(kept) in self._overwritten
+        return tensor.clone() if may_be_overwritten else tensor
 
 
-@dataclass(frozen=True)
-class Course:
-    """What a pass does.
-
-    Attributes:
-        result: What it returns.
-        operations: Its operations, in order.
-        first_read: Number of operations before the first one that reads each tensor, by name; for tensors that are
-            never read the number of all operations.
-        reads: Number of operations that read each tensor, by name.
-    """
-
-    result: Any
-    operations: list[Any]
-    first_read: dict[str, int]
-    reads: dict[str, int]
-
-
-def observe(run: Callable[[], Any], tensors: Mapping[str, Tensor]) -> Course:
-    """Run a pass once, and tell what it does.
+class _Repeated:
+    """Kept tensors, repeated along the axis of the samples.
 
     Args:
-        run: The pass.
-        tensors: The tensors to watch, by name.
+        samples: Number of samples in the batch of the pass.
     """
-    reader = _Reader({id(tensor): name for name, tensor in tensors.items()})
-    with reader:
-        result = run()
-    first_read = {name: min(reader.read_by[name], default=len(reader.operations)) for name in tensors}
-    reads = {name: len(reader.read_by[name]) for name in tensors}
-    return Course(result, reader.operations, first_read, reads)
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self._tensors: dict[tuple[int, int], Tensor] = {}  # by id of the kept tensor and number of repeats
+
+    def has_batch_axis(self, kept: Tensor | _Blank) -> bool:
+        """Tell whether the first axis has the length of a batch; that it is one is found out by trying."""
+        return len(kept.shape) > 0 and kept.shape[0] == self._samples
+
+    def times(self, kept: Tensor, repeats: int) -> Tensor:
+        """Return a tensor repeated: (repeats * samples, ...)."""
+        key = (id(kept), repeats)
+        repeated = self._tensors.get(key)
+        if repeated is None:
+            repeated = torch.cat([kept] * repeats)
+            self._tensors[key] = repeated
+        return repeated
+
+    def forget(self) -> None:
+        self._tensors.clear()
 
 
-class _Reached(BaseException):
-    """The boundary is reached. No error, hence not to be caught as one."""
+class _Scratch:
+    """Memory without content, one for each type of number and device, which all tensors in it share."""
 
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-@dataclass(frozen=True)
-class _Blank:
-    """Stands for a tensor that nothing reads behind the boundary."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-class _Watched:
-    """A tensor for as long as somebody else holds it, then a blank."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = ref(tensor)
-        self.blank = _Blank(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-    def settle(self) -> Tensor | _Blank:
-        tensor = self.tensor()
-        return self.blank if tensor is None else tensor
-
-
-@dataclass
-class _Step:
-    """One operation before the boundary, and what it returned: tensors, blanks, numbers."""
-
-    operation: Any
-    leaves: list[Any]
-    spec: TreeSpec
+    def fill(self, blank: _Blank, repeats: int = 1) -> Tensor:
+        """Return a tensor of the size and strides of a blank that is repeated along the first axis."""
+        shape = blank.shape
+        if repeats > 1:
+            shape = (shape[0] * repeats, *shape[1:])
+        count = _extent(shape, blank.strides)
+        key = (blank.dtype, blank.device)
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < count:
+            memory = torch.empty(count, dtype=blank.dtype, device=blank.device)
+            self._memory[key] = memory
+        return memory.as_strided(shape, blank.strides)
 
 
 class _Player(TorchDispatchMode):
-    """Skip the known steps, and do the rest."""
+    """Skip the known steps, and do the rest.
 
-    def __init__(self, steps: list[_Step], hand_out: Callable[[Any], Tensor]) -> None:
+    Args:
+        steps: The steps to skip.
+        hand_out: Given what a step has kept, returns the tensor to hand out.
+    """
+
+    def __init__(self, steps: list[_Step], hand_out: HandOut) -> None:
         super().__init__()
-        self.steps, self.hand_out = steps, hand_out
+        self.steps = steps
+        self.hand_out = hand_out
         self.position = 0
-        self.given: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by `id` of the kept tensor
-        self.written: set[int] = set()
+        self.handed_out: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by id of the kept tensor
+        self.overwritten: set[int] = set()  # ids of kept tensors
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.position == len(self.steps):
@@ -208,74 +237,88 @@ class _Player(TorchDispatchMode):
         if step.operation is not func:
             raise DivergedError(f"operation {self.position} has been {step.operation} and is now {func}")
         self.position += 1
-        return tree_unflatten([self._give(leaf) for leaf in step.leaves], step.spec)
+        results = [self._stand_in(kept) for kept in step.results]
+        return tree_unflatten(results, step.spec)
 
     def go_on(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Do an operation behind the boundary; note which of the tensors that were handed out it writes into."""
         if func._schema.is_mutable:
-            storages = {
-                leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-            }
-            self.written.update(key for key, given in self.given.items() if given.untyped_storage()._cdata in storages)
+            self._note_overwritten(args, kwargs)
         return func(*args, **kwargs)
 
-    def _give(self, leaf: Any) -> Any:
+    def _note_overwritten(self, args: Any, kwargs: Any) -> None:
+        values = tree_leaves((args, kwargs))
+        touched = {_storage(value) for value in values if isinstance(value, Tensor)}
+        for key, tensor in self.handed_out.items():
+            if _storage(tensor) in touched:
+                self.overwritten.add(key)
+
+    def _stand_in(self, leaf: Any) -> Any:
+        """Return what an operation that is skipped returns in one place."""
         if isinstance(leaf, _Blank):
             return self.hand_out(leaf)
         if not isinstance(leaf, Tensor):
             return leaf
-        given = self.given.get(id(leaf))
-        if given is None:
-            # A new name each time: views must be new to autograd, and whose name is gone is not needed any more.
-            given = self.given[id(leaf)] = self.hand_out(leaf).detach()
-        return given
+        tensor = self.handed_out.get(id(leaf))
+        if tensor is None:
+            # A new alias each time: views must be new to autograd, and an alias that is not referred to any more shows
+            # that the tensor is not needed any more.
+            tensor = self.hand_out(leaf).detach()
+            self.handed_out[id(leaf)] = tensor
+        return tensor
 
 
 class _Recorder(_Player):
-    """Skip the known steps, note those from there to the boundary, and stop."""
+    """Skip the known steps, record those from there to the boundary, and stop.
 
-    def __init__(self, steps: list[_Step], ahead: Sequence[Any], hand_out: Callable[[Any], Tensor]) -> None:
+    Args:
+        steps: The steps to skip.
+        hand_out: As for `_Player`.
+        expected: The operations from there to the one behind the boundary.
+    """
+
+    def __init__(self, steps: list[_Step], hand_out: HandOut, expected: Sequence[Any]) -> None:
         super().__init__(steps, hand_out)
-        self.ahead = ahead  # the operations from there to the one behind the boundary
-        self.new: list[_Step] = []
-        self.settled: list[_Step] = []
+        self.steps_at_boundary: list[_Step] = []
+        self._expected = expected
+        self._recorded: list[_Step] = []
 
     def go_on(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is not self.ahead[len(self.new)]:
-            raise DivergedError(f"the operation has been {self.ahead[len(self.new)]} and is now {func}")
-        if len(self.new) == len(self.ahead) - 1:
-            self.settled = [_Step(step.operation, [*map(self._settle, step.leaves)], step.spec) for step in self._all()]
-            raise _Reached
+        count = len(self._recorded)
+        if func is not self._expected[count]:
+            raise DivergedError(f"the operation has been {self._expected[count]} and is now {func}")
+        if count == len(self._expected) - 1:
+            steps = self.steps + self._recorded
+            self.steps_at_boundary = [self._settled(step) for step in steps]
+            raise _ReachedError
         result = func(*args, **kwargs)
-        leaves, spec = tree_flatten(result)
-        self.new.append(_Step(func, [_Watched(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec))
+        results, spec = tree_flatten(result)
+        watched = [_Watched(leaf) if isinstance(leaf, Tensor) else leaf for leaf in results]
+        self._recorded.append(_Step(func, watched, spec))
         return result
 
-    def _all(self) -> list[_Step]:
-        return self.steps + self.new
+    def _settled(self, step: _Step) -> _Step:
+        """Keep of a step what somebody else refers to at this moment."""
+        results = [self._settled_result(result) for result in step.results]
+        return _Step(step.operation, results, step.spec)
 
-    def _settle(self, leaf: Any) -> Any:
-        """Keep what somebody else holds at this moment."""
+    def _settled_result(self, leaf: Any) -> Any:
         if isinstance(leaf, _Watched):
             return leaf.settle()
         if isinstance(leaf, Tensor):
-            given = self.given.get(id(leaf))
-            return _Watched(leaf).blank if given is None else given
+            alias = self.handed_out.get(id(leaf))
+            return _Blank.like(leaf) if alias is None else alias
         return leaf
 
 
-class _Reader(TorchDispatchMode):
-    """Note operations, and which of them read each of some tensors."""
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Return how many numbers lie between the first and the last one of a tensor in memory, these two included."""
+    last = 0
+    for size, stride in zip(shape, strides, strict=True):
+        last += (size - 1) * stride
+    return last + 1
 
-    def __init__(self, names: dict[int, str]) -> None:
-        super().__init__()
-        self.names = names
-        self.read_by: defaultdict[str, set[int]] = defaultdict(set)
-        self.operations: list[Any] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if id(leaf) in self.names:
-                self.read_by[self.names[id(leaf)]].add(len(self.operations))
-        self.operations.append(func)
-        return func(*args, **(kwargs or {}))
+def _storage(tensor: Tensor) -> int:
+    """Return what is the same for tensors that share their memory."""
+    return tensor.untyped_storage()._cdata

@@ -1,264 +1,153 @@
-"""Run candidates on one batch after the other."""
+"""Runner of candidates: it takes the shortcut of a job where that has been seen to give what the plain run gives.
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+How candidates are run is not decided here but in `jobs`, and the shortcuts themselves are those of the two kinds of
+runners, `ReplayingRunner` and `RecalibratingRunner`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-from lightning_prune.candidates.jobs import Job, Planner
-from lightning_prune.candidates.layout import fold, foldable, put_channels_last
-from lightning_prune.candidates.measures import (
-    Evaluate,
-    as_numbers,
-    classification,
-    examples_in,
-    labelled,
-    per_example,
-)
-from lightning_prune.candidates.replay import Replay, observe
-from lightning_prune.candidates.variants import Candidate, Noise, input_masks, masked, noisy, plain_readers
+from lightning_prune.candidates.candidate import Candidate
+from lightning_prune.candidates.jobs import Job, Way
+from lightning_prune.candidates.measures import Evaluate, Measurement, as_measurement
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors, substituting_tensors
-from lightning_prune.pruning_plan import PruningPlan
-from lightning_prune.surgery import pruned_tensors
-from lightning_prune.surgery.batch_norm import recalibrate
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "Shortcut"]
 
-_FULL = {"cpu": 128, "cuda": 2048}  # examples in a batch from which more of them do not make a device faster
-_ENOUGH = 8  # examples to tell whether two networks compute the same
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}  # of a loss that was computed in another way
-_LOW_PRECISION = 2e-2  # the same for half precision, and 1e-3 where a GPU multiplies in TF32
+_LOW_PRECISION = 2e-2  # the same for half precision
+_TF32 = 1e-3  # the same where a GPU multiplies in TF32
 
-Numbers = tuple[float, float]
+
+class Shortcut(NamedTuple):
+    """What jobs have in common that are tried out by the first of them.
+
+    Attributes:
+        way: How they are run.
+        boundary: From which operation on.
+        samples: Number of samples in the batch, where that makes a difference; otherwise 0.
+    """
+
+    way: Way
+    boundary: int
+    samples: int = 0
 
 
-class Runner:
+class Runner(ABC):
     """Run candidates on batches, with the shortcuts that have been seen to work.
 
     Args:
         graph: The traced model, in evaluation mode and without gradients as long as the runner lives.
         candidates: The candidates.
         evaluate: Given the model and a batch, returns loss and accuracy.
-        recalibration: Batches to estimate the statistics of batch normalisation from, for each candidate.
     """
 
-    def __init__(
-        self, graph: ChannelGraph, candidates: Sequence[Candidate], evaluate: Evaluate, recalibration: Sequence[Any]
-    ) -> None:
-        self.graph, self.candidates = graph, candidates
-        self.evaluate, self.recalibration = evaluate, recalibration
-        self._works: dict[tuple[str, int, int], bool] = {}  # by what `_kind` says
-        self._statistics: dict[int, list[Tensor]] = {}  # of batch normalisation, by candidate
+    def __init__(self, graph: ChannelGraph, candidates: Sequence[Candidate], evaluate: Evaluate) -> None:
+        self.graph = graph
+        self.model = graph.model
+        self.candidates = candidates
+        self.evaluate = evaluate
+        self.batch: Any = None
+        self.tensors: dict[str, Tensor] = {}
+        self.loss_of_model = 0.0
+        self._works: dict[Shortcut, bool] = {}
 
+    @abstractmethod
     def jobs(self, batch: Any) -> list[Job]:
         """Decide how to run the candidates, from what the model does on a first batch."""
-        self.batch, model = batch, self.graph.model
-        if self.recalibration:  # statistics of each candidate's own: nothing that candidates have in common
-            self.operations: list[Any] = []
-            self._trial = _some(batch) if self.evaluate is classification else batch
-            result, self._pairs = put_channels_last(model, lambda: foldable(model, self._tried))
-            self._know(result)
-            return [Job("folded", 0, (member,)) for member in range(len(self.candidates))]
-        readers = plain_readers(model)
-        with _calls(readers.values()) as calls:
-            course = observe(self._unchanged, named_tensors(model))
-        # A weight that is read otherwise than by calling its layer is not masked by a mask on what the layer is given.
-        self.readers = {name: module for name, module in readers.items() if calls[module] == course.reads[name]}
-        self.operations = course.operations
-        self._know(course.result)
-        planner = Planner(self.graph, course, self.readers)
-        stack = _FULL.get(next(iter(self.tensors.values())).device.type, 1) // examples_in(batch)
-        return planner.jobs(self.candidates, max(1, stack) if self.evaluate is classification else 1)
 
-    def _know(self, result: Any) -> None:
-        """Note what the model itself reaches, and its tensors as they are laid out now."""
-        self._loss, self.tensors = as_numbers(result)[0], named_tensors(self.graph.model)
+    @abstractmethod
+    def run_plainly(self, member: int) -> Measurement:
+        """Run one candidate without any shortcut."""
+
+    @abstractmethod
+    def run_shortcut(self, job: Job) -> list[Measurement]:
+        """Run the members of a job in the way that it says."""
+
+    @abstractmethod
+    def agrees(self, job: Job, measured: Sequence[Measurement]) -> bool:
+        """Tell whether the plain run gives what a shortcut has given."""
 
     def begin(self, batch: Any) -> None:
         """Turn to a batch."""
         self.batch = batch
-        self._replay = Replay(self._unchanged, self.operations, examples_in(batch))
-        self._repeated: tuple[Tensor, Tensor] | None = None
 
-    def measure(self, job: Job) -> list[Numbers]:
+    def measure(self, job: Job) -> list[Measurement]:
         """Return loss and accuracy of the members of a job on the batch."""
-        if job.way == "plain":
-            return [self._plain(member) for member in job.members]
-        short = self._attempt(job) if self._works.get(self._kind(job), True) else None
-        if short is not None:
-            return short
-        if job.way == "stacked":
-            single = [Job("masked", job.boundary, (member,)) for member in job.members]
-            return [numbers for each in single for numbers in self.measure(each)]
-        return [self._plain(member) for member in job.members]
+        shortcut = self.shortcut_of(job)
+        if job.way is not Way.PLAIN and self._works.get(shortcut, True):
+            measured = self._try(job, shortcut)
+            if measured is not None:
+                return measured
+        return self.fall_back(job)
 
-    def _attempt(self, job: Job) -> list[Numbers] | None:
-        """Take the shortcut; None, and never again, if it fails or at first differs from the plain run."""
-        key = self._kind(job)
+    def shortcut_of(self, job: Job) -> Shortcut:
+        """Return what a job is tried out for."""
+        return Shortcut(job.way, job.boundary)
+
+    @abstractmethod
+    def note_failure(self, job: Job) -> None:
+        """Tell the user, where that is of use, that a shortcut does not work."""
+
+    def fall_back(self, job: Job) -> list[Measurement]:
+        """Measure the members of a job whose shortcut does not work."""
+        return [self.run_plainly(member) for member in job.members]
+
+    def _try(self, job: Job, shortcut: Shortcut) -> list[Measurement] | None:
+        """Take a shortcut; None, and never again, if it fails or at first differs from the plain run."""
         try:
-            short = self._short(job)
-            works = key in self._works or self._agrees(job, short)
+            measured = self.run_shortcut(job)
+            works = shortcut in self._works or self.agrees(job, measured)
         except Exception:  # whatever a model may raise that does not do the same each time; the plain run raises again
             works = False
-        if not works and job.way not in ("folded", "stacked"):
-            warnings.warn(
-                f"{type(self.graph.model).__name__} does not repeat the same operations, so that nothing can be reused "
-                "from one candidate to the next; they are measured one by one, which takes longer.",
-                stacklevel=2,
-            )
-        if not works or any(loss != self._loss for loss, _ in short):  # else it is too soon to tell
-            self._works[key] = works
-        return short if works else None
+        if not works:
+            self._works[shortcut] = False
+            self.note_failure(job)
+            return None
+        if any(one.loss != self.loss_of_model for one in measured):  # else it is too soon to tell
+            self._works[shortcut] = True
+        return measured
 
-    def _kind(self, job: Job) -> tuple[str, int, int]:
-        """Return what jobs have in common that are tried out by the first of them."""
-        # What is repeated in a stack is told from the rest by its size, which may be that of other tensors by chance.
-        return job.way, job.boundary, examples_in(self.batch) if job.way == "stacked" else 0
+    # -- what the kinds of runners share ---------------------------------------------------------------------------
 
-    def _agrees(self, job: Job, short: list[Numbers]) -> bool:
-        """Tell whether the plain run gives the same for the member that differs most from the model."""
-        if job.way == "folded":
-            return self._folding_agrees(job.members[0])
-        effects = [abs(loss - self._loss) for loss, _ in short]
-        most = effects.index(max(effects))
-        return self._close(short[most][0], self._plain(job.members[most])[0])
+    def note_model(self, result: Any) -> None:
+        """Note what the model itself reaches, and its tensors as they are laid out now."""
+        self.loss_of_model = as_measurement(result).loss
+        self.tensors = named_tensors(self.model)
 
-    def _folding_agrees(self, member: int) -> bool:
-        """Tell whether a candidate computes the same with its normalisations as part of its convolutions."""
-        with self._standing_in("sliced", self.candidates[member]):
-            self._recalibrate(member)
-            plain = as_numbers(self._tried())[0]
-            fold(self._pairs)
-            return self._close(as_numbers(self._tried())[0], plain)
+    def evaluate_model(self) -> Any:
+        """Run the model, with whatever stands in for its tensors, on the batch."""
+        return self.evaluate(self.model, self.batch)
 
-    def _unchanged(self) -> Any:
-        return self.evaluate(self.graph.model, self.batch)
+    def are_close(self, loss: float, plain: float) -> bool:
+        """Tell whether a loss is what the plain run gives, but for rounding."""
+        both_are_nan = loss != loss and plain != plain
+        if loss == plain or both_are_nan:
+            return True
+        return abs(loss - plain) <= self._tolerance() * (1 + abs(plain))
 
-    def _tried(self) -> Any:
-        return self.evaluate(self.graph.model, self._trial)
-
-    def _close(self, one: float, other: float) -> bool:
-        kinds = {tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point()}
-        tolerance = max((_TOLERANCE.get(kind, _LOW_PRECISION) for kind in kinds), default=0.0)
-        on_gpu = any(tensor.is_cuda for tensor in self.tensors.values())
-        tolerance = max(tolerance, 1e-3) if on_gpu and torch.float64 not in kinds else tolerance
-        return one == other or (one != one and other != other) or abs(one - other) <= tolerance * (1 + abs(other))
-
-    # -- the ways ---------------------------------------------------------------------------------------------------
-
-    def _plain(self, member: int) -> Numbers:
-        candidate = self.candidates[member]
-        inexact = isinstance(candidate, PruningPlan) and any(
-            self.graph.group(n).not_mask_exact for n in candidate.groups
-        )
-        with self._standing_in("sliced" if inexact or self.recalibration else "masked", candidate):
-            if self.recalibration:
-                self._recalibrate(member)
-            return as_numbers(self._unchanged())
-
-    def _folded(self, member: int) -> Numbers:
-        """Run a candidate with its normalisations as part of its convolutions, once their statistics are known."""
-        with self._standing_in("sliced", self.candidates[member]):
-            self._recalibrate(member)
-            fold(self._pairs)
-            return as_numbers(self._unchanged())
-
-    def _recalibrate(self, member: int) -> None:
-        """Estimate the statistics of batch normalisation; those of a candidate serve for all batches."""
-        if member not in self._statistics:
-            recalibrate(self.graph.model, self.recalibration, self.evaluate)
-            self._statistics[member] = [buffer.clone() for buffer in _statistics(self.graph.model)]
-        for buffer, known in zip(_statistics(self.graph.model), self._statistics[member], strict=True):
-            buffer.copy_(known)
-
-    def _short(self, job: Job) -> list[Numbers]:
-        if job.way == "folded":
-            return [self._folded(job.members[0])]
-        self._replay.advance(job.boundary)
-        if job.way == "stacked":
-            return self._stacked(job)
-        with self._standing_in(job.way, self.candidates[job.members[0]]):
-            return [as_numbers(self._replay.run())]
-
-    def _stacked(self, job: Job) -> list[Numbers]:
-        """Run several masked candidates as one batch."""
-        count, model = len(job.members), self.graph.model
-        inputs, labels = labelled(self.batch)
-        if self._repeated is None or len(self._repeated[0]) != count * len(inputs):
-            self._repeated = torch.cat([inputs] * count), torch.cat([labels] * count)
-        inputs, labels = self._repeated
-        plans = [cast(PruningPlan, self.candidates[member]) for member in job.members]
-        masks = input_masks(self.graph, plans, self.tensors)
-        handles = [self.readers[name].register_forward_pre_hook(_masking(mask)) for name, mask in masks.items()]
-        try:
-            losses, hits = self._replay.run(lambda: per_example(model(inputs), labels), count)
-        finally:
-            for handle in handles:
-                handle.remove()
-        means = torch.stack([losses, hits]).unflatten(1, (count, -1)).mean(2)
-        return [(loss, accuracy) for loss, accuracy in means.t().tolist()]
+    def _tolerance(self) -> float:
+        tensors = self.tensors.values()
+        dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        tolerances = [_TOLERANCE.get(dtype, _LOW_PRECISION) for dtype in dtypes]
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        if on_gpu and torch.float64 not in dtypes:
+            tolerances.append(_TF32)
+        return max(tolerances, default=0.0)
 
     @contextmanager
-    def _standing_in(self, way: str, candidate: Candidate) -> Iterator[None]:
-        if isinstance(candidate, Noise):
-            found = noisy(self.graph, candidate, self.tensors)
-        elif way == "sliced":
-            found = pruned_tensors(self.graph.model, candidate)
-        else:
-            found = masked(self.graph, candidate, self.tensors)
-        stand_ins = {id(self.tensors[name]): tensor for name, tensor in found.items()}
-        with substituting_tensors(
-            self.graph.model, stand_ins, training=False, wrap_forward=lambda module, forward: forward
-        ):
+    def standing_in(self, stand_ins: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put other tensors in the place of the model's own for a while.
+
+        Args:
+            stand_ins: The tensors, by the name of those that they stand in for.
+        """
+        by_id = {id(self.tensors[name]): tensor for name, tensor in stand_ins.items()}
+        with substituting_tensors(self.model, by_id, training=False, wrap_forward=lambda module, forward: forward):
             yield
-
-
-@contextmanager
-def _calls(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    """Count how often modules are called."""
-    calls: Counter[nn.Module] = Counter()
-
-    def note(module: nn.Module, args: Any) -> None:
-        calls[module] += 1
-
-    handles = [module.register_forward_pre_hook(note) for module in modules]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _statistics(model: nn.Module) -> list[Tensor]:
-    """Return the running statistics of all batch normalisations, as they are now."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
-
-
-def _some(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the first examples of a batch."""
-    inputs, labels = labelled(batch)
-    return inputs[:_ENOUGH], labels[:_ENOUGH]
-
-
-def _masking(mask: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """Return a hook that zeroes what the copies of a batch do not read.
-
-    Args:
-        mask: (copies, inputs).
-    """
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        copies = args[0].unflatten(0, (len(mask), -1))
-        axis = copies.dim() - 1 if isinstance(module, nn.Linear) else 2
-        shape = [1] * copies.dim()
-        shape[0], shape[axis] = mask.shape
-        return ((copies * mask.view(shape)).flatten(0, 1), *args[1:])
-
-    return hook

@@ -2,16 +2,16 @@
 
 from lightning_prune.criteria.activations import apoz, mean_activation
 from lightning_prune.criteria.batch_norm import batch_norm_scale
-from lightning_prune.criteria.chance import random
-from lightning_prune.criteria.damage import layer_importance, sensitiveness
+from lightning_prune.criteria.damage import layer_scores, sensitiveness
 from lightning_prune.criteria.filter_entropy import afie, afie_of_shapes
 from lightning_prune.criteria.first_order import taylor
 from lightning_prune.criteria.geometric_median import fpgm
 from lightning_prune.criteria.group_norms import group_magnitude
 from lightning_prune.criteria.layer_adaptive import lamp
+from lightning_prune.criteria.loss_change import oracle
 from lightning_prune.criteria.norms import l1, l2, magnitude
+from lightning_prune.criteria.random_scores import random
 from lightning_prune.criteria.registry import CRITERIA, register, score
-from lightning_prune.criteria.removal import oracle
 
 __all__ = [
     "CRITERIA",
@@ -24,7 +24,7 @@ __all__ = [
     "l1",
     "l2",
     "lamp",
-    "layer_importance",
+    "layer_scores",
     "magnitude",
     "mean_activation",
     "oracle",

@@ -1,22 +1,26 @@
-"""Rank channels by what is read from them: their mean, or how often it is not zero."""
+"""Criteria on what layers consume of a channel: its mean, and how often it is not zero."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.numbering import divide_by_norm, number
+from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, to_original_channels
+from lightning_prune.criteria.input_hooks import check_watchable, sum_positions, unwatch, watch_inputs
 from lightning_prune.criteria.registry import Loss, register
-from lightning_prune.criteria.watching import check_readable, evaluating, sum_positions, unwatch, watch
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.modes import evaluating
 
 __all__ = ["apoz", "mean_activation"]
 
+Value = Callable[[Tensor], Tensor]
+
 
 @register("mean_activation")
-def mean_activation(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """Score channels by the mean of what the layers behind them read, over all examples and positions.
+def mean_activation(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> Scores:
+    """Score channels by the mean of what the layers behind them consume, over all samples and positions.
 
     Args:
         graph: The traced model, run in evaluation mode.
@@ -25,15 +29,15 @@ def mean_activation(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> 
 
     Returns:
         (channels,) score of each group, divided by its Euclidean norm in the group, higher is kept; ``-inf`` for
-        channels that have been removed.
+        channels that have been pruned.
 
     Raises:
-        ValueError: If there is no batch, or a layer that reads channels cannot be watched or was not run.
+        ValueError: If there is no batch, or a layer that consumes channels cannot be watched or was not run.
 
     Note:
         One of the criteria that Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient
-        Inference" (ICLR 2017) compare with. Interpretation: what counts is read after the activation function, by all
-        layers that read the channel alike.
+        Inference" (ICLR 2017) compare with. Interpretation: what counts is taken after the activation function, by all
+        layers that consume the channel alike.
 
     Example:
         >>> from torch import nn
@@ -43,12 +47,13 @@ def mean_activation(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> 
         >>> mean_activation(trace(model, torch.zeros(1, 1)), [torch.ones(5, 1)], lambda model, x: model(x).sum())["0"]
         tensor([0.6000, 0.8000], dtype=torch.float64)
     """
-    return number(graph, divide_by_norm(_means(graph, batches, loss, lambda activation: activation)))
+    means = _means_by_group(graph, batches, loss, lambda activation: activation)
+    return to_original_channels(graph, divide_by_norm(means))
 
 
 @register("apoz")
-def apoz(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """Score channels by how often what the layers behind them read is not zero: 1 less the percentage of zeros.
+def apoz(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> Scores:
+    """Score channels by how often what the layers behind them consume is not zero: 1 less the percentage of zeros.
 
     Args:
         graph: The traced model, run in evaluation mode.
@@ -56,15 +61,15 @@ def apoz(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> dict[str, T
         loss: Given the model and a batch, runs the model; what it returns is not used.
 
     Returns:
-        (channels,) score of each group, in [0, 1], higher is kept; ``-inf`` for channels that have been removed.
+        (channels,) score of each group, in [0, 1], higher is kept; ``-inf`` for channels that have been pruned.
 
     Raises:
-        ValueError: If there is no batch, or a layer that reads channels cannot be watched or was not run.
+        ValueError: If there is no batch, or a layer that consumes channels cannot be watched or was not run.
 
     Note:
         The average percentage of zeros is that of Hu et al., "Network Trimming: A Data-Driven Neuron Pruning Approach
         towards Efficient Deep Architectures" (2016). It says something only behind activation functions that return
-        zeros, such as ReLU. Interpretation: all layers that read a channel count alike.
+        zeros, such as ReLU. Interpretation: all layers that consume a channel count alike.
 
     Example:
         >>> from torch import nn
@@ -75,40 +80,59 @@ def apoz(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> dict[str, T
         >>> apoz(trace(model, torch.zeros(1, 1)), [x], lambda model, x: model(x).sum())["0"]
         tensor([0.7500, 0.2500], dtype=torch.float64)
     """
-    return number(graph, _means(graph, batches, loss, lambda activation: activation != 0))
+    means = _means_by_group(graph, batches, loss, lambda activation: activation != 0)
+    return to_original_channels(graph, means)
+
+
+@dataclass
+class _Mean:
+    """A mean over all samples and positions of what one layer is given.
+
+    Attributes:
+        total: (inputs,) float64 sums.
+        count: Over how many numbers.
+    """
+
+    total: Tensor
+    count: int
 
 
 @torch.no_grad()
-def _means(
-    graph: ChannelGraph, batches: Iterable[Any], loss: Loss, value: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """Return the mean of a value over all that is read of each channel: (live channels,) by group."""
-    check_readable(graph, "The mean over activations")
-    sums: dict[str, Tensor] = {}  # by the weight that reads
-    counts: dict[str, int] = {}
+def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss, value: Value) -> Scores:
+    """Return the mean of a value over all that is consumed of each channel: (kept channels,) by group."""
+    check_watchable(graph, "The mean over activations")
+    means: dict[str, _Mean] = {}  # by weight
 
-    def read(tensor: str, activation: Tensor, axis: int) -> None:
-        total = sum_positions(value(activation), axis).sum(0, dtype=torch.float64).cpu()
-        sums[tensor] = sums[tensor] + total if tensor in sums else total
-        counts[tensor] = counts.get(tensor, 0) + activation.numel() // activation.shape[axis]
+    def add(weight: str, activation: Tensor, axis: int) -> None:
+        total = sum_positions(value(activation), axis).sum(0, dtype=torch.float64).cpu()  # (inputs,)
+        count = activation.numel() // activation.shape[axis]
+        if weight in means:
+            total = means[weight].total + total
+            count += means[weight].count
+        means[weight] = _Mean(total, count)
 
-    handles = watch(graph, read)
+    handles = watch_inputs(graph, add)
     try:
         with evaluating(graph.model):
             for batch in batches:
                 loss(graph.model, batch)
     finally:
         unwatch(handles)
-    return {name: _mean(graph, name, sums, counts) for name in graph.groups}
+    return {name: _mean_over_layers(graph, name, means) for name in graph.groups}
 
 
-def _mean(graph: ChannelGraph, name: str, sums: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
+def _mean_over_layers(graph: ChannelGraph, name: str, means: dict[str, _Mean]) -> Tensor:
+    """Return the mean over the layers that consume a group: (kept channels,)."""
     channels = graph.kept(name)
-    readers = [part for part in graph.groups[name].in_slices if part.tensor in sums]
-    if not readers:
-        raise ValueError(f"Nothing was read of group {name!r}: there is no batch, or the loss does not run the model.")
-    each = []
-    for part in readers:
-        positions = graph.positions_now(part, channels)
-        each.append(sums[part.tensor][positions].view(len(channels), -1).mean(1) / counts[part.tensor])
-    return torch.stack(each).mean(0)
+    by_layer = []
+    for place in graph.groups[name].in_slices:
+        mean = means.get(place.tensor)
+        if mean is not None:
+            inputs = graph.positions_now(place, channels)
+            by_channel = mean.total[inputs].view(len(channels), -1)  # (kept channels, inputs of a channel)
+            by_layer.append(by_channel.mean(1) / mean.count)
+    if not by_layer:
+        raise ValueError(
+            f"Nothing of group {name!r} was consumed: there is no batch, or the loss does not run the model."
+        )
+    return torch.stack(by_layer).mean(0)

@@ -1,9 +1,10 @@
-"""Rank channels by the scale that batch normalisation gives them."""
+"""Criterion on the scale that batch normalisation gives a channel."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_prune.criteria.numbering import number
+from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
@@ -12,14 +13,14 @@ __all__ = ["batch_norm_scale"]
 
 
 @register("batch_norm_scale")
-def batch_norm_scale(graph: ChannelGraph) -> dict[str, Tensor]:
+def batch_norm_scale(graph: ChannelGraph) -> Scores:
     """Score channels by the absolute value of their scale in batch normalisation.
 
     Args:
         graph: The traced model; the scales are read as they are now.
 
     Returns:
-        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed.
+        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been pruned.
 
     Raises:
         ValueError: If a group passes no batch normalisation that has scales.
@@ -27,7 +28,7 @@ def batch_norm_scale(graph: ChannelGraph) -> dict[str, Tensor]:
     Note:
         The criterion is that of Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (ICCV
         2017), where channels of all layers compete by it as it stands; the paper also trains with an L1 penalty on the
-        scales, which is left to the user. Interpretation: where a channel passes several normalisations, or takes
+        scales, which is for the user to add. Interpretation: where a channel passes several normalisations, or takes
         several places in one, the mean counts.
 
     Example:
@@ -38,18 +39,20 @@ def batch_norm_scale(graph: ChannelGraph) -> dict[str, Tensor]:
         tensor([0.5000, 2.0000])
     """
     tensors = named_tensors(graph.model)
-    scales = {
-        f"{name}.weight"
-        for name, module in graph.model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    }
+    scales = _names_of_scales(graph.model)
     means = {}
     for name, group in graph.groups.items():
-        rows = [graph.rows(name, part, tensors) for part in group.other_slices if part.tensor in scales]
-        if not rows:
+        places = [place for place in group.other_slices if place.tensor in scales]
+        if not places:
             raise ValueError(
                 f"Group {name!r} passes no batch normalisation with scales; add {name!r} to ignore, or use another "
                 "criterion."
             )
-        means[name] = torch.cat(rows, dim=1).abs().mean(1)
-    return number(graph, means)
+        rows = [graph.rows(name, place, tensors) for place in places]
+        means[name] = torch.cat(rows, dim=1).abs().mean(1)  # (kept channels,)
+    return to_original_channels(graph, means)
+
+
+def _names_of_scales(model: nn.Module) -> set[str]:
+    modules = model.named_modules()
+    return {f"{name}.weight" for name, module in modules if isinstance(module, _BatchNorm)}

@@ -1,19 +1,23 @@
-"""Rank layers by average filter information entropy: one number per group, for `plan_by_layer`."""
+"""Criterion for layers, average filter information entropy: one number per group, for `plan_by_layer`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.channel_graph import ChannelGraph, Slice
+from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.pruning_plan import Slice
 
 __all__ = ["afie", "afie_of_shapes", "spectrum_entropy"]
 
+Entropy = Callable[[Tensor], float]
+"""Given a matrix (filters, inputs), returns the entropy of its singular values."""
+
 
 def afie(graph: ChannelGraph, flatten: bool = False) -> dict[str, float]:
-    """Return the average filter information entropy of each group; groups with less of it lose more.
+    """Return the average filter information entropy of each group; groups with less of it are pruned more.
 
     The entropy is that of the singular values of a layer's weights, brought to [0, 1] and put through a softmax; it is
     divided by the number of filters of the layer.
@@ -28,9 +32,9 @@ def afie(graph: ChannelGraph, flatten: bool = False) -> dict[str, float]:
     Note:
         The measure is that of Lu et al., "Entropy Induced Pruning Framework for Convolutional Neural Networks" (AAAI
         2024), with weights averaged over positions; flattening is an option of this library. Interpretations: a group
-        counts the mean of the layers that make its channels; a layer whose matrix has a single singular value (one
-        input, as in depthwise convolutions) has no entropy and is left out of the mean; a group of such layers alone
-        counts the mean of the other groups. Values that are all equal count as uniform. Since the values lie in [0, 1]
+        counts the mean of the layers that produce its channels; a layer whose matrix has a single singular value (one
+        input, as in depthwise convolutions) has no entropy and does not count in the mean; a group of such layers alone
+        counts the mean of the other groups. Equal values count as uniform. Since the values lie in [0, 1]
         before the softmax, the entropy of p of them is between ln p - 0.1234 and ln p whatever the weights are: the
         measure is nearly one of the shape alone, so compare with `afie_of_shapes`.
 
@@ -62,7 +66,7 @@ def afie_of_shapes(graph: ChannelGraph, flatten: bool = False) -> dict[str, floa
         >>> round(afie_of_shapes(graph)["0"], 4)  # ln 2 / 4
         0.1733
     """
-    return _by_group(graph, flatten, lambda matrix: math.log(min(matrix.shape)))
+    return _by_group(graph, flatten, _largest_entropy)
 
 
 def spectrum_entropy(matrix: Tensor) -> float:
@@ -76,31 +80,57 @@ def spectrum_entropy(matrix: Tensor) -> float:
         >>> round(spectrum_entropy(spectrum), 4)
         0.5822
     """
-    values = torch.linalg.svdvals(matrix.detach().to("cpu", torch.float64))
-    spread = values.max() - values.min()
+    precise = matrix.detach().to("cpu", torch.float64)
+    values = torch.linalg.svdvals(precise)
+    smallest, largest = values.min(), values.max()
+    spread = largest - smallest
+    logits = torch.zeros_like(values)
+    if spread > largest * _rounding(matrix):
+        logits = (values - smallest) / spread
+    softmax = torch.distributions.Categorical(logits=logits)
+    return float(softmax.entropy())
+
+
+def _largest_entropy(matrix: Tensor) -> float:
+    singular_values = min(matrix.shape)
+    return math.log(singular_values)
+
+
+def _rounding(matrix: Tensor) -> float:
+    """Return what singular values may differ by for reasons of rounding, as a fraction of the largest one."""
     # By the step of float32 for half precision too: by that of its own, all singular values would be equal.
-    step = min(torch.finfo(matrix.dtype).eps, torch.finfo(torch.float32).eps)
-    rounding = values.max() * max(matrix.shape) * step
-    scaled = (values - values.min()) / spread if spread > rounding else torch.zeros_like(values)
-    return float(torch.distributions.Categorical(logits=scaled).entropy())
+    steps = [torch.finfo(dtype).eps for dtype in (matrix.dtype, torch.float32)]
+    return max(matrix.shape) * min(steps)
 
 
-def _by_group(graph: ChannelGraph, flatten: bool, entropy: Callable[[Tensor], float]) -> dict[str, float]:
+def _by_group(graph: ChannelGraph, flatten: bool, entropy: Entropy) -> dict[str, float]:
+    """Return the mean of an entropy, per filter, over the layers that produce each group."""
     tensors = named_tensors(graph.model)
-    found = {}
+    means: dict[str, float] = {}
     for name, group in graph.groups.items():
-        matrices = [_matrix(graph, name, part, tensors[part.tensor], flatten) for part in group.out_slices]
-        each = [entropy(matrix) / len(matrix) for matrix in matrices if min(matrix.shape) > 1]
-        if each:
-            found[name] = sum(each) / len(each)
-    mean = sum(found.values()) / len(found) if found else 1.0
-    return {name: found.get(name, mean) for name in graph.groups}
+        entropies = []
+        for place in group.out_slices:
+            weight = tensors[place.tensor]
+            matrix = _matrix(graph, name, place, weight, flatten)
+            if min(matrix.shape) > 1:
+                entropies.append(entropy(matrix) / len(matrix))
+        if entropies:
+            means[name] = _mean(entropies)
+    mean_of_groups = _mean(means.values()) if means else 1.0
+    return {name: means.get(name, mean_of_groups) for name in graph.groups}
 
 
-def _matrix(graph: ChannelGraph, name: str, part: Slice, weight: Tensor, flatten: bool) -> Tensor:
-    """Return the weights of a layer that make the channels of a group: (filters, inputs)."""
-    positions = graph.positions_now(part, graph.kept(name)).to(weight.device)
-    filters = weight.detach().index_select(part.axis, positions).movedim(part.axis, 0)
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _matrix(graph: ChannelGraph, group: str, place: Slice, weight: Tensor, flatten: bool) -> Tensor:
+    """Return the weights of a layer that produce the channels of a group: (filters, inputs)."""
+    kept = graph.kept(group)
+    positions = graph.positions_now(place, kept)
+    positions = positions.to(weight.device)
+    filters = weight.detach().index_select(place.axis, positions)
+    filters = filters.movedim(place.axis, 0)  # (filters, inputs, ...)
     if flatten or filters.dim() < 3:
         return filters.flatten(1)
     return filters.flatten(2).mean(2)

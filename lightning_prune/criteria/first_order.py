@@ -1,22 +1,24 @@
-"""Rank channels by a first-order estimate of what removing them does to the loss."""
+"""Criterion on a first-order estimate of what pruning a channel does to the loss."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, to_original_channels
 from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, VARIANTS, Totals, make_collector
-from lightning_prune.criteria.numbering import divide_by_norm, number
 from lightning_prune.criteria.registry import Loss, register
-from lightning_prune.criteria.watching import evaluating
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.modes import evaluating
 from lightning_prune.planning.cost import CostModel
-from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 __all__ = ["check_settings", "finish", "taylor"]
+
+Parameters = dict[str, nn.Parameter]
 
 
 @register("taylor")
@@ -27,26 +29,26 @@ def taylor(
     variant: str = "a",
     normalize: bool | None = None,
     flops_penalty: float = 0.0,
-) -> dict[str, Tensor]:
-    """Score channels by how much the loss changes, to first order, when all that is read from them is set to zero.
+) -> Scores:
+    """Score channels by how much the loss changes, to first order, when all that is consumed of them is set to zero.
 
     ============================ ===========================================================================
-    variant                      score, with activation a and gradient g of the loss where layers read
+    variant                      score, with activation a and gradient g of the loss where layers consume
     ============================ ===========================================================================
-    ``"a"``                      mean over examples of the absolute sum of ``a * g`` over positions
-    ``"b"``                      mean over examples of the sum of ``|a * g|`` over positions
-    ``"c"``                      absolute mean over all examples of the sum of ``a * g`` over positions
+    ``"a"``                      mean over samples of the absolute sum of ``a * g`` over positions
+    ``"b"``                      mean over samples of the sum of ``|a * g|`` over positions
+    ``"c"``                      absolute mean over all samples of the sum of ``a * g`` over positions
     ``"gate"``                   mean over batches of the squared derivative by a factor on the channel
     ``"sum_then_square"``        mean over batches of the squared sum of weight times gradient
     ``"square_then_sum"``        mean over batches of the sum of squared weight times gradient
     ============================ ===========================================================================
 
-    The last two read the parameters that make the channel: filters, biases and normalisation.
+    The last two take the parameters that produce the channel: filters, biases and normalisation.
 
     Args:
-        graph: The traced model, run in evaluation mode; its gradients are left alone.
+        graph: The traced model, run in evaluation mode; its gradients do not change.
         batches: Batches of data.
-        loss: Given the model and a batch, returns the loss as a scalar: the mean over the examples.
+        loss: Given the model and a batch, returns the loss as a scalar: the mean over the samples.
         variant: One of those above.
         normalize: Divide the scores of each group by their Euclidean norm; default, as the sources do, for ``"a"``,
             ``"b"`` and ``"c"`` only.
@@ -54,11 +56,11 @@ def taylor(
             that one channel less would save, divided by their sum over the groups.
 
     Returns:
-        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed.
+        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been pruned.
 
     Raises:
-        ValueError: If a setting is out of range, a layer that reads channels cannot be watched (variants a, b, c), or
-            no finite gradient of a group was seen.
+        ValueError: If a setting is out of range, a layer that consumes channels cannot be watched (variants a, b, c),
+            or no finite gradient of a group was seen.
 
     Note:
         Variant a is the equation of Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient
@@ -66,10 +68,10 @@ def taylor(
         and c that of a popular reimplementation. Gate and weight forms are those of Molchanov et al., "Importance
         Estimation for Neural Network Pruning" (CVPR 2019): ``sum_then_square`` as in the paper, ``square_then_sum`` as
         in its code. Interpretations: positions are summed rather than averaged, which the norm cancels; contributions
-        of several layers that read a channel are added, since removing it takes it away from all of them, and are not
+        of several layers that consume a channel are added, since pruning it takes it away from all of them, and are not
         divided by their number as in the code of 2019; the norm is taken once, of the means (the code takes it per
         batch); the paper's weight of 0.001 is for a FLOPs term whose units are not known, so that it is 0 here; the
-        gate covers all that is read of a channel, behind the activation function.
+        gate covers all that is consumed of a channel, behind the activation function.
 
     Example:
         >>> from lightning_prune import trace
@@ -89,9 +91,9 @@ def taylor(
             for batch in batches:
                 value = loss(graph.model, batch)
                 collector.before_backward()
-                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+                gradients = _gradients(value, parameters)
                 collector.after_backward(1.0)
-                collector.before_step({n: g for n, g in zip(parameters, found, strict=True) if g is not None})
+                collector.before_step(gradients)
                 collector.after_batch()
     finally:
         collector.stop()
@@ -103,9 +105,7 @@ def taylor(
     return finish(graph, totals, variant, normalize, flops_penalty)
 
 
-def finish(
-    graph: ChannelGraph, totals: Totals, variant: str, normalize: bool | None, flops_penalty: float
-) -> dict[str, Tensor]:
+def finish(graph: ChannelGraph, totals: Totals, variant: str, normalize: bool | None, flops_penalty: float) -> Scores:
     """Turn totals into scores; see `taylor`.
 
     Args:
@@ -115,15 +115,17 @@ def finish(
         normalize: Divide by the Euclidean norm of the group; None for what the source of the variant does.
         flops_penalty: Weight of the cost of a channel.
     """
-    means = {name: totals.sums[name].cpu() / totals.counts[name].cpu() for name in graph.groups}
+    scores = {name: totals.sums[name].cpu() / totals.counts[name].cpu() for name in graph.groups}
     if variant == "c":
-        means = {name: mean.abs() for name, mean in means.items()}
-    if normalize if normalize is not None else variant not in GRADIENT_FORMS:
-        means = divide_by_norm(means)
+        scores = {name: values.abs() for name, values in scores.items()}
+    if normalize is None:
+        normalize = variant not in GRADIENT_FORMS
+    if normalize:
+        scores = divide_by_norm(scores)
     if flops_penalty:
-        saved = _flops_per_channel(graph)
-        means = {name: mean - flops_penalty * saved[name] for name, mean in means.items()}
-    return number(graph, means)
+        flops = _flops_per_channel(graph)
+        scores = {name: values - flops_penalty * flops[name] for name, values in scores.items()}
+    return to_original_channels(graph, scores)
 
 
 def check_settings(variant: str, flops_penalty: float) -> None:
@@ -135,25 +137,36 @@ def check_settings(variant: str, flops_penalty: float) -> None:
 
 
 def _flops_per_channel(graph: ChannelGraph) -> dict[str, float]:
-    """Return what one channel less in each group would save now, as parts of 1."""
-    cost, plan = CostModel(graph, "flops"), plan_in_force(graph.model)
-    widths: Mapping[str, int] = plan.widths if plan is not None else {}
-    now = cost(widths)
-    saved = {
-        name: now - cost({**widths, name: widths.get(name, group.size) - 1}) for name, group in graph.groups.items()
-    }
-    return {name: flops / max(sum(saved.values()), 1) for name, flops in saved.items()}
+    """Return what one channel less in each group would save now, as fractions of their sum."""
+    cost = CostModel(graph, "flops")
+    plan = plan_in_force(graph.model) or PruningPlan()
+    now = cost(plan.widths)
+    saved = {}
+    for name in graph.groups:
+        one_less = len(graph.kept(name)) - 1
+        saved[name] = now - cost({**plan.widths, name: one_less})
+    total = max(sum(saved.values()), 1)
+    return {name: flops / total for name, flops in saved.items()}
+
+
+def _gradients(value: Tensor, parameters: Parameters) -> dict[str, Tensor]:
+    """Return the gradient of each parameter that has one, by name; those that the parameters keep do not change."""
+    gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    by_name = zip(parameters, gradients, strict=True)
+    return {name: gradient for name, gradient in by_name if gradient is not None}
 
 
 @contextmanager
-def _all_trained(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+def _all_trained(model: nn.Module) -> Iterator[Parameters]:
     """Let gradients flow to every parameter for a while, frozen ones included."""
-    found = {n: p for n, p in named_tensors(model).items() if isinstance(p, nn.Parameter) and p.is_floating_point()}
-    before = {name: parameter.requires_grad for name, parameter in found.items()}
+    tensors = named_tensors(model).items()
+    parameters = {name: tensor for name, tensor in tensors if isinstance(tensor, nn.Parameter)}
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.is_floating_point()}
+    required = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
-        for parameter in found.values():
+        for parameter in parameters.values():
             parameter.requires_grad_(True)
-        yield found
+        yield parameters
     finally:
-        for name, parameter in found.items():
-            parameter.requires_grad_(before[name])
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(required[name])

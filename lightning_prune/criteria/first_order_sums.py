@@ -1,58 +1,87 @@
-"""Collecting what the Taylor criterion needs, backward pass by backward pass, wherever the passes come from."""
+"""Sums that the Taylor criterion is made of, collected pass by pass, wherever the passes come from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.criteria.watching import check_readable, sum_positions, unwatch, watch
+from lightning_prune.criteria.input_hooks import check_watchable, sum_positions, unwatch, watch_inputs
 from lightning_prune.graph.channel_graph import ChannelGraph, Group
 from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["GRADIENT_FORMS", "VARIANTS", "Collector", "Totals", "make_collector"]
 
-# Where the absolute value is taken: of each position, of each example, or of the mean over all data.
-_ABSOLUTE = {"a": "example", "b": "position", "c": "data"}
+TensorsByName = dict[str, Tensor]
+
+
+class _Absolute(Enum):
+    """Of what the absolute value is taken."""
+
+    POSITION = "each position"
+    SAMPLE = "each sample"
+    DATA = "the mean over all data"
+
+
+_ABSOLUTE = {"a": _Absolute.SAMPLE, "b": _Absolute.POSITION, "c": _Absolute.DATA}
 GRADIENT_FORMS = ("gate", "sum_then_square", "square_then_sum")
 VARIANTS = (*_ABSOLUTE, *GRADIENT_FORMS)
 
 
 @dataclass
 class Totals:
-    """Sums over examples or steps; of several ranks they add up.
+    """Sums over samples or steps; of several ranks they add up.
 
     Attributes:
-        sums: (live channels,) float64 by group.
-        counts: () float64 by group: over how many examples or steps.
+        sums: (kept channels,) float64 by group.
+        counts: () float64 by group: over how many samples or steps.
     """
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, Tensor] = field(default_factory=dict)
+    sums: TensorsByName = field(default_factory=dict)
+    counts: TensorsByName = field(default_factory=dict)
 
     def add(self, values: Mapping[str, Tensor], count: int) -> None:
-        """Add the sums of one step, unless one of them is not finite: optimizers leave such steps out as well."""
+        """Add the sums of one step, unless one of them is not finite: optimizers skip such steps as well.
+
+        Args:
+            values: (kept channels,) by group.
+            count: Over how many samples or steps they are.
+        """
         if not values:
             return
         # No branch on the outcome, to spare a synchronisation with the device.
-        finite = torch.stack([value.isfinite().all() for value in values.values()]).all()
+        all_finite = [value.isfinite().all() for value in values.values()]
+        finite = torch.stack(all_finite).all()
+        counted = finite.double() * count
         for name, value in values.items():
-            value = torch.where(finite, value, 0.0).double()
-            self.sums[name] = value + self.sums[name].to(value.device) if name in self.sums else value
-            counted = finite.double() * count
-            self.counts[name] = counted + self.counts[name].to(value.device) if name in self.counts else counted
+            finite_value = torch.where(finite, value, 0.0).double()
+            _add(self.sums, name, finite_value)
+            _add(self.counts, name, counted)
 
     def join(self, other: "Totals") -> None:
         """Add what another rank has summed."""
-        for mine, others in ((self.sums, other.sums), (self.counts, other.counts)):
-            for name, value in others.items():
-                mine[name] = mine[name] + value if name in mine else value
+        for name, value in other.sums.items():
+            _add(self.sums, name, value)
+        for name, count in other.counts.items():
+            _add(self.counts, name, count)
 
     def unseen(self, graph: ChannelGraph) -> list[str]:
         """Name the groups of which there is nothing yet."""
-        return [name for name in graph.groups if name not in self.counts or not self.counts[name] > 0]
+        return [name for name in graph.groups if not self._has_seen(name)]
+
+    def _has_seen(self, group: str) -> bool:
+        count = self.counts.get(group)
+        return count is not None and bool(count > 0)
+
+
+def _add(sums: TensorsByName, name: str, value: Tensor) -> None:
+    """Add a value to a sum, on the device of the value."""
+    if name in sums:
+        value = value + sums[name].to(value.device)
+    sums[name] = value
 
 
 class Collector:
@@ -73,13 +102,13 @@ class Collector:
         """Start watching the model."""
 
     def stop(self) -> None:
-        """Leave the model as it was."""
+        """Stop watching the model, and forget the step that has begun."""
 
     def before_backward(self) -> None:
         """Prepare for the backward pass of the loss: gradients of anything else do not count."""
 
     def after_backward(self, scale: float) -> None:
-        """Take what the backward pass of the loss has left.
+        """Take what the backward pass of the loss has shown.
 
         Args:
             scale: What gradients must be multiplied with to be those of the mean loss.
@@ -97,82 +126,101 @@ class Collector:
 
 
 def make_collector(graph: ChannelGraph, variant: str, totals: Totals) -> Collector:
-    """Return the collector of a variant."""
-    return (_Gradients if variant in GRADIENT_FORMS else _Effects)(graph, variant, totals)
+    """Return the collector of a variant.
+
+    Raises:
+        ValueError: If a layer that consumes channels cannot be watched, and the variant needs that.
+    """
+    kind = _Gradients if variant in GRADIENT_FORMS else _Effects
+    return kind(graph, variant, totals)
 
 
 class _Effects(Collector):
-    """Variants a, b and c: activation times gradient where layers read, at the moment the gradient passes by."""
+    """Variants a, b and c: activation times gradient where layers consume, at the moment the gradient passes by."""
 
     def __init__(self, graph: ChannelGraph, variant: str, totals: Totals) -> None:
         super().__init__(graph, variant, totals)
-        check_readable(graph, "The Taylor criterion")
+        check_watchable(graph, "The Taylor criterion")
+        self._absolute = _ABSOLUTE[variant]
         self._handles: list[RemovableHandle] = []
-        # By number of examples, then by tensor that reads; None outside the backward pass of the loss.
-        self._passes: dict[int, dict[str, Tensor]] | None = None
+        # (samples, inputs) effects by number of samples, then by weight; None outside the backward pass of the loss.
+        self._effects: dict[int, TensorsByName] | None = None
 
     def listen(self) -> None:
-        self._handles = watch(self.graph, self._read)
+        self._handles = watch_inputs(self.graph, self._on_input)
 
     def stop(self) -> None:
         unwatch(self._handles)
         self._handles = []
-        self._passes = None
+        self._effects = None
 
     def before_backward(self) -> None:
-        self._passes = {}
+        self._effects = {}
 
     def after_backward(self, scale: float) -> None:
-        passes, self._passes = self._passes or {}, None
-        examples = sum(passes)
-        found = {name: self._sum_over_examples(group, passes) for name, group in self.graph.groups.items()}
-        # A mean loss has divided the gradient of each example by their number.
-        self.totals.add(
-            {name: total * (scale * examples) for name, total in found.items() if total is not None}, examples
-        )
+        effects = self._effects or {}
+        self._effects = None
+        samples = sum(effects)
+        found = {}
+        for name, group in self.graph.groups.items():
+            total = self._sum_over_samples(group, effects)
+            if total is not None:
+                found[name] = total * (scale * samples)  # a mean loss has divided the gradients by their number
+        self.totals.add(found, samples)
 
-    def _read(self, tensor: str, activation: Tensor, axis: int) -> Tensor | None:
-        return self._tap(tensor, activation, axis) if torch.is_grad_enabled() else None
+    def _on_input(self, weight: str, activation: Tensor, axis: int) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        return self._tap(weight, activation, axis)
 
-    def _tap(self, tensor: str, values: Tensor, axis: int) -> Tensor:
-        """Let the gradient that flows back through one reader pass by."""
-        # A node of its own, for the gradient through this reader alone; a leaf where nothing before it is trained.
+    def _tap(self, weight: str, values: Tensor, axis: int) -> Tensor:
+        """Let the gradient that flows back through one layer pass by."""
+        # A node of its own, for the gradient through this layer alone; a leaf where nothing before it is trained.
+        detached = values.detach()
         tapped = values.view_as(values) if values.requires_grad else values.detach().requires_grad_()
-        tapped.register_hook(partial(self._collect, tensor, values.detach(), axis))
+        tapped.register_hook(partial(self._on_gradient, weight, detached, axis))
         return tapped
 
-    def _collect(self, tensor: str, values: Tensor, axis: int, gradient: Tensor | None) -> Tensor | None:
+    def _on_gradient(self, weight: str, values: Tensor, axis: int, gradient: Tensor | None) -> Tensor | None:
         if gradient is None:  # which stands for zeros
             return None
-        if self._passes is None:
+        if self._effects is None:
             # A factor on the channel would multiply this gradient too, and so act on a loss that is made of it.
-            return self._tap(tensor, gradient, axis) if gradient.requires_grad else None
-        # In half precision, gradients that the loss is scaled for leave no room for a product.
+            return self._tap(weight, gradient, axis) if gradient.requires_grad else None
+        # In half precision, gradients that the loss is scaled for have no room for a product.
         precise = torch.promote_types(values.dtype, torch.float32)
-        effect = sum_positions(self._absolute("position", values.to(precise) * gradient.detach()), axis)
-        effects = self._passes.setdefault(len(effect), {})
-        effects[tensor] = effects[tensor] + effect if tensor in effects else effect
+        products = values.to(precise) * gradient.detach()
+        if self._absolute is _Absolute.POSITION:
+            products = products.abs()
+        effect = sum_positions(products, axis)  # (samples, inputs)
+        by_weight = self._effects.setdefault(len(effect), {})
+        _add(by_weight, weight, effect)
         return None
 
-    def _sum_over_examples(self, group: Group, passes: Mapping[int, Mapping[str, Tensor]]) -> Tensor | None:
-        """Return the effect of each live channel of a group, summed over examples: (live channels,)."""
-        channels = self.graph.kept(group.name)
+    def _sum_over_samples(self, group: Group, effects: Mapping[int, TensorsByName]) -> Tensor | None:
+        """Return the effect of each kept channel of a group, summed over samples: (kept channels,)."""
         sums = []
-        # Passes over equally many examples are passes over the same ones; others are examples of their own.
-        for effects in passes.values():
-            found = [
-                effects[part.tensor][:, self.graph.positions_now(part, channels)]
-                .unflatten(1, (len(channels), -1))
-                .sum(2)
-                for part in group.in_slices
-                if part.tensor in effects
-            ]
-            if found:
-                sums.append(self._absolute("example", torch.stack(found).sum(0)).sum(0))
+        # Passes over equally many samples are passes over the same ones; others are samples of their own.
+        for by_weight in effects.values():
+            by_layer = self._effects_of_channels(group, by_weight)
+            if by_layer:
+                by_sample = torch.stack(by_layer).sum(0)  # (samples, kept channels)
+                if self._absolute is _Absolute.SAMPLE:
+                    by_sample = by_sample.abs()
+                sums.append(by_sample.sum(0))
         return torch.stack(sums).sum(0) if sums else None
 
-    def _absolute(self, place: str, values: Tensor) -> Tensor:
-        return values.abs() if _ABSOLUTE[self.variant] == place else values
+    def _effects_of_channels(self, group: Group, by_weight: TensorsByName) -> list[Tensor]:
+        """Return (samples, kept channels) for each layer that consumes the group."""
+        channels = self.graph.kept(group.name)
+        effects = []
+        for place in group.in_slices:
+            if place.tensor in by_weight:
+                inputs = self.graph.positions_now(place, channels)
+                of_group = by_weight[place.tensor][:, inputs]
+                of_channels = of_group.unflatten(1, (len(channels), -1))  # (samples, kept channels, inputs of each)
+                effects.append(of_channels.sum(2))
+        return effects
 
 
 class _Gradients(Collector):
@@ -180,26 +228,42 @@ class _Gradients(Collector):
 
     def __init__(self, graph: ChannelGraph, variant: str, totals: Totals) -> None:
         super().__init__(graph, variant, totals)
-        self._step: dict[str, Tensor] = {}  # what the optimizers have told so far, by group
+        self._step: TensorsByName = {}  # what the optimizers have told so far, by group
 
     def stop(self) -> None:
         self._step.clear()
 
     def before_step(self, gradients: Mapping[str, Tensor]) -> None:
         tensors = named_tensors(self.graph.model)
-        products = {name: tensors[name].detach() * gradient for name, gradient in gradients.items()}
-        for name, group in self.graph.groups.items():
-            # A gate on a channel multiplies it wherever it is read, as would a factor on the weights that read it.
-            parts = group.in_slices if self.variant == "gate" else group.out_slices + group.other_slices
-            if self.variant == "gate" and not all(tensors[part.tensor].requires_grad for part in parts):
-                continue  # what frozen weights pass on is not known from the others
-            for part in parts:
-                if part.tensor in products:
-                    row = self.graph.rows(name, part, products).double()
-                    value = (row.square() if self.variant == "square_then_sum" else row).sum(1)
-                    self._step[name] = value + self._step[name].to(value.device) if name in self._step else value
+        products = {}
+        for name, gradient in gradients.items():
+            weight = tensors[name].detach()
+            products[name] = weight * gradient
+        for group in self.graph.groups.values():
+            if self._is_known(group, tensors):
+                self._add_products(group, products)
+
+    def _is_known(self, group: Group, tensors: Mapping[str, Tensor]) -> bool:
+        """Tell whether all that counts is trained: what frozen weights pass on is not known from the others."""
+        if self.variant != "gate":
+            return True
+        return all(tensors[place.tensor].requires_grad for place in group.in_slices)
+
+    def _add_products(self, group: Group, products: Mapping[str, Tensor]) -> None:
+        # A gate on a channel multiplies it wherever it is consumed, as would a factor on the weights that consume it.
+        places = group.in_slices
+        if self.variant != "gate":
+            places = group.out_slices + group.other_slices
+        for place in places:
+            if place.tensor in products:
+                rows = self.graph.rows(group.name, place, products).double()  # (kept channels, weights of each)
+                if self.variant == "square_then_sum":
+                    rows = rows.square()
+                _add(self._step, group.name, rows.sum(1))
 
     def after_batch(self) -> None:
-        squared = self.variant == "square_then_sum"
-        self.totals.add({name: value if squared else value.square() for name, value in self._step.items()}, 1)
-        self._step.clear()
+        sums = self._step
+        if self.variant != "square_then_sum":
+            sums = {name: value.square() for name, value in sums.items()}
+        self.totals.add(sums, 1)
+        self._step = {}

@@ -1,9 +1,8 @@
-"""Rank channels by their distance from the other channels of their group."""
+"""Criterion on the distance of a channel from the other channels of its group."""
 
 import torch
-from torch import Tensor
 
-from lightning_prune.criteria.numbering import divide_by_mean, number
+from lightning_prune.criteria.channel_scores import Scores, divide_by_mean, to_original_channels
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
@@ -12,7 +11,7 @@ __all__ = ["fpgm"]
 
 
 @register("fpgm")
-def fpgm(graph: ChannelGraph) -> dict[str, Tensor]:
+def fpgm(graph: ChannelGraph) -> Scores:
     """Score channels by the sum of the Euclidean distances of their filters to all others of the group.
 
     A filter close to all others, near their geometric median, is one that the others can replace.
@@ -22,12 +21,12 @@ def fpgm(graph: ChannelGraph) -> dict[str, Tensor]:
 
     Returns:
         (channels,) score of each group, divided by its mean in the group, higher is kept; ``-inf`` for channels that
-        have been removed.
+        have been pruned.
 
     Note:
         The criterion is that of He et al., "Filter Pruning via Geometric Median for Deep Neural Networks Acceleration"
-        (CVPR 2019), which prunes each layer by the same ratio. Interpretation: filters of coupled layers that make the
-        same channel are joined to one vector, and the mean makes groups comparable.
+        (CVPR 2019), which prunes the same fraction of each layer. Interpretation: filters of coupled layers that
+        produce the same channel are joined to one vector, and the mean makes groups comparable.
 
     Example:
         >>> from torch import nn
@@ -41,7 +40,9 @@ def fpgm(graph: ChannelGraph) -> dict[str, Tensor]:
     tensors = named_tensors(graph.model)
     sums = {}
     for name, group in graph.groups.items():
-        rows = [graph.rows(name, part, tensors).to("cpu", torch.float64) for part in group.out_slices]
-        filters = torch.cat(rows, dim=1)
-        sums[name] = torch.cdist(filters, filters).fill_diagonal_(0.0).sum(1)  # which rounding leaves above 0
-    return number(graph, divide_by_mean(sums))
+        rows = [graph.rows(name, place, tensors).to("cpu", torch.float64) for place in group.out_slices]
+        filters = torch.cat(rows, dim=1)  # (kept channels, weights of a channel)
+        distances = torch.cdist(filters, filters)
+        distances.fill_diagonal_(0.0)  # which rounding may have made more
+        sums[name] = distances.sum(1)
+    return to_original_channels(graph, divide_by_mean(sums))

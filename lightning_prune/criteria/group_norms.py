@@ -1,34 +1,39 @@
-"""Rank channels by the norm of all weights that belong to them, renewed while channels leave."""
+"""Criterion on the norm of all weights that belong to a channel, renewed with each channel that is pruned."""
 
+import math
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.numbering import number
+from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import register
-from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.channel_graph import ChannelGraph, Group
 from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["group_magnitude"]
 
+_TINY = np.finfo(float).tiny
+
 
 @register("group_magnitude")
-def group_magnitude(graph: ChannelGraph) -> dict[str, Tensor]:
-    """Score channels by when they would leave, if the one with the least weight for its group always left next.
+def group_magnitude(graph: ChannelGraph) -> Scores:
+    """Score channels by when they would be pruned, if the one with the least weight for its group always came next.
 
-    The weight of a channel is the squared norm of all matrices and filters that make it and that read it, divided by
-    the mean of what is left of its group. What leaves with a channel counts no more for the channels on the other side
-    of those weights. The score is that ratio when the channel leaves, and never below that of one that left before: in
-    the order of the scores, channels leave as they would if all were scored anew after each.
+    The weight of a channel is the squared norm of all matrices and filters that produce it and that consume it, divided
+    by the mean of the kept channels of its group. What is pruned with a channel counts no more for the channels on the
+    other side of those weights. The score is that quotient at the moment when the channel is pruned, and always above
+    that of one that was pruned before: in the order of the scores, channels are pruned as they would be if all were
+    scored anew after each.
 
     Args:
         graph: The traced model; the weights are read as they are now.
 
     Returns:
-        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed.
+        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been pruned.
 
     Note:
         The norm over coupled weights is that of Fang et al., "DepGraph: Towards Any Structural Pruning" (CVPR 2023),
@@ -44,86 +49,155 @@ def group_magnitude(graph: ChannelGraph) -> dict[str, Tensor]:
         >>> group_magnitude(trace(model, torch.zeros(1, 1)))["0"]  # 2 / mean(2, 8, 4), 8 / mean(8), 4 / mean(8, 4)
         tensor([0.4286, 1.0000, 0.6667], dtype=torch.float64)
     """
-    weights = _Weights(graph)
-    scores = {name: np.full(len(each), np.nan) for name, each in weights.of_channels.items()}
-    least = {name: weights.least(name) for name in scores}
-    before = 0.0
-    while least:
-        name = min(least, key=lambda each: least[each][0])
-        ratio, channel = least[name]
-        before = max(ratio, np.nextafter(before, np.inf))  # no two alike: the order is what counts
-        scores[name][channel] = before
-        for each in weights.remove(name, channel) & least.keys():
-            least[each] = weights.least(each)
-        if least[name][0] == np.inf:  # that was the last one
-            del least[name]
-    return number(graph, {name: torch.from_numpy(each) for name, each in scores.items()})
+    norms = _CoupledNorms(graph)
+    scores = {name: np.full_like(kept, np.nan) for name, kept in norms.of_kept.items()}
+    smallest = {name: norms.smallest(name) for name in graph.groups}  # of the groups that have channels to prune
+    score = 0.0
+    while smallest:
+        name = min(smallest, key=lambda name: smallest[name].relative_norm)
+        channel = smallest[name].channel
+        just_above = math.nextafter(score, math.inf)  # no two scores alike: the order is what counts
+        score = max(smallest[name].relative_norm, just_above)
+        scores[name][channel] = score
+        changed = norms.prune(name, channel)
+        for other in changed & smallest.keys():
+            smallest[other] = norms.smallest(other)
+        if smallest[name].relative_norm == math.inf:  # that was the last one
+            del smallest[name]
+    scores_of_kept = {name: torch.from_numpy(values) for name, values in scores.items()}
+    return to_original_channels(graph, scores_of_kept)
 
 
-class _Part(NamedTuple):
-    """Where the channels of a group lie along an axis of the squares of a tensor: (channels, positions of each)."""
+@dataclass(frozen=True)
+class _Smallest:
+    """The channel of a group with the smallest squared norm.
+
+    Attributes:
+        channel: Its place among the channels that the model has now.
+        relative_norm: Its squared norm, divided by the mean of its group; ``inf`` if all channels are pruned.
+    """
+
+    channel: int
+    relative_norm: float
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the channels of a group lie along an axis of a tensor.
+
+    Attributes:
+        group: The group.
+        axis: The axis.
+        positions: (channels, positions of a channel).
+    """
 
     group: str
     axis: int
     positions: np.ndarray
 
 
-class _Weights:
-    """The squared norms of all channels, of which some leave.
+@dataclass(frozen=True)
+class _Crossing:
+    """A place of a group, and the places that cross it: those along other axes of the same tensor.
 
     Attributes:
-        of_channels: (channels,) for each group, those that it has now; ``inf`` for one that has left here.
+        squares: The squares of the tensor.
+        place: The place.
+        others: The places that share weights with it.
+    """
+
+    squares: np.ndarray
+    place: _Place
+    others: list[_Place]
+
+
+class _CoupledNorms:
+    """The squared norms of all channels, over the matrices and filters that produce or consume them.
+
+    Attributes:
+        of_kept: (kept channels,) for each group, those that the model has now; ``inf`` for one that is pruned here.
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
-        self.of_channels = {name: np.zeros(len(graph.kept(name))) for name in graph.groups}
-        self._squares: dict[str, np.ndarray] = {}
-        self._parts: dict[str, list[_Part]] = defaultdict(list)  # by tensor
-        self._tensors: dict[str, list[str]] = defaultdict(list)  # of a group
+        sizes = {name: len(graph.kept(name)) for name in graph.groups}
+        self.of_kept = {name: np.zeros(size) for name, size in sizes.items()}
         tensors = named_tensors(graph.model)
-        for name, group in graph.groups.items():
-            live = graph.kept(name)
-            for part in group.slices:
-                if tensors[part.tensor].dim() > 1:
-                    positions = graph.positions_now(part, live).reshape(len(live), -1).numpy()
-                    self._parts[part.tensor].append(_Part(name, part.axis, positions))
-                    self._tensors[name].append(part.tensor)
-        for tensor, parts in self._parts.items():
-            weights = tensors[tensor].detach().cpu()
-            squares = weights.to(torch.promote_types(weights.dtype, torch.float32)).square()  # 10^8 in a VGG-16
-            apart = {each.axis for each in parts}
-            alike = [axis for axis in range(squares.dim()) if axis not in apart]
-            self._squares[tensor] = (
-                squares.sum(alike, keepdim=True, dtype=torch.float64) if alike else squares
-            ).numpy()
-            for each in parts:
-                self.of_channels[each.group] += _along(self._squares[tensor], each.axis)[each.positions].sum(1)
+        places = _places_by_tensor(graph, tensors)
+        squares = {}
+        for name in places:
+            squares[name] = _squares_along(places[name], tensors[name])
+            for place in places[name]:
+                self.of_kept[place.group] += _sums_of_channels(squares[name], place)
+        self._crossings: defaultdict[str, list[_Crossing]] = defaultdict(list)  # by group
+        for group in graph.groups.values():
+            for name in _tensors_of(group, places):
+                crossings = _crossings(group, squares[name], places[name])
+                self._crossings[group.name].extend(crossings)
 
-    def least(self, name: str) -> tuple[float, int]:
-        """Return the least norm of a group, divided by the mean of those that are left, and whose it is."""
-        norms = self.of_channels[name]
-        left = norms[np.isfinite(norms)]
+    def smallest(self, group: str) -> _Smallest:
+        """Return the channel of a group that would be pruned next."""
+        norms = self.of_kept[group]
+        kept = norms[np.isfinite(norms)]
+        mean = float(kept.mean()) if len(kept) else 1.0
         channel = int(norms.argmin())
-        mean = max(float(left.mean()), np.finfo(float).tiny) if len(left) else 1.0
-        return max(float(norms[channel]), 0.0) / mean, channel  # rounding may leave a little less than nothing
+        norm = max(float(norms[channel]), 0.0)  # rounding may make it a little less than nothing
+        return _Smallest(channel, norm / max(mean, _TINY))
 
-    def remove(self, name: str, channel: int) -> set[str]:
-        """Take a channel out, and return the groups whose norms have changed."""
-        changed = {name}
-        for tensor in dict.fromkeys(self._tensors[name]):
-            squares, parts = self._squares[tensor], self._parts[tensor]
-            for own in parts:
-                if own.group != name:
-                    continue
-                leaving = squares.take(own.positions[channel], own.axis)
-                for other in parts:
-                    if other.axis != own.axis:
-                        self.of_channels[other.group] -= _along(leaving, other.axis)[other.positions].sum(1)
-                        changed.add(other.group)
-        self.of_channels[name][channel] = np.inf
+    def prune(self, group: str, channel: int) -> set[str]:
+        """Prune a channel, and return the groups whose norms have changed."""
+        changed = {group}
+        for crossing in self._crossings[group]:
+            place = crossing.place
+            pruned = crossing.squares.take(place.positions[channel], place.axis)
+            for other in crossing.others:
+                self.of_kept[other.group] -= _sums_of_channels(pruned, other)
+                changed.add(other.group)
+        self.of_kept[group][channel] = np.inf
         return changed
 
 
-def _along(squares: np.ndarray, axis: int) -> np.ndarray:
-    """Return the sums over all axes but one."""
-    return squares.sum(axis=tuple(other for other in range(squares.ndim) if other != axis), dtype=np.float64)
+def _places_by_tensor(graph: ChannelGraph, tensors: Mapping[str, Tensor]) -> dict[str, list[_Place]]:
+    """Return where the channels of all groups lie in matrices and filters."""
+    places: defaultdict[str, list[_Place]] = defaultdict(list)
+    for name, group in graph.groups.items():
+        kept = graph.kept(name)
+        for where in group.slices:
+            if tensors[where.tensor].dim() == 1:  # a bias, or a scale of normalisation
+                continue
+            positions = graph.positions_now(where, kept).reshape(len(kept), -1)
+            place = _Place(name, where.axis, positions.numpy())
+            places[where.tensor].append(place)
+    return places
+
+
+def _tensors_of(group: Group, places: Collection[str]) -> list[str]:
+    """Return the names of the matrices and filters that a group lies in, each once."""
+    names = dict.fromkeys(where.tensor for where in group.slices)
+    return [name for name in names if name in places]
+
+
+def _crossings(group: Group, squares: np.ndarray, places: Sequence[_Place]) -> Iterator[_Crossing]:
+    """Yield the places of a group in one tensor, with those that cross them."""
+    for place in places:
+        if place.group == group.name:
+            others = [other for other in places if other.axis != place.axis]
+            yield _Crossing(squares, place, others)
+
+
+def _squares_along(places: Sequence[_Place], tensor: Tensor) -> np.ndarray:
+    """Return the squares of a tensor, summed over the axes along which there are no channels, which get length 1."""
+    axes = {place.axis for place in places}
+    weights = tensor.detach().cpu()
+    precise = torch.promote_types(weights.dtype, torch.float32)
+    squares = weights.to(precise).square()  # 10^8 of them in a VGG-16
+    others = [axis for axis in range(squares.dim()) if axis not in axes]
+    if others:
+        squares = squares.sum(others, keepdim=True, dtype=torch.float64)
+    return squares.numpy()
+
+
+def _sums_of_channels(squares: np.ndarray, place: _Place) -> np.ndarray:
+    """Return the sum of the squares that lie in each channel: (channels,)."""
+    others = tuple(axis for axis in range(squares.ndim) if axis != place.axis)
+    along_axis = squares.sum(axis=others, dtype=np.float64)  # (positions,)
+    return along_axis[place.positions].sum(1)

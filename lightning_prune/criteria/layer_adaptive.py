@@ -1,9 +1,9 @@
-"""Rank channels by their share of the weight that is left in their group."""
+"""Criterion on the share that a channel has in the weight of its group, once smaller channels are pruned."""
 
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.numbering import number
+from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
@@ -12,22 +12,22 @@ __all__ = ["lamp"]
 
 
 @register("lamp")
-def lamp(graph: ChannelGraph) -> dict[str, Tensor]:
+def lamp(graph: ChannelGraph) -> Scores:
     """Score channels by their squared norm, divided by that of all channels of the group that are no smaller.
 
-    The score says how much of what would still be there is lost, when channels leave smallest first. The largest
-    channel of every group scores 1, so that no group vanishes.
+    The score says what fraction of the weight that is still there a channel takes with it, when channels are pruned
+    smallest first. The largest channel of every group scores 1, so that no group vanishes.
 
     Args:
         graph: The traced model; the weights are read as they are now.
 
     Returns:
-        (channels,) score of each group, in [0, 1], higher is kept; ``-inf`` for channels that have been removed.
+        (channels,) score of each group, in [0, 1], higher is kept; ``-inf`` for channels that have been pruned.
 
     Note:
         The score is that of Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning" (ICLR 2021), for
-        single weights. Interpretation: the weights of all filters that make a channel take the place of a weight, and
-        equal channels are ordered by their number, the first being the smallest.
+        single weights. Interpretation: the weights of all filters that produce a channel take the place of a weight,
+        and equal channels are ordered by their number, the first being the smallest.
 
     Example:
         >>> from torch import nn
@@ -40,10 +40,20 @@ def lamp(graph: ChannelGraph) -> dict[str, Tensor]:
     tensors = named_tensors(graph.model)
     shares = {}
     for name, group in graph.groups.items():
-        rows = (graph.rows(name, part, tensors).to("cpu", torch.float64) for part in group.out_slices)
-        squares = sum((part.square().sum(1) for part in rows), torch.zeros((), dtype=torch.float64))
-        order = squares.argsort(stable=True)
-        left = squares[order].flip(0).cumsum(0).flip(0).clamp_min(torch.finfo(torch.float64).tiny)
-        shares[name] = torch.empty_like(squares)
-        shares[name][order] = squares[order] / left
-    return number(graph, shares)
+        squares = torch.zeros((), dtype=torch.float64)
+        for place in group.out_slices:
+            rows = graph.rows(name, place, tensors).to("cpu", torch.float64)
+            squares = squares + rows.square().sum(1)  # (kept channels,)
+        shares[name] = _share_of_no_smaller(squares)
+    return to_original_channels(graph, shares)
+
+
+def _share_of_no_smaller(squares: Tensor) -> Tensor:
+    """Return each value divided by the sum of those that are no smaller: (n,)."""
+    order = squares.argsort(stable=True)
+    ascending = squares[order]
+    sums = ascending.flip(0).cumsum(0).flip(0)  # of each value and all that come after it
+    smallest = torch.finfo(torch.float64).tiny
+    shares = torch.empty_like(squares)
+    shares[order] = ascending / sums.clamp_min(smallest)
+    return shares

@@ -1,10 +1,9 @@
-"""Rank channels by the norm of the weights that make them."""
-
-import math
+"""Criteria on the norm of the weights that produce a channel."""
 
 import torch
 from torch import Tensor
 
+from lightning_prune.criteria.channel_scores import Scores, divide_by_mean, to_original_channels
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
@@ -15,8 +14,8 @@ _IN_CACHE = 65_536  # numbers
 
 
 @register("magnitude")
-def magnitude(graph: ChannelGraph, p: float = 1.0) -> dict[str, Tensor]:
-    """Score channels by the norm of their filters, over all layers that make the channel.
+def magnitude(graph: ChannelGraph, p: float = 1.0) -> Scores:
+    """Score channels by the norm of their filters, over all layers that produce the channel.
 
     Scores are divided by their mean within the group, so that groups can be compared; without that, layers whose
     weights are small for reasons of scale would vanish first.
@@ -26,15 +25,15 @@ def magnitude(graph: ChannelGraph, p: float = 1.0) -> dict[str, Tensor]:
         p: Order of the norm, above 0: 1 for the sum of absolute values, 2 for the Euclidean norm.
 
     Returns:
-        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed.
+        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been pruned.
 
     Raises:
         ValueError: If ``p`` is not above 0.
 
     Note:
-        The L1 norm of a filter as its importance is that of Li et al., "Pruning Filters for Efficient ConvNets" (ICLR
+        The L1 norm of a filter as its score is that of Li et al., "Pruning Filters for Efficient ConvNets" (ICLR
         2017). Summing over coupled layers and comparing groups by their mean are choices made here; the paper sets
-        the ratio of each layer by hand.
+        the fraction of each layer by hand.
 
     Example:
         >>> from torch import nn
@@ -47,23 +46,21 @@ def magnitude(graph: ChannelGraph, p: float = 1.0) -> dict[str, Tensor]:
     if not p > 0:
         raise ValueError(f"p must be the order of a norm, above 0; got {p!r}.")
     tensors = named_tensors(graph.model)
-    scores = {}
+    norms = {}
     for name, group in graph.groups.items():
-        each = [_norms(graph.rows(name, part, tensors), p).cpu() for part in group.out_slices]
-        norms = _norms(torch.stack(each, dim=1), p) if len(each) > 1 else each[0]
-        scores[name] = torch.full((group.size,), -math.inf, dtype=norms.dtype)
-        scores[name][graph.kept(name)] = norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
-    return scores
+        by_layer = [_norms(graph.rows(name, place, tensors), p).cpu() for place in group.out_slices]
+        norms[name] = by_layer[0] if len(by_layer) == 1 else _norms(torch.stack(by_layer, dim=1), p)
+    return to_original_channels(graph, divide_by_mean(norms))
 
 
 @register("l1")
-def l1(graph: ChannelGraph) -> dict[str, Tensor]:
+def l1(graph: ChannelGraph) -> Scores:
     """Score channels by the sum of the absolute weights of their filters; see `magnitude`."""
     return magnitude(graph, 1)
 
 
 @register("l2")
-def l2(graph: ChannelGraph) -> dict[str, Tensor]:
+def l2(graph: ChannelGraph) -> Scores:
     """Score channels by the Euclidean norm of their filters; see `magnitude`."""
     return magnitude(graph, 2)
 
@@ -73,5 +70,7 @@ def _norms(rows: Tensor, p: float) -> Tensor:
     precise = torch.promote_types(rows.dtype, torch.float32)  # half precision ends where sums begin
     if p != 1:
         return torch.linalg.vector_norm(rows, p, dim=1, dtype=precise)
-    # PyTorch's own L1 norm is several times slower than these sums over parts that fit into the cache.
-    return torch.cat([part.abs().sum(1, dtype=precise) for part in rows.split(max(1, _IN_CACHE // rows.shape[1]))])
+    # PyTorch's own L1 norm is several times slower than these sums over rows that fit into the cache.
+    rows_in_cache = max(1, _IN_CACHE // rows.shape[1])
+    sums = [some.abs().sum(1, dtype=precise) for some in rows.split(rows_in_cache)]
+    return torch.cat(sums)

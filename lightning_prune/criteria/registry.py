@@ -1,4 +1,4 @@
-"""Criteria by name, and the one call that runs any of them."""
+"""Registry of criteria by name, and the one call that runs any of them."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -7,13 +7,18 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_prune.criteria.channel_scores import Scores
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.importing import imported
 
 __all__ = ["CRITERIA", "Criterion", "Loss", "find", "needs_data", "register", "score"]
 
-Criterion = Callable[..., dict[str, Tensor]]
+Criterion = Callable[..., Scores]
+"""Given the graph, and for some also batches and a loss, returns scores."""
 Loss = Callable[[nn.Module, Any], Tensor]
+"""Given the model and a batch, returns the loss as a scalar."""
+Setting = str | Mapping[str, Any]
+"""A name or an import path, or a mapping with a ``name`` and settings."""
 _Function = TypeVar("_Function", bound=Criterion)
 
 CRITERIA: dict[str, Criterion] = {}
@@ -28,7 +33,7 @@ def register(name: str) -> Callable[[_Function], _Function]:
     Returns:
         A decorator for a function whose first parameter is the graph. One that needs data names its next two
         parameters ``batches`` and ``loss``; all others are settings, and need defaults. It returns the (channels,)
-        score of each group, higher is kept; ``-inf`` for channels that have been removed.
+        score of each group, higher is kept; ``-inf`` for channels that have been pruned.
 
     Example:
         >>> import torch
@@ -50,10 +55,10 @@ def register(name: str) -> Callable[[_Function], _Function]:
 
 def score(
     graph: ChannelGraph,
-    criterion: str | Mapping[str, Any] = "l1",
+    criterion: Setting = "l1",
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
-) -> dict[str, Tensor]:
+) -> Scores:
     """Score the channels by any criterion.
 
     Args:
@@ -64,7 +69,7 @@ def score(
         loss: Given the model and a batch, returns the loss as a scalar, for criteria that need data.
 
     Returns:
-        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed.
+        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been pruned.
 
     Raises:
         ValueError: If there is no such criterion or setting, or it needs data and there are none.
@@ -81,11 +86,12 @@ def score(
     if not needs_data(function):
         return function(graph)
     if batches is None or loss is None:
-        raise ValueError(f"Criterion {_name(criterion)!r} needs data: give `batches` and `loss`.")
+        name, _ = _name_and_settings(criterion)
+        raise ValueError(f"Criterion {name!r} needs data: give `batches` and `loss`.")
     return function(graph, batches, loss)
 
 
-def find(criterion: str | Mapping[str, Any]) -> Criterion:
+def find(criterion: Setting) -> Criterion:
     """Return the criterion of a setting, with its own settings filled in.
 
     Args:
@@ -94,19 +100,19 @@ def find(criterion: str | Mapping[str, Any]) -> Criterion:
     Raises:
         ValueError: If there is no such criterion, or it has no such setting.
     """
-    name = _name(criterion)
-    function = CRITERIA.get(name) or (_imported(name) if "." in name else None)
+    name, settings = _name_and_settings(criterion)
+    function = CRITERIA.get(name)
+    if function is None and "." in name:
+        function = _imported(name)
     if function is None:
         raise ValueError(
             f"There is no criterion {name!r}; those known are {', '.join(sorted(CRITERIA))}. Yours needs "
             "@lightning_prune.criteria.register(...) in a module that is imported, or is named by its import path."
         )
-    settings = {} if isinstance(criterion, str) else {key: criterion[key] for key in criterion if key != "name"}
-    known = [key for key in list(inspect.signature(function).parameters)[1:] if key not in ("batches", "loss")]
-    for key in settings:
-        if key not in known:
-            raise ValueError(f"Criterion {name!r} has no setting {key!r}; it has {', '.join(known) or 'none'}.")
-    return partial(function, **settings) if settings else function
+    if not settings:
+        return function
+    _check_settings(name, function, settings)
+    return partial(function, **settings)
 
 
 def needs_data(function: Criterion) -> bool:
@@ -114,11 +120,20 @@ def needs_data(function: Criterion) -> bool:
     return "batches" in inspect.signature(function).parameters
 
 
-def _name(criterion: str | Mapping[str, Any]) -> str:
-    name = criterion if isinstance(criterion, str) else criterion.get("name")
+def _name_and_settings(criterion: Setting) -> tuple[str, dict[str, Any]]:
+    settings = {"name": criterion} if isinstance(criterion, str) else dict(criterion)
+    name = settings.pop("name", None)
     if not isinstance(name, str):
         raise ValueError(f"A criterion is a name, or a mapping with a name and settings; got {criterion!r}.")
-    return name
+    return name, settings
+
+
+def _check_settings(name: str, function: Criterion, settings: Mapping[str, Any]) -> None:
+    _, *parameters = inspect.signature(function).parameters  # the first is the graph
+    known = [parameter for parameter in parameters if parameter not in ("batches", "loss")]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"Criterion {name!r} has no setting {key!r}; it has {', '.join(known) or 'none'}.")
 
 
 def _imported(path: str) -> Criterion | None:

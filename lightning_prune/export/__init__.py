@@ -1,5 +1,6 @@
-"""Export: files that run elsewhere."""
+"""Export of models to files that run elsewhere."""
 
-from lightning_prune.export.exporting import BATCH_SIZES, FORMATS, export, random_inputs
+from lightning_prune.export.entry import BATCH_SIZES, FORMATS, export
+from lightning_prune.export.inputs import random_inputs
 
 __all__ = ["BATCH_SIZES", "FORMATS", "export", "random_inputs"]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import lightning_prune as lp
 from lightning_prune.callbacks import SensitivenessCallback
-from lightning_prune.criteria import layer_importance, sensitiveness
+from lightning_prune.criteria import layer_scores, sensitiveness
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
@@ -85,7 +85,7 @@ def test_settings_out_of_range_are_refused() -> None:
         ({"levels": []}, "levels of damage 'random' must be numbers above 0 and below 1.0"),
         ({"levels": [0.5, 1.0]}, "levels of damage 'random' must be numbers above 0 and below 1.0"),
         ({"damage": "noise", "levels": [0.0]}, "levels of damage 'noise' must be numbers above 0 and below inf"),
-        ({"draws": 0}, "draws must be a whole number of at least 1"),
+        ({"draws": 0}, "draws must be an integer of at least 1"),
         ({"ratio": "square"}, "ratio must be one of inverse, complement"),
         ({"limit_batches": 0}, "limit_batches must be a whole number of at least 1, or None"),
     ):
@@ -98,9 +98,9 @@ def test_settings_out_of_range_are_refused() -> None:
 
 @pytest.mark.parametrize("ratio", ["inverse", "complement"])
 def test_what_bears_damage_is_more_dispensable(ratio: str) -> None:
-    importance = layer_importance({"a": 0.4, "b": 0.0, "c": 0.1}, ratio)
+    importance = layer_scores({"a": 0.4, "b": 0.0, "c": 0.1}, ratio)
     assert importance["a"] > importance["c"] > importance["b"] > 0
-    assert layer_importance({"a": 0.0, "b": 0.0}, ratio) == {"a": 1.0, "b": 1.0}
+    assert layer_scores({"a": 0.0, "b": 0.0}, ratio) == {"a": 1.0, "b": 1.0}
 
 
 # -- the callback ------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def fit_regression(root: Path, callback: L.Callback, validate: bool = True) -> L
 
 
 def test_other_tasks_bring_their_own_measure_or_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no pair of inputs and labels that are whole numbers; pass `evaluate`"):
+    with pytest.raises(ValueError, match="no pair of inputs and labels that are integers; pass `evaluate`"):
         fit_regression(tmp_path, SensitivenessCallback(keep=0.5, **SETTINGS))
     with pytest.raises(ValueError, match="measures on the validation split, and this run has none"):
         fit_regression(tmp_path, SensitivenessCallback(evaluate=closeness, **SETTINGS), validate=False)

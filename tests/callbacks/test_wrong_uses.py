@@ -327,7 +327,7 @@ MODELS: dict[str, Row] = {
     ),
     "a reader of its own kind under Taylor": (
         fit(TaylorRankCallback(), module=Mixing()), ValueError,
-        "The Taylor criterion cannot watch what 'mix' (Mix) reads of group 'lift'; add 'lift' to ignore, or use a "
+        "The Taylor criterion cannot watch what 'mix' (Mix) consumes of group 'lift'; add 'lift' to ignore, or use a "
         "criterion that needs no activations, such as 'l1', or 'taylor' with variant 'gate'.",
     ),
     "a part that is nothing but output": (

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_prune as lp
 from lightning_prune.candidates import Noise, classification, evaluate_candidates
-from lightning_prune.candidates.jobs import Job, Planner, share
-from lightning_prune.candidates.replay import DivergedError, Replay, observe
-from lightning_prune.candidates.variants import plain_readers
+from lightning_prune.candidates.jobs import Job, Planner, Way, share
+from lightning_prune.candidates.operator_trace import trace_operators
+from lightning_prune.candidates.replay import DivergedError, Replay
+from lightning_prune.candidates.stand_ins import maskable_layers
 from lightning_prune.graph import ChannelGraph
 
 Batch = tuple[Tensor, Tensor]
@@ -64,7 +65,7 @@ class Sequence(nn.Module):
 
 
 class Mixing(Sequence):
-    """Subtracts the mean over the batch, so that examples depend on each other."""
+    """Subtracts the mean over the batch, so that samples depend on each other."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.first(x.mean((2, 3))).relu())
@@ -81,7 +82,7 @@ class Restless(Sequence):
 
 
 class Normalised(nn.Module):
-    """Removal changes the statistics of the normalisations: masks are not exact."""
+    """Pruning changes the statistics of the normalisations: not mask-exact."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,10 +100,14 @@ def made(kind: Callable[[], nn.Module], sizes: tuple[int, ...] = (6, 6, 3)) -> t
     return graph, [(torch.randn(n, 3, 4, 4, dtype=torch.float64), torch.randint(5, (n,))) for n in sizes]
 
 
-def removals(graph: ChannelGraph) -> list[dict[str, Tensor]]:
-    """Return the removal of each channel alone."""
-    every = {name: graph.kept(name) for name in graph.groups}
-    return [{name: live[live != channel]} for name, live in every.items() for channel in live if len(live) > 1]
+def single_prunings(graph: ChannelGraph) -> list[dict[str, Tensor]]:
+    """Return the pruning of each channel alone."""
+    prunings = []
+    for name in graph.groups:
+        kept = graph.kept(name)
+        if len(kept) > 1:
+            prunings += [{name: kept[kept != channel]} for channel in kept]
+    return prunings
 
 
 @torch.no_grad()
@@ -127,7 +132,7 @@ def test_equals_pruning_a_copy(kind: type[nn.Module], sizes: tuple[int, ...], pr
     if pruned:
         first = next(iter(graph.groups))
         lp.prune(graph.model, graph.plan({first: torch.arange(1, graph.groups[first].size)}))
-    candidates = [{}, *removals(graph)]
+    candidates = [{}, *single_prunings(graph)]
     if not pruned:
         candidates += [random_plan(graph) for _ in range(8)]
     measured = evaluate_candidates(graph, candidates, batches)
@@ -152,7 +157,7 @@ class Embedded(nn.Module):
 
 
 class Functional(nn.Module):
-    """Reads the weight of one layer without calling it, and that of another in both ways."""
+    """Uses the weight of one layer without calling it, and that of another in both ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +190,7 @@ def test_masks_and_stacks_are_for_layers_and_batches_that_bear_them(
     kind: type[nn.Module], sizes: tuple[int, ...]
 ) -> None:
     graph, batches = made(kind, sizes)
-    single = removals(graph)
+    single = single_prunings(graph)
     both = [{**one, **other} for one, other in itertools.pairwise(single) if one.keys() != other.keys()]
     candidates = [{}, *single, *both, *(random_plan(graph) for _ in range(8))]
     measured = evaluate_candidates(graph, candidates, batches)
@@ -195,7 +200,7 @@ def test_masks_and_stacks_are_for_layers_and_batches_that_bear_them(
 
 def test_a_network_that_never_does_the_same_is_run_plainly() -> None:
     graph, batches = made(Restless)
-    candidates = removals(graph)
+    candidates = single_prunings(graph)
     with pytest.warns(UserWarning, match="Restless does not repeat the same operations"):
         measured = evaluate_candidates(graph, candidates, batches)
     torch.testing.assert_close(measured.loss, naive(graph, candidates, batches)[0], rtol=1e-9, atol=1e-9)
@@ -220,18 +225,18 @@ def test_what_comes_before_the_first_difference_is_run_once() -> None:
     with Counter() as counter:
         evaluate_candidates(graph, candidates, [batch])
     handle.remove()
-    # Seven layers for six examples: to see what there is, as a check and up to the boundary; then the head for each.
+    # Seven layers for six samples: to see what there is, as a check and up to the boundary; then the head for each.
     assert counter.rows <= 6 * (7 + 7 + 6 + 10)
     assert sorted(calls) == [6, 6, 60]  # the candidates as one batch; the pass up to the boundary has no end
 
 
 def test_a_replay_refuses_other_operations() -> None:
     x, weight = torch.ones(2), torch.tensor([1.0, 3.0])
-    course = observe(lambda: (x + 1) * weight, {"weight": weight})
-    assert course.first_read == {"weight": 1}
+    trace = trace_operators(lambda: (x + 1) * weight, {"weight": weight})
+    assert trace.first_use == {"weight": 1}
     with pytest.raises(DivergedError, match=r"the operation has been aten.add.Tensor and is now aten.sub.Tensor"):
-        Replay(lambda: (x - 1) * weight, course.operations, 2).advance(1)
-    replay = Replay(lambda: (x + 1) * weight, course.operations, 2)
+        Replay(lambda: (x - 1) * weight, trace.operations, 2).advance(1)
+    replay = Replay(lambda: (x + 1) * weight, trace.operations, 2)
     replay.advance(1)
     assert replay.run(lambda: (x + 1) * (weight + 1)).tolist() == [4.0, 8.0]
     with pytest.raises(DivergedError, match=r"operation 0 has been aten.add.Tensor and is now aten.sub.Tensor"):
@@ -253,7 +258,7 @@ def test_leaves_no_trace() -> None:
     )
     gradients = [p.grad.clone() for p in model.parameters()]
     identities = [id(t) for t in (*model.parameters(), *model.buffers())]
-    candidates = [*removals(graph), random_plan(graph), Noise("expand", 0.5, 1)]
+    candidates = [*single_prunings(graph), random_plan(graph), Noise("expand", 0.5, 1)]
     random = torch.get_rng_state()
     evaluate_candidates(graph, candidates, batches, recalibrate=batches)
     evaluate_candidates(graph, candidates, batches)
@@ -280,7 +285,7 @@ def test_leaves_no_trace() -> None:
 @torch.no_grad()
 def test_statistics_can_be_estimated_anew() -> None:
     graph, batches = made(Blocks)
-    candidates = [{}, *removals(graph)[::5], random_plan(graph)]
+    candidates = [{}, *single_prunings(graph)[::5], random_plan(graph)]
     measured = evaluate_candidates(graph, candidates, batches, recalibrate=batches[:2])
     for candidate, loss in zip(candidates, measured.loss, strict=True):
         copied = copy.deepcopy(graph.model).eval()
@@ -309,16 +314,21 @@ def test_noise_is_on_the_weights_of_one_group_and_the_same_for_a_seed() -> None:
     other = evaluate_candidates(graph, [*noises, noises[0]], batches[:1])
     assert torch.equal(one.loss, other.loss[:2])
     assert other.loss[0] == other.loss[2] != other.loss[1]
-    changed = {name for each in seen for name in each if not torch.equal(each[name], graph.model.get_parameter(name))}
+    changed = {
+        name
+        for weights in seen
+        for name, weight in weights.items()
+        if not torch.equal(weight, graph.model.get_parameter(name))
+    }
     assert changed == {"stem.weight", "project.weight"}  # what makes the channels
     weight = graph.model.stem.weight
-    spread = [((each["stem.weight"] - weight).std() / weight.std()).item() for each in seen[-2:]]
+    spread = [((weights["stem.weight"] - weight).std() / weight.std()).item() for weights in seen[-2:]]
     assert spread == pytest.approx([0.25, 0.25], rel=0.15)
 
 
 def test_other_tasks_bring_their_own_measure() -> None:
     graph, batches = made(Sequence)
-    candidates = [{}, *removals(graph)]
+    candidates = [{}, *single_prunings(graph)]
 
     def squares(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
         return model(batch[0]).square().mean(), 0.5
@@ -336,7 +346,7 @@ def test_other_tasks_bring_their_own_measure() -> None:
 def test_refuses_what_is_no_classification() -> None:
     graph, ((x, y), *_) = made(Sequence)
     for batch in (x, (x, y.double()), {"x": x}, (x, y, y)):
-        with pytest.raises(ValueError, match="no pair of inputs and labels that are whole numbers; pass `evaluate`"):
+        with pytest.raises(ValueError, match="no pair of inputs and labels that are integers; pass `evaluate`"):
             evaluate_candidates(graph, [{}], [batch])
     with pytest.raises(ValueError, match=r"shape \(6, 5\) for labels of shape \(6, 2\), which are no logits"):
         evaluate_candidates(graph, [{}], [(x, torch.stack([y, y], 1))])
@@ -361,7 +371,7 @@ def slow(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def _measure_slowly(folder: str) -> None:
     torch.set_num_threads(1)
     graph, batches = made(Blocks)
-    evaluate_candidates(graph, removals(graph), batches, evaluate=slow, resume=folder)
+    evaluate_candidates(graph, single_prunings(graph), batches, evaluate=slow, resume=folder)
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,26 +384,26 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, monkeypatch: p
     process.join()
     graph, batches = made(Blocks)
     noted = journal.read_bytes().count(b"\n")
-    assert 20 <= noted < len(removals(graph)) * len(batches)
+    assert 20 <= noted < len(single_prunings(graph)) * len(batches)
     with journal.open("ab") as file:
         file.write(b'["half a li')
     calls: list[float] = []
     monkeypatch.setattr(time, "sleep", calls.append)  # as `slow` does each time
-    resumed = evaluate_candidates(graph, removals(graph), batches, evaluate=slow, resume=tmp_path)
-    assert len(calls) < len(removals(graph)) * len(batches)
-    unbroken = evaluate_candidates(graph, removals(graph), batches, evaluate=slow)
+    resumed = evaluate_candidates(graph, single_prunings(graph), batches, evaluate=slow, resume=tmp_path)
+    assert len(calls) < len(single_prunings(graph)) * len(batches)
+    unbroken = evaluate_candidates(graph, single_prunings(graph), batches, evaluate=slow)
     assert torch.equal(resumed.loss, unbroken.loss)
     assert torch.equal(resumed.accuracy, unbroken.accuracy)
-    assert journal.read_bytes().count(b"\n") == len(removals(graph)) * len(batches)
+    assert journal.read_bytes().count(b"\n") == len(single_prunings(graph)) * len(batches)
 
 
 def test_results_of_another_model_are_not_taken(tmp_path: Path) -> None:
     graph, batches = made(Blocks)
-    evaluate_candidates(graph, removals(graph), batches, resume=tmp_path)
+    evaluate_candidates(graph, single_prunings(graph), batches, resume=tmp_path)
     with torch.no_grad():
         graph.model.head.weight.mul_(2)
-    measured = evaluate_candidates(graph, removals(graph), batches, resume=tmp_path)
-    torch.testing.assert_close(measured.loss, naive(graph, removals(graph), batches)[0], rtol=1e-9, atol=1e-9)
+    measured = evaluate_candidates(graph, single_prunings(graph), batches, resume=tmp_path)
+    torch.testing.assert_close(measured.loss, naive(graph, single_prunings(graph), batches)[0], rtol=1e-9, atol=1e-9)
 
 
 def scaled(model: nn.Module, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
@@ -401,14 +411,14 @@ def scaled(model: nn.Module, batch: Batch, factor: float) -> tuple[Tensor, Tenso
     return factor * loss, accuracy
 
 
-def held(factor: float) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
+def closed_over(factor: float) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
     return lambda model, batch: scaled(model, batch, factor)
 
 
 def test_results_of_another_measure_or_network_are_not_taken(tmp_path: Path) -> None:
     graph, batches = made(Blocks)
-    candidates = removals(graph)[:3]
-    for make in (lambda factor: partial(scaled, factor=factor), held):
+    candidates = single_prunings(graph)[:3]
+    for make in (lambda factor: partial(scaled, factor=factor), closed_over):
         for factor in (1.0, 3.0):
             found = evaluate_candidates(graph, candidates, batches, evaluate=make(factor), resume=tmp_path).loss
             expected = evaluate_candidates(graph, candidates, batches, evaluate=make(factor)).loss
@@ -451,7 +461,7 @@ def _rank(rank: int, folder: str) -> None:
         calls += 1
         return classification(model, batch)
 
-    candidates = [{}, *removals(graph), Noise("stem", 0.5, 0)]
+    candidates = [{}, *single_prunings(graph), Noise("stem", 0.5, 0)]
     shared = evaluate_candidates(graph, candidates, batches, resume=f"{folder}/notes")
     again = evaluate_candidates(graph, candidates, batches, evaluate=counted)
     own = evaluate_candidates(graph, candidates, batches[rank::2], own_data=True)
@@ -466,7 +476,7 @@ def test_two_ranks_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
     warm()
     torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     graph, batches = made(Blocks)
-    candidates = [{}, *removals(graph), Noise("stem", 0.5, 0)]
+    candidates = [{}, *single_prunings(graph), Noise("stem", 0.5, 0)]
     alone = evaluate_candidates(graph, candidates, batches)
     anew = evaluate_candidates(graph, candidates, batches, recalibrate=batches[:1])
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -486,34 +496,34 @@ def test_two_ranks_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
 
 
 def test_ways_and_what_they_cost() -> None:
-    """A chain of layers, so that FLOPs can be worked out by hand: 16 inputs, 8 and 8 channels, 2 outputs."""
+    """Layers in a row, so that FLOPs can be worked out by hand: 16 inputs, 8 and 8 channels, 2 outputs."""
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     graph = lp.trace(model, torch.zeros(1, 16))
     x = torch.zeros(4, 16)
     with torch.no_grad():
-        course = observe(lambda: model(x), dict(model.named_parameters()))
-    names = [str(operation).removeprefix("aten.").removesuffix(".default") for operation in course.operations]
+        trace = trace_operators(lambda: model(x), dict(model.named_parameters()))
+    names = [str(operation).removeprefix("aten.").removesuffix(".default") for operation in trace.operations]
     assert names == ["t", "addmm", "relu"] * 2 + ["t", "addmm"]
-    assert [course.first_read[f"{layer}.weight"] for layer in (0, 2, 4)] == [0, 3, 6]
+    assert [trace.first_use[f"{layer}.weight"] for layer in (0, 2, 4)] == [0, 3, 6]
     one, few = torch.arange(1, 8), torch.arange(2)
     candidates = [{"2": one}, {"0": one}, {"0": few, "2": few}, {}, {"2": one[1:]}, {"0": one[:-1], "2": one}]
-    planner = Planner(graph, course, plain_readers(model))
-    jobs = planner.jobs([graph.plan(each) for each in candidates], stack=2)
-    whole = 16 * 8 + 8 * 8 + 8 * 2
+    planner = Planner(graph, trace, maskable_layers(model))
+    jobs = planner.jobs([graph.plan(kept) for kept in candidates], stack=2)
+    model_cost = 16 * 8 + 8 * 8 + 8 * 2
     assert jobs == [
-        Job("sliced", 0, (2,), 1 + 16 * 2 + 2 * 2 + 2 * 2 + whole),
-        Job("stacked", 3, (1, 5), 1 + 2 * (8 * 8 + 8 * 2) + whole),
-        Job("stacked", 6, (0, 4), 1 + 2 * 8 * 2 + whole),
-        Job("plain", 8, (3,), 1 + whole + whole),
+        Job(Way.SLICED, 0, (2,), 1 + 16 * 2 + 2 * 2 + 2 * 2 + model_cost),
+        Job(Way.STACKED, 3, (1, 5), 1 + 2 * (8 * 8 + 8 * 2) + model_cost),
+        Job(Way.STACKED, 6, (0, 4), 1 + 2 * 8 * 2 + model_cost),
+        Job(Way.PLAIN, 8, (3,), 1 + model_cost + model_cost),
     ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_ranks_share_all_jobs_evenly(world: int) -> None:
     torch.manual_seed(0)
-    jobs = [Job("masked", number, (number,), float(cost)) for number, cost in enumerate(torch.rand(400))]
-    parts = [share(jobs, rank, world) for rank in range(world)]
-    assert sorted(job.boundary for part in parts for job in part) == list(range(400))
-    costs = [sum(job.cost for job in part) for part in parts]
+    jobs = [Job(Way.MASKED, number, (number,), float(cost)) for number, cost in enumerate(torch.rand(400))]
+    shares = [share(jobs, rank, world) for rank in range(world)]
+    assert sorted(job.boundary for shared in shares for job in shared) == list(range(400))
+    costs = [sum(job.cost for job in shared) for shared in shares]
     assert max(costs) - min(costs) <= 4
     assert [share(jobs[:1], rank, 3) for rank in range(3)].count([]) == 2

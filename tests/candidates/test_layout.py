@@ -31,8 +31,8 @@ class Plain(nn.Module):
         return self.head(F.relu(self.bare(self.second(x))).mean((2, 3)))
 
 
-class ReadTwice(Plain):
-    """What the first convolution returns is read before the normalisation, too."""
+class UsedTwice(Plain):
+    """What the first convolution returns is used before the normalisation, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -91,7 +91,7 @@ class Hooked(Plain):
         self.bare.register_forward_pre_hook(lambda module, args: args[0])
 
 
-KINDS = [Plain, ReadTwice, RunTwice, Viewing, Asserting, Named, Hooked]
+KINDS = [Plain, UsedTwice, RunTwice, Viewing, Asserting, Named, Hooked]
 
 
 def made(kind: type[Plain]) -> Plain:
@@ -148,7 +148,7 @@ def test_normalisations_run_for_the_statistics_and_one_check_only(batches: list[
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "pairs"), [(Plain, 2), (ReadTwice, 2), (RunTwice, 1), (Viewing, 2), (Named, 1)])
+@pytest.mark.parametrize(("kind", "pairs"), [(Plain, 2), (UsedTwice, 2), (RunTwice, 1), (Viewing, 2), (Named, 1)])
 def test_convolutions_do_what_normalisations_behind_them_did(kind: type[Plain], pairs: int) -> None:
     model, x = made(kind), torch.randn(4, 3, 6, 6, dtype=torch.float64)
     before, found = foldable(model, lambda: model(x))
@@ -156,7 +156,7 @@ def test_convolutions_do_what_normalisations_behind_them_did(kind: type[Plain], 
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     fold(found)
     same = torch.allclose(model(x), before, rtol=1e-10)
-    assert same == (kind is not ReadTwice)  # which the evaluator finds out by trying
+    assert same == (kind is not UsedTwice)  # which the evaluator finds out by trying
 
 
 @torch.no_grad()

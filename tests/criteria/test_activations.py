@@ -1,4 +1,4 @@
-"""Mean activation and the percentage of zeros, against loops over what is read."""
+"""Mean activation and the percentage of zeros, against loops over what is consumed."""
 
 import math
 
@@ -12,7 +12,7 @@ import lightning_prune as lp
 
 
 class Network(nn.Module):
-    """Two layers read the first channels: one at all positions, one after pooling and flattening."""
+    """Two layers consume the first channels: one at all positions, one after pooling and flattening."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,17 +30,17 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).sum()
 
 
-def read_by_loops(model: nn.Module, batches: list[Tensor], value: object) -> Tensor:
-    """The mean over the two readers of the mean over what each reads, channel by channel."""
-    read: dict[str, list[list[float]]] = {"block": [[] for _ in range(4)], "head": [[] for _ in range(4)]}
+def mean_by_loops(model: nn.Module, batches: list[Tensor], value: object) -> Tensor:
+    """The mean over the two layers of the mean over what they consume, channel by channel."""
+    consumed: dict[str, list[list[float]]] = {"block": [[] for _ in range(4)], "head": [[] for _ in range(4)]}
     for batch in batches:
         first = F.relu(model.stem(batch))
         second = F.avg_pool2d(F.relu(first + model.block(first) - 0.5), 4)
         for name, maps in (("block", first), ("head", second)):
-            for example in maps:
+            for sample in maps:
                 for channel in range(4):
-                    read[name][channel] += [value(float(number)) for number in example[channel].flatten()]
-    means = [[sum(numbers) / len(numbers) for numbers in channels] for channels in read.values()]
+                    consumed[name][channel] += [value(float(number)) for number in sample[channel].flatten()]
+    means = [[sum(numbers) / len(numbers) for numbers in channels] for channels in consumed.values()]
     return torch.tensor(means, dtype=torch.float64).mean(0)
 
 
@@ -56,7 +56,7 @@ def batches() -> list[Tensor]:
 @torch.no_grad()
 def test_mean_activation_against_loops(graph: lp.graph.ChannelGraph) -> None:
     data = batches()
-    expected = read_by_loops(graph.model, data, lambda number: number)
+    expected = mean_by_loops(graph.model, data, lambda number: number)
     scores = lp.criteria.mean_activation(graph, data, loss)
     torch.testing.assert_close(scores["stem"], expected / expected.norm())
 
@@ -64,7 +64,7 @@ def test_mean_activation_against_loops(graph: lp.graph.ChannelGraph) -> None:
 @torch.no_grad()
 def test_apoz_against_loops(graph: lp.graph.ChannelGraph) -> None:
     data = batches()
-    expected = read_by_loops(graph.model, data, lambda number: float(number != 0.0))
+    expected = mean_by_loops(graph.model, data, lambda number: float(number != 0.0))
     scores = lp.criteria.apoz(graph, data, loss)["stem"]
     torch.testing.assert_close(scores, expected)
     assert 0 < float(scores.min()) <= float(scores.max()) < 1
@@ -83,11 +83,11 @@ def test_after_a_prune_channels_keep_their_numbers(name: str) -> None:
 
 
 def test_a_loss_that_runs_nothing_is_reported(graph: lp.graph.ChannelGraph) -> None:
-    with pytest.raises(ValueError, match="Nothing was read of group 'stem': there is no batch, or the loss does not"):
+    with pytest.raises(ValueError, match="Nothing of group 'stem' was consumed: there is no batch, or the loss does"):
         lp.criteria.apoz(graph, batches(), lambda model, batch: batch.sum())
 
 
-def test_readers_that_cannot_be_watched_are_named() -> None:
+def test_layers_that_cannot_be_watched_are_named() -> None:
     class Mix(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -99,7 +99,7 @@ def test_readers_that_cannot_be_watched_are_named() -> None:
     graph = lp.trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), Mix()), torch.zeros(1, 2))
     data = [torch.randn(5, 2)]
     for name in ("apoz", "mean_activation", "taylor"):
-        with pytest.raises(ValueError, match=r"cannot watch what '2' \(Mix\) reads of group '0'; add '0' to ignore"):
+        with pytest.raises(ValueError, match=r"cannot watch what '2' \(Mix\) consumes of group '0'; add '0' to ignore"):
             lp.criteria.score(graph, name, data, loss)
     gate = lp.criteria.score(graph, {"name": "taylor", "variant": "gate"}, data, loss)["0"]
     hidden = graph.model[:2](data[0])

@@ -13,7 +13,7 @@ import lightning_prune as lp
 from lightning_prune.criteria.filter_entropy import spectrum_entropy
 from lightning_prune.planning.by_layer import plan_by_layer
 
-# The most that the entropy of values in [0, 1], put through a softmax, can be below that of equal ones: with a part f
+# The most that the entropy of values in [0, 1], put through a softmax, can be below that of equal ones: with a share f
 # of them at 1 and the rest at 0 it is f e / (1 - f + f e) - ln(1 - f + f e), at its largest near f = 0.339.
 DEFICIT = max(f * math.e / (1 - f + f * math.e) - math.log(1 - f + f * math.e) for f in np.linspace(0, 1, 10_001))
 VGG16 = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
@@ -132,7 +132,7 @@ def test_layers_with_one_input_count_as_the_others_do() -> None:
 
 
 def test_vgg16_at_half_of_its_filters() -> None:
-    """The ratios that the upper ends of the bounds give each convolution, with a budget that counts filters."""
+    """What the upper ends of the bounds give each convolution, with a budget that counts filters."""
     layers: list[nn.Module] = []
     for inputs, filters in zip([3, *VGG16], VGG16, strict=False):
         layers += [nn.Conv2d(inputs, filters, 3, padding=1), nn.ReLU()]
@@ -144,6 +144,6 @@ def test_vgg16_at_half_of_its_filters() -> None:
     upper = [0.01717, 0.06498, 0.03249, 0.03791, 0.01895, 0.02166, 0.02166, 0.01083, *[0.01218] * 5]
     assert list(control.values()) == pytest.approx(upper, abs=1e-5)
     plan = plan_by_layer(graph, control, lp.criteria.random(graph), 0.5, "channels", round_to=1)
-    removed = [1 - width / size for width, size in zip(plan.widths.values(), VGG16, strict=True)]
-    assert removed == pytest.approx([0.40, 0.11, 0.21, 0.18, 0.36, 0.32, 0.32, 0.64, *[0.57] * 5], abs=0.01)
+    pruned = [1 - width / size for width, size in zip(plan.widths.values(), VGG16, strict=True)]
+    assert pruned == pytest.approx([0.40, 0.11, 0.21, 0.18, 0.36, 0.32, 0.32, 0.64, *[0.57] * 5], abs=0.01)
     assert plan.budget["achieved"] == 0.5

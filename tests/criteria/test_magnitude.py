@@ -73,7 +73,7 @@ def test_coupled_layers_count_together(p: int):
     torch.testing.assert_close(scores["stem"], norms / norms.mean())
 
 
-def test_removed_channels_score_minus_infinity_and_live_ones_as_they_are_now():
+def test_pruned_channels_score_minus_infinity_and_kept_ones_as_they_are_now():
     model = randomised(Network())
     graph = lp.trace(model, torch.zeros(1, 3, 8, 8))
     lp.prune(model, graph.plan({"stem": torch.tensor([1, 4, 5])}))

@@ -52,14 +52,14 @@ def test_against_pruning_a_copy_for_each_channel(absolute: bool, pruned: bool) -
     )
     before, signs = by_hand(model, {}, graph), set()
     for name, group in graph.groups.items():
-        live = graph.kept(name)
+        kept = graph.kept(name)
         for channel in range(group.size):
-            if channel not in live:
+            if channel not in kept:
                 expected = -math.inf
-            elif len(live) == 1:
+            elif len(kept) == 1:
                 expected = math.inf
             else:
-                change = by_hand(model, {name: live[live != channel]}, graph) - before
+                change = by_hand(model, {name: kept[kept != channel]}, graph) - before
                 signs.add(change > 0)
                 expected = abs(change) if absolute else change
             assert float(scores[name][channel]) == pytest.approx(expected, abs=1e-10)
@@ -77,4 +77,4 @@ def test_is_registered_and_takes_its_settings_by_name() -> None:
         lp.criteria.score(graph, {"name": "oracle", "absolute": absolute}, [x], lambda model, x: model(x).mean())
         for absolute in (True, False)
     ]
-    assert [each["0"].tolist() for each in found] == [[6.0, 8.0], [-6.0, 8.0]]
+    assert [scores["0"].tolist() for scores in found] == [[6.0, 8.0], [-6.0, 8.0]]

@@ -1,4 +1,4 @@
-"""The Taylor criterion as a function: worked out by hand, by definition, and what it must leave alone."""
+"""The Taylor criterion as a function: worked out by hand, by definition, and what it must not change."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ from lightning_prune.planning.cost import CostModel
 
 
 def two_maps() -> tuple[nn.Module, Tensor]:
-    """Two feature maps of two positions: the input itself, and twice the input; their sum is the loss of an example."""
+    """Two feature maps of two positions: the input itself, and twice the input; their sum is the loss of a sample."""
     model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, (1, 2), bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([1.0, 2.0]).view(2, 1, 1, 1))
@@ -43,7 +43,7 @@ def test_variants_by_hand(variant: str, expected: list[float]) -> None:
     torch.testing.assert_close(scores, normal)
 
 
-def test_half_precision_leaves_room_for_products() -> None:
+def test_half_precision_has_room_for_products() -> None:
     model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)).half()
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[5.0], [10.0]]))
@@ -90,7 +90,7 @@ class Network(nn.Module):
         return self.head(F.max_pool2d(x, 2).flatten(1))
 
 
-READERS = {"stem": ("block", "head"), "block": ("back",)}
+CONSUMERS = {"stem": ("block", "head"), "block": ("back",)}
 
 
 def loss(model: nn.Module, batch: Any, reduction: str = "mean") -> Tensor:
@@ -108,13 +108,13 @@ def graph() -> lp.graph.ChannelGraph:
 
 @pytest.mark.parametrize("variant", ["a", "b", "c", "gate"])
 def test_variants_by_definition(variant: str, graph: lp.graph.ChannelGraph) -> None:
-    """Batches of different sizes: every example counts alike; a gate is of the mean over its batch."""
+    """Batches of different sizes: every sample counts alike; a gate is of the mean over its batch."""
     graph.model.train()
     batches = some_batches()
     scores = lp.criteria.taylor(graph, batches, loss, variant, normalize=False)
     assert graph.model.training
     graph.model.eval()
-    expected = reference(graph.model, batches, lambda m, batch: loss(m, batch, "sum"), READERS, variant)
+    expected = reference(graph.model, batches, lambda m, batch: loss(m, batch, "sum"), CONSUMERS, variant)
     for name, values in scores.items():
         torch.testing.assert_close(values, expected[name])
 
@@ -130,7 +130,7 @@ def test_a_loss_that_differentiates_itself(variant: str, weight: float, graph: l
     batches = some_batches()
     scores = lp.criteria.taylor(graph, batches, penalised, variant, normalize=False)
     graph.model.eval()
-    expected = reference(graph.model, batches, lambda m, batch: penalised(m, batch) * len(batch[0]), READERS, variant)
+    expected = reference(graph.model, batches, lambda m, batch: penalised(m, batch) * len(batch[0]), CONSUMERS, variant)
     plain = lp.criteria.taylor(graph, batches, loss, variant, normalize=False)
     for name, values in scores.items():
         torch.testing.assert_close(values, expected[name])
@@ -150,8 +150,8 @@ def test_a_derivative_that_does_not_need_every_gradient(graph: lp.graph.ChannelG
 
 
 @pytest.mark.parametrize("variant", ["a", "b", "c"])
-def test_how_examples_are_batched_makes_no_difference(variant: str, graph: lp.graph.ChannelGraph) -> None:
-    images, labels = (torch.cat(parts) for parts in zip(*some_batches(), strict=True))
+def test_how_samples_are_batched_makes_no_difference(variant: str, graph: lp.graph.ChannelGraph) -> None:
+    images, labels = (torch.cat(tensors) for tensors in zip(*some_batches(), strict=True))
     one = lp.criteria.taylor(graph, [(images, labels)], loss, variant)
     single = lp.criteria.taylor(graph, [(images[i : i + 1], labels[i : i + 1]) for i in range(13)], loss, variant)
     for name, values in one.items():
@@ -159,7 +159,7 @@ def test_how_examples_are_batched_makes_no_difference(variant: str, graph: lp.gr
 
 
 def test_the_gate_is_the_change_of_the_loss_to_first_order(graph: lp.graph.ChannelGraph) -> None:
-    """Scale what is read of a channel a little, by a central difference."""
+    """Scale what is consumed of a channel a little, by a central difference."""
     (batch,) = some_batches((4,))
     graph.model.eval()
     scores = lp.criteria.taylor(graph, [batch], loss, "gate")["block"]
@@ -175,7 +175,7 @@ def test_the_gate_is_the_change_of_the_loss_to_first_order(graph: lp.graph.Chann
             assert float(scores[channel]) == pytest.approx(((losses[0] - losses[1]) / 2e-5) ** 2, rel=1e-5, abs=1e-12)
 
 
-def test_leaves_the_model_alone(graph: lp.graph.ChannelGraph) -> None:
+def test_does_not_change_the_model(graph: lp.graph.ChannelGraph) -> None:
     model = graph.model.train()
     model.norm.eval()
     model.block.weight.requires_grad_(False)
@@ -205,7 +205,7 @@ def test_frozen_layers_are_scored_like_others(graph: lp.graph.ChannelGraph) -> N
 
 @pytest.mark.parametrize("variant", ["a", "b", "c", "gate", "sum_then_square", "square_then_sum"])
 def test_after_a_prune_channels_keep_their_numbers(variant: str, graph: lp.graph.ChannelGraph) -> None:
-    """Zeroing what is read of a channel first, so that removing it changes nothing."""
+    """Zeroing what is consumed of a channel first, so that pruning it changes nothing."""
     from lightning_prune.surgery.masks import mask
 
     plan, batches = graph.plan({"stem": torch.tensor([0, 3, 4]), "block": torch.tensor([1, 2, 6, 7])}), some_batches()
@@ -215,7 +215,7 @@ def test_after_a_prune_channels_keep_their_numbers(variant: str, graph: lp.graph
     after = lp.criteria.taylor(graph, batches, loss, variant, normalize=False)
     for name, group in plan.groups.items():
         assert after[name][group.pruned].tolist() == [-math.inf] * len(group.pruned)
-        if variant != "square_then_sum":  # which also counts the weights that read channels that are gone: zeros
+        if variant != "square_then_sum":  # which also counts the weights that consume pruned channels: zeros
             torch.testing.assert_close(after[name][list(group.kept)], before[name][list(group.kept)])
 
 

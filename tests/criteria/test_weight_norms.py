@@ -31,8 +31,8 @@ class Network(nn.Module):
         return self.head(self.norm4(self.grouped(torch.relu(self.norm3(self.wide(x))))).mean((2, 3)))
 
 
-# The layers that make the channels of each group, and how many neighbouring filters make one channel.
-MAKERS = {"stem": (("stem", 1), ("block", 1)), "wide": (("wide", 2), ("grouped", 2))}
+# The layers that produce the channels of each group, and how many neighbouring filters produce one channel.
+PRODUCING = {"stem": (("stem", 1), ("block", 1)), "wide": (("wide", 2), ("grouped", 2))}
 NORMS = {"stem": (("norm", 1), ("norm2", 1)), "wide": (("norm3", 2), ("norm4", 2))}
 
 
@@ -42,8 +42,8 @@ def graph() -> lp.graph.ChannelGraph:
     return lp.trace(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
 
 
-def vectors(graph: lp.graph.ChannelGraph, name: str, table: dict = MAKERS) -> list[list[float]]:
-    """All numbers of the weights that make each channel, channel by channel."""
+def vectors(graph: lp.graph.ChannelGraph, name: str, table: dict = PRODUCING) -> list[list[float]]:
+    """All numbers of the weights that produce each channel, channel by channel."""
     found: list[list[float]] = [[] for _ in range(graph.groups[name].size)]
     for layer, width in table[name]:
         weight = graph.model.get_submodule(layer).weight.detach()
@@ -65,7 +65,7 @@ def test_fpgm_is_the_sum_of_distances(graph: lp.graph.ChannelGraph) -> None:
         torch.testing.assert_close(scores[name], torch.tensor([value / mean for value in sums], dtype=torch.float64))
 
 
-def test_lamp_is_the_share_of_what_is_left(graph: lp.graph.ChannelGraph) -> None:
+def test_lamp_is_the_share_of_what_is_kept(graph: lp.graph.ChannelGraph) -> None:
     scores = lp.criteria.lamp(graph)
     for name in graph.groups:
         squares = [sum(number**2 for number in numbers) for numbers in vectors(graph, name)]
@@ -107,25 +107,25 @@ def test_lamp_of_equal_channels_goes_by_their_number() -> None:
     assert lp.criteria.lamp(lp.trace(model, torch.zeros(1, 2)))["0"].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_group_magnitude_is_that_of_what_pruning_channel_by_channel_leaves(graph: lp.graph.ChannelGraph) -> None:
+def test_group_magnitude_is_that_of_pruning_channel_by_channel(graph: lp.graph.ChannelGraph) -> None:
     scores = lp.criteria.group_magnitude(graph)
     order = sorted((float(value), name, channel) for name in scores for channel, value in enumerate(scores[name]))
     before = 0.0
     for score, name, channel in order[: -len(scores)]:  # the last one of each group cannot be pruned
-        ratios = {}
-        for each, group in graph.groups.items():
-            norms = {int(live): 0.0 for live in graph.kept(each)}
-            for part in group.slices:
-                if part.tensor.endswith("weight") and "norm" not in part.tensor:
-                    for live, row in zip(norms, graph.rows(each, part), strict=True):
-                        norms[live] += sum(number**2 for number in row.tolist())
+        relative = {}
+        for member, group in graph.groups.items():
+            norms = {int(kept): 0.0 for kept in graph.kept(member)}
+            for place in group.slices:
+                if place.tensor.endswith("weight") and "norm" not in place.tensor:
+                    for kept, row in zip(norms, graph.rows(member, place), strict=True):
+                        norms[kept] += sum(number**2 for number in row.tolist())
             mean = sum(norms.values()) / len(norms)
-            ratios |= {(each, live): norm / mean for live, norm in norms.items()}
-        assert (name, channel) == min(ratios, key=lambda at: ratios[at])
-        before = max(before, ratios[name, channel])
+            relative |= {(member, kept): norm / mean for kept, norm in norms.items()}
+        assert (name, channel) == min(relative, key=lambda at: relative[at])
+        before = max(before, relative[name, channel])
         assert score == pytest.approx(before, rel=1e-9)
-        left = graph.kept(name)
-        lp.prune(graph.model, graph.plan({name: left[left != channel]}))
+        kept_now = graph.kept(name)
+        lp.prune(graph.model, graph.plan({name: kept_now[kept_now != channel]}))
 
 
 def test_group_magnitude_by_hand() -> None:
@@ -133,8 +133,8 @@ def test_group_magnitude_by_hand() -> None:
     for layer, weight in zip(model, ([[1.0], [3.0]], [[2.0, 0.0], [0.0, 2.0]], [[0.0, 1.0]]), strict=True):
         layer.weight.data.copy_(torch.tensor(weight))
     scores = lp.criteria.group_magnitude(lp.trace(model, torch.zeros(1, 1)))
-    # 5 and 13 against 4 and 5: the first channel of the first layer leaves, at 5 / 9. It was all that the first of the
-    # second layer read, which leaves next, at 0 / 2.5, and scores no less.
+    # 5 and 13 against 4 and 5: the first channel of the first layer is pruned, at 5 / 9. It was all that the first of
+    # the second layer consumed, which is pruned next, at 0 / 2.5, and scores no less.
     assert scores["0"][0] == pytest.approx(5 / 9)
     assert scores["1"][0] == pytest.approx(5 / 9)
     assert scores["1"][0] > scores["0"][0]
@@ -150,7 +150,7 @@ def test_group_magnitude_of_nothing_at_all_is_an_order() -> None:
     assert (scores.diff() > 0).all()
 
 
-def test_random_is_even_repeatable_and_leaves_the_random_state_alone(graph: lp.graph.ChannelGraph) -> None:
+def test_random_is_even_repeatable_and_does_not_touch_the_random_state(graph: lp.graph.ChannelGraph) -> None:
     state = torch.get_rng_state()
     one, same, other = (lp.criteria.random(graph, seed) for seed in (3, 3, 4))
     assert torch.equal(state, torch.get_rng_state())
@@ -163,7 +163,7 @@ def test_random_is_even_repeatable_and_leaves_the_random_state_alone(graph: lp.g
 
 
 @pytest.mark.parametrize("name", ["batch_norm_scale", "fpgm", "group_magnitude", "l1", "l2", "lamp", "random"])
-def test_after_a_prune_what_is_left_is_scored_as_if_it_had_always_been_alone(
+def test_after_a_prune_what_is_kept_is_scored_as_if_it_had_always_been_alone(
     name: str, graph: lp.graph.ChannelGraph
 ) -> None:
     before = lp.criteria.score(graph, name)["stem"]

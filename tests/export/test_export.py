@@ -11,8 +11,8 @@ from engine import randomised
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune import export as exporting
-from lightning_prune.export import export, random_inputs
+from lightning_prune.export import BATCH_SIZES, FORMATS, export, onnx, random_inputs
+from lightning_prune.export.inputs import Inputs, Run
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 
@@ -38,7 +38,7 @@ def test_onnx_runs_for_any_batch_and_gives_the_same(pruned: nn.Module, tmp_path:
     assert 0 <= export(pruned, torch.zeros(1, 3, 8, 8), path) <= 1e-5
     assert pruned.training
     assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
-    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(path)
     (entry,) = session.get_inputs()
     assert entry.shape == ["batch", 3, 8, 8]
@@ -73,7 +73,7 @@ def test_a_model_that_was_never_pruned_has_an_empty_plan(tmp_path: Path) -> None
 
 
 class Words(nn.Module):
-    """Takes whole numbers by name, and gives a dictionary."""
+    """Takes integers by name, and gives a dictionary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Words(nn.Module):
         return {"mean": self.embed(words).mean(1) * scale, "count": words.sum(1)}
 
 
-def test_inputs_by_name_and_whole_numbers(tmp_path: Path) -> None:
+def test_inputs_by_name_and_integers(tmp_path: Path) -> None:
     inputs = {"words": torch.tensor([[1, 9, 3]]), "scale": torch.ones(1, 4)}
     assert export(Words(), inputs, tmp_path / "words.pt2") <= 1e-5
     assert export(Words(), inputs, tmp_path / "words.onnx") <= 1e-5
@@ -109,9 +109,9 @@ def test_large_weights_go_into_a_file_beside(
     pruned: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(exporting, "_LARGE", 0)
+    monkeypatch.setattr(onnx, "_LARGE", 0)
     export(pruned, torch.zeros(1, 3, 8, 8), tmp_path / "model.onnx")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     images = torch.randn(3, 3, 8, 8)
     (output,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(output), pruned.eval()(images), rtol=1e-4, atol=1e-4)
@@ -157,20 +157,52 @@ def test_outputs_too_far_apart_are_told_in_numbers(
         (float("nan"), "nan of the"),
     ):
 
-        def load(model: nn.Module, example: object, path: Path, error: float = error) -> exporting.Run:
+        def load(model: nn.Module, example: object, path: Path, error: float = error) -> Run:
             path.write_text("")
 
-            def run(inputs: exporting.Inputs) -> list[Tensor]:
+            def run(inputs: Inputs) -> list[Tensor]:
                 output = model(*inputs[0])
                 output.view(-1)[output.abs().argmax()] *= 1 + error
                 return [output]
 
             return run
 
-        monkeypatch.setitem(exporting.FORMATS, ".pt2", load)
+        monkeypatch.setitem(FORMATS, ".pt2", load)
         with pytest.raises(ValueError, match=message):
             export(pruned, torch.zeros(1, 3, 8, 8), tmp_path / "model.pt2")
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["output", "batch"])
+def test_what_is_no_number_anywhere_is_refused(
+    wrong: str, pruned: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of two outputs, or in the last of the batches alone."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = pruned
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.network(x)
+            return y, y + 1
+
+    def load(model: nn.Module, example: object, path: Path) -> Run:
+        path.write_text("")
+
+        def run(inputs: Inputs) -> list[Tensor]:
+            one, other = model(*inputs[0])
+            if wrong == "output" or len(one) == BATCH_SIZES[-1]:
+                other[0, 0] = float("nan")
+            return [one, other]
+
+        return run
+
+    monkeypatch.setitem(FORMATS, ".pt2", load)
+    with pytest.raises(ValueError, match="gives other outputs than the model, nan of the largest apart"):
+        export(Two(), torch.zeros(1, 3, 8, 8), tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_uses_are_refused_in_a_sentence(
@@ -185,7 +217,7 @@ def test_wrong_uses_are_refused_in_a_sentence(
         export(pruned, example, tmp_path / "model.pt", tolerance=0)
     with pytest.raises(ValueError, match=r"Fixed does not run on a batch of 1 .* take sizes from the inputs"):
         export(Fixed(), torch.zeros(2, 4), tmp_path / "model.pt")
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.raises(ImportError, match=r"ONNX needs onnxruntime, which `pip install .*\[export\]"):
         export(pruned, example, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []

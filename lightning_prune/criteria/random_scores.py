@@ -1,9 +1,8 @@
-"""Rank channels at random: the control that every criterion must beat."""
+"""Criterion at random: the control that every other one must beat."""
 
 import torch
-from torch import Tensor
 
-from lightning_prune.criteria.numbering import number
+from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph
 
@@ -11,17 +10,17 @@ __all__ = ["random"]
 
 
 @register("random")
-def random(graph: ChannelGraph, seed: int = 0) -> dict[str, Tensor]:
+def random(graph: ChannelGraph, seed: int = 0) -> Scores:
     """Score channels by uniform random numbers, the same for the same seed.
 
-    The global random state is left alone. A channel keeps its score when others are removed.
+    The global random state does not change. A channel keeps its score when others are pruned.
 
     Args:
         graph: The traced model.
         seed: Seed of the random numbers.
 
     Returns:
-        (channels,) score of each group, in [0, 1); ``-inf`` for channels that have been removed.
+        (channels,) score of each group, in [0, 1); ``-inf`` for channels that have been pruned.
 
     Example:
         >>> from torch import nn
@@ -31,5 +30,8 @@ def random(graph: ChannelGraph, seed: int = 0) -> dict[str, Tensor]:
         True
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = {name: torch.rand(group.size, generator=generator) for name, group in graph.groups.items()}
-    return number(graph, {name: values[graph.kept(name)] for name, values in drawn.items()})
+    scores = {}
+    for name, group in graph.groups.items():
+        drawn = torch.rand(group.size, generator=generator)  # (channels,) of the original group
+        scores[name] = drawn[graph.kept(name)]
+    return to_original_channels(graph, scores)

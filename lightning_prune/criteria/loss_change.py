@@ -1,4 +1,4 @@
-"""Rank channels by what removing them really does to the loss: the truth that criteria estimate."""
+"""Criterion on what pruning a channel really does to the loss: the truth that other criteria estimate."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.candidates import classification, classification_loss, evaluate_candidates
-from lightning_prune.criteria.numbering import number
+from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
 
@@ -23,8 +23,8 @@ def oracle(
     loss: Loss = classification_loss,
     absolute: bool = True,
     resume: str | Path | None = None,
-) -> dict[str, Tensor]:
-    """Score channels by how much the loss changes when each of them is removed alone.
+) -> Scores:
+    """Score channels by how much the loss changes when each of them is pruned alone.
 
     The loss is measured once per channel. In a distributed run the ranks share the channels; all must have the same
     batches.
@@ -32,14 +32,14 @@ def oracle(
     Args:
         graph: The traced model, run in evaluation mode.
         batches: Batches of data, on the device of the model.
-        loss: Given the model and a batch, returns the loss as a scalar: the mean over the examples. The default, the
+        loss: Given the model and a batch, returns the loss as a scalar: the mean over the samples. The default, the
             cross-entropy of batches ``(inputs, labels)``, can measure several channels at once.
-        absolute: Take the absolute change; otherwise channels whose removal lowers the loss score lowest.
+        absolute: Take the absolute change; otherwise channels that lower the loss when they are pruned score lowest.
         resume: Folder in which results are noted, so that the same call goes on after an interruption.
 
     Returns:
-        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been removed, and ``inf`` for
-        the last channel of a group, which cannot leave.
+        (channels,) score of each group, higher is kept; ``-inf`` for channels that have been pruned, and ``inf`` for
+        the last channel of a group, which cannot be pruned.
 
     Raises:
         ValueError: If there is no batch, or the batches or the outputs do not fit the default loss.
@@ -47,7 +47,7 @@ def oracle(
     Note:
         Both forms are the oracles of Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient
         Inference" (ICLR 2017), which measures them on the training set and reports the absolute one as the better.
-        Interpretation: a channel leaves from all layers that share it.
+        Interpretation: a channel is pruned in all layers that share it.
 
     Example:
         >>> from lightning_prune import trace
@@ -58,26 +58,22 @@ def oracle(
         >>> oracle(trace(model, x), [x], lambda model, x: model(x).mean())["0"]  # -1; -4 and 3 without one
         tensor([3., 4.], dtype=torch.float64)
     """
-    removals = [
-        (name, channel) for name in graph.groups for channel in graph.kept(name).tolist() if len(graph.kept(name)) > 1
-    ]
+    kept = {name: graph.kept(name) for name in graph.groups}
+    prunable = {name: channels for name, channels in kept.items() if len(channels) > 1}
     candidates: list[dict[str, Tensor]] = [{}]
-    for name, channel in removals:
-        live = graph.kept(name)
-        candidates.append({name: live[live != channel]})
+    for name, channels in prunable.items():
+        candidates += [{name: channels[channels != channel]} for channel in channels]
 
     evaluate = classification if loss is classification_loss else partial(_loss_alone, loss)
     losses = evaluate_candidates(graph, candidates, batches, evaluate=evaluate, resume=resume).loss
     changes = losses[1:] - losses[0]
-    found = dict(zip(removals, changes.abs() if absolute else changes, strict=True))
-    last = torch.tensor(torch.inf, dtype=torch.float64)
-    return number(
-        graph,
-        {
-            name: torch.stack([found.get((name, channel), last) for channel in graph.kept(name).tolist()])
-            for name in graph.groups
-        },
-    )
+    if absolute:
+        changes = changes.abs()
+
+    sizes = [len(channels) for channels in prunable.values()]
+    by_group = dict(zip(prunable, changes.split(sizes), strict=False))
+    last_channel = torch.tensor([torch.inf], dtype=torch.float64)
+    return to_original_channels(graph, {name: by_group.get(name, last_channel) for name in graph.groups})
 
 
 def _loss_alone(loss: Loss, model: nn.Module, batch: Any) -> tuple[Tensor, float]:

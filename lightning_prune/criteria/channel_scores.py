@@ -1,0 +1,49 @@
+"""Scores of channels by group: their place among the original channels, and scales that make groups comparable."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.channel_graph import ChannelGraph
+
+__all__ = ["Scores", "divide_by_mean", "divide_by_norm", "to_original_channels"]
+
+Scores = dict[str, Tensor]
+"""The score of each channel, by group; higher is kept."""
+
+
+def to_original_channels(graph: ChannelGraph, scores_of_kept: Mapping[str, Tensor]) -> Scores:
+    """Give scores of the channels that the model has now their place among the original ones.
+
+    Args:
+        graph: The traced model.
+        scores_of_kept: (kept channels,) score of each channel, by group.
+
+    Returns:
+        (channels,) score of each group, on the CPU; ``-inf`` for channels that have been pruned.
+    """
+    scores = {}
+    for name, values in scores_of_kept.items():
+        size = graph.groups[name].size
+        kept = graph.kept(name)
+        original = torch.full((size,), -math.inf, dtype=values.dtype)
+        original[kept] = values.detach().cpu()
+        scores[name] = original
+    return scores
+
+
+def divide_by_norm(scores: Mapping[str, Tensor]) -> Scores:
+    """Divide the scores of each group by their Euclidean norm."""
+    return {name: _divide(values, values.norm()) for name, values in scores.items()}
+
+
+def divide_by_mean(scores: Mapping[str, Tensor]) -> Scores:
+    """Divide the scores of each group by their mean."""
+    return {name: _divide(values, values.mean()) for name, values in scores.items()}
+
+
+def _divide(values: Tensor, divisor: Tensor) -> Tensor:
+    smallest = torch.finfo(values.dtype).tiny
+    return values / divisor.clamp_min(smallest)
