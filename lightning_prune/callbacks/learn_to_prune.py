@@ -241,13 +241,13 @@ class LearnToPruneCallback(PruningCallback):
                 drawn, tried = trainer_state.decided_by_first_rank(trainer, lambda: search.draw(self.samples))
                 accuracy = self._measure(trainer, [graph.plan({**kept, name: channels}) for channels in tried])
                 counts = torch.tensor([len(channels) for channels in tried])
-                earned = reward(accuracy, before, self.accepted_drop, len(search.live), counts)
+                earned = reward(accuracy, before, self.accepted_drop, len(search.channels), counts)
                 self.figures = {"reward": float(earned.mean()), **search.learn(drawn, earned)}
                 work.advance(note=f"reward {self.figures['reward']:.3f}")
-        _, (best,) = trainer_state.decided_by_first_rank(trainer, lambda: search.draw(1, explore=False))
+        _, (best,) = trainer_state.decided_by_first_rank(trainer, lambda: search.draw(1, greedy=True))
         told = ", ".join(f"{figure} {value:.3f}" for figure, value in self.figures.items())
         least, most = search.limits
-        say(f"{name}: {len(best)} of {len(search.live)} channels stay (between {least} and {most} are allowed); {told}")
+        say(f"{name}: {len(best)} of {len(search.channels)} channels stay (between {least} and {most} are allowed); {told}")
         return best
 
     def _measure(self, trainer: "pl.Trainer", plans: list[PruningPlan]) -> Tensor:
