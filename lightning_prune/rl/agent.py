@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.rl.checkpointed import Checkpointed
+from lightning_prune.rl.sampling import uniform_actions
 from lightning_prune.rl.transitions import Layout, Transition
 
 __all__ = ["Agent", "AgentSettings", "Context"]
@@ -146,15 +147,22 @@ class Agent(Checkpointed):
         representation = context(epochs.expand(observation.shape[:-1])).detach()
         return torch.cat([observation, representation], dim=-1)
 
+    def _uniform(self, observation: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Draw actions that are equally probable everywhere within the bounds, one for each observation and bound."""
+        shape = (*observation.shape[:-1], self.action_size)
+        low, high, _ = torch.broadcast_tensors(low, high, low.new_empty(shape))
+        return uniform_actions(self.exploration, low, high)
+
     def _bound(self, value: float | Sequence[float]) -> Tensor:
         """Return one of the settings `low` and `high` as (action,) numbers."""
         bound = torch.as_tensor(value, dtype=torch.float32, device=self.device)
         return bound.expand(self.action_size)
 
     def _check_range(self) -> None:
-        ordered = self.low < self.high
+        in_order = self.low < self.high
         finite = (self.high - self.low).isfinite()
-        if not bool((ordered & finite).all()):
+        possible = in_order & finite
+        if not bool(possible.all()):
             raise ValueError(
                 "`low` must be below `high`, and both finite, in each entry; "
                 f"got {self.settings.low} and {self.settings.high}."
@@ -171,8 +179,8 @@ class Agent(Checkpointed):
     def _checked_bounds(self, low: Any, high: Any) -> tuple[Tensor, Tensor]:
         if low is None and high is None:
             return self.low, self.high
-        least = self.low if low is None else self._tensor(low)
-        greatest = self.high if high is None else self._tensor(high)
+        least = self._tensor(self.low if low is None else low)
+        greatest = self._tensor(self.high if high is None else high)
         if not bool((least <= greatest).all()):
             raise ValueError(f"No action is allowed: the least is {least.tolist()}, the greatest {greatest.tolist()}.")
         return least, greatest

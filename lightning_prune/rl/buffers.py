@@ -46,8 +46,8 @@ class ReplayBuffer:
         """
         rows = self.layout.pack(transition)
         end = self.count + len(rows)
-        indices = torch.arange(self.count, end, device=rows.device)
-        self._rows[indices % self.buffer_size] = rows
+        indices = torch.arange(self.count, end, device=rows.device) % self.buffer_size
+        self._rows[indices] = rows
         self.count = end
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Transition:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
-from lightning_prune.rl.bounds import clip
 from lightning_prune.rl.rows import Rows
+from lightning_prune.rl.sampling import clip, normal_noise, uniform_noise
 
 __all__ = ["Bernoulli", "Categorical", "Distribution", "Gaussian"]
 
@@ -66,7 +66,7 @@ class Gaussian(Distribution):
 
     Note:
         The log-probability at a bound is that of Fujita and Maeda, "Clipped Action Policy Gradient" (ICML 2018): the
-        gradient stays unbiased and varies less than that of the density of the action before clipping.
+        gradient is unbiased and varies less than that of the density of the action before clipping.
 
     Example:
         >>> zero, one = torch.zeros(1, 1), torch.ones(1, 1)
@@ -82,9 +82,9 @@ class Gaussian(Distribution):
 
     @override
     def sample(self, generator: torch.Generator) -> Tensor:
-        shape = torch.broadcast_shapes(self.mean.shape, self.low.shape, self.high.shape)
-        noise = torch.randn(shape, generator=generator).to(self.mean.device)
-        return clip(self.mean + self.std * noise, self.low, self.high)
+        noise = normal_noise(generator, self.mean, self.low, self.high)
+        unclipped = self.mean + self.std * noise
+        return clip(unclipped, self.low, self.high)
 
     @override
     def mode(self) -> Tensor:
@@ -104,7 +104,8 @@ class Gaussian(Distribution):
 
     @override
     def entropy(self) -> Tensor:
-        return (self.std.log() + _ENTROPY_OF_STANDARD_NORMAL).sum(-1)
+        entropies = self.std.log() + _ENTROPY_OF_STANDARD_NORMAL
+        return entropies.sum(-1)
 
     @override
     def parameters(self) -> Tensor:
@@ -112,8 +113,10 @@ class Gaussian(Distribution):
 
     @override
     def kl(self, other: Self) -> Tensor:
-        squared_shift = ((self.mean - other.mean) / other.std).square()
-        variance_ratio = (self.std / other.std).square()
+        shift = (self.mean - other.mean) / other.std
+        squared_shift = shift.square()
+        std_ratio = self.std / other.std
+        variance_ratio = std_ratio.square()
         terms = variance_ratio + squared_shift - 1 - variance_ratio.log()
         return 0.5 * terms.sum(-1)
 
@@ -146,9 +149,9 @@ class Categorical(Distribution):
     @override
     def sample(self, generator: torch.Generator) -> Tensor:
         cumulative = self.parameters().cumsum(-1)  # (n, classes)
-        share = torch.rand((*cumulative.shape[:-1], 1), generator=generator).to(cumulative.device)
-        # Scaled by what rounding makes of the sum of all, so that no share lies beyond the last class with a chance.
-        threshold = share * cumulative[..., -1:]
+        total = cumulative[..., -1:]  # (n, 1)
+        # Scaled by what rounding makes of the sum of all, so that none lies beyond the last class with a chance.
+        threshold = uniform_noise(generator, total) * total
         classes_below = cumulative <= threshold
         return classes_below.sum(-1, keepdim=True).float()
 
@@ -162,7 +165,8 @@ class Categorical(Distribution):
 
     @override
     def entropy(self) -> Tensor:
-        return -(self.parameters() * self.logits).sum(-1)
+        terms = self.parameters() * self.logits
+        return -terms.sum(-1)
 
     @override
     def parameters(self) -> Tensor:
@@ -170,7 +174,8 @@ class Categorical(Distribution):
 
     @override
     def kl(self, other: Self) -> Tensor:
-        return (self.parameters() * (self.logits - other.logits)).sum(-1)
+        terms = self.parameters() * (self.logits - other.logits)
+        return terms.sum(-1)
 
 
 @dataclass
@@ -198,14 +203,14 @@ class Bernoulli(Distribution):
 
     @override
     def sample(self, generator: torch.Generator) -> Tensor:
-        shape = torch.broadcast_shapes(self.logits.shape, self.low.shape, self.high.shape)
-        share = torch.rand(shape, generator=generator).to(self.logits.device)
-        action = share < self.logits.sigmoid()
+        noise = uniform_noise(generator, self.logits, self.low, self.high)
+        action = noise < self.logits.sigmoid()
         return self._not_all_zero(action.float())
 
     @override
     def mode(self) -> Tensor:
-        return self._not_all_zero((self.logits >= 0).float())
+        action = self.logits >= 0
+        return self._not_all_zero(action.float())
 
     @override
     def log_prob(self, action: Tensor) -> Tensor:
@@ -215,13 +220,15 @@ class Bernoulli(Distribution):
         of_action = self._sum_over_undecided(of_entries)
         of_all_zero = self._sum_over_undecided(log_zero).expand_as(of_action)
         of_either = torch.logaddexp(of_action, of_all_zero)
-        return torch.where(self._replaces_all_zero(action), of_either, of_action)
+        replaces_all_zero = self._replaces_all_zero(action)
+        return torch.where(replaces_all_zero, of_either, of_action)
 
     @override
     def entropy(self) -> Tensor:
         one = self.logits.sigmoid()
-        terms = -one * F.logsigmoid(self.logits) - (1 - one) * F.logsigmoid(-self.logits)
-        return self._sum_over_undecided(terms)
+        terms_of_one = -one * F.logsigmoid(self.logits)
+        terms_of_zero = (1 - one) * F.logsigmoid(-self.logits)
+        return self._sum_over_undecided(terms_of_one - terms_of_zero)
 
     @override
     def parameters(self) -> Tensor:
@@ -230,8 +237,10 @@ class Bernoulli(Distribution):
     @override
     def kl(self, other: Self) -> Tensor:
         one = self.logits.sigmoid()
-        terms_of_one = one * (F.logsigmoid(self.logits) - F.logsigmoid(other.logits))
-        terms_of_zero = (1 - one) * (F.logsigmoid(-self.logits) - F.logsigmoid(-other.logits))
+        log_ratio_of_one = F.logsigmoid(self.logits) - F.logsigmoid(other.logits)
+        terms_of_one = one * log_ratio_of_one
+        log_ratio_of_zero = F.logsigmoid(-self.logits) - F.logsigmoid(-other.logits)
+        terms_of_zero = (1 - one) * log_ratio_of_zero
         return self._sum_over_undecided(terms_of_one + terms_of_zero)
 
     @property
@@ -240,13 +249,15 @@ class Bernoulli(Distribution):
         return self.low < self.high
 
     def _sum_over_undecided(self, terms: Tensor) -> Tensor:
-        return terms.masked_fill(~self._undecided, 0.0).sum(-1)
+        undecided_terms = terms.masked_fill(~self._undecided, 0.0)
+        return undecided_terms.sum(-1)
 
     def _replaces_all_zero(self, action: Tensor) -> Tensor:
         """Tell for each row whether the action is also executed where all entries are drawn as 0: (n,)."""
         replacement = self._not_all_zero(torch.zeros_like(action))
-        all_zero_possible = (self.low < 0.5).all(-1) & self._undecided.any(-1)
-        return (action == replacement).all(-1) & all_zero_possible
+        is_replacement = (action == replacement).all(-1)
+        none_must_be_one = (self.low < 0.5).all(-1)
+        return is_replacement & none_must_be_one & self._undecided.any(-1)
 
     def _not_all_zero(self, action: Tensor) -> Tensor:
         """Clip actions, and make the most probable entry 1 where all are 0."""
@@ -254,6 +265,7 @@ class Bernoulli(Distribution):
         candidates = self.logits.masked_fill(~self._undecided, -math.inf)
         most_probable = candidates.argmax(-1, keepdim=True)
         index = most_probable.expand_as(action[..., :1])
-        single = torch.zeros_like(action).scatter(-1, index, 1.0)
+        single_one = torch.zeros_like(action).scatter(-1, index, 1.0)
+        replacement = torch.minimum(single_one, self.high)
         any_one = (action > 0.5).any(-1, keepdim=True)
-        return torch.where(any_one, action, torch.minimum(single, self.high))
+        return torch.where(any_one, action, replacement)

@@ -2,8 +2,8 @@
 
 A rollout is gathered by the policy as it is. Generalized advantage estimation says how much better each action was than
 the critic expected. Then the policy is improved in several passes over the rollout, in minibatches: the loss of the
-trust region raises the probability of actions of a positive advantage while the new policy stays near the old one, and
-the critic learns to predict the returns.
+trust region raises the probability of actions of a positive advantage while the new policy is kept near the old one,
+and the critic learns to predict the returns.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

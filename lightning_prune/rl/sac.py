@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_prune.rl.agent import Agent, AgentSettings
-from lightning_prune.rl.bounds import clip, uniform
 from lightning_prune.rl.buffers import ReplayBuffer
 from lightning_prune.rl.checkpointed import Stateful
 from lightning_prune.rl.networks import gradient_step, mlp
+from lightning_prune.rl.sampling import clip, normal_noise
 from lightning_prune.rl.transitions import Transition
 
 __all__ = ["SAC", "SACSettings", "squash"]
@@ -58,8 +58,34 @@ class SACSettings(AgentSettings):
     """Number of transitions for which actions are drawn uniformly within their bounds and nothing is learned."""
 
 
+class Actor(nn.Sequential):
+    """A perceptron that describes the policy before it is squashed into the range of actions."""
+
+    @override
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and logarithm of the std of a normal distribution for (n, inputs), (n, action) each."""
+        mean, log_std = super().forward(inputs).chunk(2, dim=-1)
+        return mean, log_std.clamp(*LOG_STD_RANGE)
+
+
+class TwinCritics(nn.ModuleList):
+    """Two perceptrons, each of which predicts what an action earns."""
+
+    @override
+    def forward(self, inputs: Tensor, action: Tensor) -> Tensor:
+        """Return what both predict for (n, inputs) and (n, action), as (2, n)."""
+        joined = torch.cat([inputs, action], dim=-1)
+        values = [critic(joined).squeeze(-1) for critic in self]
+        return torch.stack(values)
+
+    def least(self, inputs: Tensor, action: Tensor) -> Tensor:
+        """Return the lesser of both predictions, (n,)."""
+        first, second = self(inputs, action)
+        return torch.minimum(first, second)
+
+
 class SAC(Agent):
-    """Learn a stochastic policy that earns much and stays random, from a buffer of past steps.
+    """Learn a stochastic policy that earns much and remains random, from a buffer of past steps.
 
     The buffer holds actions as they were executed, and the bounds of each step: where the critics judge an action of
     the policy, they judge what would be executed of it.
@@ -93,8 +119,8 @@ class SAC(Agent):
         hidden_sizes = self.settings.hidden_sizes
         actor_sizes = (self.input_size, *hidden_sizes, 2 * action_size)
         critic_sizes = (self.input_size + action_size, *hidden_sizes, 1)
-        self.actor = mlp(actor_sizes, self.generator, output_gain=0.01).to(self.device)
-        self.critics = nn.ModuleList(mlp(critic_sizes, self.generator) for _ in range(2)).to(self.device)
+        self.actor = Actor(*mlp(actor_sizes, self.generator, output_gain=0.01)).to(self.device)
+        self.critics = TwinCritics(mlp(critic_sizes, self.generator) for _ in range(2)).to(self.device)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), self.settings.actor_learning_rate, fused=True)
         self.critic_optimizer = torch.optim.Adam(
@@ -108,8 +134,7 @@ class SAC(Agent):
     @override
     def _choose(self, observation: Tensor, low: Tensor, high: Tensor, greedy: bool, epoch: int) -> Tensor:
         if not greedy and not self._learning_has_started:
-            shape = (*observation.shape[:-1], self.action_size)
-            return uniform(low, high, shape, self.exploration)
+            return self._uniform(observation, low, high)
         inputs = self._inputs(observation, epoch)
         if greedy:
             return clip(self._greedy(inputs), low, high)
@@ -118,23 +143,19 @@ class SAC(Agent):
 
     def _greedy(self, inputs: Tensor) -> Tensor:
         """Return the actions at the middle of the policy, (n, action) within the range of the agent."""
-        mean, _ = self._mean_and_log_std(inputs)
-        return self.low + (self.high - self.low) / 2 * (1 + mean.tanh())
+        mean, _ = self.actor(inputs)
+        half_range = (self.high - self.low) / 2
+        return self.low + half_range * (1 + mean.tanh())
 
     def _sample(self, inputs: Tensor, low: Tensor, high: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return actions as they would be executed, (n, action), and their log-density before clipping, (n,)."""
-        mean, log_std = self._mean_and_log_std(inputs)
-        shape = torch.broadcast_shapes(mean.shape, low.shape, high.shape)
-        noise = torch.randn(shape, generator=generator).to(self.device)
-        action, log_prob = squash(mean + log_std.exp() * noise, mean, log_std, self.low, self.high)
+        mean, log_std = self.actor(inputs)
+        noise = normal_noise(generator, mean, low, high)
+        raw = mean + log_std.exp() * noise
+        action, log_prob = squash(raw, mean, log_std, self.low, self.high)
         executed = clip(action, low, high).detach()
-        passed_through = action - action.detach()  # 0, with the gradient of the action before clipping
-        return executed + passed_through, log_prob
-
-    def _mean_and_log_std(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what describes the policy before it is squashed, (n, action) each."""
-        mean, log_std = self.actor(inputs).chunk(2, dim=-1)
-        return mean, log_std.clamp(*LOG_STD_RANGE)
+        gradient_only = action - action.detach()  # 0, with the gradient of the action before clipping
+        return executed + gradient_only, log_prob
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -173,8 +194,7 @@ class SAC(Agent):
 
     def _critic_loss(self, batch: Transition, inputs: Tensor) -> Tensor:
         target = self._target_value(batch)  # (batch,)
-        values = torch.stack(self._values(self.critics, inputs, batch.action))  # (2, batch)
-        errors = values - target
+        errors = self.critics(inputs, batch.action) - target  # (2, batch)
         return 0.5 * errors.square().mean(1).sum()
 
     @torch.no_grad()
@@ -182,22 +202,17 @@ class SAC(Agent):
         """Return the (n,) values that the critics are to predict."""
         next_inputs = self._inputs(batch.next_observation, batch.epoch)
         next_action, log_prob = self._sample(next_inputs, batch.next_low, batch.next_high, self.generator)
-        next_values = self._values(self.targets, next_inputs, next_action)
-        soft_value = torch.minimum(*next_values) - self.alpha.value * log_prob
-        return batch.reward + self.settings.gamma * (1 - batch.terminated) * soft_value
+        next_value = self.targets.least(next_inputs, next_action)
+        soft_value = next_value - self.alpha.value * log_prob
+        weight_of_next = self.settings.gamma * (1 - batch.terminated)
+        return batch.reward + weight_of_next * soft_value
 
     def _actor_loss(self, batch: Transition, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of the actor, and the (n,) log-density of the actions that it is about."""
         action, log_prob = self._sample(inputs, batch.low, batch.high, self.generator)
-        value = torch.minimum(*self._values(self.critics, inputs, action))
-        loss = (self.alpha.value * log_prob - value).mean()
-        return loss, log_prob
-
-    @staticmethod
-    def _values(critics: nn.ModuleList, inputs: Tensor, action: Tensor) -> list[Tensor]:
-        """Return what each critic predicts, (n,)."""
-        joined = torch.cat([inputs, action], dim=-1)
-        return [critic(joined).squeeze(-1) for critic in critics]
+        value = self.critics.least(inputs, action)
+        losses = self.alpha.value * log_prob - value
+        return losses.mean(), log_prob
 
     @torch.no_grad()
     def _update_targets(self) -> None:
@@ -311,7 +326,7 @@ def squash(raw: Tensor, mean: Tensor, log_std: Tensor, low: Tensor, high: Tensor
     half_range = (high - low) / 2
     deviation = (raw - mean) / log_std.exp()
     raw_log_density = -0.5 * deviation.square() - log_std - 0.5 * math.log(2 * math.pi)
-    # log(1 - tanh(raw)^2), in a form that stays accurate where tanh is 1 to the last digit
+    # log(1 - tanh(raw)^2), in a form that is accurate also where tanh is 1 to the last digit
     log_slope = 2 * (math.log(2) - raw - F.softplus(-2 * raw))
     log_stretch = log_slope + half_range.log()
     action = low + half_range * (1 + raw.tanh())

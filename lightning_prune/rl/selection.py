@@ -22,11 +22,12 @@ def select(table: Mapping[str, Any], setting: str | Mapping[str, Any], kind: str
         >>> select({"sorted": sorted}, {"name": "sorted", "reverse": True}, "order")
         (<built-in function sorted>, {'reverse': True})
     """
-    settings = {"name": setting} if isinstance(setting, str) else dict(setting)
+    if isinstance(setting, str):
+        setting = {"name": setting}
+    settings = dict(setting)
     name = str(settings.pop("name", None))
     if name not in table:
-        known = ", ".join(table)
-        raise ValueError(f"There is no {kind} {name!r}; those known are {known}.")
+        raise ValueError(f"There is no {kind} {name!r}; those known are {', '.join(table)}.")
 
     entry = table[name]
     possible = _names_of_settings(entry)
@@ -39,5 +40,5 @@ def select(table: Mapping[str, Any], setting: str | Mapping[str, Any], kind: str
 
 def _names_of_settings(entry: Any) -> list[str]:
     """Return the names of the parameters that have defaults."""
-    parameters = inspect.signature(entry).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+    parameters = inspect.signature(entry).parameters
+    return [name for name, parameter in parameters.items() if parameter.default is not parameter.empty]

@@ -234,8 +234,8 @@ class CorrentropyFirstOrder(Correntropy):
 class CorrentropySecondOrder(Correntropy):
     """Penalise the second-order expansion of the metric: x - x^2 / 2 times k(0), with x = d^2 / (2 sigma^2).
 
-    From its maximum at x = 1 on the parabola falls, and would push far policies apart; there it stays at its maximum,
-    as the metric does (an interpretation).
+    From its maximum at x = 1 on the parabola falls, and would push far policies apart; there it is kept at its maximum,
+    as the metric is (an interpretation).
 
     Args:
         coefficient: As for `Correntropy`, and so are the others.

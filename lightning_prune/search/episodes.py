@@ -60,12 +60,14 @@ class PruningEpisodes:
         Args:
             actions: (n, 1) fraction of the channels that is pruned.
         """
-        size = self.problem.sizes[self.position]
-        kept_fractions = (1 - actions.flatten()).tolist()
-        for episode, kept_fraction in enumerate(kept_fractions):
-            width = self.problem.bounds.nearest(self.position, kept_fraction * size, *self._ranges[episode])
-            self.widths[episode, self.position] = width
-        kept = torch.from_numpy(self.widths[:, self.position] / size).float()
+        group = self.position
+        size = self.problem.sizes[group]
+        fractions_to_keep = (1 - actions.flatten()).tolist()
+        for episode, fraction in enumerate(fractions_to_keep):
+            narrowest, widest = self._ranges[episode]
+            width = self.problem.bounds.nearest(group, fraction * size, narrowest, widest)
+            self.widths[episode, group] = width
+        kept = torch.from_numpy(self.widths[:, group] / size).float()
         self.actions = 1 - kept[:, None]
         self.position += 1
         self._look()
@@ -73,18 +75,36 @@ class PruningEpisodes:
     def _look(self) -> None:
         """Note what is seen, and what is allowed next."""
         decided = self.widths[:, : self.position]
-        n = len(decided)
-        features = self.problem.features[self.position].expand(n, -1)
-        costs = [self._spent_and_open(widths) for widths in decided]
-        observation = torch.cat([features, torch.tensor(costs, dtype=torch.float32), self.actions], dim=1)
+        observation = self._observation(decided)
         if self.ended:
-            self.view = View(observation, torch.zeros(n, 1), torch.ones(n, 1))
+            no_bounds = torch.zeros_like(self.actions), torch.ones_like(self.actions)
+            self.view = View(observation, *no_bounds)
             return
         self._ranges = [self.problem.bounds.after(widths) for widths in decided]
+        low = self._pruned_fraction([allowed.widest for allowed in self._ranges])
+        high = self._pruned_fraction([allowed.narrowest for allowed in self._ranges])
+        self.view = View(observation, low, high)
+
+    def _observation(self, decided: np.ndarray) -> Tensor:
+        """Return what is seen of the next group: (n, OBSERVATION_SIZE).
+
+        Args:
+            decided: (n, groups so far) widths.
+        """
+        features = self.problem.features[self.position]
+        costs = [self._spent_and_open(widths) for widths in decided]
+        columns = [
+            features.expand(len(decided), -1),  # (n, 6)
+            torch.tensor(costs, dtype=torch.float32),  # (n, 2)
+            self.actions,  # (n, 1)
+        ]
+        return torch.cat(columns, dim=1)
+
+    def _pruned_fraction(self, widths: list[int]) -> Tensor:
+        """Return the fraction of the next group that is pruned at each of n widths: (n, 1)."""
         size = int(self.problem.sizes[self.position])
-        narrowest = torch.tensor([allowed.narrowest for allowed in self._ranges])
-        widest = torch.tensor([allowed.widest for allowed in self._ranges])
-        self.view = View(observation, low=1 - widest[:, None] / size, high=1 - narrowest[:, None] / size)
+        kept = torch.tensor(widths) / size
+        return 1 - kept[:, None]
 
     def _spent_and_open(self, decided: np.ndarray) -> list[float]:
         """Return the cost spent at least, and what may come on top of it, as fractions of the original.

@@ -59,7 +59,8 @@ class FilterNetwork(nn.Module):
         Args:
             filters: (..., filters * length), each layer's filters one after the other.
         """
-        log_odds = self.layers(filters.reshape(-1, *self.image_shape))
+        images = filters.reshape(-1, *self.image_shape)
+        log_odds = self.layers(images)
         return log_odds.reshape(*filters.shape[:-1], -1)
 
 
@@ -152,7 +153,8 @@ class FilterSearch:
         self.channels = graph.kept(name)
         self.bounds = bounds
         self.limits = bounds.after(widths[: self.group])
-        filters = _standardised(graph.rows(name, graph.groups[name].out_slices[0]).float())
+        out_slice = graph.groups[name].out_slices[0]
+        filters = _standardised(graph.rows(name, out_slice).float())
         self.agent = make_filter_agent(filters, seed + self.group, **settings)
         self.observation = filters.flatten()
 
@@ -167,17 +169,22 @@ class FilterSearch:
         Returns:
             The (n, channels) choices as drawn, 1 for channels that are kept, and the kept channels within the bounds.
         """
-        choices = self.agent.act(self.observation, low=torch.zeros(n, len(self.channels)), greedy=greedy)
+        nothing_fixed = torch.zeros(n, len(self.channels))
+        choices = self.agent.act(self.observation, low=nothing_fixed, greedy=greedy)
         policy = self.agent.policy(self.observation[None], self.agent.low, self.agent.high)
-        probabilities = policy.parameters().cpu()  # (1, channels)
-        # What was chosen first, and within that what is more probable.
-        preference = (2 * choices + probabilities).argsort(dim=1, descending=True, stable=True)
-        kept = []
-        for choice, order in zip(choices, preference, strict=True):
-            width = self.bounds.nearest(self.group, float(choice.sum()), *self.limits)
-            channels = self.channels[order[:width]]
-            kept.append(channels.sort().values)
+        probabilities = policy.parameters()[0].cpu()  # (channels,)
+        kept = [self._within_budget(choice, probabilities) for choice in choices]
         return choices, kept
+
+    def _within_budget(self, choice: Tensor, probabilities: Tensor) -> Tensor:
+        """Return the channels that are kept for a choice, (channels,), and the probability of keeping each."""
+        # What was chosen comes first, and within that what is more probable.
+        preference = 2 * choice + probabilities
+        order = preference.argsort(descending=True, stable=True)
+        narrowest, widest = self.limits
+        width = self.bounds.nearest(self.group, float(choice.sum()), narrowest, widest)
+        channels = self.channels[order[:width]]
+        return channels.sort().values
 
     def learn(self, choices: Tensor, rewards: Tensor) -> dict[str, float]:
         """Learn from what choices have earned; return losses by name.

@@ -64,14 +64,18 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     @override
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        episode = self._episode
         fraction = torch.from_numpy(np.asarray(action, dtype=np.float32))
-        self._episode.step(fraction.reshape(1, 1))
-        info: dict[str, Any] = {"action": float(self._episode.actions), **self._bounds()}
+        episode.step(fraction.reshape(1, 1))
+        info: dict[str, Any] = {"action": float(episode.actions)}
+        info |= self._bounds()
         reward = 0.0
-        if self._episode.ended:
-            info["plan"] = self._episode.problem.plan(self._episode.widths[0])
-            reward = float(self.measure([info["plan"]])[0])
-        return self._observation(), reward, self._episode.ended, False, info
+        if episode.ended:
+            plan = episode.problem.plan(episode.widths[0])
+            info["plan"] = plan
+            reward = float(self.measure([plan])[0])
+        truncated = False
+        return self._observation(), reward, episode.ended, truncated, info
 
     def _observation(self) -> np.ndarray:
         return self._episode.view.observation[0].numpy()

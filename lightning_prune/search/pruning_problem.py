@@ -1,6 +1,7 @@
 """Pruning as a problem of decisions: what is decided, within which bounds, and which plan comes of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -114,27 +115,36 @@ def _features(graph: ChannelGraph, cost: CostModel) -> Tensor:
     """Return what an episode does not change of each group, and of the end: (groups + 1, 6), each from 0 to 1."""
     rows = []
     for position, group in enumerate(graph.groups.values()):
-        channels_read, stride, kernel_size = _shape_of_layer(graph, group)
+        layer = _first_layer(graph, group)
         share_of_cost = _share_of_cost(cost, position)
-        rows.append([position, channels_read, group.size, stride, kernel_size, share_of_cost])
+        rows.append([position, layer.in_channels, group.size, layer.stride, layer.kernel_size, share_of_cost])
     end = [len(rows), 0, 0, 0, 0, 0]
     features = torch.tensor([*rows, end], dtype=torch.float32)
     features[:, :5] /= features[:, :5].amax(0)
     return features
 
 
-def _shape_of_layer(graph: ChannelGraph, group: Group) -> tuple[int, int, int]:
-    """Return the channels that the first layer of a group reads, its stride and its kernel size."""
+@dataclass(frozen=True)
+class _Layer:
+    """What an agent sees of a layer; 1 stands for what the layer has not."""
+
+    in_channels: int
+    stride: int
+    kernel_size: int
+
+
+def _first_layer(graph: ChannelGraph, group: Group) -> _Layer:
+    """Return what is seen of the layer that makes the channels of a group first."""
     out_slice = group.out_slices[0]
     shape = graph.shapes[out_slice.tensor]
-    channels_read = shape[1 - out_slice.axis] if len(shape) > 1 else 1
+    in_channels = shape[1 - out_slice.axis] if len(shape) > 1 else 1
     kernel_size = shape[-1] if len(shape) > 2 else 1
-    name_of_layer = out_slice.tensor.rpartition(".")[0]
+    module_name, _, _ = out_slice.tensor.rpartition(".")
     modules = dict(graph.model.named_modules())
-    stride = getattr(modules.get(name_of_layer), "stride", 1)
+    stride = getattr(modules.get(module_name), "stride", 1)
     if isinstance(stride, tuple):
         stride = stride[-1]
-    return channels_read, stride, kernel_size
+    return _Layer(in_channels, stride, kernel_size)
 
 
 def _share_of_cost(cost: CostModel, group: int) -> float:

@@ -8,8 +8,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.rl.agent import Agent
-from lightning_prune.rl.bounds import clip, uniform
 from lightning_prune.rl.checkpointed import Stateful
+from lightning_prune.rl.sampling import clip
 from lightning_prune.rl.transitions import Layout, Transition
 
 __all__ = ["RandomSearch"]
@@ -52,14 +52,14 @@ class RandomSearch(Agent):
 
     @override
     def _choose(self, observation: Tensor, low: Tensor, high: Tensor, greedy: bool, epoch: int) -> Tensor:
-        shape = (*observation.shape[:-1], self.action_size)
         best = self.best_episode.steps
         if not greedy or best is None:
-            return uniform(low, high, shape, self.exploration)
+            return self._uniform(observation, low, high)
         observations = observation.reshape(-1, self.observation_size)
         distances = torch.cdist(observations, best.observation)  # (observations, steps)
         nearest = distances.argmin(1)
-        return clip(best.action[nearest].reshape(shape), low, high)
+        action = best.action[nearest].reshape(*observation.shape[:-1], self.action_size)
+        return clip(action, low, high)
 
     @override
     def _stateful(self) -> dict[str, Stateful]:

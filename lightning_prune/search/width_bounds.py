@@ -94,8 +94,12 @@ class WidthBounds:
             narrowest: Least width.
             widest: Greatest width.
         """
+
+        def distance(allowed: int) -> float:
+            return abs(allowed - width)
+
         within = [allowed for allowed in self.allowed[group] if narrowest <= allowed <= widest]
-        return min(within, key=lambda allowed: abs(allowed - width))
+        return min(within, key=distance)
 
     def report(self, widths: np.ndarray) -> dict[str, Any]:
         """Return what plans tell of their budget.

@@ -31,7 +31,7 @@ def test_density_of_squashed_draws_integrates_to_one() -> None:
     assert torch.trapezoid(log_prob.exp(), action[:, 0]).item() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_density_stays_finite_where_tanh_is_one() -> None:
+def test_density_is_finite_where_tanh_is_one() -> None:
     raw = torch.tensor([[40.0]], requires_grad=True)
     _, log_prob = squash(raw, torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.ones(1))
     assert log_prob.isfinite().all()
@@ -52,7 +52,7 @@ def test_critics_are_told_the_soft_bellman_target_at_the_executed_next_action(te
     state = agent.generator.get_state()
     target = agent._target_value(batch)
 
-    mean, log_std = agent.actor(batch.next_observation).chunk(2, dim=-1)
+    mean, log_std = agent.actor(batch.next_observation)
     noise = torch.randn(1, 1, generator=agent.generator.set_state(state))
     normal = torch.distributions.Normal(mean, log_std.exp())
     raw = mean + log_std.exp() * noise

@@ -1,4 +1,4 @@
-"""What every agent must do: respect bounds, resume to the bit, leave global random numbers alone, and learn."""
+"""What every agent must do: respect bounds, resume to the bit, do not touch global random numbers, and learn."""
 
 import copy
 import io
@@ -102,7 +102,7 @@ def test_same_seed_same_bits_and_global_random_numbers_untouched(name: str) -> N
     assert not same(play(small(name, seed=1), range(6), torch.Generator().manual_seed(1)), runs[0][0])
 
 
-def test_the_environment_model_resumes_to_the_same_bits_and_leaves_global_random_numbers() -> None:
+def test_the_environment_model_resumes_to_the_same_bits_with_global_random_numbers_untouched() -> None:
     def model(seed: int) -> EnvironmentModel:
         return EnvironmentModel(2, 1, seed, epochs=4, representation_size=8, hidden_sizes=(8,), batch_size=4)
 
@@ -149,7 +149,7 @@ def test_bounds_with_several_rows_draw_several_actions_for_one_observation(name:
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_ranks_that_explore_differently_and_observe_the_same_stay_equal(name: str) -> None:
+def test_ranks_that_explore_differently_and_observe_the_same_remain_equal(name: str) -> None:
     ranks = [small(name) for _ in range(2)]
     for episode in range(40):
         player = ranks[episode % 3 == 0]

@@ -173,7 +173,7 @@ def test_what_is_seen_by_hand() -> None:
     assert (float(episodes.view.low), float(episodes.view.high)) == (0.625, 0.625)
 
 
-def test_observations_stay_in_range_and_actions_are_those_executed() -> None:
+def test_observations_are_in_range_and_actions_are_those_executed() -> None:
     graph = traced("densenet")
     problem, agent = PruningProblem(graph, keep=0.5), make_agent("random", OBSERVATION_SIZE, 1, 0)
     widths, transitions = play(problem, agent, 30)
