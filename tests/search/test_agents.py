@@ -75,6 +75,29 @@ def test_a_resumed_agent_goes_on_to_the_same_bits(name: str) -> None:
     assert same(unbroken.state_dict(), resumed.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("sac", "actor critics targets actor_optimizer critic_optimizer temperature memory"),
+        ("ppo-kl", "policy critic optimizer trust_region memory"),
+        ("reinforce", "policy optimizer memory"),
+        ("random", "episodes"),
+    ],
+)
+def test_states_have_the_keys_of_earlier_checkpoints(name: str, keys: str) -> None:
+    agent = small(name)
+    play(agent, range(23), torch.Generator().manual_seed(1))  # an episode is running
+    state = agent.state_dict()
+    assert set(state) == {*keys.split(), "generator", "exploration"}
+    if name == "sac":
+        assert set(state["temperature"]) == {"log_value", "optimizer"}
+        assert {"0.weight", "4.bias"} <= set(state["actor"])
+        assert {"0.0.weight", "1.4.bias"} <= set(state["critics"])
+    if name == "reinforce":
+        assert set(state["memory"]) == {"running", "ended"}
+        assert set(state["memory"]["running"][0]) == {"observation", "action", "low", "high", "reward", "epoch"}
+
+
 @pytest.mark.parametrize("name", AGENTS)
 def test_a_state_does_not_change_while_the_agent_goes_on(name: str) -> None:
     agent, bounds = small(name), torch.Generator().manual_seed(1)
