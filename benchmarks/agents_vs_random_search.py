@@ -35,8 +35,9 @@ from lightning_prune.datamodules import ImageFolderDataModule
 from lightning_prune.models import build_network
 from lightning_prune.models.weights import load_weights
 from lightning_prune.search import make_agent
+from lightning_prune.search.episodes import play
 from lightning_prune.search.policy_search import PolicySearch
-from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, Measure, PruningProblem, accuracy_of, play
+from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, Measure, PruningProblem, accuracy_of
 from lightning_prune.surgery.batch_norm import recalibrate
 from lightning_prune.surgery.masks import mask
 

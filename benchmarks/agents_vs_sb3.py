@@ -57,13 +57,13 @@ class Task:
     sac_steps: int
     ppo_steps: int
     learning_rate: float = 3e-4
-    discount: float = 0.99
+    gamma: float = 0.99
 
 
 TASKS = {
-    "Pendulum-v1": Task(10_000, 200_000, learning_rate=1e-3, discount=0.9),
+    "Pendulum-v1": Task(10_000, 200_000, learning_rate=1e-3, gamma=0.9),
     "Reacher-v5": Task(50_000, 300_000),
-    "Swimmer-v5": Task(100_000, 500_000, discount=0.9999),
+    "Swimmer-v5": Task(100_000, 500_000, gamma=0.9999),
     "Hopper-v5": Task(100_000, 500_000),
 }
 
@@ -80,23 +80,23 @@ def ours(name: str, env: str, task: Task, steps: int, seed: int) -> tuple[Policy
         seed,
         low=space.low.tolist(),
         high=space.high.tolist(),
-        discount=task.discount,
+        gamma=task.gamma,
         **(our_sac(task, steps) if name == "sac" else our_ppo(task, float(space.high[0]), name)),
     )
     start = time.process_time()
     train(agent, environments, steps, seed)
     seconds = time.process_time() - start
-    return lambda observation: agent.act(observation, explore=False).numpy(), seconds
+    return lambda observation: agent.act(observation, greedy=True).numpy(), seconds
 
 
 def our_sac(task: Task, steps: int) -> dict[str, Any]:
     return {
         "hidden_sizes": SAC_WIDTHS,
-        "temperature": "learned",
+        "ent_coef": "auto",
         "actor_learning_rate": task.learning_rate,
         "critic_learning_rate": task.learning_rate,
         "batch_size": 256,
-        "capacity": steps,
+        "buffer_size": steps,
     }
 
 
@@ -105,7 +105,7 @@ def our_ppo(task: Task, reach: float, name: str) -> dict[str, Any]:
         "hidden_sizes": PPO_WIDTHS,
         "policy": {"name": "gaussian", "initial_std": 1.0 / reach},  # theirs starts at 1 in the units of the action
         "learning_rate": task.learning_rate,
-        "rollout": ROLLOUT,
+        "rollout_size": ROLLOUT,
         "trust_region": CIM.get(name, {}),
     }
 
@@ -127,7 +127,7 @@ def train(agent: Agent, environments: SyncVectorEnv, steps: int, seed: int) -> N
 
 def theirs(name: str, env: str, task: Task, steps: int, seed: int) -> tuple[Policy, float]:
     """Train an agent of Stable-Baselines3; return its policy and the processor time in seconds."""
-    shared = {"learning_rate": task.learning_rate, "gamma": task.discount, "seed": seed, "device": "cpu"}
+    shared = {"learning_rate": task.learning_rate, "gamma": task.gamma, "seed": seed, "device": "cpu"}
     if name == "sb3-sac":
         model = stable_baselines3.SAC(
             "MlpPolicy",
@@ -214,7 +214,8 @@ def main() -> None:
         task = TASKS[env]
         wanted = (arguments.sac_steps or task.sac_steps) if "sac" in name else (arguments.ppo_steps or task.ppo_steps)
         steps = math.ceil(wanted / ROLLOUT) * ROLLOUT  # whole rollouts
-        made = stored.made_with(arguments, learning_rate=task.learning_rate, discount=task.discount)
+        # The records of earlier runs call gamma the discount.
+        made = stored.made_with(arguments, learning_rate=task.learning_rate, discount=task.gamma)
         made["stable_baselines3"] = stable_baselines3.__version__
         asked = {"env": env, "agent": name, "seed": seed, "steps": steps}
         known = [row for row in rows if all(row[field] == value for field, value in asked.items())]

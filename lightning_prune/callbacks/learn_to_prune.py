@@ -223,7 +223,7 @@ class LearnToPruneCallback(PruningCallback):
             kept: The channels to keep of the groups that were decided on just before.
         """
         trainer, graph = self.run.trainer, self.run.graph
-        channels_before = len(search.live)
+        channels_before = len(search.channels)
         accuracy_before = float(self.measure([graph.plan(kept)])[0])
         updates = 1 if trainer.fast_dev_run else self.updates  # type: ignore[attr-defined]
         with progress(name, updates) as work:
@@ -234,7 +234,7 @@ class LearnToPruneCallback(PruningCallback):
                 earned = reward(accuracy, accuracy_before, self.accepted_drop, channels_before, counts)
                 self.state.figures = {"reward": float(earned.mean()), **search.learn(drawn, earned)}
                 work.advance(note=f"reward {self.state.figures['reward']:.3f}")
-        _, (best,) = decided_by_first_rank(trainer, lambda: search.draw(1, explore=False))
+        _, (best,) = decided_by_first_rank(trainer, lambda: search.draw(1, greedy=True))
         figures = ", ".join(f"{figure} {value:.3f}" for figure, value in self.state.figures.items())
         least, most = search.limits
         say(

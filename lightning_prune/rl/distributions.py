@@ -1,26 +1,29 @@
-"""What policies draw actions from.
+"""Distributions over actions, which policies sample from.
 
-Bounds are part of a distribution, so that log-probabilities are those of actions as they were executed. All
-distributions have the same methods: `sample`, `mode`, `log_prob`, `entropy`, `parameters`, `kl`, and indexing along the
-batch.
+Bounds belong to a distribution, so that log-probabilities are those of actions as they were executed. All distributions
+have the same methods: `sample`, `mode`, `log_prob`, `entropy`, `parameters`, `kl`, and indexing along the batch.
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Self, override
 
+from lightning_prune.rl.rows import Rows
+from lightning_prune.rl.sampling import clip, normal_noise, uniform_noise
+
 __all__ = ["Bernoulli", "Categorical", "Distribution", "Gaussian"]
 
+_HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
+_ENTROPY_OF_STANDARD_NORMAL = 0.5 * math.log(2 * math.pi * math.e)
 _FORBIDDEN = -1e9  # the logit of a class out of bounds: no chance, and yet finite where it is multiplied by 0
 
 
-class Distribution(ABC):
+class Distribution(Rows, ABC):
     """A batch of distributions over actions, one per row."""
 
     @abstractmethod
@@ -47,10 +50,6 @@ class Distribution(ABC):
     def kl(self, other: Self) -> Tensor:
         """Return the (n,) Kullback-Leibler divergence from this to the other one, KL(this || other)."""
 
-    def __getitem__(self, rows: Any) -> Self:
-        """Return the distributions of some rows."""
-        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))  # type: ignore[arg-type]
-
 
 @dataclass
 class Gaussian(Distribution):
@@ -67,7 +66,7 @@ class Gaussian(Distribution):
 
     Note:
         The log-probability at a bound is that of Fujita and Maeda, "Clipped Action Policy Gradient" (ICML 2018): the
-        gradient stays unbiased and varies less than that of the density of the action before clipping.
+        gradient is unbiased and varies less than that of the density of the action before clipping.
 
     Example:
         >>> zero, one = torch.zeros(1, 1), torch.ones(1, 1)
@@ -83,26 +82,30 @@ class Gaussian(Distribution):
 
     @override
     def sample(self, generator: torch.Generator) -> Tensor:
-        shape = torch.broadcast_shapes(self.mean.shape, self.low.shape, self.high.shape)
-        noise = torch.randn(shape, generator=generator).to(self.mean.device)
-        return self._clip(self.mean + self.std * noise)
+        noise = normal_noise(generator, self.mean, self.low, self.high)
+        unclipped = self.mean + self.std * noise
+        return clip(unclipped, self.low, self.high)
 
     @override
     def mode(self) -> Tensor:
-        return self._clip(self.mean)
+        return clip(self.mean, self.low, self.high)
 
     @override
     def log_prob(self, action: Tensor) -> Tensor:
-        standard = (action - self.mean) / self.std
-        inside = -0.5 * standard.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
-        beyond = torch.special.log_ndtr(torch.where(action <= self.low, standard, -standard))
-        clipped = (action <= self.low) | (action >= self.high)
+        deviation = (action - self.mean) / self.std
+        log_density = -0.5 * deviation.square() - self.std.log() - _HALF_LOG_2_PI
+        at_low = action <= self.low
+        at_high = action >= self.high
+        # At a bound counts the probability of all that lies beyond it.
+        log_tail = torch.special.log_ndtr(torch.where(at_low, deviation, -deviation))
+        log_prob = torch.where(at_low | at_high, log_tail, log_density)
         fixed = self.low >= self.high
-        return torch.where(clipped, beyond, inside).masked_fill(fixed, 0.0).sum(-1)
+        return log_prob.masked_fill(fixed, 0.0).sum(-1)
 
     @override
     def entropy(self) -> Tensor:
-        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        entropies = self.std.log() + _ENTROPY_OF_STANDARD_NORMAL
+        return entropies.sum(-1)
 
     @override
     def parameters(self) -> Tensor:
@@ -110,12 +113,12 @@ class Gaussian(Distribution):
 
     @override
     def kl(self, other: Self) -> Tensor:
-        shift = ((self.mean - other.mean) / other.std).square()
-        ratio = (self.std / other.std).square()
-        return 0.5 * (ratio + shift - 1 - ratio.log()).sum(-1)
-
-    def _clip(self, action: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(action, self.low), self.high)
+        shift = (self.mean - other.mean) / other.std
+        squared_shift = shift.square()
+        std_ratio = self.std / other.std
+        variance_ratio = std_ratio.square()
+        terms = variance_ratio + squared_shift - 1 - variance_ratio.log()
+        return 0.5 * terms.sum(-1)
 
 
 @dataclass
@@ -140,14 +143,17 @@ class Categorical(Distribution):
     def __post_init__(self) -> None:
         classes = torch.arange(self.logits.shape[-1], device=self.logits.device)
         forbidden = (classes < self.low) | (classes > self.high)
-        self.logits = self.logits.masked_fill(forbidden, _FORBIDDEN).log_softmax(-1)
+        allowed_logits = self.logits.masked_fill(forbidden, _FORBIDDEN)
+        self.logits = allowed_logits.log_softmax(-1)
 
     @override
     def sample(self, generator: torch.Generator) -> Tensor:
-        cumulative = self.parameters().cumsum(-1)
-        share = torch.rand((*cumulative.shape[:-1], 1), generator=generator).to(cumulative.device)
-        # Scaled by what rounding makes of the sum of all, so that no share lies beyond the last class with a chance.
-        return (cumulative <= share * cumulative[..., -1:]).sum(-1, keepdim=True).float()
+        cumulative = self.parameters().cumsum(-1)  # (n, classes)
+        total = cumulative[..., -1:]  # (n, 1)
+        # Scaled by what rounding makes of the sum of all, so that none lies beyond the last class with a chance.
+        threshold = uniform_noise(generator, total) * total
+        classes_below = cumulative <= threshold
+        return classes_below.sum(-1, keepdim=True).float()
 
     @override
     def mode(self) -> Tensor:
@@ -159,7 +165,8 @@ class Categorical(Distribution):
 
     @override
     def entropy(self) -> Tensor:
-        return -(self.parameters() * self.logits).sum(-1)
+        terms = self.parameters() * self.logits
+        return -terms.sum(-1)
 
     @override
     def parameters(self) -> Tensor:
@@ -167,25 +174,26 @@ class Categorical(Distribution):
 
     @override
     def kl(self, other: Self) -> Tensor:
-        return (self.parameters() * (self.logits - other.logits)).sum(-1)
+        terms = self.parameters() * (self.logits - other.logits)
+        return terms.sum(-1)
 
 
 @dataclass
 class Bernoulli(Distribution):
-    """One independent decision per entry, 1 is keep and 0 is remove; at least one entry is kept.
+    """One independent decision per entry, 1 for yes and 0 for no; at least one entry is 1.
 
-    Where nothing would be kept, the most probable entry is. The log-probability counts that in, so that it is the true
-    one of what was executed. Entries that the bounds decide have probability 1.
+    Where all entries would be 0, the most probable one is made 1. The log-probability counts that in, so that it is
+    the true one of what was executed. Entries that the bounds decide have probability 1.
 
     Args:
-        logits: (n, action) log-odds of keeping each entry.
-        low: (n, action) 1 for entries that must stay, else 0.
-        high: (n, action) 0 for entries that must go, else 1.
+        logits: (n, action) log-odds of a 1 in each entry.
+        low: (n, action) 1 for entries that must be 1, else 0.
+        high: (n, action) 0 for entries that must be 0, else 1.
 
     Example:
         >>> policy = Bernoulli(torch.zeros(1, 2), low=torch.zeros(1, 2), high=torch.ones(1, 2))
         >>> actions = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-        >>> policy.log_prob(actions).exp()  # the first entry is kept in place of none
+        >>> policy.log_prob(actions).exp()  # the first entry is made 1 where both would be 0
         tensor([0.2500, 0.5000, 0.2500])
     """
 
@@ -195,28 +203,32 @@ class Bernoulli(Distribution):
 
     @override
     def sample(self, generator: torch.Generator) -> Tensor:
-        shape = torch.broadcast_shapes(self.logits.shape, self.low.shape, self.high.shape)
-        share = torch.rand(shape, generator=generator).to(self.logits.device)
-        return self._keep_one((share < self.logits.sigmoid()).float())
+        noise = uniform_noise(generator, self.logits, self.low, self.high)
+        action = noise < self.logits.sigmoid()
+        return self._not_all_zero(action.float())
 
     @override
     def mode(self) -> Tensor:
-        return self._keep_one((self.logits >= 0).float())
+        action = self.logits >= 0
+        return self._not_all_zero(action.float())
 
     @override
     def log_prob(self, action: Tensor) -> Tensor:
-        keep, remove = F.logsigmoid(self.logits), F.logsigmoid(-self.logits)
-        chosen = torch.where(action > 0.5, keep, remove).masked_fill(~self._free, 0.0).sum(-1)
-        none = remove.masked_fill(~self._free, 0.0).sum(-1).expand_as(chosen)
-        stands_for_none = (action == self._keep_one(torch.zeros_like(action))).all(-1) & self._free.any(-1)
-        stands_for_none &= (self.low < 0.5).all(-1)  # else none is never drawn
-        return torch.where(stands_for_none, torch.logaddexp(chosen, none), chosen)
+        log_one = F.logsigmoid(self.logits)
+        log_zero = F.logsigmoid(-self.logits)
+        of_entries = torch.where(action > 0.5, log_one, log_zero)
+        of_action = self._sum_over_undecided(of_entries)
+        of_all_zero = self._sum_over_undecided(log_zero).expand_as(of_action)
+        of_either = torch.logaddexp(of_action, of_all_zero)
+        replaces_all_zero = self._replaces_all_zero(action)
+        return torch.where(replaces_all_zero, of_either, of_action)
 
     @override
     def entropy(self) -> Tensor:
-        keep = self.logits.sigmoid()
-        each = -keep * F.logsigmoid(self.logits) - (1 - keep) * F.logsigmoid(-self.logits)
-        return each.masked_fill(~self._free, 0.0).sum(-1)
+        one = self.logits.sigmoid()
+        terms_of_one = -one * F.logsigmoid(self.logits)
+        terms_of_zero = (1 - one) * F.logsigmoid(-self.logits)
+        return self._sum_over_undecided(terms_of_one - terms_of_zero)
 
     @override
     def parameters(self) -> Tensor:
@@ -224,17 +236,36 @@ class Bernoulli(Distribution):
 
     @override
     def kl(self, other: Self) -> Tensor:
-        keep = self.logits.sigmoid()
-        each = keep * (F.logsigmoid(self.logits) - F.logsigmoid(other.logits))
-        each = each + (1 - keep) * (F.logsigmoid(-self.logits) - F.logsigmoid(-other.logits))
-        return each.masked_fill(~self._free, 0.0).sum(-1)
+        one = self.logits.sigmoid()
+        log_ratio_of_one = F.logsigmoid(self.logits) - F.logsigmoid(other.logits)
+        terms_of_one = one * log_ratio_of_one
+        log_ratio_of_zero = F.logsigmoid(-self.logits) - F.logsigmoid(-other.logits)
+        terms_of_zero = (1 - one) * log_ratio_of_zero
+        return self._sum_over_undecided(terms_of_one + terms_of_zero)
 
     @property
-    def _free(self) -> Tensor:
+    def _undecided(self) -> Tensor:
+        """The (n, action) entries that the bounds do not decide."""
         return self.low < self.high
 
-    def _keep_one(self, action: Tensor) -> Tensor:
-        action = torch.minimum(torch.maximum(action, self.low), self.high)
-        likeliest = self.logits.masked_fill(~self._free, float("-inf")).argmax(-1, keepdim=True)
-        kept = torch.zeros_like(action).scatter(-1, likeliest.expand_as(action[..., :1]), 1.0)
-        return torch.where((action > 0.5).any(-1, keepdim=True), action, torch.minimum(kept, self.high))
+    def _sum_over_undecided(self, terms: Tensor) -> Tensor:
+        undecided_terms = terms.masked_fill(~self._undecided, 0.0)
+        return undecided_terms.sum(-1)
+
+    def _replaces_all_zero(self, action: Tensor) -> Tensor:
+        """Tell for each row whether the action is also executed where all entries are drawn as 0: (n,)."""
+        replacement = self._not_all_zero(torch.zeros_like(action))
+        is_replacement = (action == replacement).all(-1)
+        none_must_be_one = (self.low < 0.5).all(-1)
+        return is_replacement & none_must_be_one & self._undecided.any(-1)
+
+    def _not_all_zero(self, action: Tensor) -> Tensor:
+        """Clip actions, and make the most probable entry 1 where all are 0."""
+        action = clip(action, self.low, self.high)
+        candidates = self.logits.masked_fill(~self._undecided, -math.inf)
+        most_probable = candidates.argmax(-1, keepdim=True)
+        index = most_probable.expand_as(action[..., :1])
+        single_one = torch.zeros_like(action).scatter(-1, index, 1.0)
+        replacement = torch.minimum(single_one, self.high)
+        any_one = (action > 0.5).any(-1, keepdim=True)
+        return torch.where(any_one, action, replacement)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_prune.rl.base import Checkpointed, Stateful
+from lightning_prune.rl.buffers import ReplayBuffer
+from lightning_prune.rl.checkpointed import Checkpointed, Stateful
 from lightning_prune.rl.networks import mlp
-from lightning_prune.rl.storage import ReplayBuffer
-from lightning_prune.rl.transition import Layout, Transition
+from lightning_prune.rl.transitions import Layout, Transition
 
 __all__ = ["EnvironmentModel", "EnvironmentNetwork"]
 
@@ -38,13 +38,14 @@ class EnvironmentNetwork(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        size = representation_size
-        self.embeddings = nn.utils.skip_init(nn.Embedding, epochs, size)
+        self.embeddings = nn.utils.skip_init(nn.Embedding, epochs, representation_size)
         nn.init.normal_(self.embeddings.weight, generator=generator)
-        self.recurrence = nn.GRU(size, size, device="meta").to_empty(device="cpu")
+        self.recurrence = nn.GRU(representation_size, representation_size, device="meta").to_empty(device="cpu")
+        bound = representation_size**-0.5
         for parameter in self.recurrence.parameters():
-            nn.init.uniform_(parameter, -(size**-0.5), size**-0.5, generator=generator)
-        self.decoder = mlp((observation_size + action_size + size, *hidden_sizes, 1), generator)
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        inputs = observation_size + action_size + representation_size
+        self.decoder = mlp((inputs, *hidden_sizes, 1), generator)
 
     def representations(self, epochs: int) -> Tensor:
         """Return the (epochs, representation) of the first epochs, each of which knows all before it.
@@ -52,19 +53,22 @@ class EnvironmentNetwork(nn.Module):
         Args:
             epochs: How many.
         """
-        return self.recurrence(self.embeddings.weight[:epochs])[0]
+        states, _ = self.recurrence(self.embeddings.weight[:epochs])
+        return states
 
     @override
     def forward(self, observation: Tensor, action: Tensor, epoch: Tensor) -> Tensor:
-        """Return the (n,) rewards predicted; all parts get gradients.
+        """Return the (n,) rewards predicted; embeddings, recurrence and decoder all get gradients.
 
         Args:
             observation: (n, observation).
             action: (n, action).
             epoch: (n,) integers.
         """
-        representation = self.representations(int(epoch.max()) + 1)[epoch]
-        return self.decoder(torch.cat([observation, action, representation], dim=-1)).squeeze(-1)
+        epochs_until_last = int(epoch.max()) + 1
+        representation = self.representations(epochs_until_last)[epoch]
+        inputs = torch.cat([observation, action, representation], dim=-1)
+        return self.decoder(inputs).squeeze(-1)
 
 
 class EnvironmentModel(Checkpointed):
@@ -77,9 +81,9 @@ class EnvironmentModel(Checkpointed):
         epochs: Number of epochs that there can be.
         representation_size: Numbers in a representation.
         hidden_sizes: Hidden layers of the decoder.
-        learning_rate: Of Adam.
+        learning_rate: Learning rate of Adam.
         batch_size: Transitions in a gradient step.
-        capacity: Transitions kept to learn from.
+        buffer_size: Transitions kept to learn from.
         device: Where the network and the transitions are kept.
 
     Note:
@@ -109,7 +113,7 @@ class EnvironmentModel(Checkpointed):
         hidden_sizes: Sequence[int] = (300, 300),
         learning_rate: float = 1e-3,
         batch_size: int = 64,
-        capacity: int = 10_000,
+        buffer_size: int = 10_000,
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(seed)
@@ -117,10 +121,12 @@ class EnvironmentModel(Checkpointed):
             observation_size, action_size, epochs, representation_size, hidden_sizes, self.generator
         ).to(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), learning_rate, fused=True)
-        bounds = torch.zeros(action_size, device=device)
-        self.memory = ReplayBuffer(Layout(observation_size, bounds, bounds), capacity)
-        self.epochs, self.batch_size = epochs, batch_size
-        self._table: Tensor | None = None  # representations of all epochs, until the network changes
+        unused_bounds = torch.zeros(action_size, device=device)
+        layout = Layout(observation_size, unused_bounds, unused_bounds)
+        self.replay_buffer = ReplayBuffer(layout, buffer_size)
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self._representations: Tensor | None = None  # of all epochs, until the network changes
 
     def observe(self, transition: Transition) -> None:
         """Take note of a step and its epoch.
@@ -132,7 +138,7 @@ class EnvironmentModel(Checkpointed):
             ValueError: If its epoch is not one of those that there can be.
         """
         self._check(torch.as_tensor(transition.epoch))
-        self.memory.add(transition)
+        self.replay_buffer.add(transition)
 
     def update(self) -> dict[str, float]:
         """Learn to predict the rewards of a batch.
@@ -140,15 +146,15 @@ class EnvironmentModel(Checkpointed):
         Returns:
             The mean squared error as ``environment_loss``; nothing if nothing was observed.
         """
-        if not len(self.memory):
+        if not len(self.replay_buffer):
             return {}
-        batch = self.memory.sample(self.batch_size, self.generator)
+        batch = self.replay_buffer.sample(self.batch_size, self.generator)
         predicted = self.network(batch.observation, batch.action, batch.epoch.long())
         loss = F.mse_loss(predicted, batch.reward)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self._table = None
+        self._representations = None
         return {"environment_loss": loss.item()}
 
     @torch.no_grad()
@@ -165,12 +171,13 @@ class EnvironmentModel(Checkpointed):
             ValueError: If an epoch is not one of those that there can be.
         """
         self._check(epoch)
-        if self._table is None:
-            self._table = self.network.representations(self.epochs)
-        return self._table[epoch]
+        if self._representations is None:
+            self._representations = self.network.representations(self.epochs)
+        return self._representations[epoch]
 
     def _check(self, epoch: Tensor) -> None:
-        if not bool(((epoch >= 0) & (epoch < self.epochs)).all()):
+        possible = (epoch >= 0) & (epoch < self.epochs)
+        if not bool(possible.all()):
             raise ValueError(
                 f"Epoch {epoch.tolist()} is not among the {self.epochs} of the environment model: raise `epochs`."
             )
@@ -178,8 +185,12 @@ class EnvironmentModel(Checkpointed):
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._table = None
+        self._representations = None
 
     @override
-    def _parts(self) -> dict[str, Stateful]:
-        return {"network": self.network, "optimizer": self.optimizer, "memory": self.memory}
+    def _stateful(self) -> dict[str, Stateful]:
+        return {  # the keys are those of saved checkpoints
+            "network": self.network,
+            "optimizer": self.optimizer,
+            "memory": self.replay_buffer,
+        }

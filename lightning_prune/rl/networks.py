@@ -1,12 +1,11 @@
-"""Multilayer perceptrons that are initialised from a generator of their own."""
+"""Multilayer perceptrons that are initialised from a generator of their own, and steps that train them."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["mlp"]
+__all__ = ["gradient_step", "mlp"]
 
 
 def mlp(
@@ -36,11 +35,39 @@ def mlp(
           (2): Linear(in_features=8, out_features=1, bias=True)
         )
     """
+    *hidden_sizes, output_size = sizes[1:]
+    width = sizes[0]
     layers: list[nn.Module] = []
-    for position, (inputs, outputs) in enumerate(pairwise(sizes)):
-        last = position == len(sizes) - 2
-        linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
-        nn.init.orthogonal_(linear.weight, output_gain if last else 2**0.5, generator=generator)
-        nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, activation()]
+    for hidden_size in hidden_sizes:
+        layers.append(_linear(width, hidden_size, 2**0.5, generator))
+        layers.append(activation())
+        width = hidden_size
+    layers.append(_linear(width, output_size, output_gain, generator))
     return nn.Sequential(*layers)
+
+
+def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Step along the gradient of the parameters of an optimizer; other parameters of the loss get no gradient.
+
+    Args:
+        optimizer: The optimizer.
+        loss: The scalar loss.
+
+    Example:
+        >>> actor, critic = nn.Linear(1, 1), nn.Linear(1, 1)
+        >>> gradient_step(torch.optim.SGD(actor.parameters()), critic(actor(torch.ones(1))).sum())
+        >>> actor.weight.grad is None, critic.weight.grad is None
+        (False, True)
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = torch.autograd.grad(loss, parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+def _linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) -> nn.Linear:
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -49,13 +49,13 @@ class Policy(nn.Module):
 class GaussianPolicy(Policy):
     """Normal distributions with a learned mean for each input, and a learned std that is the same for all.
 
-    The network speaks in units of half the range between `low` and `high`, from its middle.
+    The network speaks in multiples of half the range between `low` and `high`, from its middle.
 
     Args:
         network: Given (n, input), returns (n, action) means.
         low: (action,) least action.
         high: (action,) greatest action.
-        initial_std: Std at the start, in units of half the range.
+        initial_std: Std at the start, as a multiple of half the range.
 
     Example:
         >>> policy = GaussianPolicy(nn.Identity(), torch.zeros(1), torch.full((1,), 4.0), initial_std=0.5)
@@ -64,18 +64,19 @@ class GaussianPolicy(Policy):
     """
 
     middle: Tensor
-    reach: Tensor
+    half_range: Tensor
 
     def __init__(self, network: nn.Module, low: Tensor, high: Tensor, initial_std: float = 1.0) -> None:
         super().__init__(network, low, high)
         self.log_std = nn.Parameter(torch.full_like(low, math.log(initial_std)))
         self.register_buffer("middle", (low + high) / 2, persistent=False)
-        self.register_buffer("reach", (high - low) / 2, persistent=False)
+        self.register_buffer("half_range", (high - low) / 2, persistent=False)
 
     @override
     def forward(self, inputs: Tensor, low: Tensor, high: Tensor) -> Gaussian:
-        mean = self.middle + self.reach * self.network(inputs)
-        return Gaussian(mean, (self.reach * self.log_std.exp()).expand_as(mean), low, high)
+        mean = self.middle + self.half_range * self.network(inputs)
+        std = self.half_range * self.log_std.exp()
+        return Gaussian(mean, std.expand_as(mean), low, high)
 
 
 class CategoricalPolicy(Policy):
@@ -85,6 +86,9 @@ class CategoricalPolicy(Policy):
         network: Given (n, input), returns (n, classes) logits.
         low: (1,) first class, which is 0.
         high: (1,) last class.
+
+    Raises:
+        ValueError: If there is more than one action, or its first class is not 0.
     """
 
     def __init__(self, network: nn.Module, low: Tensor, high: Tensor) -> None:
@@ -105,27 +109,28 @@ class CategoricalPolicy(Policy):
 
 
 class BernoulliPolicy(Policy):
-    """One decision to keep or remove per entry of the action.
+    """One yes-or-no decision per entry of the action.
 
     Args:
-        network: Given (n, input), returns (n, action) log-odds of keeping.
+        network: Given (n, input), returns (n, action) log-odds of a 1.
         low: (action,) zeros.
         high: (action,) ones.
-        initial_keep: Probability of keeping where the network returns 0, as it nearly does at the start.
+        initial_probability: Probability of a 1 where the network returns 0, as it nearly does at the start.
 
     Example:
-        >>> policy = BernoulliPolicy(nn.Identity(), torch.zeros(2), torch.ones(2), initial_keep=0.9)
+        >>> policy = BernoulliPolicy(nn.Identity(), torch.zeros(2), torch.ones(2), initial_probability=0.9)
         >>> policy(torch.zeros(1, 2), policy.low, policy.high).parameters()
         tensor([[0.9000, 0.9000]])
     """
 
-    def __init__(self, network: nn.Module, low: Tensor, high: Tensor, initial_keep: float = 0.5) -> None:
+    def __init__(self, network: nn.Module, low: Tensor, high: Tensor, initial_probability: float = 0.5) -> None:
         super().__init__(network, low, high)
-        self.initial_logit = math.log(initial_keep / (1 - initial_keep))
+        self.initial_logit = math.log(initial_probability / (1 - initial_probability))
 
     @override
     def forward(self, inputs: Tensor, low: Tensor, high: Tensor) -> Bernoulli:
-        return Bernoulli(self.initial_logit + self.network(inputs), low, high)
+        logits = self.initial_logit + self.network(inputs)
+        return Bernoulli(logits, low, high)
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -26,7 +26,10 @@ __all__ = [
 
 
 class TrustRegion(ABC):
-    """Say what a new policy is to minimise, given the one that gathered the data."""
+    """Say what a new policy is to minimise, given the one that gathered the data.
+
+    Subclasses with settings take them as keyword arguments that have defaults.
+    """
 
     @abstractmethod
     def loss(self, ratio: Tensor, advantage: Tensor, old: Distribution, new: Distribution) -> Tensor:
@@ -53,7 +56,7 @@ class TrustRegion(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a state over.
+        """Take over a state.
 
         Args:
             state: What `state_dict` returned.
@@ -62,27 +65,28 @@ class TrustRegion(ABC):
 
 
 class Clip(TrustRegion):
-    """Give no reward for moving the probability of an action further than a factor of 1 +- `margin`.
+    """Give no reward for moving the probability of an action further than a factor of 1 +- `clip_range`.
 
     Args:
-        margin: The epsilon of the paper.
+        clip_range: The epsilon of the paper.
 
     Note:
         Equation 7 of Schulman et al., "Proximal Policy Optimization Algorithms" (2017).
 
     Example:
         >>> ratio, advantage = torch.tensor([1.5, 0.5]), torch.tensor([1.0, -1.0])
-        >>> Clip(margin=0.2).loss(ratio, advantage, None, None)  # -(1.2 - 0.8) / 2
+        >>> Clip(clip_range=0.2).loss(ratio, advantage, None, None)  # -(1.2 - 0.8) / 2
         tensor(-0.2000)
     """
 
-    def __init__(self, margin: float = 0.2) -> None:
-        self.margin = margin
+    def __init__(self, clip_range: float = 0.2) -> None:
+        self.clip_range = clip_range
 
     @override
     def loss(self, ratio: Tensor, advantage: Tensor, old: Distribution, new: Distribution) -> Tensor:
-        clipped = ratio.clamp(1 - self.margin, 1 + self.margin)
-        return -torch.minimum(ratio * advantage, clipped * advantage).mean()
+        clipped_ratio = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+        gain = torch.minimum(ratio * advantage, clipped_ratio * advantage)
+        return -gain.mean()
 
 
 class Penalty(TrustRegion):
@@ -110,16 +114,22 @@ class Penalty(TrustRegion):
 
     @override
     def loss(self, ratio: Tensor, advantage: Tensor, old: Distribution, new: Distribution) -> Tensor:
-        return -(ratio * advantage).mean() + self.coefficient * self.distance(old, new).mean()
+        gain = (ratio * advantage).mean()
+        penalty = self.coefficient * self.distance(old, new).mean()
+        return -gain + penalty
 
     @override
     def adapt(self, old: Distribution, new: Distribution) -> dict[str, float]:
         distance = float(self.distance(old, new).mean())
-        if self.target is not None and distance < self.target / 1.5:
-            self.coefficient /= 2
-        elif self.target is not None and distance > self.target * 1.5:
-            self.coefficient *= 2
+        if self.target is not None:
+            self._move_towards(self.target, distance)
         return {"distance": distance, "coefficient": self.coefficient}
+
+    def _move_towards(self, target: float, distance: float) -> None:
+        if distance < target / 1.5:
+            self.coefficient /= 2
+        elif distance > target * 1.5:
+            self.coefficient *= 2
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -165,14 +175,14 @@ class Correntropy(Penalty):
 
     Args:
         coefficient: The alpha of the paper.
-        sigma: Width of the kernel, in the units of the parameters.
+        sigma: Width of the kernel, in terms of the parameters.
         target: The distance wanted, by which alpha is adapted as beta is with `KullbackLeibler`; None keeps alpha.
 
     Note:
         Guo et al., "Proximal Policy Optimization with Correntropy Induced Metric" (2021). Interpretation: their code
-        adds k(d) itself, which pushes the policies apart; the metric is k(0) - k(d). They leave sigma out of the
-        expansions and the factor of the kernel out of the first; here all three forms share both, so their alpha of 5
-        with the first-order form is 5 sqrt(2 pi) = 12.5 here. Adapting alpha is an addition.
+        adds k(d) itself, which pushes the policies apart; the metric is k(0) - k(d). Their expansions lack sigma, and
+        the first one the factor of the kernel as well; here all three forms share both, so their alpha of 5 with the
+        first-order form is 5 sqrt(2 pi) = 12.5 here. Adapting alpha is an addition.
 
     Example:
         >>> from lightning_prune.rl.distributions import Gaussian
@@ -190,7 +200,8 @@ class Correntropy(Penalty):
 
     @override
     def distance(self, old: Distribution, new: Distribution) -> Tensor:
-        exponent = (old.parameters() - new.parameters()).square() / (2 * self.sigma**2)
+        difference = old.parameters() - new.parameters()
+        exponent = difference.square() / (2 * self.sigma**2)
         return self.rise(exponent).mean(-1) / (math.sqrt(2 * math.pi) * self.sigma)
 
     def rise(self, exponent: Tensor) -> Tensor:
@@ -223,8 +234,8 @@ class CorrentropyFirstOrder(Correntropy):
 class CorrentropySecondOrder(Correntropy):
     """Penalise the second-order expansion of the metric: x - x^2 / 2 times k(0), with x = d^2 / (2 sigma^2).
 
-    From its maximum at x = 1 on the parabola falls, and would push far policies apart; there it stays at its maximum,
-    as the metric does (an interpretation).
+    From its maximum at x = 1 on the parabola falls, and would push far policies apart; there it is kept at its maximum,
+    as the metric is (an interpretation).
 
     Args:
         coefficient: As for `Correntropy`, and so are the others.

@@ -2,14 +2,15 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from lightning_prune.importing import imported
-from lightning_prune.rl.base import Agent
+from lightning_prune.rl.agent import Agent, AgentSettings
 from lightning_prune.rl.ppo import PPO
 from lightning_prune.rl.reinforce import Reinforce
 from lightning_prune.rl.sac import SAC
-from lightning_prune.rl.settings import chosen
+from lightning_prune.rl.selection import select
 from lightning_prune.rl.trust_regions import TRUST_REGIONS
 from lightning_prune.search.random_search import RandomSearch
 
@@ -46,24 +47,20 @@ def make_agent(name: str, observation_size: int, action_size: int, seed: int, **
         Traceback (most recent call last):
         ValueError: There is no agent 'dqn'; those known are sac, ppo-clip, ppo-kl, ppo-cim, ...
     """
-    make = _class_of(name)
-    known = _settings(make)
+    agent_class = _agent_class(name)
+    known = _names_of_settings(agent_class)
     for key in settings:
         if key not in known:
             raise ValueError(f"The agent {name!r} has no setting {key!r}; it has {', '.join(known)}.")
-    if make is PPO:
-        given = settings.get("trust_region", {})
-        if not isinstance(given, Mapping) or "name" in given:
-            raise ValueError(
-                f"{name!r} names its trust region; `trust_region` takes a mapping of settings; got {given!r}."
-            )
-        settings["trust_region"] = {"name": name.removeprefix("ppo-"), **given}
-    return make(observation_size, action_size, seed, **settings)
+    if agent_class is PPO:
+        settings["trust_region"] = _trust_region(name, settings.get("trust_region", {}))
+    return agent_class(observation_size, action_size, seed, **settings)
 
 
-def _class_of(name: str) -> type[Agent]:
+def _agent_class(name: str) -> type[Agent]:
     if "." not in name:
-        return chosen(AGENTS, name, "agent")[0]
+        agent_class, _ = select(AGENTS, name, "agent")
+        return agent_class
     try:
         found = imported(name)
     except ImportError as error:
@@ -73,7 +70,17 @@ def _class_of(name: str) -> type[Agent]:
     return found
 
 
-def _settings(make: type[Agent]) -> list[str]:
-    """Return the settings of an agent's class, and those of all agents."""
-    parameters = [*inspect.signature(make).parameters.values(), *inspect.signature(Agent).parameters.values()]
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+def _names_of_settings(agent_class: type[Agent]) -> list[str]:
+    """Return the names of the settings of an agent's class, and then of those of all agents."""
+    shared = [field.name for field in fields(AgentSettings)]
+    names = [field.name for field in fields(agent_class.settings_type)]
+    return [name for name in names if name not in shared] + shared
+
+
+def _trust_region(agent: str, settings: Any) -> dict[str, Any]:
+    """Return the setting of PPO, from the trust region in the name of the agent and that trust region's settings."""
+    if not isinstance(settings, Mapping) or "name" in settings:
+        raise ValueError(
+            f"{agent!r} names its trust region; `trust_region` takes a mapping of settings; got {settings!r}."
+        )
+    return {"name": agent.removeprefix("ppo-"), **settings}

@@ -1,4 +1,4 @@
-"""An agent that looks at the filters of one layer and decides which of them stay."""
+"""An agent that looks at the filters of one layer and decides which of them are kept."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from typing_extensions import override
 
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.rl.reinforce import Reinforce
-from lightning_prune.rl.transition import Transition
+from lightning_prune.rl.transitions import Transition
 from lightning_prune.search.width_bounds import WidthBounds
 
 __all__ = ["FilterNetwork", "FilterSearch", "make_filter_agent"]
 
-LONG = 24  # numbers in a filter, beyond which convolutions look at the filters
-LARGEST = (64, 256)  # filters and numbers of each that convolutions look at; larger matrices are averaged down to that
-CHANNELS = (32, 64, 64, 64)
-HIDDEN = 24
-LAST_GAIN = 0.01
+LONG_FILTER = 24  # numbers in a filter, beyond which convolutions look at the filters
+LARGEST_IMAGE = (64, 256)  # filters and numbers of each that convolutions see; larger matrices are averaged down to it
+CONV_CHANNELS = (32, 64, 64, 64)
+HIDDEN_SIZE = 24
+OUTPUT_GAIN = 0.01
 _TINY = 1e-12
 
 
@@ -39,20 +39,18 @@ class FilterNetwork(nn.Module):
 
     def __init__(self, filters: int, length: int) -> None:
         super().__init__()
-        self.shape = (1, filters, length)
+        self.image_shape = (1, filters, length)
         layers: list[nn.Module] = []
-        inputs, height, width = 1, filters, length
-        if length > LONG:
-            height, width = min(filters, LARGEST[0]), min(length, LARGEST[1])
-            layers.append(nn.AdaptiveAvgPool2d((height, width)))
-        for outputs in CHANNELS if length > LONG else ():
-            layers += [nn.Conv2d(inputs, outputs, 7, padding=3), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
-            inputs, height, width = outputs, -(-height // 2), -(-width // 2)
-        layers += [nn.Flatten(), nn.Linear(inputs * height * width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, filters)]
+        features = filters * length
+        if length > LONG_FILTER:
+            convolutions, features = _convolutions(filters, length)
+            layers.extend(convolutions)
+        hidden = nn.Linear(features, HIDDEN_SIZE)
+        output = nn.Linear(HIDDEN_SIZE, filters)
+        layers.extend([nn.Flatten(), hidden, nn.ReLU(), output])
         self.layers = nn.Sequential(*layers)
-        last = self.layers[-1]
-        nn.init.orthogonal_(last.weight, LAST_GAIN)  # type: ignore[arg-type]
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        nn.init.orthogonal_(output.weight, OUTPUT_GAIN)
+        nn.init.zeros_(output.bias)
 
     @override
     def forward(self, filters: Tensor) -> Tensor:
@@ -61,7 +59,25 @@ class FilterNetwork(nn.Module):
         Args:
             filters: (..., filters * length), each layer's filters one after the other.
         """
-        return self.layers(filters.reshape(-1, *self.shape)).reshape(*filters.shape[:-1], -1)
+        images = filters.reshape(-1, *self.image_shape)
+        log_odds = self.layers(images)
+        return log_odds.reshape(*filters.shape[:-1], -1)
+
+
+def _convolutions(filters: int, length: int) -> tuple[list[nn.Module], int]:
+    """Return the layers that look at filters as an image, and the number of features that they make of it."""
+    height = min(filters, LARGEST_IMAGE[0])
+    width = min(length, LARGEST_IMAGE[1])
+    layers: list[nn.Module] = [nn.AdaptiveAvgPool2d((height, width))]
+    channels = 1
+    for out_channels in CONV_CHANNELS:
+        layers.append(nn.Conv2d(channels, out_channels, 7, padding=3))
+        layers.append(nn.ReLU())
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        channels = out_channels
+        height = (height + 1) // 2
+        width = (width + 1) // 2
+    return layers, channels * height * width
 
 
 def make_filter_agent(filters: Tensor, seed: int, samples: int = 5, keep: float = 0.9, **settings: Any) -> Reinforce:
@@ -70,9 +86,9 @@ def make_filter_agent(filters: Tensor, seed: int, samples: int = 5, keep: float 
     Args:
         filters: (filters, length) weights of the layer.
         seed: Seed of all random numbers of the agent, those of the first weights included.
-        samples: Number of draws that it learns from at once.
+        samples: Number of choices that it learns from at once.
         keep: Probability of keeping a filter at the start.
-        settings: As for `Reinforce`.
+        settings: As for `ReinforceSettings`.
 
     Note:
         Huang et al., "Learning to Prune Filters in Convolutional Neural Networks" (WACV 2018), as reimplementations
@@ -82,32 +98,42 @@ def make_filter_agent(filters: Tensor, seed: int, samples: int = 5, keep: float 
 
     Example:
         >>> agent = make_filter_agent(torch.eye(4), seed=0)
-        >>> agent.act(torch.eye(4).flatten(), explore=False)
+        >>> agent.act(torch.eye(4).flatten(), greedy=True)
         tensor([1., 1., 1., 1.])
     """
     count, length = filters.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = FilterNetwork(count, length)
-    policy = {"name": "bernoulli", "initial_keep": keep}
     return Reinforce(
-        count * length, count, seed, policy=policy, network=network, samples=samples, device=filters.device, **settings
+        observation_size=count * length,
+        action_size=count,
+        seed=seed,
+        policy={"name": "bernoulli", "initial_probability": keep},
+        network=network,
+        n_episodes=samples,
+        device=filters.device,
+        **settings,
     )
 
 
 class FilterSearch:
-    """Let an agent choose the channels of one group that stay, within a budget.
+    """Let an agent choose the channels of one group that are kept, within a budget.
 
-    Where the agent keeps more than the bounds allow, the least probable channels leave too; where it keeps fewer, the
-    most probable ones stay too.
+    Where the agent keeps more than the bounds allow, the least probable channels are pruned too; where it keeps fewer,
+    the most probable ones are kept too.
 
     Args:
         graph: The traced model, pruned already or not.
         name: The group. Its agent sees the filters that first make its channels, standardised.
         bounds: How wide groups may be.
-        widths: (groups,) channels that stay; those of the groups before this one count.
+        widths: (groups,) channels that are kept; those of the groups before this one count.
         seed: Seed of the agent.
         settings: As for `make_filter_agent`.
+
+    Attributes:
+        channels: (channels,) original indices of the channels that the agent decides on.
+        limits: The least and the greatest number of channels that may be kept.
 
     Example:
         >>> from lightning_prune import trace
@@ -115,44 +141,62 @@ class FilterSearch:
         >>> graph = trace(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), torch.zeros(1, 2))
         >>> bounds = WidthBounds(graph, CostModel(graph, "channels"), keep=0.5)
         >>> search = FilterSearch(graph, "0", bounds, np.array([8]), samples=3)
-        >>> drawn, kept = search.draw(3)
-        >>> drawn.shape, [len(channels) for channels in kept]
+        >>> choices, kept = search.draw(3)
+        >>> choices.shape, [len(channels) for channels in kept]
         (torch.Size([3, 8]), [4, 4, 4])
     """
 
     def __init__(
         self, graph: ChannelGraph, name: str, bounds: WidthBounds, widths: np.ndarray, seed: int = 0, **settings: Any
     ) -> None:
-        self.group, self.live, self.bounds = list(graph.groups).index(name), graph.kept(name), bounds
+        self.group = list(graph.groups).index(name)
+        self.channels = graph.kept(name)
+        self.bounds = bounds
         self.limits = bounds.after(widths[: self.group])
-        filters = graph.rows(name, graph.groups[name].out_slices[0]).float()
-        filters = (filters - filters.mean()) / (filters.std() + _TINY)
+        out_slice = graph.groups[name].out_slices[0]
+        filters = _standardised(graph.rows(name, out_slice).float())
         self.agent = make_filter_agent(filters, seed + self.group, **settings)
-        self.seen = filters.flatten()
+        self.observation = filters.flatten()
 
     @torch.no_grad()
-    def draw(self, n: int, explore: bool = True) -> tuple[Tensor, list[Tensor]]:
+    def draw(self, n: int, greedy: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Draw choices of the agent.
 
         Args:
             n: How many.
-            explore: Whether to try things out; otherwise the most probable choice is returned.
+            greedy: Whether to return the most probable choice; otherwise choices are sampled.
 
         Returns:
-            The (n, channels) choices as drawn, 1 for channels that stay, and the channels that stay within the bounds.
+            The (n, channels) choices as drawn, 1 for channels that are kept, and the kept channels within the bounds.
         """
-        drawn = self.agent.act(self.seen, low=torch.zeros(n, len(self.live)), explore=explore)
-        policy = self.agent.policy(self.seen[None], self.agent.low, self.agent.high)
-        ranked = (2 * drawn + policy.parameters().cpu()).argsort(dim=1, descending=True, stable=True)
-        counts = [self.bounds.nearest(self.group, float(each.sum()), *self.limits) for each in drawn]
-        return drawn, [self.live[order[:count]].sort().values for order, count in zip(ranked, counts, strict=True)]
+        nothing_fixed = torch.zeros(n, len(self.channels))
+        choices = self.agent.act(self.observation, low=nothing_fixed, greedy=greedy)
+        policy = self.agent.policy(self.observation[None], self.agent.low, self.agent.high)
+        probabilities = policy.parameters()[0].cpu()  # (channels,)
+        kept = [self._within_budget(choice, probabilities) for choice in choices]
+        return choices, kept
 
-    def learn(self, drawn: Tensor, rewards: Tensor) -> dict[str, float]:
+    def _within_budget(self, choice: Tensor, probabilities: Tensor) -> Tensor:
+        """Return the channels that are kept for a choice, (channels,), and the probability of keeping each."""
+        # What was chosen comes first, and within that what is more probable.
+        preference = 2 * choice + probabilities
+        order = preference.argsort(descending=True, stable=True)
+        narrowest, widest = self.limits
+        width = self.bounds.nearest(self.group, float(choice.sum()), narrowest, widest)
+        channels = self.channels[order[:width]]
+        return channels.sort().values
+
+    def learn(self, choices: Tensor, rewards: Tensor) -> dict[str, float]:
         """Learn from what choices have earned; return losses by name.
 
         Args:
-            drawn: (n, channels) choices as drawn.
+            choices: (n, channels) choices as drawn.
             rewards: (n,) what they have earned.
         """
-        self.agent.observe(Transition(self.seen, drawn, rewards, self.seen, terminated=True))
+        transition = Transition(self.observation, choices, rewards, self.observation, terminated=True)
+        self.agent.observe(transition)
         return self.agent.update()
+
+
+def _standardised(filters: Tensor) -> Tensor:
+    return (filters - filters.mean()) / (filters.std() + _TINY)

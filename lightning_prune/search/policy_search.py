@@ -1,22 +1,22 @@
 """An agent that looks for the widths that earn most, while the network may change from epoch to epoch."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_prune.rl.environment_model import EnvironmentModel
-from lightning_prune.rl.transition import Transition
+from lightning_prune.rl.transitions import Transition
 from lightning_prune.search.agents import make_agent
-from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, PruningProblem, play
+from lightning_prune.search.episodes import play
+from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, PruningProblem
 
 __all__ = ["REWARDED", "PolicySearch"]
 
 REWARDED = ("every_step", "last_step")
-
-_LEAST_SPREAD = 0.01  # of the first rewards: where they hardly differ, differences are not blown up without limit
 
 
 class PolicySearch:
@@ -74,18 +74,20 @@ class PolicySearch:
             raise ValueError(f"rewarded must be one of {', '.join(REWARDED)}; got {rewarded!r}.")
         if episodes < 2:
             raise ValueError(f"episodes must be at least 2, for rewards to be compared; got {episodes!r}.")
-        self.episodes, self.rewarded = episodes, rewarded
-        self.agent_updates, self.environment_updates = agent_updates, environment_updates
+        self.episodes = episodes
+        self.rewarded = rewarded
+        self.agent_updates = agent_updates
+        self.environment_updates = environment_updates
         self.environment: EnvironmentModel | None = None
-        context: dict[str, Any] = {}
+        settings = _default_settings(agent, steps, episodes, rewarded)
+        settings |= agent_settings or {}
         if environment_size:
             self.environment = EnvironmentModel(
                 OBSERVATION_SIZE, 1, seed, epochs=epochs, representation_size=environment_size
             )
-            context = {"context": self.environment.representation, "context_size": environment_size}
-        settings = {**_defaults(agent, steps, episodes, rewarded), **(agent_settings or {}), **context}
+            settings |= {"context": self.environment.representation, "context_size": environment_size}
         self.agent = make_agent(agent, OBSERVATION_SIZE, 1, seed, **settings)
-        self.scale: tuple[float, float] | None = None  # mean and standard deviation of the first rewards
+        self.scale: RewardScale | None = None  # of the first rewards
         self._played: list[Transition] = []
 
     def explore(self, problem: PruningProblem, epoch: int = 0) -> np.ndarray:
@@ -108,7 +110,8 @@ class PolicySearch:
             problem: What is decided on.
             epoch: The epoch of training.
         """
-        return play(problem, self.agent, 1, explore=False, epoch=epoch)[0]
+        widths, _ = play(problem, self.agent, 1, greedy=True, epoch=epoch)
+        return widths
 
     def learn(self, rewards: Tensor) -> dict[str, float]:
         """Learn from the episodes that `explore` has played.
@@ -121,26 +124,22 @@ class PolicySearch:
         """
         rewards = rewards.float().cpu()
         if self.scale is None:
-            self.scale = float(rewards.mean()), max(float(rewards.std()), _LEAST_SPREAD)
-        mean, spread = self.scale
-        for transition in self._played:
-            earned = self.rewarded == "every_step" or transition.terminated
-            self.agent.observe(replace(transition, reward=(rewards - mean) / spread if earned else 0.0))
-            if self.environment is not None:
-                self.environment.observe(replace(transition, reward=rewards))
-        self._played = []
+            self.scale = RewardScale.of(rewards)
+        self._observe(rewards, self.scale.standardised(rewards))
         figures: dict[str, float] = {}
         # The agent first: what it saw when it acted must be what it sees when it learns from that.
         for _ in range(self.agent_updates):
             figures |= self.agent.update()
-        for _ in range(self.environment_updates if self.environment is not None else 0):
-            figures |= self.environment.update()  # type: ignore[union-attr]
+        if self.environment is not None:
+            for _ in range(self.environment_updates):
+                figures |= self.environment.update()
         return figures
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later process needs to go on to the same bits."""
         environment = None if self.environment is None else self.environment.state_dict()
-        return {"agent": self.agent.state_dict(), "environment": environment, "scale": self.scale}
+        scale = None if self.scale is None else astuple(self.scale)
+        return {"agent": self.agent.state_dict(), "environment": environment, "scale": scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken.
@@ -151,10 +150,41 @@ class PolicySearch:
         if self.environment is not None:
             self.environment.load_state_dict(state["environment"])
         self.agent.load_state_dict(state["agent"])
-        self.scale = None if state["scale"] is None else tuple(state["scale"])
+        self.scale = None if state["scale"] is None else RewardScale(*state["scale"])
+
+    def _observe(self, rewards: Tensor, standardised: Tensor) -> None:
+        """Let agent and environment model take note of what was played: (episodes,) rewards, and as agents learn."""
+        for transition in self._played:
+            earns = self.rewarded == "every_step" or transition.terminated
+            self.agent.observe(replace(transition, reward=standardised if earns else 0.0))
+            if self.environment is not None:
+                self.environment.observe(replace(transition, reward=rewards))
+        self._played = []
 
 
-def _defaults(agent: str, steps: int, episodes: int, rewarded: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RewardScale:
+    """Mean and standard deviation of the first rewards.
+
+    Args:
+        mean: The mean.
+        std: The standard deviation, or a little more than 0 where the rewards hardly differ.
+    """
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, rewards: Tensor) -> Self:
+        """Measure the scale of (n,) rewards; differences are not blown up without limit."""
+        return cls(float(rewards.mean()), max(float(rewards.std()), 0.01))
+
+    def standardised(self, rewards: Tensor) -> Tensor:
+        """Return rewards as agents learn from them."""
+        return (rewards - self.mean) / self.std
+
+
+def _default_settings(agent: str, steps: int, episodes: int, rewarded: str) -> dict[str, Any]:
     """Return the settings that suit some hundreds of episodes, where policies learn from those of one round.
 
     Gaussian policies start narrow: with the usual deviation of 1, a third of the draws lie beyond the range of actions
@@ -162,13 +192,15 @@ def _defaults(agent: str, steps: int, episodes: int, rewarded: str) -> dict[str,
     most 1 here and policies narrower still, where a kernel of the width 1 hardly tells two of them apart. REINFORCE
     makes a single step of the optimizer in each round, hence its great learning rate.
     """
-    discount = {"discount": 0.0} if rewarded == "every_step" else {}
-    policy = {"policy": {"name": "gaussian", "initial_std": 0.3}}
-    if agent == "sac":
-        return discount
+    settings: dict[str, Any] = {}
     if agent == "reinforce":
-        return {**policy, "samples": episodes, "learning_rate": 2e-2}
-    if not agent.startswith("ppo-"):  # random search, and agents from elsewhere, which know best
-        return {}
-    kernel = {"trust_region": {"sigma": 0.3}} if agent.startswith("ppo-cim") else {}
-    return {**policy, **kernel, **discount, "rollout": steps * episodes, "learning_rate": 3e-3}
+        settings |= {"n_episodes": episodes, "learning_rate": 2e-2}
+    if agent.startswith("ppo-"):
+        settings |= {"rollout_size": steps * episodes, "learning_rate": 3e-3}
+    if agent.startswith("ppo-cim"):
+        settings["trust_region"] = {"sigma": 0.3}
+    if agent == "reinforce" or agent.startswith("ppo-"):
+        settings["policy"] = {"name": "gaussian", "initial_std": 0.3}
+    if rewarded == "every_step" and (agent == "sac" or agent.startswith("ppo-")):
+        settings["gamma"] = 0.0  # looks no further ahead
+    return settings  # none for random search, and for agents from elsewhere, which know best

@@ -9,13 +9,14 @@ from gymnasium import spaces
 from typing_extensions import override
 
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, Episodes, Measure, PruningProblem
+from lightning_prune.search.episodes import PruningEpisodes
+from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, Measure, PruningProblem
 
 __all__ = ["PruningEnv"]
 
 
 class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """Decide group after group what fraction of its channels leaves; the reward comes at the end.
+    """Decide group after group what fraction of its channels is pruned; the reward comes at the end.
 
     Actions that would miss the budget are clipped, so that every episode ends within it. The last step returns the
     plan in ``info["plan"]``.
@@ -45,7 +46,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - declared so by gymnasium
 
     def __init__(self, graph: ChannelGraph, measure: Measure, **settings: Any) -> None:
-        self.graph, self.measure, self.settings = graph, measure, settings
+        self.graph = graph
+        self.measure = measure
+        self.settings = settings
         self.action_space = spaces.Box(0.0, 1.0, (1,), np.float32)
         self.observation_space = spaces.Box(0.0, 1.0, (OBSERVATION_SIZE,), np.float32)
         PruningProblem(graph, **settings)  # refuses what cannot be reached
@@ -55,20 +58,29 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
-        self._episode = Episodes(PruningProblem(self.graph, **self.settings), n=1)
-        return self._seen(), self._allowed()
+        problem = PruningProblem(self.graph, **self.settings)
+        self._episode = PruningEpisodes(problem, n=1)
+        return self._observation(), self._bounds()
 
     @override
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        self._episode.step(torch.from_numpy(np.asarray(action, dtype=np.float32)).reshape(1, 1))
-        info: dict[str, Any] = {"action": float(self._episode.taken), **self._allowed()}
-        if not self._episode.ended:
-            return self._seen(), 0.0, False, False, info
-        info["plan"] = self._episode.problem.plan(self._episode.widths[0])
-        return self._seen(), float(self.measure([info["plan"]])[0]), True, False, info
+        episode = self._episode
+        fraction = torch.from_numpy(np.asarray(action, dtype=np.float32))
+        episode.step(fraction.reshape(1, 1))
+        info: dict[str, Any] = {"action": float(episode.actions)}
+        info |= self._bounds()
+        reward = 0.0
+        if episode.ended:
+            plan = episode.problem.plan(episode.widths[0])
+            info["plan"] = plan
+            reward = float(self.measure([plan])[0])
+        truncated = False
+        return self._observation(), reward, episode.ended, truncated, info
 
-    def _seen(self) -> np.ndarray:
-        return self._episode.observation[0].numpy()
+    def _observation(self) -> np.ndarray:
+        return self._episode.view.observation[0].numpy()
 
-    def _allowed(self) -> dict[str, float]:
-        return {"low": float(self._episode.low), "high": float(self._episode.high)}
+    def _bounds(self) -> dict[str, float]:
+        """Return what is allowed in the next step."""
+        view = self._episode.view
+        return {"low": float(view.low), "high": float(view.high)}

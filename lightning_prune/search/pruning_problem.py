@@ -1,6 +1,7 @@
-"""Pruning as a sequence of decisions: how wide each group is to be, one after the other, within a budget."""
+"""Pruning as a problem of decisions: what is decided, within which bounds, and which plan comes of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,13 @@ from torch import Tensor
 from lightning_prune import criteria
 from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.channel_graph import Group
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.scores import checked_scores
 from lightning_prune.pruning_plan import PruningPlan
-from lightning_prune.rl.base import Agent
-from lightning_prune.rl.transition import Transition
 from lightning_prune.search.width_bounds import WidthBounds
 
-__all__ = ["OBSERVATION_SIZE", "Episodes", "Measure", "PruningProblem", "accuracy_of", "play"]
+__all__ = ["OBSERVATION_SIZE", "Measure", "PruningProblem", "accuracy_of"]
 
 OBSERVATION_SIZE = 9
 
@@ -41,16 +41,16 @@ class PruningProblem:
     """Say what agents decide on and what they see; plans are made of what they decide.
 
     Each step decides on one group, in the order of the forward pass. The action is the fraction of its original
-    channels that leaves; which channels leave is up to a criterion.
+    channels that is pruned; which channels are pruned is up to a criterion.
 
     Args:
         graph: The traced model, pruned already or not.
-        keep: Fraction of the original cost that may stay.
+        keep: Fraction of the original cost that may be kept.
         metric: What the fraction is of: ``"flops"``, ``"params"`` or ``"channels"``.
-        criterion: What ranks the channels within a group; one that needs no data.
-        round_to: Layers that lose channels keep a multiple of this many.
+        criterion: What scores the channels within a group; one that needs no data.
+        round_to: Layers that are pruned keep a multiple of this many channels.
         min_channels: Least number of channels of a group.
-        cap: Greatest fraction of its original channels that a group may lose.
+        cap: Greatest fraction of its original channels that may be pruned of a group.
 
     Raises:
         ValueError: If the budget cannot be reached, or a setting is out of range.
@@ -60,14 +60,15 @@ class PruningProblem:
         Learnable Agent Guidance and Alignment" (CVPR 2024), as a reproduction has them: position, channels read,
         channels, stride, kernel size, cost of the group, cost spent so far, cost that is still open, and the last
         action. Interpretation: a group stands for a layer, each of the first five is scaled by its greatest value in
-        the network, and costs are fractions of the original, exact for groups that share layers.
+        the network, and costs are fractions of the original, in which groups that share layers count as they are.
 
     Example:
         >>> from torch import nn
         >>> from lightning_prune import trace
+        >>> from lightning_prune.search.episodes import PruningEpisodes
         >>> model = nn.Sequential(nn.Linear(1, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 1, bias=False))
         >>> problem = PruningProblem(trace(model, torch.zeros(1, 1)), keep=0.5, metric="params")
-        >>> episodes = Episodes(problem, n=1)
+        >>> episodes = PruningEpisodes(problem, n=1)
         >>> while not episodes.ended:
         ...     episodes.step(torch.full((1, 1), 0.5))
         >>> problem.plan(episodes.widths[0]).widths
@@ -88,9 +89,9 @@ class PruningProblem:
         self.graph = graph
         self.cost = CostModel(graph, metric)
         self.bounds = WidthBounds(graph, self.cost, keep, round_to, min_channels, cap)
-        self.sizes = self.cost.sizes
+        self.sizes = self.cost.sizes  # (groups,) original channels
         self.scores = checked_scores(graph, criteria.score(graph, criterion))
-        self.fixed = _seen_of_groups(graph, self.cost)
+        self.features = _features(graph, self.cost)
 
     def __len__(self) -> int:
         """Return the number of steps of an episode."""
@@ -100,115 +101,54 @@ class PruningProblem:
         """Keep the best channels of each group.
 
         Args:
-            widths: (groups,) channels that stay.
+            widths: (groups,) channels that are kept.
         """
-        kept = {
-            name: self.scores[name].argsort(descending=True, stable=True)[: int(width)]
-            for name, width in zip(self.graph.groups, widths, strict=True)
-        }
-        made = self.graph.plan(kept)
-        return PruningPlan(made.groups, made.shapes, self.bounds.report(np.asarray(widths)))
+        kept = {}
+        for name, width in zip(self.graph.groups, widths, strict=True):
+            best_first = self.scores[name].argsort(descending=True, stable=True)
+            kept[name] = best_first[: int(width)]
+        plan = self.graph.plan(kept)
+        return PruningPlan(plan.groups, plan.shapes, self.bounds.report(np.asarray(widths)))
 
 
-class Episodes:
-    """Several episodes, each at the same step.
-
-    Args:
-        problem: What is decided on.
-        n: Number of episodes.
-
-    Attributes:
-        widths: (n, groups) int64 widths; those of groups that are not decided on yet are 0.
-        taken: The actions taken so far, (n, 1) each: the fraction that left.
-    """
-
-    def __init__(self, problem: PruningProblem, n: int) -> None:
-        self.problem = problem
-        self.widths = np.zeros((n, len(problem)), dtype=np.int64)
-        self.position = 0
-        self.taken = torch.zeros(n, 1)
-        self._look()
-
-    @property
-    def ended(self) -> bool:
-        """Whether all groups are decided on."""
-        return self.position == len(self.problem)
-
-    def step(self, action: Tensor) -> None:
-        """Decide on the next group; actions out of bounds are clipped.
-
-        Args:
-            action: (n, 1) fraction of the channels that leaves.
-        """
-        bounds, size = self.problem.bounds, self.problem.sizes[self.position]
-        for row, wish in enumerate((1 - action.flatten()).tolist()):
-            limits = self._narrowest[row], self._widest[row]
-            self.widths[row, self.position] = bounds.nearest(self.position, wish * size, *limits)
-        self.taken = 1 - torch.from_numpy(self.widths[:, self.position] / size).float()[:, None]
-        self.position += 1
-        self._look()
-
-    def _look(self) -> None:
-        """Note what is seen, and what is allowed next."""
-        bounds, cost, decided = self.problem.bounds, self.problem.cost, self.widths[:, : self.position]
-        seen = []
-        for widths in decided:
-            spent = cost.of(np.concatenate([widths, bounds.least[self.position :]])) / cost.original
-            whole = cost.of(np.concatenate([widths, bounds.most[self.position :]])) / cost.original
-            seen.append([spent, whole - spent])
-        fixed = self.problem.fixed[self.position].expand(len(decided), -1)
-        self.observation = torch.cat([fixed, torch.tensor(seen, dtype=torch.float32), self.taken], dim=1)
-        if self.ended:
-            self.low, self.high = torch.zeros(len(decided), 1), torch.ones(len(decided), 1)
-            return
-        allowed = [bounds.after(widths) for widths in decided]
-        self._narrowest, self._widest = zip(*allowed, strict=True)
-        size = int(self.problem.sizes[self.position])
-        self.low = 1 - torch.tensor(self._widest)[:, None] / size
-        self.high = 1 - torch.tensor(self._narrowest)[:, None] / size
-
-
-def play(
-    problem: PruningProblem, agent: Agent, n: int, explore: bool = True, epoch: int = 0
-) -> tuple[np.ndarray, list[Transition]]:
-    """Let an agent decide in several episodes at once.
-
-    Args:
-        problem: What is decided on.
-        agent: The agent.
-        n: Number of episodes.
-        explore: Whether the agent tries things out.
-        epoch: The epoch of training.
-
-    Returns:
-        The (n, groups) widths, and the transitions of all steps, each of n environments and without reward.
-    """
-    episodes, transitions = Episodes(problem, n), []
-    while not episodes.ended:
-        before = {"observation": episodes.observation, "low": episodes.low, "high": episodes.high}
-        action = agent.act(**before, explore=explore, epoch=epoch)
-        episodes.step(action)
-        after = {"next_observation": episodes.observation, "next_low": episodes.low, "next_high": episodes.high}
-        taken = {"action": action, "reward": 0.0, "terminated": episodes.ended, "epoch": epoch}
-        transitions.append(Transition(**before, **after, **taken))
-    return episodes.widths, transitions
-
-
-def _seen_of_groups(graph: ChannelGraph, cost: CostModel) -> Tensor:
-    """Return what does not change of each group, and of the end: (groups + 1, 6), each from 0 to 1."""
-    modules = dict(graph.model.named_modules())
+def _features(graph: ChannelGraph, cost: CostModel) -> Tensor:
+    """Return what an episode does not change of each group, and of the end: (groups + 1, 6), each from 0 to 1."""
     rows = []
     for position, group in enumerate(graph.groups.values()):
-        made = group.out_slices[0]
-        shape = graph.shapes[made.tensor]
-        stride = getattr(modules.get(made.tensor.rpartition(".")[0]), "stride", 1)
-        stride = stride[-1] if isinstance(stride, tuple) else stride
-        read = shape[1 - made.axis] if len(shape) > 1 else 1
-        kernel = shape[-1] if len(shape) > 2 else 1
-        without = cost.sizes.copy()
-        without[position] = 0
-        share = 1 - cost.of(without) / cost.original
-        rows.append([position, read, group.size, stride, kernel, share])
-    seen = torch.tensor([*rows, [len(rows), 0, 0, 0, 0, 0]], dtype=torch.float32)
-    seen[:, :5] /= seen[:, :5].amax(0)
-    return seen
+        layer = _first_layer(graph, group)
+        share_of_cost = _share_of_cost(cost, position)
+        rows.append([position, layer.in_channels, group.size, layer.stride, layer.kernel_size, share_of_cost])
+    end = [len(rows), 0, 0, 0, 0, 0]
+    features = torch.tensor([*rows, end], dtype=torch.float32)
+    features[:, :5] /= features[:, :5].amax(0)
+    return features
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What an agent sees of a layer; 1 stands for what the layer has not."""
+
+    in_channels: int
+    stride: int
+    kernel_size: int
+
+
+def _first_layer(graph: ChannelGraph, group: Group) -> _Layer:
+    """Return what is seen of the layer that makes the channels of a group first."""
+    out_slice = group.out_slices[0]
+    shape = graph.shapes[out_slice.tensor]
+    in_channels = shape[1 - out_slice.axis] if len(shape) > 1 else 1
+    kernel_size = shape[-1] if len(shape) > 2 else 1
+    module_name, _, _ = out_slice.tensor.rpartition(".")
+    modules = dict(graph.model.named_modules())
+    stride = getattr(modules.get(module_name), "stride", 1)
+    if isinstance(stride, tuple):
+        stride = stride[-1]
+    return _Layer(in_channels, stride, kernel_size)
+
+
+def _share_of_cost(cost: CostModel, group: int) -> float:
+    """Return the fraction of the original cost that the network would not have without a group."""
+    without_group = cost.sizes.copy()
+    without_group[group] = 0
+    return 1 - cost.of(without_group) / cost.original

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,31 +11,38 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.limits import Limits
 
-__all__ = ["WidthBounds"]
+__all__ = ["WidthBounds", "WidthRange"]
+
+
+class WidthRange(NamedTuple):
+    """The widths that a group may have, in channels."""
+
+    narrowest: int
+    widest: int
 
 
 class WidthBounds:
     """Know the widths that are allowed to the next group, once those before it are decided.
 
-    The widest is what leaves room for all later groups at their least, so that the budget is never missed. The
-    narrowest is what meets the budget with all later groups whole: to remove more would be more than was asked. Costs
-    are exact for the widths as they are, so that it does not matter which groups share a layer.
+    The widest is what allows all later groups their least width, so that the budget is never missed. The narrowest is
+    what meets the budget with all later groups at their full width: to prune more would be more than was asked. Costs
+    are those of the widths as they are, so that it does not matter which groups share a layer.
 
     Args:
         graph: The traced model, pruned already or not.
         cost: What the network costs; must not fall where a group gets wider.
-        keep: Fraction of the original cost that may stay.
-        round_to: Layers that lose channels keep a multiple of this many.
+        keep: Fraction of the original cost that may be kept.
+        round_to: Layers that are pruned keep a multiple of this many channels.
         min_channels: Least number of channels of a group.
-        cap: Greatest fraction of its original channels that a group may lose, in (0, 1].
+        cap: Greatest fraction of its original channels that may be pruned of a group, in (0, 1].
 
     Raises:
         ValueError: If the budget cannot be reached.
 
     Note:
         The bounds of He et al., "AMC" (ECCV 2018) and Ganjdanesh et al. (CVPR 2024): later groups count with what they
-        keep at least, as in AMC, not as removed. An addition: layers that two groups share are counted at the widths
-        of both.
+        keep at least, as in AMC, not as pruned away. An addition: layers that two groups share are counted at the
+        widths of both.
 
     Example:
         >>> from torch import nn
@@ -44,9 +51,9 @@ class WidthBounds:
         >>> graph = trace(model, torch.zeros(1, 1))
         >>> bounds = WidthBounds(graph, CostModel(graph, "params"), keep=0.5)
         >>> bounds.after([])  # of 40 parameters, 3 + 3 x 8 + 8 are the most behind which 8 fit, and 8 + 8 + 1 fit too
-        (3, 8)
+        WidthRange(narrowest=3, widest=8)
         >>> bounds.after([8])  # 8 + 8 x 3 + 3
-        (3, 3)
+        WidthRange(narrowest=3, widest=3)
     """
 
     def __init__(
@@ -58,24 +65,25 @@ class WidthBounds:
         min_channels: int = 1,
         cap: float = 1.0,
     ) -> None:
-        live = {name: torch.full((group.size,), -torch.inf) for name, group in graph.groups.items()}
-        for name, scores in live.items():
-            scores[graph.kept(name)] = 0
-        limits = Limits(graph, live, round_to, min_channels, cap)
-        self.cost = cost
-        self.keep, self.round_to = keep, round_to
-        self.budget = keep * cost.original
-        self.least, self.most = limits.least, limits.most
+        limits = Limits(graph, _equal_scores(graph), round_to, min_channels, cap)
         limits.check(keep, cost.metric, limits.reachable(cost))
-        self.allowed = [_allowed(limits, group) for group in range(len(self.most))]
+        self.cost = cost
+        self.keep = keep
+        self.round_to = round_to
+        self.budget = keep * cost.original
+        self.least = limits.least
+        self.most = limits.most
+        self.allowed = [_allowed_widths(limits, group) for group in range(len(self.most))]
 
-    def after(self, decided: Sequence[int] | np.ndarray) -> tuple[int, int]:
+    def after(self, decided: Sequence[int] | np.ndarray) -> WidthRange:
         """Return the narrowest and the widest that the next group may be.
 
         Args:
             decided: Widths of the groups before it, each within its own bounds.
         """
-        return self._widest(decided, self.most), self._widest(decided, self.least)
+        narrowest = self._widest(decided, later=self.most)
+        widest = self._widest(decided, later=self.least)
+        return WidthRange(narrowest, widest)
 
     def nearest(self, group: int, width: float, narrowest: int, widest: int) -> int:
         """Return the allowed width that is nearest to one that is wished for, the narrower one of two.
@@ -86,13 +94,18 @@ class WidthBounds:
             narrowest: Least width.
             widest: Greatest width.
         """
-        return min((w for w in self.allowed[group] if narrowest <= w <= widest), key=lambda w: abs(w - width))
+
+        def distance(allowed: int) -> float:
+            return abs(allowed - width)
+
+        within = [allowed for allowed in self.allowed[group] if narrowest <= allowed <= widest]
+        return min(within, key=distance)
 
     def report(self, widths: np.ndarray) -> dict[str, Any]:
         """Return what plans tell of their budget.
 
         Args:
-            widths: (groups,) channels that stay.
+            widths: (groups,) channels that are kept.
         """
         achieved = self.cost.of(widths) / self.cost.original
         return {
@@ -111,15 +124,25 @@ class WidthBounds:
         widths = later.copy()
         widths[:group] = decided
 
-        def too_wide(width: int) -> bool:
+        def misses_budget(width: int) -> bool:
             widths[group] = width
             return self.cost.of(widths) > self.budget
 
-        fitting = bisect_left(self.allowed[group], True, key=too_wide)
-        return self.allowed[group][max(fitting - 1, 0)]
+        # The allowed widths ascend, and so do their costs.
+        first_that_misses = bisect_left(self.allowed[group], True, key=misses_budget)
+        return self.allowed[group][max(first_that_misses - 1, 0)]
 
 
-def _allowed(limits: Limits, group: int) -> list[int]:
+def _equal_scores(graph: ChannelGraph) -> dict[str, torch.Tensor]:
+    """Return scores that tell nothing but which channels are still there: 0 for those, else ``-inf``."""
+    scores = {}
+    for name, group in graph.groups.items():
+        scores[name] = torch.full((group.size,), -torch.inf)
+        scores[name][graph.kept(name)] = 0
+    return scores
+
+
+def _allowed_widths(limits: Limits, group: int) -> list[int]:
     """Return the widths that a group may have, ascending."""
     widths = [int(limits.least[group])]
     while widths[-1] < limits.most[group]:

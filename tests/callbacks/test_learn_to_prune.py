@@ -60,7 +60,7 @@ def test_finds_the_filters_that_are_needed() -> None:
         earned = reward(0.9 - 0.1 * lacking, 0.9, 5.0, 8, torch.tensor([len(channels) for channels in kept]))
         figures = search.learn(drawn, earned)
     assert "actor_loss" in figures
-    assert search.draw(1, explore=False)[1][0].tolist() == [2, 5]
+    assert search.draw(1, greedy=True)[1][0].tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("chance", [0.02, 0.5, 0.98])
@@ -70,7 +70,7 @@ def test_choices_stay_within_the_bounds_and_keep_what_is_most_probable(chance: f
     search.agent.policy.initial_logit = math.log(chance / (1 - chance))
     search.limits = (5, 9)
     drawn, kept = search.draw(50)
-    logits = search.agent.policy.network(search.seen[None])[0]
+    logits = search.agent.policy.network(search.observation[None])[0]
     for choice, channels in zip(drawn, kept, strict=True):
         wished = set(choice.nonzero().flatten().tolist())
         assert len(channels) == min(max(len(wished), 5), 9)

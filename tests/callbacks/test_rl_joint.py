@@ -225,7 +225,7 @@ def test_several_rounds_in_an_epoch_build_on_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("agent", ["sac", "ppo-cim", "random"])
 def test_stopped_equals_unbroken(agent: str, tmp_path: Path) -> None:
     def callback() -> RLJointPruneCallback:
-        changes = {"agent_settings": {"random_steps": 8}} if agent == "sac" else {}
+        changes = {"agent_settings": {"learning_starts": 8}} if agent == "sac" else {}
         return make_callback(
             agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings={**LITTLE, **changes}
         )
@@ -256,7 +256,7 @@ def test_looking_on_changes_nothing_in_training(tmp_path: Path) -> None:
 
 def test_logs(tmp_path: Path) -> None:
     logger = L.pytorch.loggers.CSVLogger(tmp_path)
-    callback = make_callback(search_settings={**LITTLE, "agent_settings": {"random_steps": 8}})
+    callback = make_callback(search_settings={**LITTLE, "agent_settings": {"learning_starts": 8}})
     battery.train(tmp_path, callback, logger=logger, log_every_n_steps=1)
     header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"agent/reward", "agent/actor_loss", "agent/critic_loss", "agent/alignment"} <= set(header)
@@ -314,7 +314,7 @@ def test_refuses_before_training_what_cannot_work(tmp_path: Path) -> None:
 def test_settings_are_plain_values() -> None:
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(RLJointPruneCallback, "callback")
-    given = {"agent": "ppo-kl", "episodes": 8, "search_settings": {"agent_settings": {"passes": 4}}}
+    given = {"agent": "ppo-kl", "episodes": 8, "search_settings": {"agent_settings": {"n_epochs": 4}}}
     callback = parser.instantiate_classes(parser.parse_object({"callback": given})).callback
     assert (callback.agent, callback.episodes) == ("ppo-kl", 8)
 

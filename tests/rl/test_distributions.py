@@ -47,7 +47,7 @@ def test_bernoulli_agrees_with_torch() -> None:
     theirs, their_other = (
         torch.distributions.Independent(torch.distributions.Bernoulli(logits=one.logits), 1) for one in (ours, other)
     )
-    action = torch.tensor([1.0, 1.0, 0.0]).expand(5, 3)  # two are kept, so it cannot stand for none
+    action = torch.tensor([1.0, 1.0, 0.0]).expand(5, 3)  # two are 1, so it cannot stand for all zero
     torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action))
     torch.testing.assert_close(ours.entropy(), theirs.entropy())
     torch.testing.assert_close(ours.kl(other), torch.distributions.kl_divergence(theirs, their_other))
@@ -95,10 +95,10 @@ def all_subsets(size: int) -> Tensor:
     return torch.tensor(list(itertools.product((0.0, 1.0), repeat=size)))
 
 
-@pytest.mark.parametrize("must_stay", [0.0, 1.0])
-def test_probabilities_of_all_subsets_sum_to_one_and_none_has_any_chance(must_stay: float) -> None:
+@pytest.mark.parametrize("must_be_one", [0.0, 1.0])
+def test_probabilities_of_all_subsets_sum_to_one_and_none_has_any_chance(must_be_one: float) -> None:
     low, high = torch.zeros(1, 4), torch.ones(1, 4)
-    low[0, 1], high[0, 2] = must_stay, 0.0
+    low[0, 1], high[0, 2] = must_be_one, 0.0
     policy = Bernoulli(torch.randn(1, 4), low, high)
     possible = torch.stack([subset for subset in all_subsets(4) if subset.any() and (subset <= high[0]).all()])
     possible = possible[(possible >= low).all(1)]
@@ -109,7 +109,7 @@ def test_probabilities_of_all_subsets_sum_to_one_and_none_has_any_chance(must_st
     assert (drawn <= high).all()
 
 
-def test_classes_out_of_bounds_are_never_drawn_and_leave_the_divergence_finite() -> None:
+def test_classes_out_of_bounds_are_never_drawn_and_the_divergence_is_finite() -> None:
     low, high = torch.ones(500, 1), torch.full((500, 1), 2.0)
     policy, other = (Categorical(torch.randn(500, 4), low, high) for _ in range(2))
     assert set(policy.sample(torch.Generator().manual_seed(0)).flatten().tolist()) == {1.0, 2.0}

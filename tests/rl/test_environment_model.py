@@ -64,7 +64,7 @@ def test_an_agent_sees_the_representation_of_the_epoch_and_does_not_train_it() -
             0,
             context=model.representation,
             context_size=8,
-            **({"random_steps": 0} if name == "sac" else {}),
+            **({"learning_starts": 0} if name == "sac" else {}),
         )
         observation = torch.rand(2)
         inputs = agent._inputs(observation[None], torch.tensor([3.0]))
@@ -79,7 +79,7 @@ def test_an_agent_learns_what_to_do_in_each_epoch() -> None:
     """The best action changes from epoch to epoch, and only the representation says so."""
     model = model_of(epochs=2)
     agent = make_agent(
-        "sac", 1, 1, 0, context=model.representation, context_size=8, temperature=0.01, actor_learning_rate=3e-3
+        "sac", 1, 1, 0, context=model.representation, context_size=8, ent_coef=0.01, actor_learning_rate=3e-3
     )
     for step in range(400):
         epoch = step % 2
@@ -87,8 +87,8 @@ def test_an_agent_learns_what_to_do_in_each_epoch() -> None:
         reward = -((action.item() - (0.2, 0.8)[epoch]) ** 2)
         agent.observe(Transition([0.0], action, reward, [0.0], terminated=True, epoch=epoch))
         agent.update()
-    assert abs(agent.act([0.0], explore=False, epoch=0).item() - 0.2) < 0.1
-    assert abs(agent.act([0.0], explore=False, epoch=1).item() - 0.8) < 0.1
+    assert abs(agent.act([0.0], greedy=True, epoch=0).item() - 0.2) < 0.1
+    assert abs(agent.act([0.0], greedy=True, epoch=1).item() - 0.8) < 0.1
 
 
 def test_an_epoch_that_was_not_counted_on_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""REINFORCE: the mean of its estimates over all possible samples against the exact gradient."""
+"""REINFORCE: the mean of its estimates over all possible samples against the true gradient."""
 
 import itertools
 
@@ -15,7 +15,9 @@ REWARDS = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.7, -1.0, 0.9])  # of each subset
 
 
 def gradient(agent: Reinforce, objective: Tensor) -> Tensor:
-    return torch.cat([part.flatten() for part in torch.autograd.grad(objective, list(agent.policy.parameters()))])
+    return torch.cat(
+        [gradient.flatten() for gradient in torch.autograd.grad(objective, list(agent.policy.parameters()))]
+    )
 
 
 def estimate(agent: Reinforce, picks: tuple[int, ...]) -> Tensor:
@@ -29,16 +31,16 @@ def estimate(agent: Reinforce, picks: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize(("baseline", "share"), [("none", 1.0), ("leave-one-out", 1.0), ("mean", 0.5)])
 def test_estimates_are_unbiased_over_all_pairs_of_samples(baseline: str, share: float) -> None:
     network = nn.Linear(1, CHANNELS)
-    agent = Reinforce(1, CHANNELS, 0, network=network, samples=2, baseline=baseline, learning_rate=0.0)
+    agent = Reinforce(1, CHANNELS, 0, network=network, n_episodes=2, baseline=baseline, learning_rate=0.0)
     log_probs = agent.policy(torch.ones(1, 1), agent.low, agent.high).log_prob(SUBSETS)
     probabilities = log_probs.detach().exp()
     assert probabilities.sum().item() == pytest.approx(1.0, abs=1e-6)
-    exact = gradient(agent, (log_probs.exp() * REWARDS).sum())
+    expected = gradient(agent, (log_probs.exp() * REWARDS).sum())
 
-    mean = torch.zeros_like(exact)
+    mean = torch.zeros_like(expected)
     for picks in itertools.product(range(len(SUBSETS)), repeat=2):
         mean -= probabilities[list(picks)].prod() * estimate(agent, picks)
-    torch.testing.assert_close(mean, share * exact, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mean, share * expected, rtol=1e-4, atol=1e-6)
 
 
 def test_leaving_one_out_varies_less_than_no_baseline() -> None:
@@ -51,7 +53,7 @@ def test_leaving_one_out_varies_less_than_no_baseline() -> None:
 
 def test_an_episode_of_several_steps_counts_once() -> None:
     def agent() -> Reinforce:
-        return Reinforce(1, 1, 0, policy="gaussian", samples=2, learning_rate=0.0)
+        return Reinforce(1, 1, 0, policy="gaussian", n_episodes=2, learning_rate=0.0)
 
     ours = agent()
     episodes = [[(0.1, 0.4, 0.0), (0.2, 0.7, 1.0)], [(0.3, 0.2, 0.5), (0.5, 0.9, 2.0)]]
@@ -79,7 +81,7 @@ def test_many_draws_for_one_observation_evaluate_the_network_once() -> None:
             rows.append(len(inputs.reshape(-1, inputs.shape[-1])))
             return super().forward(inputs)
 
-    agent = Reinforce(4, 2, 0, network=Counting(4, 2), samples=5)
+    agent = Reinforce(4, 2, 0, network=Counting(4, 2), n_episodes=5)
     actions = agent.act(torch.ones(4), low=torch.zeros(5, 2))
     agent.observe(Transition(torch.ones(4), actions, actions.sum(1), torch.ones(4), terminated=True))
     assert agent.update()
@@ -87,14 +89,14 @@ def test_many_draws_for_one_observation_evaluate_the_network_once() -> None:
     assert rows == [1, 1]
 
 
-def test_initial_probability_of_keeping() -> None:
-    agent = Reinforce(1, 1000, 0, policy={"name": "bernoulli", "initial_keep": 0.9})
+def test_initial_probability() -> None:
+    agent = Reinforce(1, 1000, 0, policy={"name": "bernoulli", "initial_probability": 0.9})
     assert agent.act([0.0]).mean().item() == pytest.approx(0.9, abs=0.03)
 
 
 def test_wrong_uses() -> None:
-    with pytest.raises(ValueError, match="at least 2 `samples`"):
-        Reinforce(1, 1, 0, samples=1)
+    with pytest.raises(ValueError, match="at least 2 `n_episodes`"):
+        Reinforce(1, 1, 0, n_episodes=1)
     with pytest.raises(ValueError, match="no baseline 'median'"):
         Reinforce(1, 1, 0, baseline="median")
     with pytest.raises(ValueError, match="must end together"):

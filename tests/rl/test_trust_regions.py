@@ -1,4 +1,4 @@
-"""Trust regions: truths of the metrics, and expansions against the exact form."""
+"""Trust regions: truths of the metrics, and expansions against the full form."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_descending_the_distance_leads_classes_back_to_the_old_policy(make: type
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
-def test_exact_metric_is_that_of_a_naive_loop(sigma: float) -> None:
+def test_metric_is_that_of_a_naive_loop(sigma: float) -> None:
     old, new = (normal(torch.randn(4, 3), torch.rand(4, 3) + 0.5) for _ in range(2))
 
     def kernel(difference: float) -> float:
@@ -73,13 +73,13 @@ def test_exact_metric_is_that_of_a_naive_loop(sigma: float) -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0])
-def test_expansions_miss_the_exact_metric_by_the_next_term(sigma: float) -> None:
+def test_expansions_miss_the_metric_by_the_next_term(sigma: float) -> None:
     shift, one = torch.full((1, 1), 0.2 * sigma, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     old, new = normal(0 * shift, one), normal(shift, one)
-    exact, first, second = (make(sigma=sigma).distance(old, new).item() for make in METRICS)
+    metric, first, second = (make(sigma=sigma).distance(old, new).item() for make in METRICS)
     exponent, scale = 0.2**2 / 2, 1 / (2 * math.sqrt(2 * math.pi) * sigma)  # half: the std does not differ
-    assert first - exact == pytest.approx(scale * exponent**2 / 2, rel=0.01)
-    assert exact - second == pytest.approx(scale * exponent**3 / 6, rel=0.01)
+    assert first - metric == pytest.approx(scale * exponent**2 / 2, rel=0.01)
+    assert metric - second == pytest.approx(scale * exponent**3 / 6, rel=0.01)
 
 
 def test_second_order_never_pushes_far_policies_apart() -> None:
@@ -118,7 +118,7 @@ def test_clip_has_no_gradient_beyond_its_margin_and_only_there() -> None:
     ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1], requires_grad=True)
     advantage = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0])
     unused: Distribution = normal(torch.zeros(5, 1), torch.ones(5, 1))
-    (gradient,) = torch.autograd.grad(Clip(0.2).loss(ratio, advantage, unused, unused), ratio)
+    (gradient,) = torch.autograd.grad(Clip(clip_range=0.2).loss(ratio, advantage, unused, unused), ratio)
     assert gradient.mul(-5).tolist() == pytest.approx([0.0, 1.0, -1.0, 0.0, 1.0])
 
 

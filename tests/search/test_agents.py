@@ -1,26 +1,27 @@
-"""What every agent must do: respect bounds, resume to the bit, leave global random numbers alone, and learn."""
+"""What every agent must do: respect bounds, resume to the bit, do not touch global random numbers, and learn."""
 
 import copy
 import io
 import subprocess
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.rl import Agent, EnvironmentModel, Transition
+from lightning_prune.rl import Agent, AgentSettings, EnvironmentModel, Transition
 from lightning_prune.search import AGENTS, make_agent
 
 SMALL: dict[str, dict[str, Any]] = {
-    "sac": {"hidden_sizes": (16, 16), "batch_size": 16, "capacity": 60, "random_steps": 20, "temperature": "learned"},
+    "sac": {"hidden_sizes": (16, 16), "batch_size": 16, "buffer_size": 60, "learning_starts": 20, "ent_coef": "auto"},
     **{
-        name: {"hidden_sizes": (16, 16), "rollout": 24, "batch_size": 8, "passes": 2}
+        name: {"hidden_sizes": (16, 16), "rollout_size": 24, "batch_size": 8, "n_epochs": 2}
         for name in AGENTS
         if "ppo" in name
     },
-    "reinforce": {"hidden_sizes": (16, 16), "samples": 6, "policy": "gaussian"},
+    "reinforce": {"hidden_sizes": (16, 16), "n_episodes": 6, "policy": "gaussian"},
     "random": {},
 }
 for name in ("ppo-cim", "ppo-cim-1", "ppo-cim-2"):
@@ -74,6 +75,29 @@ def test_a_resumed_agent_goes_on_to_the_same_bits(name: str) -> None:
     assert same(unbroken.state_dict(), resumed.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("sac", "actor critics targets actor_optimizer critic_optimizer temperature memory"),
+        ("ppo-kl", "policy critic optimizer trust_region memory"),
+        ("reinforce", "policy optimizer memory"),
+        ("random", "episodes"),
+    ],
+)
+def test_states_have_the_keys_of_earlier_checkpoints(name: str, keys: str) -> None:
+    agent = small(name)
+    play(agent, range(23), torch.Generator().manual_seed(1))  # an episode is running
+    state = agent.state_dict()
+    assert set(state) == {*keys.split(), "generator", "exploration"}
+    if name == "sac":
+        assert set(state["temperature"]) == {"log_value", "optimizer"}
+        assert {"0.weight", "4.bias"} <= set(state["actor"])
+        assert {"0.0.weight", "1.4.bias"} <= set(state["critics"])
+    if name == "reinforce":
+        assert set(state["memory"]) == {"running", "ended"}
+        assert set(state["memory"]["running"][0]) == {"observation", "action", "low", "high", "reward", "epoch"}
+
+
 @pytest.mark.parametrize("name", AGENTS)
 def test_a_state_does_not_change_while_the_agent_goes_on(name: str) -> None:
     agent, bounds = small(name), torch.Generator().manual_seed(1)
@@ -101,7 +125,7 @@ def test_same_seed_same_bits_and_global_random_numbers_untouched(name: str) -> N
     assert not same(play(small(name, seed=1), range(6), torch.Generator().manual_seed(1)), runs[0][0])
 
 
-def test_the_environment_model_resumes_to_the_same_bits_and_leaves_global_random_numbers() -> None:
+def test_the_environment_model_resumes_to_the_same_bits_with_global_random_numbers_untouched() -> None:
     def model(seed: int) -> EnvironmentModel:
         return EnvironmentModel(2, 1, seed, epochs=4, representation_size=8, hidden_sizes=(8,), batch_size=4)
 
@@ -124,15 +148,15 @@ def test_the_environment_model_resumes_to_the_same_bits_and_leaves_global_random
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("explore", [True, False])
+@pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("name", AGENTS)
-def test_every_action_is_within_its_bounds(name: str, explore: bool) -> None:
+def test_every_action_is_within_its_bounds(name: str, greedy: bool) -> None:
     agent = small(name)
     play(agent, range(30), torch.Generator().manual_seed(1))  # beyond random actions and first updates
     low = torch.rand(500, 2) * 0.9
     high = low + (1 - low) * torch.rand(500, 2)
     high[:50] = low[:50]
-    actions = agent.act(torch.rand(500, 2), low, high, explore)
+    actions = agent.act(torch.rand(500, 2), low, high, greedy)
     assert actions.shape == (500, 2)
     assert (actions >= low).all()
     assert (actions <= high).all()
@@ -148,7 +172,7 @@ def test_bounds_with_several_rows_draw_several_actions_for_one_observation(name:
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_ranks_that_explore_differently_and_observe_the_same_stay_equal(name: str) -> None:
+def test_ranks_that_explore_differently_and_observe_the_same_remain_equal(name: str) -> None:
     ranks = [small(name) for _ in range(2)]
     for episode in range(40):
         player = ranks[episode % 3 == 0]
@@ -167,22 +191,26 @@ def test_ranks_that_explore_differently_and_observe_the_same_stay_equal(name: st
     assert same(*states)
 
 
+@dataclass(kw_only=True)
+class MiddleSettings(AgentSettings):
+    share: float = 0.5
+
+
 class Middle(Agent):
     """An agent from elsewhere, which does not learn."""
 
-    def __init__(self, observation_size: int, action_size: int, seed: int, *, share: float = 0.5, **settings: Any):
-        super().__init__(observation_size, action_size, seed, **settings)
-        self.share = share
+    settings_type = MiddleSettings
+    settings: MiddleSettings
 
     def observe(self, transition: Transition) -> None: ...
 
     def update(self) -> dict[str, float]:
         return {}
 
-    def _choose(self, observation: Any, low: Any, high: Any, explore: bool, epoch: int) -> Any:
-        return (low + self.share * (high - low)).expand(*observation.shape[:-1], -1)
+    def _choose(self, observation: Any, low: Any, high: Any, greedy: bool, epoch: int) -> Any:
+        return (low + self.settings.share * (high - low)).expand(*observation.shape[:-1], -1)
 
-    def _parts(self) -> dict[str, Any]:
+    def _stateful(self) -> dict[str, Any]:
         return {}
 
 
@@ -190,8 +218,8 @@ def test_agents_from_elsewhere_are_found_by_name_and_by_import_path(monkeypatch:
     monkeypatch.setitem(AGENTS, "middle", Middle)
     for name in ("middle", f"{__name__}.Middle"):
         assert make_agent(name, 1, 1, 0, high=2.0, share=0.25).act([0.0]).item() == 0.5
-    with pytest.raises(ValueError, match=r"has no setting 'rollout'; it has share, low, high"):
-        make_agent("middle", 1, 1, 0, rollout=3)
+    with pytest.raises(ValueError, match=r"has no setting 'rollout_size'; it has share, low, high"):
+        make_agent("middle", 1, 1, 0, rollout_size=3)
     with pytest.raises(ValueError, match=r"'math.pi' is no agent: give a subclass of lightning_prune.rl.Agent."):
         make_agent("math.pi", 1, 1, 0)
     with pytest.raises(ValueError, match=r"'nowhere.Mine' cannot be imported \(No module named 'nowhere'\): check"):
@@ -202,14 +230,14 @@ def test_agents_from_elsewhere_are_found_by_name_and_by_import_path(monkeypatch:
 def test_one_observation_is_one_action(name: str) -> None:
     agent = small(name)
     assert agent.act([0.1, 0.2]).shape == (2,)
-    assert agent.act([[0.1, 0.2]], explore=False).shape == (1, 2)
+    assert agent.act([[0.1, 0.2]], greedy=True).shape == (1, 2)
 
 
 LEARNERS: dict[str, dict[str, Any]] = {
-    "sac": {"temperature": 0.02, "actor_learning_rate": 3e-3, "random_steps": 64, "hidden_sizes": (32, 32)},
-    **{name: {"rollout": 64, "learning_rate": 3e-3, "policy": {"name": "gaussian", "initial_std": 0.5}}
+    "sac": {"ent_coef": 0.02, "actor_learning_rate": 3e-3, "learning_starts": 64, "hidden_sizes": (32, 32)},
+    **{name: {"rollout_size": 64, "learning_rate": 3e-3, "policy": {"name": "gaussian", "initial_std": 0.5}}
        for name in AGENTS if "ppo" in name},
-    "reinforce": {"policy": {"name": "gaussian", "initial_std": 0.5}, "samples": 64, "learning_rate": 2e-2},
+    "reinforce": {"policy": {"name": "gaussian", "initial_std": 0.5}, "n_episodes": 64, "learning_rate": 2e-2},
 }  # fmt: skip
 
 
@@ -225,7 +253,7 @@ def test_agents_learn_an_action_that_depends_on_the_observation(name: str) -> No
         for _ in range(8 if name == "sac" else 1):
             agent.update()
     seen = torch.rand(1000, 1, generator=numbers)
-    earned = -(agent.act(seen, explore=False) - seen).square().mean().item()
+    earned = -(agent.act(seen, greedy=True) - seen).square().mean().item()
     assert earned > -0.01
 
 
@@ -237,7 +265,7 @@ def test_random_search_repeats_its_best_episode() -> None:
             reward = -abs(action.item() - (0.2 if step == 0 else 0.7))
             agent.observe(Transition([step], action, reward, [1.0], terminated=step == 1.0))
     best = agent.update()["best_return"]
-    actions = [agent.act([step], explore=False).item() for step in (0.0, 1.0)]
+    actions = [agent.act([step], greedy=True).item() for step in (0.0, 1.0)]
     assert best > -0.1
     assert -abs(actions[0] - 0.2) - abs(actions[1] - 0.7) == pytest.approx(best, abs=1e-6)
 
@@ -260,14 +288,14 @@ def test_random_search_tells_the_episodes_of_several_environments_apart() -> Non
     agent.observe(Transition(seen, [[0.1], [0.9]], [1.0, 3.0], seen, terminated=[False, True]))
     agent.observe(Transition(seen, [[0.2], [0.8]], [1.5, 0.0], seen, terminated=[True, False]))
     assert agent.update() == {"best_return": 3.0}
-    assert agent.act([0.0], explore=False).item() == pytest.approx(0.9)
+    assert agent.act([0.0], greedy=True).item() == pytest.approx(0.9)
 
 
 def test_wrong_uses_are_told() -> None:
     with pytest.raises(ValueError, match="no agent 'dqn'"):
         make_agent("dqn", 1, 1, 0)
-    with pytest.raises(ValueError, match="no setting 'rollout'; it has hidden_sizes"):
-        make_agent("sac", 1, 1, 0, rollout=3)
+    with pytest.raises(ValueError, match="no setting 'rollout_size'; it has hidden_sizes"):
+        make_agent("sac", 1, 1, 0, rollout_size=3)
     with pytest.raises(ValueError, match="`low` must be below `high`"):
         make_agent("sac", 1, 1, 0, low=1.0)
     with pytest.raises(ValueError, match="both `context` and `context_size`"):
@@ -295,7 +323,7 @@ def test_wrong_uses_are_told() -> None:
         agent.observe(Transition([0.1], [0.5], 0.0, [0.1], terminated=True))
     with pytest.raises(ValueError, match="kind of agent"):
         agent.load_state_dict(make_agent("random", 2, 1, 0).state_dict())
-    other = make_agent("sac", 2, 1, 0, capacity=3)
+    other = make_agent("sac", 2, 1, 0, buffer_size=3)
     for _ in range(5):
         other.observe(Transition([0.1, 0.2], [0.5], 0.0, [0.1, 0.2], terminated=True))
     state = other.state_dict()

@@ -16,9 +16,10 @@ from lightning_prune.models import build_network
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.search import make_agent
+from lightning_prune.search.episodes import PruningEpisodes, play
 from lightning_prune.search.policy_search import PolicySearch
 from lightning_prune.search.pruning_env import PruningEnv
-from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, Episodes, PruningProblem, accuracy_of, play
+from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, PruningProblem, accuracy_of
 
 
 def convolution(inputs: int, outputs: int, stride: int = 1, kernel: int = 3, groups: int = 1) -> nn.Sequential:
@@ -76,10 +77,10 @@ def traced(name: str) -> ChannelGraph:
 
 
 def sequences(problem: PruningProblem, n: int, generator: torch.Generator) -> np.ndarray:
-    """Run episodes of random actions; half of the sequences lean to one side, most of all to remove all or nothing."""
-    episodes, lean = Episodes(problem, n), 4 * torch.randn(n, 1, generator=generator)
+    """Run episodes of random actions; half of the sequences lean to one side, most of all to prune all or nothing."""
+    episodes, lean = PruningEpisodes(problem, n), 4 * torch.randn(n, 1, generator=generator)
     while not episodes.ended:
-        assert bool((episodes.low <= episodes.high).all())
+        assert bool((episodes.view.low <= episodes.view.high).all())
         episodes.step((lean + torch.randn(n, 1, generator=generator)).sigmoid())
     return episodes.widths
 
@@ -101,7 +102,7 @@ def test_no_sequence_of_actions_misses_the_budget(name: str) -> None:
 
 
 def spends_what_it_may(problem: PruningProblem, widths: np.ndarray) -> bool:
-    """Tell whether nothing more was removed than was asked: some group, one step wider, would miss the budget."""
+    """Tell whether nothing more was pruned than was asked: some group, one step wider, would miss the budget."""
     costs = []
     for group, allowed in enumerate(problem.bounds.allowed):
         wider = widths.copy()
@@ -123,7 +124,7 @@ def test_bounds_are_the_tightest(name: str) -> None:
                 cheapest = cost.of(np.concatenate([widths[:group], [width], bounds.least[group + 1 :]]))
                 dearest = cost.of(np.concatenate([widths[:group], [width], bounds.most[group + 1 :]]))
                 assert (width <= widest) == (cheapest <= bounds.budget)
-                assert width >= narrowest or dearest < bounds.budget  # else it would be allowed to remove more
+                assert width >= narrowest or dearest < bounds.budget  # else it would be allowed to prune more
                 assert width <= narrowest or dearest > bounds.budget or width > widest
 
 
@@ -142,7 +143,7 @@ def test_plans_cost_what_is_counted_on_the_pruned_network() -> None:
     assert after / before <= 0.4
 
 
-def test_a_pruned_network_goes_on_from_what_is_left() -> None:
+def test_a_pruned_network_goes_on_from_what_is_kept() -> None:
     graph = traced("vgg")
     first = PruningProblem(graph, keep=0.6)
     lp.prune(graph.model, first.plan(sequences(first, 1, torch.Generator().manual_seed(0))[0]))
@@ -160,19 +161,19 @@ def test_what_is_seen_by_hand() -> None:
     graph = lp.trace(model, torch.zeros(1, 1, 8, 8))
     # FLOPs: 9 positions x (9 x 1 x 4 + 4 x 8) + 72 x 2 = 324 + 288 + 144 = 756
     problem = PruningProblem(graph, keep=0.5, cap=0.75)
-    episodes = Episodes(problem, 1)
+    episodes = PruningEpisodes(problem, 1)
     # least: 1 and 2 channels, 9 x (9 + 2) + 18 x 2 = 135
     first = [0, 1 / 4, 4 / 8, 2 / 2, 3 / 3, 612 / 756, 135 / 756, 621 / 756, 0]
-    torch.testing.assert_close(episodes.observation, torch.tensor([first]))
+    torch.testing.assert_close(episodes.view.observation, torch.tensor([first]))
     episodes.step(torch.tensor([[0.25]]))
-    # 3 channels are left: 9 x (27 + 6) + 36 = 333 at least, 9 x (27 + 24) + 144 = 603 at most
+    # 3 channels are kept: 9 x (27 + 6) + 36 = 333 at least, 9 x (27 + 24) + 144 = 603 at most
     second = [1 / 2, 4 / 4, 8 / 8, 1 / 2, 1 / 3, 432 / 756, 333 / 756, 270 / 756, 0.25]
-    torch.testing.assert_close(episodes.observation, torch.tensor([second]))
-    # 243 + 45 n of 378 may be spent: 3 of 8 channels; to remove more is not asked for
-    assert (float(episodes.low), float(episodes.high)) == (0.625, 0.625)
+    torch.testing.assert_close(episodes.view.observation, torch.tensor([second]))
+    # 243 + 45 n of 378 may be spent: 3 of 8 channels; to prune more is not asked for
+    assert (float(episodes.view.low), float(episodes.view.high)) == (0.625, 0.625)
 
 
-def test_observations_stay_in_range_and_actions_are_those_executed() -> None:
+def test_observations_are_in_range_and_actions_are_those_executed() -> None:
     graph = traced("densenet")
     problem, agent = PruningProblem(graph, keep=0.5), make_agent("random", OBSERVATION_SIZE, 1, 0)
     widths, transitions = play(problem, agent, 30)
@@ -279,10 +280,10 @@ def test_episodes_earn_at_the_end_or_at_every_step() -> None:
         search = PolicySearch("sac", steps=3, episodes=2, rewarded=rewarded, environment_size=2)
         search.explore(problem)
         search.learn(given)
-        rows = search.agent.memory.layout.unpack(search.agent.memory._rows[:6])
+        rows = search.agent.replay_buffer.layout.unpack(search.agent.replay_buffer._rows[:6])
         standard = (given - given.mean()) / given.std()
         torch.testing.assert_close(rows.reward, torch.cat([flag * standard for flag in expected]))
-        rows = search.environment.memory.layout.unpack(search.environment.memory._rows[:6])
+        rows = search.environment.replay_buffer.layout.unpack(search.environment.replay_buffer._rows[:6])
         torch.testing.assert_close(rows.reward, given.repeat(3))
         assert rows.terminated.tolist() == [0, 0, 0, 0, 1, 1]
 

@@ -1,4 +1,4 @@
-"""What an agent learns from: one step in the environment, or one step in each of several."""
+"""Transitions: one step in the environment, or one step in each of several, and how they are stored as rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ class Transition:
         reward: (n,) what it earned.
         next_observation: (n, observation) what came of it; also at the end of an episode, not what follows a reset.
         terminated: (n,) whether the episode ended there, so that nothing more can be earned.
-        truncated: (n,) whether the episode was merely cut there; its value goes on.
+        truncated: (n,) whether the episode was merely cut off there, so that more could still have been earned.
         low: (n, action) least action allowed in this step; None is that of the agent. So are the next three.
         high: (n, action) greatest action allowed in this step.
         next_low: (n, action) least action allowed in the next step.
@@ -63,22 +63,24 @@ class Layout:
     """
 
     def __init__(self, observation_size: int, low: Tensor, high: Tensor) -> None:
-        self.low, self.high = low, high
-        action_size = len(low)
+        self.low = low
+        self.high = high
+        self.action_size = len(low)
         self.sizes = {
             "observation": observation_size,
-            "action": action_size,
+            "action": self.action_size,
             "reward": 1,
             "next_observation": observation_size,
             "terminated": 1,
             "truncated": 1,
-            "low": action_size,
-            "high": action_size,
-            "next_low": action_size,
-            "next_high": action_size,
+            "low": self.action_size,
+            "high": self.action_size,
+            "next_low": self.action_size,
+            "next_high": self.action_size,
             "epoch": 1,
         }
         self.width = sum(self.sizes.values())
+        self._defaults = {"low": low, "high": high, "next_low": low, "next_high": high}
 
     def pack(self, transition: Transition) -> Tensor:
         """Return the transition as (n, width) rows.
@@ -89,15 +91,9 @@ class Layout:
         Raises:
             ValueError: If a field does not hold as many numbers as it should, or one that is not finite.
         """
-        n = torch.as_tensor(transition.action).reshape(-1, self.sizes["action"]).shape[0]
-        defaults = {"low": self.low, "high": self.high, "next_low": self.low, "next_high": self.high}
-        columns = []
-        for field, size in self.sizes.items():
-            value = getattr(transition, field)
-            column = torch.as_tensor(defaults[field] if value is None else value, dtype=torch.float32)
-            if column.numel() not in (size, n * size):
-                raise ValueError(f"{field!r} of a transition has shape {tuple(column.shape)}; ({n}, {size}) is needed.")
-            columns.append(column.to(self.low.device).reshape(-1, size).expand(n, size))
+        actions = torch.as_tensor(transition.action).reshape(-1, self.action_size)
+        n = len(actions)
+        columns = [self._columns(field, self._value(transition, field), n) for field in self.sizes]
         rows = torch.cat(columns, dim=1)
         if not bool(rows.isfinite().all()):
             raise ValueError(f"A transition has a number that is not finite; its reward is {transition.reward}.")
@@ -109,7 +105,21 @@ class Layout:
         Args:
             rows: Rows made by `pack`.
         """
-        fields = dict(zip(self.sizes, rows.split(list(self.sizes.values()), dim=-1), strict=True))
+        columns = rows.split(list(self.sizes.values()), dim=-1)
+        fields = dict(zip(self.sizes, columns, strict=True))
         for field in ("reward", "terminated", "truncated", "epoch"):
             fields[field] = fields[field].squeeze(-1)
         return Transition(**fields)
+
+    def _value(self, transition: Transition, field: str) -> Any:
+        """Return what a transition holds in a field, or the bound that stands in for it."""
+        value = getattr(transition, field)
+        return self._defaults[field] if value is None else value
+
+    def _columns(self, field: str, value: Any, n: int) -> Tensor:
+        """Return a field as (n, size); what is given once holds for all n environments."""
+        size = self.sizes[field]
+        numbers = torch.as_tensor(value, dtype=torch.float32)
+        if numbers.numel() not in (size, n * size):
+            raise ValueError(f"{field!r} of a transition has shape {tuple(numbers.shape)}; ({n}, {size}) is needed.")
+        return numbers.to(self.low.device).reshape(-1, size).expand(n, size)

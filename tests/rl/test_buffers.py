@@ -1,12 +1,12 @@
-"""Layout, replay buffer and rollout: what goes in comes out, in the right place."""
+"""Layout, replay buffer and rollout buffer: what goes in comes out, in the right place."""
 
 from dataclasses import fields
 
 import pytest
 import torch
 
-from lightning_prune.rl.storage import ReplayBuffer, Rollout
-from lightning_prune.rl.transition import Layout, Transition
+from lightning_prune.rl.buffers import ReplayBuffer, RolloutBuffer
+from lightning_prune.rl.transitions import Layout, Transition
 
 
 def layout() -> Layout:
@@ -27,7 +27,7 @@ def test_a_packed_transition_unpacks_to_itself() -> None:
         assert torch.equal(getattr(unpacked, field.name), getattr(transition, field.name)), field.name
 
 
-def test_what_is_left_out_is_filled_in_for_every_row() -> None:
+def test_what_is_not_given_is_filled_in_for_every_row() -> None:
     one = layout()
     step = one.unpack(one.pack(Transition(torch.zeros(2, 3), torch.zeros(2, 2), [1.0, 2.0], torch.zeros(2, 3), False)))
     assert step.low.tolist() == step.next_low.tolist() == [[0.0, -1.0]] * 2
@@ -36,8 +36,8 @@ def test_what_is_left_out_is_filled_in_for_every_row() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_the_buffer_keeps_exactly_the_last_ones(n: int) -> None:
-    buffer = ReplayBuffer(layout(), capacity=5)
+def test_the_buffer_keeps_the_last_ones_and_no_others(n: int) -> None:
+    buffer = ReplayBuffer(layout(), buffer_size=5)
     rewards = torch.arange(12.0)
     for some in rewards.split(n):
         rows = len(some)
@@ -48,13 +48,13 @@ def test_the_buffer_keeps_exactly_the_last_ones(n: int) -> None:
 
 
 def test_a_buffer_that_is_not_full_draws_only_what_it_has() -> None:
-    buffer = ReplayBuffer(layout(), capacity=5)
+    buffer = ReplayBuffer(layout(), buffer_size=5)
     buffer.add(Transition(torch.zeros(3), torch.zeros(2), 4.0, torch.zeros(3), False))
     assert buffer.sample(50, torch.Generator().manual_seed(0)).reward.tolist() == [4.0] * 50
 
 
 def test_a_rollout_keeps_steps_and_environments_apart() -> None:
-    rollout = Rollout(layout())
+    rollout = RolloutBuffer(layout())
     steps = [full(2) for _ in range(3)]
     for step in steps:
         rollout.add(step)

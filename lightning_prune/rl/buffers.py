@@ -1,25 +1,25 @@
-"""Where agents keep transitions: a replay buffer for those that learn off policy, a rollout for those on policy."""
+"""Buffers of transitions: a replay buffer for agents that learn off policy, a rollout buffer for those on policy."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_prune.rl.transition import Layout, Transition
+from lightning_prune.rl.transitions import Layout, Transition
 
-__all__ = ["ReplayBuffer", "Rollout"]
+__all__ = ["ReplayBuffer", "RolloutBuffer"]
 
 
 class ReplayBuffer:
-    """Keep the last `capacity` transitions and draw from them.
+    """Keep the last `buffer_size` transitions and sample from them.
 
     Args:
         layout: How a transition becomes a row.
-        capacity: Number of transitions kept; after that the oldest are overwritten.
+        buffer_size: Number of transitions kept; after that the oldest are overwritten.
 
     Example:
         >>> layout = Layout(observation_size=1, low=torch.zeros(1), high=torch.ones(1))
-        >>> buffer = ReplayBuffer(layout, capacity=2)
+        >>> buffer = ReplayBuffer(layout, buffer_size=2)
         >>> for reward in (1.0, 2.0, 3.0):
         ...     buffer.add(Transition([0.0], [0.5], reward, [0.0], terminated=True))
         >>> len(buffer), buffer.count
@@ -28,15 +28,15 @@ class ReplayBuffer:
         [2.0, 3.0]
     """
 
-    def __init__(self, layout: Layout, capacity: int) -> None:
+    def __init__(self, layout: Layout, buffer_size: int) -> None:
         self.layout = layout
-        self.capacity = capacity
+        self.buffer_size = buffer_size
         self.count = 0  # transitions ever added
-        self._rows = torch.zeros(capacity, layout.width, device=layout.low.device)
+        self._rows = torch.zeros(buffer_size, layout.width, device=layout.low.device)
 
     def __len__(self) -> int:
         """Return the number of transitions kept."""
-        return min(self.count, self.capacity)
+        return min(self.count, self.buffer_size)
 
     def add(self, transition: Transition) -> None:
         """Store a step, in one environment or in several.
@@ -45,19 +45,21 @@ class ReplayBuffer:
             transition: The step.
         """
         rows = self.layout.pack(transition)
-        places = torch.arange(self.count, self.count + len(rows), device=rows.device) % self.capacity
-        self._rows[places] = rows
-        self.count += len(rows)
+        end = self.count + len(rows)
+        indices = torch.arange(self.count, end, device=rows.device) % self.buffer_size
+        self._rows[indices] = rows
+        self.count = end
 
-    def sample(self, size: int, generator: torch.Generator) -> Transition:
-        """Draw transitions, each with the same chance and with replacement.
+    def sample(self, batch_size: int, generator: torch.Generator) -> Transition:
+        """Sample transitions, each with the same probability and with replacement.
 
         Args:
-            size: Number of transitions.
+            batch_size: Number of transitions.
             generator: Source of random numbers, on the CPU.
         """
-        places = torch.randint(len(self), (size,), generator=generator).to(self._rows.device)
-        return self.layout.unpack(self._rows[places])
+        indices = torch.randint(len(self), (batch_size,), generator=generator)
+        rows = self._rows[indices.to(self._rows.device)]
+        return self.layout.unpack(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later process needs to go on."""
@@ -72,24 +74,26 @@ class ReplayBuffer:
         Raises:
             ValueError: If it comes from a buffer of another size.
         """
-        rows, count = state["rows"], state["count"]
-        if rows.shape != (min(count, self.capacity), self.layout.width):
+        rows = state["rows"]
+        count = state["count"]
+        expected_shape = (min(count, self.buffer_size), self.layout.width)
+        if rows.shape != expected_shape:
             raise ValueError(
-                f"The stored replay buffer has {rows.shape[0]} rows of {rows.shape[1]} numbers, this one holds up to "
-                f"{self.capacity} of {self.layout.width}: load it with the same sizes and `capacity`."
+                f"The stored replay buffer has {rows.shape[0]} rows of {rows.shape[1]} numbers, this one up to "
+                f"{self.buffer_size} of {self.layout.width}: load it with the same sizes and `buffer_size`."
             )
         self._rows[: len(rows)] = rows
         self.count = count
 
 
-class Rollout:
+class RolloutBuffer:
     """Keep transitions in the order in which they came, until they are taken.
 
     Args:
         layout: How a transition becomes a row.
 
     Example:
-        >>> rollout = Rollout(Layout(observation_size=1, low=torch.zeros(1), high=torch.ones(1)))
+        >>> rollout = RolloutBuffer(Layout(observation_size=1, low=torch.zeros(1), high=torch.ones(1)))
         >>> for reward in (1.0, 2.0, 3.0):
         ...     rollout.add(Transition([0.0], [0.5], reward, [0.0], terminated=reward == 3.0))
         >>> rollout.take().reward.flatten(), len(rollout)
@@ -98,7 +102,7 @@ class Rollout:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._steps: list[Tensor] = []
+        self._steps: list[Tensor] = []  # (environments, width) each
 
     def __len__(self) -> int:
         """Return the number of transitions kept, over all environments."""
@@ -122,10 +126,10 @@ class Rollout:
         self._steps.append(rows)
 
     def take(self) -> Transition:
-        """Return all transitions, with shapes (steps, n, ...), and forget them."""
-        steps = torch.stack(self._steps)
+        """Return all transitions, with shapes (steps, environments, ...), and forget them."""
+        rows = torch.stack(self._steps)
         self._steps.clear()
-        return self.layout.unpack(steps)
+        return self.layout.unpack(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later process needs to go on."""
@@ -137,4 +141,5 @@ class Rollout:
         Args:
             state: What `state_dict` returned.
         """
-        self._steps = [rows.to(self.layout.low.device) for rows in state["steps"]]
+        device = self.layout.low.device
+        self._steps = [rows.to(device) for rows in state["steps"]]
