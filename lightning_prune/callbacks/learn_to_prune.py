@@ -24,7 +24,7 @@ from lightning_prune.candidates.measures import examples_in
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress
-from lightning_prune.reporting.progress import say
+from lightning_prune.reporting.loggers import say
 from lightning_prune.surgery import prune
 
 __all__ = ["LearnToPruneCallback", "reward"]

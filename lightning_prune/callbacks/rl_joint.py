@@ -20,7 +20,7 @@ from lightning_prune.candidates import classification
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress
-from lightning_prune.reporting.progress import say
+from lightning_prune.reporting.loggers import say
 
 __all__ = ["RLJointPruneCallback"]
 

@@ -16,6 +16,7 @@ from lightning_prune.graph.groups import Slot
 from lightning_prune.graph.sizes import class_name
 from lightning_prune.graph.substitution import named_tensors, substituted
 from lightning_prune.graph.tracer import Labels, Note, Tracer, Values
+from lightning_prune.progress import redraw
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 __all__ = ["Forward", "Index", "as_call"]
@@ -85,6 +86,7 @@ class Forward:
             known = forward if rule is None else tracer.as_one(rule, module, forward)
             return tracer.entering(self.names[id(module)], known)
 
+        redraw()  # bars go on from run to run
         with ExitStack() as stack:
             stack.enter_context(_neutral_state())
             stand_ins = self._stand_ins(tracer, stays)
