@@ -63,7 +63,7 @@ class _RichDisplay:
 
     def bar(self, work: Work) -> Bar:
         running = self._running()
-        return self._otherwise.bar(work) if running is None else _RichRow(self._epochs, work)
+        return self._otherwise.bar(work) if running is None else _RichRow(self._epochs, running, work)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -82,10 +82,10 @@ class _RichDisplay:
 
 
 class _RichRow:
-    def __init__(self, epochs: RichProgressBar, work: Work) -> None:
+    def __init__(self, epochs: RichProgressBar, display: Any, work: Work) -> None:
         self._epochs = epochs
-        self._display: Any = epochs.progress  # there is one: it is running
-        self._row = self._display.add_task(work.name, total=_total(work), visible=False)
+        self._display = display
+        self._row = display.add_task(work.name, total=_total(work), visible=False)
 
     def update(self, work: Work) -> None:
         if work.seconds >= progress.SHOWN_AFTER:

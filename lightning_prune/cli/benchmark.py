@@ -55,13 +55,11 @@ def main(arguments: Sequence[str]) -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {given.threads} threads"
     turns = f"median (quartiles) of {given.rounds} turns"
     print(f"{type(loaded.model).__name__} on {where}, torch {torch.__version__}; {turns}")
-    rows: list[tuple[str, ...]] = [
-        ("batch", "original (ms)", "pruned (ms)", "speed-up", "original (1/s)", "pruned (1/s)")
-    ]
+    rows = [("batch", "original (ms)", "pruned (ms)", "speed-up", "original (1/s)", "pruned (1/s)")]
     for size in given.batch_sizes:
         inputs = random_inputs(loaded.inputs, size)
-        taken = times([original.to(device), loaded.model.to(device)], inputs, given.rounds)
-        rows.append(_row(size, *taken))
+        original_ms, pruned_ms = times([original.to(device), loaded.model.to(device)], inputs, given.rounds)
+        rows.append(_row(size, original_ms, pruned_ms))
     print("\n".join(aligned(rows)))
 
 
@@ -96,24 +94,38 @@ def times(models: Sequence[nn.Module], example_inputs: Any, rounds: int) -> list
     """
     taken: list[list[float]] = [[] for _ in models]
     with progress("Timing, turn and turn about", rounds * len(models)) as work:
-        for model, turns in [*zip(models, taken, strict=True)] * rounds:
-            args, kwargs = placed(example_inputs, model)
-            device = next(model.parameters()).device
-            run = partial(model.eval(), *args, **kwargs)
-            warm = max(timed(run, device), 1e-3)
-            turns.append(statistics.median(timed(run, device) for _ in range(int(min(50, max(3, 100 / warm))))))
-            work.advance()
+        for _ in range(rounds):
+            for model, turns in zip(models, taken, strict=True):
+                turns.append(_turn(model, example_inputs))
+                work.advance()
     return taken
 
 
-def _row(size: int, original: list[float], pruned: list[float]) -> tuple[str, ...]:
-    ratio = statistics.median(before / after for before, after in zip(original, pruned, strict=True))
-    rates = [f"{1000 * size / statistics.median(each):,.0f}" for each in (original, pruned)]
-    return str(size), _told(original), _told(pruned), f"{ratio:.2f}x", *rates
+def _turn(model: nn.Module, example_inputs: Any) -> float:
+    """Return the median time of some passes after one to warm up, in milliseconds; a turn lasts about 0.1 seconds."""
+    args, kwargs = placed(example_inputs, model)
+    device = next(model.parameters()).device
+    run = partial(model.eval(), *args, **kwargs)
+    warm_up = max(timed(run, device), 1e-3)
+    passes = int(min(50, max(3, 100 / warm_up)))
+    return statistics.median(timed(run, device) for _ in range(passes))
 
 
-def _told(taken: list[float]) -> str:
-    low, middle, high = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else taken * 3
+def _row(size: int, original: list[float], pruned: list[float]) -> tuple[str, str, str, str, str, str]:
+    speed_ups = [before / after for before, after in zip(original, pruned, strict=True)]
+    speed_up = f"{statistics.median(speed_ups):.2f}x"
+    return str(size), _told(original), _told(pruned), speed_up, _rate(size, original), _rate(size, pruned)
+
+
+def _rate(size: int, milliseconds: list[float]) -> str:
+    """Return how many samples a second were processed."""
+    return f"{1000 * size / statistics.median(milliseconds):,.0f}"
+
+
+def _told(milliseconds: list[float]) -> str:
+    if len(milliseconds) == 1:
+        milliseconds = milliseconds * 2  # of one turn, all quartiles are alike
+    low, middle, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 

@@ -15,7 +15,8 @@ from torchvision.models import WeightsEnum, get_model
 
 from lightning_prune.callbacks import PruningCallback, SensitivenessCallback
 from lightning_prune.cli import shipped_configs
-from lightning_prune.cli.entry import PruneCLI, main
+from lightning_prune.cli.entry import main
+from lightning_prune.cli.training import PruneCLI
 from lightning_prune.pruning_plan import plan_in_force
 
 CONFIGS = sorted(shipped_configs.FOLDER.glob("*.yaml"))
