@@ -61,8 +61,10 @@ class Scale:
 
     def place(self, value: float) -> float:
         """Return the pixel of a value."""
-        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
-        return self.first + share * (self.last - self.first)
+        lowest, highest = self.ticks[0], self.ticks[-1]
+        share = (value - lowest) / (highest - lowest)
+        length = self.last - self.first
+        return self.first + share * length
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,19 @@ def line_chart(
     """
     xs = [x for x, _ in values]
     ys = [y for _, y in values]
-    x_ticks = _ticks(min(0.0, xs[0]), max([xs[-1], *(mark.x for mark in marks)]), 10, least_step=1.0)
-    x_axis = Scale(x_ticks, LEFT, WIDTH - RIGHT)
-    y_axis = Scale(_ticks(min(ys), max(ys), 5), HEIGHT - BOTTOM, TOP)
-    points = [Point(x, y, x_axis.place(x), y_axis.place(y)) for x, y in values]
+    begin = min(0.0, xs[0])
+    end = max([xs[-1], *(mark.x for mark in marks)])
+    x_axis = Scale(
+        ticks=_ticks(begin, end, 10, least_step=1.0),
+        first=LEFT,
+        last=WIDTH - RIGHT,
+    )
+    y_axis = Scale(
+        ticks=_ticks(min(ys), max(ys), 5),
+        first=HEIGHT - BOTTOM,
+        last=TOP,
+    )
+    points = [Point(x, y, left=x_axis.place(x), top=y_axis.place(y)) for x, y in values]
     return LineChart(name, across, x_axis, y_axis, points, marks)
 
 

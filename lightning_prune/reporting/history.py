@@ -134,7 +134,14 @@ class History:
             epoch: Number of epochs trained before it.
             after: The network after it.
         """
-        self.prunes.append(Prune(step, epoch, dict(plan.budget or {}), plan.widths, after))
+        prune = Prune(
+            step=step,
+            epoch=epoch,
+            budget=dict(plan.budget or {}),
+            widths=plan.widths,
+            after=after,
+        )
+        self.prunes.append(prune)
         self.layers_after = layers_at(graph, plan.widths)
 
     def add_epoch(self, epoch: int, kept: Mapping[str, float], metrics: Mapping[str, float]) -> None:
@@ -158,8 +165,10 @@ class History:
     @property
     def metrics(self) -> list[str]:
         """The names of the validation metrics, with accuracies first and losses last."""
-        names = {name for validation in self.epochs for name in validation}
-        metrics = [name for name in names if name != "epoch" and not name.startswith("keep_")]
+        names: set[str] = set()
+        for validation in self.epochs:
+            names.update(validation)
+        metrics = filter(_is_metric, names)
         return sorted(metrics, key=_accuracies_first)
 
     @property
@@ -174,7 +183,8 @@ class History:
             return self.after
         known = self.prunes[-1].after if self.prunes else self.before
         latest = self.epochs[-1] if self.epochs else {}
-        return replace(known, metrics={name: latest[name] for name in self.metrics if name in latest})
+        metrics = {name: latest[name] for name in self.metrics if name in latest}
+        return replace(known, metrics=metrics)
 
     def to_json(self) -> dict[str, Any]:
         """Return the history as plain values."""
@@ -194,23 +204,32 @@ class History:
                 f"The history has format version {version!r}, this lightning-prune reads up to {FORMAT_VERSION}; "
                 "install a newer lightning-prune."
             )
-        unprunable = values["unprunable"].items()
-        values["unprunable"] = {name: (channels, reason) for name, (channels, reason) in unprunable}
-        values["layers_before"] = [Layer(**layer) for layer in values["layers_before"]]
-        values["layers_after"] = [Layer(**layer) for layer in values["layers_after"]]
-        values["prunes"] = [Prune.from_json(prune) for prune in values["prunes"]]
-        values["before"] = Measurement.from_json(values["before"])
-        if values["after"] is not None:
-            values["after"] = Measurement.from_json(values["after"])
-        return cls(**values)
+        history = cls(**values)
+        history.unprunable = {
+            name: (channels, reason)  # JSON has lists in place of tuples
+            for name, (channels, reason) in history.unprunable.items()
+        }
+        history.before = Measurement.from_json(values["before"])
+        history.layers_before = [Layer(**layer) for layer in values["layers_before"]]
+        history.prunes = [Prune.from_json(prune) for prune in values["prunes"]]
+        history.layers_after = [Layer(**layer) for layer in values["layers_after"]]
+        if history.after is not None:
+            history.after = Measurement.from_json(values["after"])
+        return history
 
 
 def _with_names_of_today(content: Mapping[str, Any]) -> dict[str, Any]:
     return {_FORMER_NAMES.get(name, name): value for name, value in content.items()}
 
 
+def _is_metric(name: str) -> bool:
+    return name != "epoch" and not name.startswith("keep_")
+
+
 def _accuracies_first(metric: str) -> tuple[bool, bool, int, str]:
-    return "acc" not in metric, "loss" in metric, len(metric), metric
+    no_accuracy = "acc" not in metric
+    loss = "loss" in metric
+    return no_accuracy, loss, len(metric), metric
 
 
 # -- costs by layer ----------------------------------------------------------------------------------------------------
@@ -229,7 +248,15 @@ def layers_at(graph: ChannelGraph, widths: Mapping[str, int]) -> list[Layer]:
     times = time_by_layer(graph, dict(widths))
     times[type(graph.model).__name__] = times.pop("", 0.0)  # as what the model does by itself is called in the costs
     names = dict.fromkeys([*times, *flops, *params])
-    return [Layer(name, flops.get(name, 0.0), params.get(name, 0.0), times.get(name, 0.0)) for name in names]
+    return [
+        Layer(
+            name=name,
+            flops=flops.get(name, 0.0),
+            params=params.get(name, 0.0),
+            ms=times.get(name, 0.0),
+        )
+        for name in names
+    ]
 
 
 def _by_module(terms: list[Term], widths: Mapping[str, int]) -> dict[str, float]:

@@ -39,47 +39,54 @@ def describe(graph: ChannelGraph) -> str:
     for name, group in graph.groups.items():
         rows.append((name, str(group.size), _saved(flops, name), _saved(params, name), _layers(group)))
     channels = sum(group.size for group in graph.groups.values())
-    reasons = [
-        f"unprunable: {name} ({_count(found.channels, 'channel')}): {found.reason}"
-        for name, found in graph.unprunable.items()
+    groups = _count(len(graph.groups), "group")
+    lines = [
+        f"{groups} of {_count(channels, 'channel')} can be pruned",
+        _flops(graph, flops),
+        *_aligned(rows),
     ]
-    return "\n".join(
-        [
-            f"{_count(len(graph.groups), 'group')} of {_count(channels, 'channel')} can be pruned",
-            _flops(graph, flops),
-            *_aligned(rows),
-            *reasons,
-        ]
-    )
+    for name, found in graph.unprunable.items():
+        size = _count(found.channels, "channel")
+        lines.append(f"unprunable: {name} ({size}): {found.reason}")
+    return "\n".join(lines)
 
 
 def _flops(graph: ChannelGraph, cost: CostModel) -> str:
     """Say how many FLOPs the network has now, by both counts where they differ."""
     plan = plan_in_force(graph.model)
-    modelled = int(cost(plan.widths if plan is not None else {}))
-    counted = count_flops(graph.model.get_submodule(graph.module), graph.example_inputs)
+    widths = {} if plan is None else plan.widths
+    modelled = int(cost(widths))
+    network = graph.model.get_submodule(graph.module)
+    counted = count_flops(network, graph.example_inputs)
     total = modelled if counted.total is None else counted.total
     return f"FLOPs: {told(total, modelled, counted.failure)}"
 
 
 def _saved(cost: CostModel, group: str) -> str:
-    return f"{1 - cost({group: 1}) / max(cost.original, 1):.1%}"
+    kept = cost({group: 1}) / max(cost.original, 1)
+    return f"{1 - kept:.1%}"
 
 
 def _layers(group: Group) -> str:
-    tensors = [coupled.tensor for coupled in group.slices]
-    layers = dict.fromkeys(tensor.rpartition(".")[0] for tensor in tensors)
-    remark = f" (not mask-exact: {group.not_mask_exact})" if group.not_mask_exact else ""
-    return ", ".join(layers) + remark
+    layers: dict[str, None] = {}
+    for coupled in group.slices:
+        layer, _, _ = coupled.tensor.rpartition(".")
+        layers[layer] = None
+    told_layers = ", ".join(layers)
+    if group.not_mask_exact:
+        told_layers += f" (not mask-exact: {group.not_mask_exact})"
+    return told_layers
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Write rows as lines: the first cell aligned to its left, the last as it is, those between to their right."""
-    first, *between, _ = ([len(cell) for cell in column] for column in zip(*rows, strict=True))
+    columns = zip(*rows, strict=True)
+    name_width, *number_widths, _ = [max(map(len, column)) for column in columns]
     lines = []
     for name, *numbers, layers in rows:
-        cells = [number.rjust(max(lengths)) for number, lengths in zip(numbers, between, strict=True)]
-        lines.append("  ".join([name.ljust(max(first)), *cells, layers]))
+        cells = map(str.rjust, numbers, number_widths)
+        line = "  ".join([name.ljust(name_width), *cells, layers])
+        lines.append(line)
     return lines
 
 

@@ -106,8 +106,9 @@ class LayerRow:
     @property
     def costs(self) -> str:
         """Its FLOPs and parameters, in words."""
-        flops = f"{self.before.flops:,.0f} → {self.after.flops:,.0f} FLOPs"
-        params = f"{self.before.params:,.0f} → {self.after.params:,.0f} parameters"
+        before, after = self.before, self.after
+        flops = f"{before.flops:,.0f} → {after.flops:,.0f} FLOPs"
+        params = f"{before.params:,.0f} → {after.params:,.0f} parameters"
         return f"{self.name}: {flops}, {params}"
 
     @property
@@ -137,15 +138,31 @@ class Page:
         """The network now, compared with the original."""
         before, after = self.history.before, self.history.last
         speed_up = before.latency_ms / after.latency_ms
-        times = f"{before.latency_ms:.2f} ms → {after.latency_ms:.2f} ms"
         tiles = [
-            Tile("of the FLOPs", _percent(after.flops, before.flops), f"{before.flops:,} → {after.flops:,}"),
-            Tile("of the parameters", _percent(after.params, before.params), f"{before.params:,} → {after.params:,}"),
-            Tile("as fast, measured", f"{speed_up:.2f}x", times),
+            Tile(
+                name="of the FLOPs",
+                number=_percent(after.flops, before.flops),
+                detail=f"{before.flops:,} → {after.flops:,}",
+            ),
+            Tile(
+                name="of the parameters",
+                number=_percent(after.params, before.params),
+                detail=f"{before.params:,} → {after.params:,}",
+            ),
+            Tile(
+                name="as fast, measured",
+                number=f"{speed_up:.2f}x",
+                detail=f"{before.latency_ms:.2f} ms → {after.latency_ms:.2f} ms",
+            ),
         ]
         metric = self.history.shown_metric
         if metric in after.metrics:
-            tiles.append(Tile(metric, f"{after.metrics[metric]:.4f}", _told_before(before, metric)))
+            tile = Tile(
+                name=metric,
+                number=f"{after.metrics[metric]:.4f}",
+                detail=_told_before(before, metric),
+            )
+            tiles.append(tile)
         return tiles
 
     @property
@@ -158,26 +175,31 @@ class Page:
     def charts(self) -> list[LineChart]:
         """The FLOPs and the metrics over the epochs."""
         marks = []
+        original = self.history.before.flops
         for prune in self.history.prunes:
-            kept = _percent(prune.after.flops, self.history.before.flops)
-            marks.append(Mark(float(prune.epoch), f"prune {prune.step}: {kept} of the FLOPs kept"))
+            kept = _percent(prune.after.flops, original)
+            mark = Mark(float(prune.epoch), f"prune {prune.step}: {kept} of the FLOPs kept")
+            marks.append(mark)
         charts = [line_chart("FLOPs kept", self._flops_kept(), marks)]
         for metric in self.history.metrics:
             measured = [validation for validation in self.history.epochs if metric in validation]
             values = [(validation["epoch"], validation[metric]) for validation in measured]
-            charts.append(line_chart(metric, values, marks))
+            chart = line_chart(metric, values, marks)
+            charts.append(chart)
         return charts
 
     def _flops_kept(self) -> list[tuple[float, float]]:
         """Return the corners of the line that goes down at each prune."""
-        kept = 1.0
-        corners = [(0.0, kept)]
+        original = max(self.history.before.flops, 1)
+        epoch, kept = 0.0, 1.0
+        corners = [(epoch, kept)]
         for prune in self.history.prunes:
-            corners.append((float(prune.epoch), kept))
-            kept = prune.after.flops / max(self.history.before.flops, 1)
-            corners.append((float(prune.epoch), kept))
-        epochs = [validation["epoch"] for validation in self.history.epochs]
-        end = max([corners[-1][0], *epochs])
+            epoch = float(prune.epoch)
+            corners.append((epoch, kept))
+            kept = prune.after.flops / original
+            corners.append((epoch, kept))
+        trained = [validation["epoch"] for validation in self.history.epochs]
+        end = max([epoch, *trained])
         return [*corners, (end, kept)]
 
     @property
@@ -199,7 +221,8 @@ class Page:
     @property
     def most_ms(self) -> float:
         """The milliseconds of the layer that takes longest, before or after."""
-        return max((layer.ms for layer in [*self.history.layers_before, *self.history.layers_after]), default=1)
+        layers = [*self.history.layers_before, *self.history.layers_after]
+        return max((layer.ms for layer in layers), default=1)
 
     @property
     def unprunable(self) -> dict[str, list[str]]:
@@ -211,7 +234,9 @@ class Page:
 
 
 def _told_before(before: Measurement, metric: str) -> str:
-    return f"{before.metrics[metric]:.4f} before the first prune" if metric in before.metrics else ""
+    if metric not in before.metrics:
+        return ""
+    return f"{before.metrics[metric]:.4f} before the first prune"
 
 
 def _percent(part: float, total: float) -> str:

@@ -35,14 +35,15 @@ def summarize(before: Measurement, after: Measurement, names: tuple[str, str] = 
         _row("FLOPs", before.flops, after.flops, "{:,.0f}"),
         _row("latency (ms)", before.latency_ms, after.latency_ms, "{:.2f}"),
     ]
-    metrics = sorted(before.metrics.keys() & after.metrics.keys())
-    rows += [_row(metric, before.metrics[metric], after.metrics[metric], "{:.4f}") for metric in metrics]
-    remarks = [
-        f"FLOPs {name}: {measured.flops_remark}"
-        for name, measured in zip(names, (before, after), strict=True)
-        if measured.flops_remark
-    ]
-    return [*aligned(rows), *remarks]
+    metrics = before.metrics.keys() & after.metrics.keys()
+    for metric in sorted(metrics):
+        row = _row(metric, before.metrics[metric], after.metrics[metric], "{:.4f}")
+        rows.append(row)
+    lines = aligned(rows)
+    for name, measured in zip(names, (before, after), strict=True):
+        if measured.flops_remark:
+            lines.append(f"FLOPs {name}: {measured.flops_remark}")
+    return lines
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -54,14 +55,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         -----------
             1  2.50
     """
-    columns = list(zip(*rows, strict=True))
-    widths = [max(len(cell) for cell in column) for column in columns]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells))
-    rule = "-" * len(lines[0])
-    return [lines[0], rule, *lines[1:]]
+    columns = zip(*rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    head, *body = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    rule = "-" * len(head)
+    return [head, rule, *body]
 
 
 def whereabouts(trainer: Any, run: Path | None) -> list[str]:
@@ -89,5 +87,7 @@ def whereabouts(trainer: Any, run: Path | None) -> list[str]:
 
 
 def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:
-    ratio = f"{after / before:.3f}" if before else "-"
+    ratio = "-"
+    if before:
+        ratio = f"{after / before:.3f}"
     return name, form.format(before), form.format(after), ratio

@@ -193,8 +193,8 @@ LIGHT = {
     **{name: f"main(['{name}', '--help'])" for name in ("report", "export", "benchmark", "compare")},
 }
 HEAVY = {
-    "lightning", "lightning_fabric", "jsonargparse", "torchmetrics", "torchvision", "tensorboard", "matplotlib", "fvcore",
-    "gymnasium", "sklearn", "onnx", "onnxruntime", "torch._dynamo", "torch._inductor",
+    "lightning", "lightning_fabric", "jsonargparse", "torchmetrics", "torchvision", "tensorboard", "matplotlib",
+    "fvcore", "gymnasium", "sklearn", "onnx", "onnxruntime", "torch._dynamo", "torch._inductor",
 }  # fmt: skip
 
 
