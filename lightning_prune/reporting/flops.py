@@ -58,17 +58,22 @@ def count_flops(network: nn.Module, example_inputs: Any) -> FlopCount:
 def flop_table(network: nn.Module, example_inputs: Any) -> str:
     """Return fvcore's table of the parameters and FLOPs of a network and its submodules, or why there is none.
 
+    Below the table are the operators that fvcore has no count for.
+
     Args:
         network: The network; it is not changed.
         example_inputs: What its ``forward`` takes, as for `lightning_prune.trace`.
     """
-    from fvcore.nn import flop_count_table
-
     try:
         with _analysis(network, example_inputs) as analysis:
-            return flop_count_table(analysis, max_depth=_depth(network) + 1)
+            from fvcore.nn import flop_count_table
+
+            table = flop_count_table(analysis, max_depth=_depth(network) + 1)
+            uncounted = analysis.unsupported_ops()
     except Exception as raised:  # as above
         return f"fvcore cannot count {type(network).__name__}: {_first_line(raised)}"
+    operators = [f"{operator} ({times})" for operator, times in sorted(uncounted.items())]
+    return f"{table}\nNot counted: {', '.join(operators)}" if operators else table
 
 
 def told(counted: int, modelled: int | None, failure: str) -> str:

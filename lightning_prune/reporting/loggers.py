@@ -169,7 +169,7 @@ def _can_draw() -> bool:
     found = find_spec("matplotlib") is not None
     if not found:
         warn(
-            "The figures are left out of the logs: matplotlib draws them, which `pip install "
+            "There are no figures in the logs: matplotlib draws them, which `pip install "
             '"lightning-prune[report]"` installs.'
         )
     return found

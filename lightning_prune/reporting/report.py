@@ -239,5 +239,5 @@ def _told_before(before: Measurement, metric: str) -> str:
     return f"{before.metrics[metric]:.4f} before the first prune"
 
 
-def _percent(part: float, total: float) -> str:
-    return f"{part / max(total, 1):.1%}"
+def _percent(kept: float, original: float) -> str:
+    return f"{kept / max(original, 1):.1%}"

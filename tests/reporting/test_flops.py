@@ -80,6 +80,11 @@ def test_what_fvcore_cannot_run_is_counted_by_the_cost_model() -> None:
     assert lines[-1].startswith("FLOPs before: 144 counted by the cost model, as fvcore cannot: there are no tensors")
 
 
+def test_the_table_tells_what_is_not_counted() -> None:
+    lines = flop_table(Network(), torch.zeros(3, 8)).splitlines()
+    assert lines[-1] == "Not counted: aten::add (1), aten::mul (1), aten::rand (1)"
+
+
 def test_the_table_has_every_layer() -> None:
     network = nn.Sequential(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), nn.Linear(4, 2))
     rows = [line.split("|")[1:] for line in flop_table(network, torch.zeros(1, 8)).splitlines()]
