@@ -1,4 +1,4 @@
-"""What `torch.compile` has made of a model, or of parts of it."""
+"""Compiled code: what `torch.compile` has made of a model or of submodules."""
 
 import sys
 from contextlib import AbstractContextManager, nullcontext

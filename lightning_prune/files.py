@@ -60,7 +60,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}.")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as raised:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as raised:
         raise ValueError(
             f"{str(path)!r} cannot be read as a checkpoint: the file is damaged, or holds more than tensors and plain "
             "values."

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = sorted((ROOT / "docs" / "methods").glob("*.md"))
 MARK = "<!-- runnable -->\n"  # before a block of Python
-SUBCOMMANDS = {"fit", "validate", "test", "predict", "inspect", "configs", *COMMANDS}
+SUBCOMMANDS = {"fit", "validate", "test", "predict", *COMMANDS}
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

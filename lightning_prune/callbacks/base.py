@@ -28,7 +28,8 @@ from lightning_prune.progress import progress, show_with
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History
 from lightning_prune.reporting.loggers import folder
-from lightning_prune.reporting.progress import follow, say, warn
+from lightning_prune.callbacks.bars import follow
+from lightning_prune.reporting.loggers import say, warn
 from lightning_prune.surgery import check
 
 __all__ = ["PruningCallback"]

@@ -23,7 +23,7 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning import CostModel, metric_named
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
-from lightning_prune.reporting.progress import say
+from lightning_prune.reporting.loggers import say
 from lightning_prune.search.filter_agent import FilterSearch, make_filter_agent
 from lightning_prune.search.pruning_problem import accuracy_of
 from lightning_prune.search.width_bounds import WidthBounds

@@ -1,21 +1,23 @@
-"""Recording of a run: for the checkpoints of the callback, the loggers, and the table at the end."""
+"""What a pruning callback records of a run: for its checkpoints, the loggers, and the table at the end."""
 
+import inspect
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_prune.planning.metrics import METRICS
 from lightning_prune.callbacks.trainer_state import metrics
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.planning import measure_latency
-from lightning_prune.planning.metrics import METRICS
+from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress
-from lightning_prune.pruning_plan import PruningPlan, plan_in_force
-from lightning_prune.reporting.history import History, run_folder, write_history
-from lightning_prune.reporting.loggers import log_end, log_prune
-from lightning_prune.reporting.progress import say
-from lightning_prune.reporting.summary import Measurement, summarize, whereabouts
+from lightning_prune.reporting.history import History
+from lightning_prune.reporting.loggers import log_end, log_history, log_prune, run_folder, say
+from lightning_prune.reporting.measurement import Measurement, measure
+from lightning_prune.reporting.summary import summarize, whereabouts
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks.base import PruningCallback
@@ -44,7 +46,7 @@ class Recorder:
 
     @property
     def kept(self) -> dict[str, float]:
-        """What is kept now, as a fraction of the original cost, by metric."""
+        """What is left now, as a fraction of the original, by metric."""
         widths = self._widths
         return {metric: cost(widths) / cost.original for metric, cost in self._costs.items()}
 
@@ -52,14 +54,18 @@ class Recorder:
         """Measure the network before the first prune, unless that is known."""
         if self.history is None and self.trainer.is_global_zero:
             with progress(f"Measuring {type(self.graph.model).__name__}"):
-                self.history = History.begin(callback, self.graph, self._measure())
+                kind = type(self.graph.model)
+                model = f"{kind.__module__}.{kind.__qualname__}"
+                self.history = History.begin(
+                    model, type(callback).__name__, settings_of(callback), self.graph, self._measure()
+                )
 
     def add_prune(self, plan: PruningPlan, step: int, scores: dict[str, Tensor]) -> None:
-        """Measure the network after a prune, and log it."""
+        """Measure what a prune has left, and log it."""
         if self.history is None or not self.trainer.is_global_zero:
             return
         self.history.add_prune(self.graph, plan, step, self.trainer.current_epoch, self._measure())
-        write_history(self.trainer, self.history)
+        log_history(self.trainer, self.history)
         log_prune(self.trainer, self.history, scores)
 
     def add_validation(self) -> None:
@@ -70,7 +76,7 @@ class Recorder:
         if not self.history.prunes:
             self.history.before.metrics = found
         self.history.add_epoch(self.trainer.current_epoch + 1, self.kept, found)
-        write_history(self.trainer, self.history)
+        log_history(self.trainer, self.history)
 
     def end(self) -> None:
         """Measure the network at the end of training, if it was pruned, and log it."""
@@ -78,7 +84,7 @@ class Recorder:
             return
         self.history.after = self._measure()
         self.history.after.metrics = metrics(self.trainer)
-        write_history(self.trainer, self.history)
+        log_history(self.trainer, self.history)
         log_end(self.trainer, self.history)
 
     def tell(self) -> None:
@@ -94,9 +100,19 @@ class Recorder:
 
     def _measure(self) -> Measurement:
         """Count and time the network as it is now."""
-        module = self.graph.model.get_submodule(self.graph.module)
-        return Measurement(
-            params=sum(parameter.numel() for parameter in module.parameters()),
-            flops=int(self._costs["flops"](self._widths)),
-            latency_ms=measure_latency(module, self.graph.example_inputs),
-        )
+        network = self.graph.model.get_submodule(self.graph.module)
+        return measure(network, self.graph.example_inputs, int(self._costs["flops"](self._widths)))
+
+
+def settings_of(callback: "PruningCallback") -> dict[str, Any]:
+    """Return the arguments of the constructors of a callback's classes, as plain values."""
+    kinds = [kind for kind in type(callback).__mro__ if "__init__" in vars(kind) and kind is not object]
+    names = dict.fromkeys(name for kind in reversed(kinds) for name in inspect.signature(kind).parameters)
+    return {name: _plain(getattr(callback, name)) for name in names if hasattr(callback, name)}
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:  # a tensor, say
+        return type(value).__name__

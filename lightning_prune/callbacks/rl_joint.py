@@ -22,7 +22,7 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning import metric_named
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
-from lightning_prune.reporting.progress import say
+from lightning_prune.reporting.loggers import say
 from lightning_prune.search.policy_search import PolicySearch
 from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
 

@@ -54,13 +54,11 @@ def main(arguments: Sequence[str]) -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {given.threads} threads"
     turns = f"median (quartiles) of {given.rounds} turns"
     print(f"{type(loaded.model).__name__} on {where}, torch {torch.__version__}; {turns}")
-    rows: list[tuple[str, ...]] = [
-        ("batch", "original (ms)", "pruned (ms)", "speed-up", "original (1/s)", "pruned (1/s)")
-    ]
+    rows = [("batch", "original (ms)", "pruned (ms)", "speed-up", "original (1/s)", "pruned (1/s)")]
     for size in given.batch_sizes:
         inputs = random_inputs(loaded.inputs, size)
-        taken = times([original.to(device), loaded.model.to(device)], inputs, given.rounds)
-        rows.append(_row(size, *taken))
+        original_ms, pruned_ms = times([original.to(device), loaded.model.to(device)], inputs, given.rounds)
+        rows.append(_row(size, original_ms, pruned_ms))
     print("\n".join(aligned(rows)))
 
 
@@ -102,14 +100,21 @@ def times(models: Sequence[nn.Module], example_inputs: Any, rounds: int) -> list
     return times_in_turns([partial(turn, model) for model in models], rounds)
 
 
-def _row(size: int, original: list[float], pruned: list[float]) -> tuple[str, ...]:
-    ratio = statistics.median(before / after for before, after in zip(original, pruned, strict=True))
-    rates = [f"{1000 * size / statistics.median(each):,.0f}" for each in (original, pruned)]
-    return str(size), _told(original), _told(pruned), f"{ratio:.2f}x", *rates
+def _row(size: int, original: list[float], pruned: list[float]) -> tuple[str, str, str, str, str, str]:
+    speed_ups = [before / after for before, after in zip(original, pruned, strict=True)]
+    speed_up = f"{statistics.median(speed_ups):.2f}x"
+    return str(size), _told(original), _told(pruned), speed_up, _rate(size, original), _rate(size, pruned)
 
 
-def _told(taken: list[float]) -> str:
-    low, middle, high = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else taken * 3
+def _rate(size: int, milliseconds: list[float]) -> str:
+    """Return how many samples a second were processed."""
+    return f"{1000 * size / statistics.median(milliseconds):,.0f}"
+
+
+def _told(milliseconds: list[float]) -> str:
+    if len(milliseconds) == 1:
+        milliseconds = milliseconds * 2  # of one turn, all quartiles are alike
+    low, middle, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 

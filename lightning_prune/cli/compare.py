@@ -12,7 +12,8 @@ from lightning_prune.graph import trace
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.history import read_histories
-from lightning_prune.reporting.summary import Measurement, summarize
+from lightning_prune.reporting.measurement import Measurement, measure
+from lightning_prune.reporting.summary import summarize
 
 __all__ = ["main"]
 
@@ -48,20 +49,18 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _measured(checkpoints: list[Loaded]) -> list[Measurement]:
-    """Count two models, and time them turn and turn about."""
-    latencies = times([each.model for each in checkpoints], checkpoints[0].inputs, rounds=5)
+    """Count the models, and time them turn and turn about."""
+    latencies = times([loaded.model for loaded in checkpoints], checkpoints[0].inputs, rounds=5)
     return [
-        Measurement(
-            params=sum(parameter.numel() for parameter in each.model.parameters()),
-            flops=_flops(each),
-            latency_ms=statistics.median(taken),
-            metrics=each.histories[0].last.metrics if each.histories else {},
-        )
-        for each, taken in zip(checkpoints, latencies, strict=True)
+        _measurement(loaded, statistics.median(latency)) for loaded, latency in zip(checkpoints, latencies, strict=True)
     ]
 
 
-def _flops(checkpoint: Loaded) -> int:
-    plan = plan_in_force(checkpoint.model)
-    cost = CostModel(trace(checkpoint.model, checkpoint.inputs), "flops")
-    return int(cost(plan.widths if plan is not None else {}))
+def _measurement(loaded: Loaded, latency_ms: float) -> Measurement:
+    plan = plan_in_force(loaded.model)
+    cost = CostModel(trace(loaded.model, loaded.inputs), "flops")
+    flops = int(cost(plan.widths if plan is not None else {}))
+    measured = measure(loaded.model, loaded.inputs, flops, latency_ms)
+    if loaded.histories:
+        measured.metrics = loaded.histories[0].last.metrics
+    return measured

@@ -1,19 +1,20 @@
 """Checkpoints as the subcommands take them: with the class found, and example inputs."""
 
-import pickle
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 
 from lightning_prune.checkpoint import load_pruned
+from lightning_prune.files import read_checkpoint
 from lightning_prune.importing import imported
-from lightning_prune.models import ImageClassifier
 from lightning_prune.reporting.history import History
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 __all__ = ["Loaded", "add_loading_options", "load"]
 
@@ -28,7 +29,7 @@ class Loaded:
         histories: What pruning callbacks have noted until then.
     """
 
-    model: LightningModule
+    model: "LightningModule"
     inputs: Any
     histories: list[History]
 
@@ -37,13 +38,16 @@ def add_loading_options(parser: ArgumentParser) -> None:
     """Add the options that say what a checkpoint does not."""
     parser.add_argument("--model", metavar="CLASS_PATH", help="import path of the LightningModule, if it is not found")
     parser.add_argument(
-        "--input_shape", type=int, nargs="+", metavar="N",
+        "--input_shape",
+        type=int,
+        nargs="+",
+        metavar="N",
         help="shape of the input with its batch, such as 1 3 224 224 (default: the model's example_input_array)",
-    )  # fmt: skip
+    )
 
 
 def load(path: Path, class_path: str | None = None, input_shape: list[int] | None = None) -> Loaded:
-    """Load a checkpoint onto its class.
+    """Load a checkpoint onto its class, in evaluation mode.
 
     Args:
         path: The checkpoint file.
@@ -55,16 +59,10 @@ def load(path: Path, class_path: str | None = None, input_shape: list[int] | Non
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no checkpoint, its class is not found, or there are no inputs.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as raised:
-        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint.") from raised
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{str(path)!r} is no checkpoint of a Lightning Trainer: it has no 'state_dict'.")
+    checkpoint = read_checkpoint(path)
     histories = _histories(checkpoint)
-    model = load_pruned(_find_class(class_path or _noted_class(checkpoint, histories, path)), path)
+    found = _find_class(class_path or _noted_class(checkpoint, histories, path))
+    model = load_pruned(found, path)
     inputs = torch.zeros(input_shape) if input_shape else model.example_input_array
     if inputs is None:
         raise ValueError(
@@ -75,9 +73,9 @@ def load(path: Path, class_path: str | None = None, input_shape: list[int] | Non
 
 
 def _histories(checkpoint: Mapping[str, Any]) -> list[History]:
-    states = checkpoint.get("callbacks", {}).values()
-    found = [state["history"] for state in states if isinstance(state, dict) and state.get("history")]
-    return [History.from_json(content) for content in found]
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    contents = [state.get("history") for state in states]
+    return [History.from_json(content) for content in contents if content]
 
 
 def _noted_class(checkpoint: Mapping[str, Any], histories: list[History], path: Path) -> str:
@@ -87,13 +85,15 @@ def _noted_class(checkpoint: Mapping[str, Any], histories: list[History], path: 
     if histories:
         return histories[0].model
     if {"network", "num_classes", "input_shape"} <= settings.keys():
-        return f"{ImageClassifier.__module__}.{ImageClassifier.__qualname__}"
+        return "lightning_prune.models.ImageClassifier"
     raise ValueError(
         f"{str(path)!r} does not say of which class it is: give --model, such as --model mypackage.MyModel."
     )
 
 
-def _find_class(class_path: str) -> type[LightningModule]:
+def _find_class(class_path: str) -> "type[LightningModule]":
+    from lightning.pytorch import LightningModule  # takes seconds, which --help need not
+
     try:
         found = imported(class_path)
     except ImportError as raised:

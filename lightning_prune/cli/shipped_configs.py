@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["FOLDER", "copy", "find", "listing", "main"]
 
 FOLDER = Path(__file__).parents[1] / "configs"
-_PART = re.compile(r"^(\w+): (\S+\.yaml)$", re.MULTILINE)
+_OTHER_FILE = re.compile(r"^(\w+): (\S+\.yaml)$", re.MULTILINE)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,7 +45,12 @@ def listing() -> list[str]:
     """
     paths = sorted(FOLDER.glob("*.yaml"))
     width = max(len(path.stem) for path in paths)
-    return [f"{path.stem:{width}}  {path.read_text().partition(chr(10))[0].removeprefix('# ')}" for path in paths]
+    return [f"{path.stem.ljust(width)}  {_title(path)}" for path in paths]
+
+
+def _title(config: Path) -> str:
+    first_line = config.read_text().splitlines()[0]
+    return first_line.removeprefix("# ")
 
 
 def copy(name: str, destination: Path) -> Path:
@@ -78,7 +83,7 @@ def copy(name: str, destination: Path) -> Path:
     target = destination / source.name if destination.is_dir() else destination
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(target.parent)!r}: make it first.")
-    text = _PART.sub(_inline, source.read_text())
+    text = _OTHER_FILE.sub(_inline, source.read_text())
     try:
         with target.open("x") as file:
             file.write(text)
@@ -105,6 +110,9 @@ def find(argument: str) -> str:
     return f"{option}{equals}{inside}" if inside.is_file() else argument
 
 
-def _inline(part: re.Match[str]) -> str:
-    lines = (FOLDER / part[2]).read_text().splitlines()
-    return "\n".join([f"{part[1]}:", *(f"  {line}".rstrip() for line in lines)])
+def _inline(found: re.Match[str]) -> str:
+    """Return the content of a file that a config names, as a block of the config."""
+    key, file = found.groups()
+    lines = (FOLDER / file).read_text().splitlines()
+    indented = [f"  {line}".rstrip() for line in lines]
+    return "\n".join([f"{key}:", *indented])

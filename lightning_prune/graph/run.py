@@ -14,6 +14,7 @@ from lightning_prune.graph.sizes import class_name
 from lightning_prune.graph.slots import SlotTable
 from lightning_prune.graph.substitution import named_tensors, substituting_tensors
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
+from lightning_prune.progress import redraw
 from lightning_prune.pruning_plan import plan_in_force
 
 __all__ = ["Forward", "KeptPositions", "as_call"]
@@ -85,6 +86,7 @@ class Forward:
                 forward = tracer.muting(rule, module, forward)
             return tracer.watched(name, forward)
 
+        redraw()  # bars go on from run to run
         with neutral_state():
             stand_ins = self._stand_ins(tracer, kept)
             args, kwargs = tree_map(self._stand_in_of_input, (self.args, self.kwargs))

@@ -1,123 +1,145 @@
-"""Charts as HTML and SVG text that need no script and no network; colours come from the page's style."""
+"""Line charts: where ticks, points and marks lie; the templates draw them."""
 
 import math
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 
-__all__ = ["Mark", "line_chart", "paired_bar", "table"]
+__all__ = ["HEIGHT", "LEFT", "WIDTH", "LineChart", "Mark", "Point", "line_chart"]
 
-WIDTH, HEIGHT = 720, 220
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 22, 30
+# All in pixels; the lines lie within margins.
+WIDTH = 720
+HEIGHT = 220
+LEFT = 56
+RIGHT = 12
+TOP = 22
+BOTTOM = 30
 
-Mark = tuple[float, str]  # a place on the x axis, and what happened there
+
+@dataclass(frozen=True)
+class Point:
+    """A measured value.
+
+    Attributes:
+        x: Where it was measured, on the x axis.
+        y: The value.
+        left: Pixels from the left edge of the chart.
+        top: Pixels from its upper edge.
+    """
+
+    x: float
+    y: float
+    left: float
+    top: float
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened.
+
+    Attributes:
+        x: Where on the x axis.
+        text: What.
+    """
+
+    x: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis: round numbers at equal distances, and where they lie.
+
+    Attributes:
+        ticks: The numbers, ascending.
+        first: Pixel of the first one.
+        last: Pixel of the last one.
+    """
+
+    ticks: Sequence[float]
+    first: float
+    last: float
+
+    def place(self, value: float) -> float:
+        """Return the pixel of a value."""
+        lowest, highest = self.ticks[0], self.ticks[-1]
+        share = (value - lowest) / (highest - lowest)
+        length = self.last - self.first
+        return self.first + share * length
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """A line through points, with vertical lines where something happened.
+
+    Attributes:
+        name: What the y axis shows.
+        across: What the x axis shows.
+        x: The x axis.
+        y: The y axis.
+        points: The points, from left to right.
+        marks: What happened.
+    """
+
+    name: str
+    across: str
+    x: Scale
+    y: Scale
+    points: Sequence[Point]
+    marks: Sequence[Mark]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
 
 
 def line_chart(
-    name: str, points: Sequence[tuple[float, float]], marks: Sequence[Mark] = (), across: str = "epochs trained"
-) -> str:
-    """Draw a line through points, with vertical lines where something happened.
+    name: str, values: Sequence[tuple[float, float]], marks: Sequence[Mark] = (), across: str = "epochs trained"
+) -> LineChart:
+    """Lay out a line chart.
 
     Args:
         name: What the y axis shows.
-        points: (x, y), ascending in x; at least one.
+        values: (x, y), ascending in x; at least one.
         marks: Where something happened, and what.
         across: What the x axis shows.
 
-    Returns:
-        An ``<svg>`` element.
-
     Example:
-        >>> drawn = line_chart("accuracy", [(1, 0.5), (2, 0.75)], [(1, "prune 1")])
-        >>> drawn.count("<circle"), drawn.count('class="mark"')
-        (2, 1)
+        >>> chart = line_chart("accuracy", [(1, 0.5), (2, 0.75)], [Mark(1, "prune 1")])
+        >>> chart.x.ticks
+        [0.0, 1.0, 2.0]
+        >>> [round(point.left) for point in chart.points]
+        [382, 708]
     """
-    x_ticks = _ticks(min(0.0, points[0][0]), max([points[-1][0], *(x for x, _ in marks)]), 10, whole=True)
-    y_ticks = _ticks(min(y for _, y in points), max(y for _, y in points), 5)
-    across_span, up_span = x_ticks[-1] - x_ticks[0], y_ticks[-1] - y_ticks[0]
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            LEFT + (x - x_ticks[0]) / across_span * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - (y - y_ticks[0]) / up_span * (HEIGHT - TOP - BOTTOM),
-        )
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">']
-    for y in y_ticks:
-        _, height = place(x_ticks[0], y)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{height + 4:.1f}" text-anchor="end">{y:.6g}</text>')
-    for x in x_ticks:
-        left, _ = place(x, y_ticks[0])
-        parts.append(f'<text class="tick" x="{left:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{x:.6g}</text>')
-    for x, text in marks:
-        left, _ = place(x, y_ticks[0])
-        parts.append(
-            f'<line class="mark" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
-            f"<title>{escape(text)}</title></line>"
-        )
-    placed = [place(x, y) for x, y in points]
-    parts.append(f'<polyline class="line" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in placed)}"/>')
-    for (x, y), (left, height) in zip(points, placed, strict=True):
-        parts.append(
-            f'<circle class="point" cx="{left:.1f}" cy="{height:.1f}" r="3">'
-            f"<title>{x:g} {escape(across)}: {y:.6g}</title></circle>"
-        )
-    parts.append(f'<text class="name" x="{LEFT}" y="13">{escape(name)}</text>')
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="13" text-anchor="end">{escape(across)}</text></svg>')
-    return "".join(parts)
-
-
-def _ticks(least: float, most: float, count: int, whole: bool = False) -> list[float]:
-    """Return round numbers at equal distances around a range."""
-    span = most - least
-    if span <= 1e-9 * max(abs(least), abs(most)) or span < 1e-100:  # as good as one value
-        span = max(abs(least), abs(most)) if max(abs(least), abs(most)) > 1e-100 else 1.0
-    step = 10.0 ** math.floor(math.log10(span / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
-    step = max(step, 1.0) if whole else step
-    first, last = math.floor(least / step + 1e-9), math.ceil(most / step - 1e-9)
-    return [number * step for number in range(first, max(last, first + 1) + 1)]
-
-
-def paired_bar(before: float, after: float, longest: float, told: str) -> str:
-    """Draw one bar within another: what there was, and what is left of it.
-
-    Args:
-        before: Length of the outer bar.
-        after: Length of the inner bar.
-        longest: The length that fills the width.
-        told: What is told where the mouse points.
-
-    Returns:
-        A ``<div>`` element.
-
-    Example:
-        >>> paired_bar(8, 4, 16, "4 of 8")
-        '<div class="bar" title="4 of 8"><i style="width:50.0%"></i><b style="width:25.0%"></b></div>'
-    """
-    outer, inner = (100 * length / longest if longest else 0.0 for length in (before, after))
-    return (
-        f'<div class="bar" title="{escape(told)}"><i style="width:{outer:.1f}%"></i>'
-        f'<b style="width:{inner:.1f}%"></b></div>'
+    xs = [x for x, _ in values]
+    ys = [y for _, y in values]
+    begin = min(0.0, xs[0])
+    end = max([xs[-1], *(mark.x for mark in marks)])
+    x_axis = Scale(
+        ticks=_ticks(begin, end, 10, least_step=1.0),
+        first=LEFT,
+        last=WIDTH - RIGHT,
     )
+    y_axis = Scale(
+        ticks=_ticks(min(ys), max(ys), 5),
+        first=HEIGHT - BOTTOM,
+        last=TOP,
+    )
+    points = [Point(x, y, left=x_axis.place(x), top=y_axis.place(y)) for x, y in values]
+    return LineChart(name, across, x_axis, y_axis, points, marks)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
-    """Write a table.
-
-    Args:
-        head: Names of the columns, as text.
-        rows: The cells, as HTML.
-        kind: Class of the table in the page's style.
-
-    Returns:
-        A ``<table>`` element.
-
-    Example:
-        >>> table(["a"], [["<b>1</b>"]])
-        '<div class="wide"><table class="numbers"><tr><th>a</th></tr><tr><td><b>1</b></td></tr></table></div>'
-    """
-    lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
-    lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="wide"><table class="{kind}">{body}</table></div>'
+def _ticks(least: float, most: float, count: int, least_step: float = 0.0) -> list[float]:
+    """Return round numbers at equal distances around a range, about as many as asked for."""
+    largest = max(abs(least), abs(most))
+    span = most - least
+    if span <= 1e-9 * largest or span < 1e-100:  # as good as one value
+        span = largest if largest > 1e-100 else 1.0
+    power = 10.0 ** math.floor(math.log10(span / count))
+    steps = [factor * power for factor in (1, 2, 5, 10)]
+    step = max(least_step, next(step for step in steps if span / step <= count))
+    first = math.floor(least / step + 1e-9)
+    last = math.ceil(most / step - 1e-9)
+    numbers = range(first, max(last, first + 1) + 1)
+    return [number * step for number in numbers]

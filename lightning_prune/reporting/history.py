@@ -1,30 +1,26 @@
-"""What became of a network in a run: kept by the callback, saved in checkpoints, and written beside the logs.
+"""History of a run: what became of a network, kept by the callback, saved in checkpoints and written beside the logs.
 
 The history is part of the callback's state. A run that is resumed therefore goes on with that of its checkpoint:
-nothing is lost where the logs of the new run are in another folder, and nothing is told twice.
+nothing is missing where the logs of the new run are in another folder, and nothing is told twice.
 """
 
-import inspect
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import lightning.pytorch as pl
-
+from lightning_prune.files import written_whole
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.channel_graph import Axis, Term
 from lightning_prune.planning.segments import time_by_layer
 from lightning_prune.pruning_plan import PruningPlan
-from lightning_prune.reporting.summary import Measurement
+from lightning_prune.reporting.measurement import Measurement
 
-if TYPE_CHECKING:
-    from lightning_prune.callbacks.base import PruningCallback
+__all__ = ["History", "Layer", "Prune", "layers_at", "read_histories", "write_history"]
 
-__all__ = ["History", "Layer", "Prune", "layers_at", "read_histories", "run_folder", "write_history"]
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_FORMER_NAMES = {"held": "unprunable", "left": "after"}  # of version 1
 
 
 @dataclass
@@ -33,7 +29,7 @@ class Layer:
 
     Attributes:
         name: Dotted name of the module, or the class of the model for what it does by itself.
-        flops: FLOPs of the example inputs.
+        flops: FLOPs of the example inputs, counted by the cost model.
         params: Number of parameters that channels are slices of.
         ms: Milliseconds from the start of the layer, or of the model, to the start of the next one.
     """
@@ -53,15 +49,22 @@ class Prune:
         epoch: Number of epochs trained before it.
         budget: What was asked, reachable, rounded and achieved, as fractions of the original; see
             `lightning_prune.pruning_plan`.
-        widths: Channels that stay, by group name.
-        left: The network that is left.
+        widths: Channels that are kept, by group name.
+        after: The network after it.
     """
 
     step: int
     epoch: int
     budget: dict[str, Any]
     widths: dict[str, int]
-    left: Measurement
+    after: Measurement
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Prune":
+        """Make a prune from plain values."""
+        values = _with_names_of_today(content)
+        values["after"] = Measurement.from_json(values["after"])
+        return cls(**values)
 
 
 @dataclass
@@ -72,9 +75,9 @@ class History:
         model: Import path of the LightningModule.
         callback: Class name of the pruning callback.
         settings: Its settings, by name.
-        module: Dotted name of the part that was pruned; empty for the whole model.
+        module: Dotted name of the submodule that was pruned; empty for the whole model.
         groups: Original number of channels, by group name.
-        held: What stays whole: (channels, reason) by module name.
+        unprunable: What cannot be pruned: (channels, reason) by module name.
         before: The network before the first prune.
         layers_before: What its layers cost, in the order of the forward pass.
         prunes: The prunes so far.
@@ -89,7 +92,7 @@ class History:
     settings: dict[str, Any]
     module: str
     groups: dict[str, int]
-    held: dict[str, tuple[int, str]]
+    unprunable: dict[str, tuple[int, str]]
     before: Measurement
     layers_before: list[Layer]
     prunes: list[Prune] = field(default_factory=list)
@@ -98,46 +101,75 @@ class History:
     after: Measurement | None = None
 
     @classmethod
-    def begin(cls, callback: "PruningCallback", graph: ChannelGraph, before: Measurement) -> "History":
+    def begin(
+        cls, model: str, callback: str, settings: dict[str, Any], graph: ChannelGraph, before: Measurement
+    ) -> "History":
         """Begin the history of a run.
 
         Args:
-            callback: The callback that prunes.
+            model: Import path of the LightningModule.
+            callback: Class name of the pruning callback.
+            settings: Its settings, by name, as plain values.
             graph: The traced model.
             before: The network before the first prune.
         """
-        kind = type(graph.model)
         return cls(
-            model=f"{kind.__module__}.{kind.__qualname__}",
-            callback=type(callback).__name__,
-            settings=_settings(callback),
+            model=model,
+            callback=callback,
+            settings=settings,
             module=graph.module,
             groups={name: group.size for name, group in graph.groups.items()},
-            held={name: (held.channels, held.reason) for name, held in graph.unprunable.items()},
+            unprunable={name: (found.channels, found.reason) for name, found in graph.unprunable.items()},
             before=before,
             layers_before=layers_at(graph, {}),
         )
 
-    def add_prune(self, graph: ChannelGraph, plan: PruningPlan, step: int, epoch: int, left: Measurement) -> None:
-        """Add a prune that has just been done."""
-        self.prunes.append(Prune(step, epoch, dict(plan.budget or {}), plan.widths, left))
+    def add_prune(self, graph: ChannelGraph, plan: PruningPlan, step: int, epoch: int, after: Measurement) -> None:
+        """Add a prune that has just been done.
+
+        Args:
+            graph: The traced model.
+            plan: What the model has been pruned to.
+            step: The number of the prune, from 1.
+            epoch: Number of epochs trained before it.
+            after: The network after it.
+        """
+        prune = Prune(
+            step=step,
+            epoch=epoch,
+            budget=dict(plan.budget or {}),
+            widths=plan.widths,
+            after=after,
+        )
+        self.prunes.append(prune)
         self.layers_after = layers_at(graph, plan.widths)
 
     def add_epoch(self, epoch: int, kept: Mapping[str, float], metrics: Mapping[str, float]) -> None:
-        """Add a validation after some epochs of training; a second one of the same epoch takes its place."""
-        told = {"epoch": epoch, **{f"keep_{metric}": fraction for metric, fraction in kept.items()}, **metrics}
-        self.epochs = [*(each for each in self.epochs if each["epoch"] != epoch), told]
+        """Add a validation; a second one of the same epoch takes the place of the first.
+
+        Args:
+            epoch: Number of epochs trained until then.
+            kept: What is kept, as a fraction of the original, by what it is a fraction of.
+            metrics: What was measured, by name.
+        """
+        fractions = {f"keep_{metric}": fraction for metric, fraction in kept.items()}
+        earlier = [validation for validation in self.epochs if validation["epoch"] != epoch]
+        self.epochs = [*earlier, {"epoch": epoch, **fractions, **metrics}]
 
     @property
     def widths(self) -> dict[str, int]:
         """Channels of each group now, by group name."""
-        return {**self.groups, **(self.prunes[-1].widths if self.prunes else {})}
+        pruned = self.prunes[-1].widths if self.prunes else {}
+        return {**self.groups, **pruned}
 
     @property
     def metrics(self) -> list[str]:
         """The names of the validation metrics, with accuracies first and losses last."""
-        names = {name for each in self.epochs for name in each if name != "epoch" and not name.startswith("keep_")}
-        return sorted(names, key=lambda name: ("acc" not in name, "loss" in name, len(name), name))
+        names: set[str] = set()
+        for validation in self.epochs:
+            names.update(validation)
+        metrics = filter(_is_metric, names)
+        return sorted(metrics, key=_accuracies_first)
 
     @property
     def shown_metric(self) -> str:
@@ -149,10 +181,10 @@ class History:
         """The network as it was last measured, with the metrics of the last validation."""
         if self.after is not None:
             return self.after
-        known = self.prunes[-1].left if self.prunes else self.before
+        known = self.prunes[-1].after if self.prunes else self.before
         latest = self.epochs[-1] if self.epochs else {}
         metrics = {name: latest[name] for name in self.metrics if name in latest}
-        return Measurement(known.params, known.flops, known.latency_ms, metrics)
+        return replace(known, metrics=metrics)
 
     def to_json(self) -> dict[str, Any]:
         """Return the history as plain values."""
@@ -165,20 +197,42 @@ class History:
         Raises:
             ValueError: If the content is no history, or of a newer format.
         """
-        given = dict(content)
-        version = given.pop("version", None)
+        values = _with_names_of_today(content)
+        version = values.pop("version", None)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ValueError(
                 f"The history has format version {version!r}, this lightning-prune reads up to {FORMAT_VERSION}; "
                 "install a newer lightning-prune."
             )
-        for name in ("layers_before", "layers_after"):
-            given[name] = [Layer(**layer) for layer in given[name]]
-        given["before"] = Measurement.from_json(given["before"])
-        given["after"] = Measurement.from_json(given["after"]) if given["after"] else None
-        given["prunes"] = [Prune(**{**each, "left": Measurement.from_json(each["left"])}) for each in given["prunes"]]
-        given["held"] = {name: (channels, reason) for name, (channels, reason) in given["held"].items()}
-        return cls(**given)
+        history = cls(**values)
+        history.unprunable = {
+            name: (channels, reason)  # JSON has lists in place of tuples
+            for name, (channels, reason) in history.unprunable.items()
+        }
+        history.before = Measurement.from_json(values["before"])
+        history.layers_before = [Layer(**layer) for layer in values["layers_before"]]
+        history.prunes = [Prune.from_json(prune) for prune in values["prunes"]]
+        history.layers_after = [Layer(**layer) for layer in values["layers_after"]]
+        if history.after is not None:
+            history.after = Measurement.from_json(values["after"])
+        return history
+
+
+def _with_names_of_today(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {_FORMER_NAMES.get(name, name): value for name, value in content.items()}
+
+
+def _is_metric(name: str) -> bool:
+    return name != "epoch" and not name.startswith("keep_")
+
+
+def _accuracies_first(metric: str) -> tuple[bool, bool, int, str]:
+    no_accuracy = "acc" not in metric
+    loss = "loss" in metric
+    return no_accuracy, loss, len(metric), metric
+
+
+# -- costs by layer ----------------------------------------------------------------------------------------------------
 
 
 def layers_at(graph: ChannelGraph, widths: Mapping[str, int]) -> list[Layer]:
@@ -186,72 +240,54 @@ def layers_at(graph: ChannelGraph, widths: Mapping[str, int]) -> list[Layer]:
 
     Args:
         graph: The traced model.
-        widths: Channels by group name; groups that are absent are whole.
+        widths: Channels by group name; groups that are absent have all of theirs.
     """
-    flops, params = (_by_module(graph, metric, widths) for metric in ("flops", "params"))
+    lengths = {name: widths.get(name, group.size) for name, group in graph.groups.items()}
+    flops = _by_module(graph.terms["flops"], lengths)
+    params = _by_module(graph.terms["params"], lengths)
     times = time_by_layer(graph, dict(widths))
     times[type(graph.model).__name__] = times.pop("", 0.0)  # as what the model does by itself is called in the costs
-    order = dict.fromkeys([*times, *flops, *params])
-    return [Layer(name, flops.get(name, 0.0), params.get(name, 0.0), times.get(name, 0.0)) for name in order]
+    names = dict.fromkeys([*times, *flops, *params])
+    return [
+        Layer(
+            name=name,
+            flops=flops.get(name, 0.0),
+            params=params.get(name, 0.0),
+            ms=times.get(name, 0.0),
+        )
+        for name in names
+    ]
 
 
-def _by_module(graph: ChannelGraph, metric: str, widths: Mapping[str, int]) -> dict[str, float]:
+def _by_module(terms: list[Term], widths: Mapping[str, int]) -> dict[str, float]:
     costs: dict[str, float] = {}
-    for term in graph.terms[metric]:
+    for term in terms:
         cost = term.coefficient
         for axis in term.axes:
-            cost *= axis.fixed + sum(n * widths.get(name, graph.groups[name].size) for name, n in axis.groups)
+            cost *= _length(axis, widths)
         costs[term.module] = costs.get(term.module, 0.0) + cost
     return costs
 
 
-def _settings(callback: "PruningCallback") -> dict[str, Any]:
-    """Return the arguments of the constructors of a callback's classes, as plain values."""
-    kinds = [kind for kind in type(callback).__mro__ if "__init__" in vars(kind) and kind is not object]
-    names = dict.fromkeys(name for kind in reversed(kinds) for name in inspect.signature(kind).parameters)
-    return {name: _plain(getattr(callback, name)) for name in names if hasattr(callback, name)}
-
-
-def _plain(value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value))
-    except TypeError:  # a tensor, say
-        return type(value).__name__
+def _length(axis: Axis, widths: Mapping[str, int]) -> int:
+    positions = [per_channel * widths[group] for group, per_channel in axis.groups]
+    return axis.fixed + sum(positions)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def run_folder(trainer: "pl.Trainer") -> Path | None:
-    """Return the folder that the first logger writes to, or None if there is no logger that has one on this machine."""
-    for logger in trainer.loggers:
-        folder = getattr(logger, "log_dir", None)
-        if not isinstance(folder, str | os.PathLike) and isinstance(logger.save_dir, str | os.PathLike):
-            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-            folder = os.path.join(logger.save_dir, str(logger.name), version)  # as ModelCheckpoint finds its folder
-        if isinstance(folder, str | os.PathLike) and "://" not in str(folder):  # as in s3://bucket/logs
-            return Path(folder)
-    return None
-
-
-def write_history(trainer: "pl.Trainer", history: History) -> None:
-    """Write a history into the folder of the run, in one step; for the first rank.
+def write_history(folder: Path, history: History) -> None:
+    """Write a history into the folder of its run; the file is there whole or not at all.
 
     Args:
-        trainer: The trainer; nothing is written if it has no logger.
-        history: What to write, into ``pruning.json``, or ``pruning.<module>.json`` if it is about a part of the model.
+        folder: The folder; it is made if it is not there.
+        history: What to write, into ``pruning.json``, or ``pruning.<module>.json`` if it is about a submodule.
     """
-    folder = run_folder(trainer)
-    if folder is None:
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (f"pruning.{history.module}.json" if history.module else "pruning.json")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(history.to_json(), indent=1))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    name = f"pruning.{history.module}.json" if history.module else "pruning.json"
+    with written_whole(folder / name) as file:
+        file.write_text(json.dumps(history.to_json(), indent=1))
 
 
 def read_histories(run: str | Path) -> list[History]:
@@ -272,10 +308,17 @@ def read_histories(run: str | Path) -> list[History]:
         raise FileNotFoundError(f"There is no run at {str(run)!r}: give the folder with its logs.")
     paths = sorted(folder.glob("pruning*.json"))
     if not paths:
-        below = sorted(str(path.parent) for path in folder.glob("*/**/pruning*.json"))
-        hint = f"; there are runs in {', '.join(dict.fromkeys(below))}" if below else ""
-        raise FileNotFoundError(f"{str(run)!r} has no pruning.json, so no pruning callback has logged there{hint}.")
+        raise FileNotFoundError(
+            f"{str(run)!r} has no pruning.json, so no pruning callback has logged there{_hint(folder)}."
+        )
     return [_read(path) for path in paths]
+
+
+def _hint(folder: Path) -> str:
+    """Return where below a folder there are runs."""
+    paths = sorted(folder.glob("*/**/pruning*.json"))
+    runs = dict.fromkeys(sorted(str(path.parent) for path in paths))
+    return f"; there are runs in {', '.join(runs)}" if runs else ""
 
 
 def _read(path: Path) -> History:

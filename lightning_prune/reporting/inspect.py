@@ -1,20 +1,25 @@
-"""What can be pruned in a network and what cannot, as text."""
+"""Description of a network as text: what can be pruned in it, what it costs, and what cannot be pruned."""
 
-from lightning_prune.graph import ChannelGraph
+from collections.abc import Sequence
+
+from lightning_prune.graph import ChannelGraph, Group
 from lightning_prune.planning.cost import CostModel
+from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.reporting.flops import count_flops, told
 
 __all__ = ["describe"]
 
 
 def describe(graph: ChannelGraph) -> str:
-    """Describe the channel groups of a model, what they cost, and what stays whole and why.
+    """Describe the channel groups of a model, what they cost, and what cannot be pruned and why.
 
     Args:
         graph: The traced model.
 
     Returns:
-        A table of groups: name, channels, share of the FLOPs and parameters that would go if all but one of its
-        channels went, and the layers that are coupled; then what is held, with the reason.
+        What can be pruned, the FLOPs as fvcore counts them, with the cost model's where they differ, and a table of
+        groups: name, channels, share of the FLOPs and parameters that would be saved if all but one of its channels
+        were pruned, and the layers that are coupled. Then what is unprunable, with the reason.
 
     Example:
         >>> import torch
@@ -23,27 +28,68 @@ def describe(graph: ChannelGraph) -> str:
         >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> print(describe(trace(model, torch.zeros(1, 2))))
         1 group of 8 channels can be pruned
+        FLOPs: 32 counted by fvcore
         group  channels  flops  params  layers
         0             8  87.5%   83.3%  0, 2
-        stays whole: 2 (2 channels): 2: is an output of the network
+        unprunable: 2 (2 channels): 2: is an output of the network
     """
-    costs = [CostModel(graph, metric) for metric in ("flops", "params")]
-    rows: list[list[str]] = [["group", "channels", "flops", "params", "layers"]]
+    flops = CostModel(graph, "flops")
+    params = CostModel(graph, "params")
+    rows = [("group", "channels", "flops", "params", "layers")]
     for name, group in graph.groups.items():
-        shares = [f"{1 - cost({name: 1}) / max(cost.original, 1):.1%}" for cost in costs]
-        layers = dict.fromkeys(part.tensor.rpartition(".")[0] for part in group.slices)
-        inexact = f" (not exact: {group.not_mask_exact})" if group.not_mask_exact else ""
-        rows.append([name, str(group.size), *shares, ", ".join(layers) + inexact])
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    total = sum(group.size for group in graph.groups.values())
-    lines = [f"{_count(len(graph.groups), 'group')} of {_count(total, 'channel')} can be pruned"]
-    for row in rows:
-        cells = [number.rjust(width) for number, width in zip(row[1:4], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells, row[4]]))
-    for name, held in graph.unprunable.items():
-        lines.append(f"stays whole: {name} ({_count(held.channels, 'channel')}): {held.reason}")
+        rows.append((name, str(group.size), _saved(flops, name), _saved(params, name), _layers(group)))
+    channels = sum(group.size for group in graph.groups.values())
+    groups = _count(len(graph.groups), "group")
+    lines = [
+        f"{groups} of {_count(channels, 'channel')} can be pruned",
+        _flops(graph, flops),
+        *_aligned(rows),
+    ]
+    for name, found in graph.unprunable.items():
+        size = _count(found.channels, "channel")
+        lines.append(f"unprunable: {name} ({size}): {found.reason}")
     return "\n".join(lines)
 
 
+def _flops(graph: ChannelGraph, cost: CostModel) -> str:
+    """Say how many FLOPs the network has now, by both counts where they differ."""
+    plan = plan_in_force(graph.model)
+    widths = {} if plan is None else plan.widths
+    modelled = int(cost(widths))
+    network = graph.model.get_submodule(graph.module)
+    counted = count_flops(network, graph.example_inputs)
+    total = modelled if counted.total is None else counted.total
+    return f"FLOPs: {told(total, modelled, counted.failure)}"
+
+
+def _saved(cost: CostModel, group: str) -> str:
+    kept = cost({group: 1}) / max(cost.original, 1)
+    return f"{1 - kept:.1%}"
+
+
+def _layers(group: Group) -> str:
+    layers: dict[str, None] = {}
+    for coupled in group.slices:
+        layer, _, _ = coupled.tensor.rpartition(".")
+        layers[layer] = None
+    told_layers = ", ".join(layers)
+    if group.not_mask_exact:
+        told_layers += f" (not mask-exact: {group.not_mask_exact})"
+    return told_layers
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Write rows as lines: the first cell aligned to its left, the last as it is, those between to their right."""
+    columns = zip(*rows, strict=True)
+    name_width, *number_widths, _ = [max(map(len, column)) for column in columns]
+    lines = []
+    for name, *numbers, layers in rows:
+        cells = map(str.rjust, numbers, number_widths)
+        line = "  ".join([name.ljust(name_width), *cells, layers])
+        lines.append(line)
+    return lines
+
+
 def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}" + ("" if number == 1 else "s")
+    plural = "" if number == 1 else "s"
+    return f"{number:,} {word}{plural}"

@@ -1,57 +1,107 @@
-"""What pruning changed, in the loggers of the Trainer: numbers in all of them, pictures where a logger shows them."""
+"""Loggers of the Trainer, and what they are told: numbers all of them, pictures and text where a logger shows them.
 
+This is the only module of the room that knows Lightning.
+"""
+
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
-from lightning_prune.reporting.history import History
-from lightning_prune.reporting.progress import warn
+from lightning_prune.progress import aside
+from lightning_prune.reporting.history import History, write_history
 from lightning_prune.reporting.summary import summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["folder", "log_end", "log_prune"]
+__all__ = ["folder", "log_end", "log_history", "log_prune", "run_folder", "say", "warn"]
+
+
+def say(text: str) -> None:
+    """Log a message, from the first rank, without a bar in its way."""
+    with aside():
+        rank_zero_info(text)
+
+
+def warn(text: str) -> None:
+    """Warn, from the first rank, without a bar in the way."""
+    with aside():
+        rank_zero_warn(text)
+
+
+def run_folder(trainer: "pl.Trainer") -> Path | None:
+    """Return the folder that the first logger writes to, or None if there is no logger that has one on this machine.
+
+    Args:
+        trainer: The Trainer.
+    """
+    for logger in trainer.loggers:
+        found = _folder_of(logger)
+        if found is not None and "://" not in str(found):  # as in s3://bucket/logs
+            return Path(found)
+    return None
+
+
+def _folder_of(logger: Logger) -> str | os.PathLike[str] | None:
+    log_dir = getattr(logger, "log_dir", None)
+    if isinstance(log_dir, str | os.PathLike):
+        return log_dir
+    if not isinstance(logger.save_dir, str | os.PathLike):
+        return None
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(logger.save_dir, str(logger.name), version)  # as ModelCheckpoint finds its folder
+
+
+def log_history(trainer: "pl.Trainer", history: History) -> None:
+    """Write a history into the folder of the run, if there is one; for the first rank.
+
+    Args:
+        trainer: The Trainer.
+        history: What to write.
+    """
+    run = run_folder(trainer)
+    if run is not None:
+        write_history(run, history)
 
 
 def folder(module: str) -> str:
     """Return what the names of all figures of a run begin with, but for those of groups, which are unique.
 
     Args:
-        module: Dotted name of the part that is pruned; empty for the whole model.
+        module: Dotted name of the submodule that is pruned; empty for the whole model.
     """
     return f"prune/{module}" if module else "prune"
 
 
 def log_prune(trainer: "pl.Trainer", history: History, scores: Mapping[str, Tensor]) -> None:
-    """Log what the last prune has left; for the first rank.
+    """Log the network after the last prune; for the first rank.
 
     Every logger gets the widths and the time. TensorBoard, MLflow and loggers with ``log_image``, such as that of
     Weights & Biases, also get two figures, the widths and the metric against the FLOPs so far, and TensorBoard a
     histogram of the scores of each group.
 
     Args:
-        trainer: The trainer.
+        trainer: The Trainer.
         history: The history of the run, the last prune included.
-        scores: The scores that led to it.
+        scores: The scores that led to it: (channels,) by group name.
     """
-    last = history.prunes[-1]
-    numbers = {f"prune/channels/{name}": float(width) for name, width in last.widths.items()}
-    numbers[f"{folder(history.module)}/latency_ms"] = last.left.latency_ms
+    prune = history.prunes[-1]
+    numbers = {f"prune/channels/{group}": float(width) for group, width in prune.widths.items()}
+    numbers[f"{folder(history.module)}/latency_ms"] = prune.after.latency_ms
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=_step(trainer))
         if isinstance(logger, TensorBoardLogger):
-            for name, values in scores.items():
-                ranked = values[values.isfinite()]
-                if len(ranked):
-                    logger.experiment.add_histogram(f"prune/scores/{name}", ranked, _step(trainer))
+            _log_histograms(logger, scores, _step(trainer))
     _log_figures(trainer, history)
 
 
@@ -59,14 +109,14 @@ def log_end(trainer: "pl.Trainer", history: History) -> None:
     """Log the network before and after as a table of text, where a logger shows text, and the last figures.
 
     Args:
-        trainer: The trainer.
+        trainer: The Trainer.
         history: The history of the run, ``after`` included.
     """
     assert history.after is not None
-    table = "\n".join(f"    {line}" for line in summarize(history.before, history.after))  # Markdown, as it stands
+    lines = [f"    {line}" for line in summarize(history.before, history.after)]  # Markdown, as it stands
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(f"{folder(history.module)}/summary", table, _step(trainer))
+            logger.experiment.add_text(f"{folder(history.module)}/summary", "\n".join(lines), _step(trainer))
     _log_figures(trainer, history)
 
 
@@ -75,8 +125,16 @@ def _step(trainer: "pl.Trainer") -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def _log_histograms(logger: TensorBoardLogger, scores: Mapping[str, Tensor], step: int) -> None:
+    for group, values in scores.items():
+        finite = values[values.isfinite()]
+        if len(finite):
+            logger.experiment.add_histogram(f"prune/scores/{group}", finite, step)
+
+
 def _log_figures(trainer: "pl.Trainer", history: History) -> None:
-    shows = [show for logger in trainer.loggers if (show := _shows_figures(logger, _step(trainer))) is not None]
+    shown_by = [_shows_figures(logger, _step(trainer)) for logger in trainer.loggers]
+    shows = [show for show in shown_by if show is not None]
     if not shows or not _can_draw():
         return
     from lightning_prune.reporting import figures
@@ -111,7 +169,7 @@ def _can_draw() -> bool:
     found = find_spec("matplotlib") is not None
     if not found:
         warn(
-            "The figures are left out of the logs: matplotlib draws them, which `pip install "
+            "There are no figures in the logs: matplotlib draws them, which `pip install "
             '"lightning-prune[report]"` installs.'
         )
     return found

@@ -1,20 +1,22 @@
-"""The report of a run: one HTML page that tells what pruning asked for, what it did, and what it cost."""
+"""Report of a run: one HTML page that tells what pruning asked for, what it did, and what it cost."""
 
 import json
-import os
 from collections import defaultdict
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from lightning_prune.reporting.charts import Mark, line_chart, paired_bar, table
-from lightning_prune.reporting.history import History, read_histories
-from lightning_prune.reporting.page import page, section
-from lightning_prune.reporting.summary import Measurement
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-__all__ = ["render", "write_report"]
+from lightning_prune.files import written_whole
+from lightning_prune.reporting.charts import LineChart, Mark, line_chart
+from lightning_prune.reporting.history import History, Layer, read_histories
+from lightning_prune.reporting.measurement import Measurement
 
-_KEY = '<span class="key" style="background:var(--before)"></span>before <span class="key" '
-_KEY += 'style="background:var(--after)"></span>after'
+__all__ = ["render", "templates", "write_report"]
+
+_BUDGETS = ["asked", "reachable", "rounded", "achieved"]
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -39,16 +41,12 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
         raise FileNotFoundError(f"There is no folder {str(path.parent)!r}: make it first.")
     config = run / "config.yaml"
     text = render(histories, str(run), config.read_text() if config.is_file() else "")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        file.write_text(text, encoding="utf-8")
     return path
 
 
-def render(histories: list[History], name: str, config: str = "") -> str:
+def render(histories: Sequence[History], name: str, config: str = "") -> str:
     """Write the report as HTML.
 
     Args:
@@ -56,150 +54,190 @@ def render(histories: list[History], name: str, config: str = "") -> str:
         name: Name of the run.
         config: The config of the run, as text; without it the settings of the callbacks are shown alone.
     """
-    parts = [part for history in histories for part in _about(history, name)]
-    settings = {_title(history): history.settings for history in histories}
-    shown = [f"<pre>{escape(json.dumps(settings, indent=2))}</pre>"]
-    if config:
-        shown.append(f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>")
-    return page(f"{name}: pruning report", [*parts, section("Settings", *shown)])
+    pages = [Page(history) for history in histories]
+    settings = {page.title: page.history.settings for page in pages}
+    template = templates().get_template("report.html.jinja")
+    return template.render(
+        run=name, pages=pages, settings=json.dumps(settings, indent=2), config=config, budgets=_BUDGETS
+    )
 
 
-def _about(history: History, name: str) -> list[str]:
-    parts = [
-        f'<h1>{escape(_title(history))}</h1><p class="soft">{escape(name)} · {escape(history.model)}</p>',
-        _tiles(history.before, history.last, history.shown_metric),
-        section("Over the schedule", _schedule(history)),
-        section("Asked and achieved", _prunes(history)),
-        section("Widths", _widths(history)),
-        section("Where FLOPs and time went", _layers(history)),
-    ]
-    if history.held:
-        parts.append(section("What stays whole, and why", _held(history)))
-    return parts
+@cache
+def templates() -> Environment:
+    """Return the templates of the report, which escape what they are given."""
+    environment = Environment(
+        loader=PackageLoader("lightning_prune.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["thousands"] = "{:,}".format
+    return environment
 
 
-def _title(history: History) -> str:
-    pruned = history.module or history.model.rpartition(".")[2]
-    return f"{pruned} pruned by {history.callback}"
+@dataclass(frozen=True)
+class Tile:
+    """One number at the head of the page.
+
+    Attributes:
+        name: What it is.
+        number: The number.
+        detail: What it was made from.
+    """
+
+    name: str
+    number: str
+    detail: str
 
 
-def _tiles(before: Measurement, after: Measurement, metric: str) -> str:
-    told = [
-        (f"{_percent(after.flops, before.flops)}", "of the FLOPs", f"{before.flops:,} → {after.flops:,}"),
-        (f"{_percent(after.params, before.params)}", "of the parameters", f"{before.params:,} → {after.params:,}"),
-        (
-            f"{before.latency_ms / after.latency_ms:.2f}x",
-            "as fast, measured",
-            f"{before.latency_ms:.2f} ms → {after.latency_ms:.2f} ms",
-        ),
-    ]
-    if metric in after.metrics:
-        was = f"{before.metrics[metric]:.4f} before the first prune" if metric in before.metrics else ""
-        told.append((f"{after.metrics[metric]:.4f}", metric, was))
-    tiles = [
-        f'<div class="tile"><span>{escape(what)}</span><strong>{number}</strong><span>{escape(how)}</span></div>'
-        for number, what, how in told
-    ]
-    return f'<div class="tiles">{"".join(tiles)}</div>'
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer before the first prune and after the last."""
+
+    before: Layer
+    after: Layer
+
+    @property
+    def name(self) -> str:
+        """Name of the layer."""
+        return self.before.name
+
+    @property
+    def costs(self) -> str:
+        """Its FLOPs and parameters, in words."""
+        before, after = self.before, self.after
+        flops = f"{before.flops:,.0f} → {after.flops:,.0f} FLOPs"
+        params = f"{before.params:,.0f} → {after.params:,.0f} parameters"
+        return f"{self.name}: {flops}, {params}"
+
+    @property
+    def times(self) -> str:
+        """Its milliseconds."""
+        return f"{self.before.ms:.3f} → {self.after.ms:.3f}"
 
 
-def _schedule(history: History) -> str:
-    marks = [
-        (
-            float(prune.epoch),
-            f"prune {prune.step}: {_percent(prune.left.flops, history.before.flops)} of the FLOPs left",
-        )
-        for prune in history.prunes
-    ]
-    charts = [_chart("FLOPs left", _flops_left(history), marks)]
-    for metric in history.metrics:
-        points = [(each["epoch"], each[metric]) for each in history.epochs if metric in each]
-        charts.append(_chart(metric, points, marks))
-    shown, hidden = charts[:2], charts[2:]
-    if hidden:
-        shown.append(f"<details><summary>{len(hidden)} more</summary>{''.join(hidden)}</details>")
-    return '<p class="soft">Dashed lines are prunes.</p>' + "".join(shown)
+class Page:
+    """What the report tells of one callback.
 
+    Args:
+        history: The history that the callback has written.
+    """
 
-def _chart(name: str, points: list[tuple[float, float]], marks: list[Mark]) -> str:
-    return f'<div class="wide">{line_chart(name, points, marks)}</div>'
+    def __init__(self, history: History) -> None:
+        self.history = history
 
+    @property
+    def title(self) -> str:
+        """What was pruned, and by what."""
+        pruned = self.history.module or self.history.model.rpartition(".")[2]
+        return f"{pruned} pruned by {self.history.callback}"
 
-def _flops_left(history: History) -> list[tuple[float, float]]:
-    """Return the corners of the line that goes down at each prune."""
-    corners, left = [(0.0, 1.0)], 1.0
-    for prune in history.prunes:
-        corners.append((float(prune.epoch), left))
-        left = prune.left.flops / max(history.before.flops, 1)
-        corners.append((float(prune.epoch), left))
-    end = max([corners[-1][0], *(each["epoch"] for each in history.epochs)])
-    return [*corners, (end, left)]
-
-
-def _prunes(history: History) -> str:
-    if not history.prunes:
-        return '<p class="soft">Nothing has been pruned yet.</p>'
-    budgets = ("asked", "reachable", "rounded", "achieved")
-    head = ["prune", "before epoch", "metric", *budgets, "parameters", "FLOPs", "ms"]
-    rows = []
-    for prune in history.prunes:
-        fractions = [f"{prune.budget[name]:.3f}" if name in prune.budget else "" for name in budgets]
-        left = prune.left
-        numbers = [f"{left.params:,}", f"{left.flops:,}", f"{left.latency_ms:.2f}"]
-        rows.append([str(prune.step), str(prune.epoch), escape(prune.budget.get("metric", "")), *fractions, *numbers])
-    return (
-        '<p class="soft">Fractions of the original. Reachable is the least that the settings allow; rounded is what '
-        "whole steps of channels came to, before the rest of the budget was given back.</p>"
-    ) + table(head, rows)
-
-
-def _widths(history: History) -> str:
-    longest = max(history.groups.values(), default=1)
-    now = history.widths
-    rows = [
-        [
-            escape(name),
-            paired_bar(size, now[name], longest, f"{name}: {now[name]} of {size} channels"),
-            f'<span class="figure">{now[name]} of {size}</span>',
+    @property
+    def tiles(self) -> list[Tile]:
+        """The network now, compared with the original."""
+        before, after = self.history.before, self.history.last
+        speed_up = before.latency_ms / after.latency_ms
+        tiles = [
+            Tile(
+                name="of the FLOPs",
+                number=_percent(after.flops, before.flops),
+                detail=f"{before.flops:,} → {after.flops:,}",
+            ),
+            Tile(
+                name="of the parameters",
+                number=_percent(after.params, before.params),
+                detail=f"{before.params:,} → {after.params:,}",
+            ),
+            Tile(
+                name="as fast, measured",
+                number=f"{speed_up:.2f}x",
+                detail=f"{before.latency_ms:.2f} ms → {after.latency_ms:.2f} ms",
+            ),
         ]
-        for name, size in history.groups.items()
-    ]
-    return f'<p class="soft">Channels of each group, from input to output. {_KEY}</p>' + table(
-        ["group", "", "channels"], rows, "bars"
-    )
+        metric = self.history.shown_metric
+        if metric in after.metrics:
+            tile = Tile(
+                name=metric,
+                number=f"{after.metrics[metric]:.4f}",
+                detail=_told_before(before, metric),
+            )
+            tiles.append(tile)
+        return tiles
+
+    @property
+    def flops_remarks(self) -> list[str]:
+        """What there is to say about FLOPs that fvcore and the cost model count differently."""
+        remarks = {"before": self.history.before.flops_remark, "after": self.history.last.flops_remark}
+        return [f"FLOPs {when}: {remark}" for when, remark in remarks.items() if remark]
+
+    @property
+    def charts(self) -> list[LineChart]:
+        """The FLOPs and the metrics over the epochs."""
+        marks = []
+        original = self.history.before.flops
+        for prune in self.history.prunes:
+            kept = _percent(prune.after.flops, original)
+            mark = Mark(float(prune.epoch), f"prune {prune.step}: {kept} of the FLOPs kept")
+            marks.append(mark)
+        charts = [line_chart("FLOPs kept", self._flops_kept(), marks)]
+        for metric in self.history.metrics:
+            measured = [validation for validation in self.history.epochs if metric in validation]
+            values = [(validation["epoch"], validation[metric]) for validation in measured]
+            chart = line_chart(metric, values, marks)
+            charts.append(chart)
+        return charts
+
+    def _flops_kept(self) -> list[tuple[float, float]]:
+        """Return the corners of the line that goes down at each prune."""
+        original = max(self.history.before.flops, 1)
+        epoch, kept = 0.0, 1.0
+        corners = [(epoch, kept)]
+        for prune in self.history.prunes:
+            epoch = float(prune.epoch)
+            corners.append((epoch, kept))
+            kept = prune.after.flops / original
+            corners.append((epoch, kept))
+        trained = [validation["epoch"] for validation in self.history.epochs]
+        end = max([epoch, *trained])
+        return [*corners, (end, kept)]
+
+    @property
+    def layers(self) -> list[LayerRow]:
+        """The layers, in the order of the forward pass."""
+        after = {layer.name: layer for layer in self.history.layers_after}
+        return [LayerRow(layer, after.get(layer.name, layer)) for layer in self.history.layers_before]
+
+    @property
+    def widest(self) -> int:
+        """The channels of the group that has most."""
+        return max(self.history.groups.values(), default=1)
+
+    @property
+    def most_flops(self) -> float:
+        """The FLOPs of the layer that has most."""
+        return max((layer.flops for layer in self.history.layers_before), default=1)
+
+    @property
+    def most_ms(self) -> float:
+        """The milliseconds of the layer that takes longest, before or after."""
+        layers = [*self.history.layers_before, *self.history.layers_after]
+        return max((layer.ms for layer in layers), default=1)
+
+    @property
+    def unprunable(self) -> dict[str, list[str]]:
+        """The layers that cannot be pruned, with their number of channels, by reason."""
+        layers = defaultdict(list)
+        for name, (channels, reason) in self.history.unprunable.items():
+            layers[reason].append(f"{name} ({channels})")
+        return layers
 
 
-def _layers(history: History) -> str:
-    after = {layer.name: layer for layer in history.layers_after or history.layers_before}
-    most_flops = max((layer.flops for layer in history.layers_before), default=1)
-    most_time = max((layer.ms for layer in [*history.layers_before, *after.values()]), default=1)
-    rows = []
-    for was in history.layers_before:
-        now = after.get(was.name, was)
-        flops = (
-            f"{was.name}: {was.flops:,.0f} → {now.flops:,.0f} FLOPs, {was.params:,.0f} → {now.params:,.0f} parameters"
-        )
-        time = f"{was.name}: {was.ms:.3f} → {now.ms:.3f} ms"
-        rows.append(
-            [
-                escape(was.name),
-                paired_bar(was.flops, now.flops, most_flops, flops),
-                paired_bar(was.ms, now.ms, most_time, time),
-                f'<span class="figure">{was.ms:.3f} → {now.ms:.3f}</span>',
-            ]
-        )
-    return (f'<p class="soft">Each layer; time runs from its start to the start of the next one. {_KEY}</p>') + table(
-        ["layer", "FLOPs", "time", "ms"], rows, "bars"
-    )
+def _told_before(before: Measurement, metric: str) -> str:
+    if metric not in before.metrics:
+        return ""
+    return f"{before.metrics[metric]:.4f} before the first prune"
 
 
-def _held(history: History) -> str:
-    alike: dict[str, list[str]] = defaultdict(list)
-    for name, (channels, reason) in history.held.items():
-        alike[reason].append(f"{escape(name)} ({channels})")
-    rows = [["<br>".join(names), escape(reason)] for reason, names in alike.items()]
-    return table(["layer (channels)", "reason"], rows, "words")
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{part / max(whole, 1):.1%}"
+def _percent(kept: float, original: float) -> str:
+    return f"{kept / max(original, 1):.1%}"

@@ -1,48 +1,33 @@
 """What pruning changed, as a table in the terminal."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning_prune.reporting.measurement import Measurement
 
-__all__ = ["Measurement", "aligned", "summarize", "whereabouts"]
-
-
-@dataclass
-class Measurement:
-    """A network in numbers.
-
-    Attributes:
-        params: Number of parameters.
-        flops: FLOPs of the example inputs; one FLOP is one multiply-add.
-        latency_ms: Median time of a forward pass of the example inputs, in milliseconds.
-        metrics: Validation metrics by name.
-    """
-
-    params: int
-    flops: int
-    latency_ms: float
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the measurement as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Measurement":
-        """Make a measurement from what `to_json` returned."""
-        return cls(**content)
+__all__ = ["aligned", "summarize", "whereabouts"]
 
 
 def summarize(before: Measurement, after: Measurement, names: tuple[str, str] = ("before", "after")) -> list[str]:
-    """Write a table of a network before and after, line by line.
+    r"""Write a table of a network before and after, line by line.
+
+    Where fvcore and the cost model do not count the same FLOPs, lines below the table say so.
 
     Args:
         before: The network before the first prune.
         after: The network at the end.
         names: What to call them.
+
+    Example:
+        >>> before, after = Measurement(200, 4000, 2.0), Measurement(100, 1000, 1.0, cost_model_flops=1010)
+        >>> print("\n".join(summarize(before, after)))
+                      before  after  ratio
+        ----------------------------------
+          parameters     200    100  0.500
+               FLOPs   4,000  1,000  0.250
+        latency (ms)    2.00   1.00  0.500
+        FLOPs after: 1,000 counted by fvcore, 1,010 by the cost model (+10)
     """
     rows = [
         ("", *names, "ratio"),
@@ -50,9 +35,15 @@ def summarize(before: Measurement, after: Measurement, names: tuple[str, str] = 
         _row("FLOPs", before.flops, after.flops, "{:,.0f}"),
         _row("latency (ms)", before.latency_ms, after.latency_ms, "{:.2f}"),
     ]
-    both = sorted(before.metrics.keys() & after.metrics.keys())
-    rows += [_row(name, before.metrics[name], after.metrics[name], "{:.4f}") for name in both]
-    return aligned(rows)
+    metrics = before.metrics.keys() & after.metrics.keys()
+    for metric in sorted(metrics):
+        row = _row(metric, before.metrics[metric], after.metrics[metric], "{:.4f}")
+        rows.append(row)
+    lines = aligned(rows)
+    for name, measured in zip(names, (before, after), strict=True):
+        if measured.flops_remark:
+            lines.append(f"FLOPs {name}: {measured.flops_remark}")
+    return lines
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -64,22 +55,18 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         -----------
             1  2.50
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    return lines
+    columns = zip(*rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    head, *body = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    rule = "-" * len(head)
+    return [head, rule, *body]
 
 
-def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:
-    ratio = f"{after / before:.3f}" if before else "-"
-    return name, form.format(before), form.format(after), ratio
-
-
-def whereabouts(trainer: "pl.Trainer", run: Path | None) -> list[str]:
+def whereabouts(trainer: Any, run: Path | None) -> list[str]:
     """Say where the logs and the checkpoint are and how to load it; to be called on all ranks.
 
     Args:
-        trainer: The trainer.
+        trainer: The Trainer.
         run: Folder with the history of the run, if there is one.
     """
     lines = []
@@ -97,3 +84,10 @@ def whereabouts(trainer: "pl.Trainer", run: Path | None) -> list[str]:
         lines.append(f"            from {module.__module__} import {module.__name__}")
         lines.append(f"            model = load_pruned({module.__name__}, {path!r})")
     return lines
+
+
+def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:
+    ratio = "-"
+    if before:
+        ratio = f"{after / before:.3f}"
+    return name, form.format(before), form.format(after), ratio

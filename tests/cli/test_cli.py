@@ -15,6 +15,8 @@ import lightning_prune
 from lightning_prune.cli.entry import main
 from lightning_prune.datamodules import DigitsDataModule
 from lightning_prune.models import ImageClassifier
+from lightning_prune.reporting.history import History, write_history
+from lightning_prune.reporting.measurement import Measurement
 
 SHORT = [
     "--trainer.max_epochs=3", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1",
@@ -154,12 +156,70 @@ def test_the_quickstart_halves_the_flops_and_keeps_its_accuracy(
     assert accuracy["plain"] > 0.97
 
 
-def test_inspect_prints_groups_shares_and_what_is_held(
+def test_inspect_prints_groups_shares_and_what_is_unprunable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-prune"])
     main(["inspect", "--config", "configs/resnet20_cifar10_taylor.yaml"])
     told = capsys.readouterr().out
     assert "network.layer1.0.conv1" in told
-    assert "stays whole: network.linear (10 channels): network.linear: is an output of the network" in told
+    assert "unprunable: network.linear (10 channels): network.linear: is an output of the network" in told
     assert "%" in told
+    assert "FLOPs: 40,931,968 counted by fvcore\n" in told
+    assert "#flops" not in told
+
+
+def test_inspect_shows_the_flops_of_each_layer_if_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-prune"])
+    main(["inspect", "--verbose", "--config", "configs/quickstart.yaml"])
+    told = capsys.readouterr().out
+    assert "can be pruned" in told
+    table = told.partition("\n\n")[2]
+    assert "#flops" in table
+    assert "network" in table
+
+
+def test_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"lightning-prune {lightning_prune.__version__}\n"
+
+
+LIGHT = {
+    "import": "",
+    "version": "main(['--version'])",
+    "configs": "main(['configs'])",
+    **{name: f"main(['{name}', '--help'])" for name in ("report", "export", "benchmark", "compare")},
+}
+HEAVY = {
+    "lightning", "lightning_fabric", "jsonargparse", "torchmetrics", "torchvision", "tensorboard", "matplotlib",
+    "fvcore", "gymnasium", "sklearn", "onnx", "onnxruntime", "torch._dynamo", "torch._inductor",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", LIGHT.values(), ids=LIGHT)
+def test_what_is_not_needed_is_not_imported(call: str) -> None:
+    code = f"""
+import sys, lightning_prune
+try:
+    if {call!r}:
+        from lightning_prune.cli.entry import main
+        exec({call!r})
+except SystemExit as ended:
+    assert not ended.code
+found = {HEAVY} & sys.modules.keys()
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_report_is_written_without_lightning(tmp_path: Path) -> None:
+    history = History("m.M", "C", {}, "", {"a": 8}, {}, Measurement(100, 1000, 2.0), [])
+    write_history(tmp_path, history)
+    code = f"import sys; from lightning_prune.cli.entry import main; main(['report', {str(tmp_path)!r}]); "
+    code += f"found = {HEAVY} & sys.modules.keys(); assert not found, found"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").is_file()

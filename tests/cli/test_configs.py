@@ -20,7 +20,8 @@ from lightning_prune.callbacks import (
     SensitivenessCallback,
 )
 from lightning_prune.cli import shipped_configs
-from lightning_prune.cli.entry import PruneCLI, main
+from lightning_prune.cli.entry import main
+from lightning_prune.cli.training import PruneCLI
 from lightning_prune.pruning_plan import plan_in_force
 
 CONFIGS = sorted(shipped_configs.FOLDER.glob("*.yaml"))

@@ -13,8 +13,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_prune.callbacks import TaylorRankCallback
 from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.reporting.history import FORMAT_VERSION, History, read_histories, run_folder, write_history
-from lightning_prune.reporting.summary import Measurement
+from lightning_prune.reporting.history import FORMAT_VERSION, History, read_histories
+from lightning_prune.reporting.loggers import log_history, run_folder
+from lightning_prune.reporting.measurement import Measurement
 
 TIMES = ("latency_ms", "ms")
 
@@ -45,8 +46,8 @@ def test_the_file_tells_what_happened(tmp_path: Path) -> None:
     assert all(prune.budget["achieved"] <= prune.budget["asked"] for prune in history.prunes)
     assert (history.before.flops, history.after.flops) == (flops(battery.ResidualClassifier()), flops(module))
     assert history.before.params == sum(p.numel() for p in battery.ResidualClassifier().parameters())
-    assert history.after.params == history.prunes[-1].left.params == sum(p.numel() for p in module.parameters())
-    assert history.held == {"head": (4, "head: is an output of the network")}
+    assert history.after.params == history.prunes[-1].after.params == sum(p.numel() for p in module.parameters())
+    assert history.unprunable == {"head": (4, "head: is an output of the network")}
 
 
 def test_layers_add_up_and_are_counted_right(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_every_validation_is_in_it_with_what_was_kept_then(tmp_path: Path) -> No
     history = callback.history
     assert [each["epoch"] for each in history.epochs] == [1, 2, 3, 4, 5]
     whole = history.before.flops
-    left = [whole, *(prune.left.flops for prune in history.prunes)]
+    left = [whole, *(prune.after.flops for prune in history.prunes)]
     assert [each["keep_flops"] for each in history.epochs] == [flops / whole for flops in [*left, left[-1]]]
     assert history.metrics == ["val/accuracy"]
     assert history.epochs[-1]["val/accuracy"] == float(trainer.callback_metrics["val/accuracy"])
@@ -176,10 +177,38 @@ def some_history(module: str = "") -> History:
 def test_parts_of_a_model_have_files_of_their_own(tmp_path: Path) -> None:
     trainer = L.Trainer(logger=CSVLogger(tmp_path, version=0), accelerator="cpu", enable_progress_bar=False)
     for module in ("backbone", "head"):
-        write_history(trainer, some_history(module))
+        log_history(trainer, some_history(module))
     folder = Path(trainer.loggers[0].log_dir)
     assert sorted(path.name for path in folder.iterdir()) == ["pruning.backbone.json", "pruning.head.json"]
     assert [history.module for history in read_histories(folder)] == ["backbone", "head"]
+
+
+def test_what_an_earlier_version_has_written_is_read(tmp_path: Path) -> None:
+    measured = {"params": 100, "flops": 1000, "latency_ms": 2.0, "metrics": {}}
+    prune = {"step": 1, "epoch": 2, "budget": {"asked": 0.5}, "widths": {"a": 4}, "left": measured}
+    content = {
+        "version": 1, "model": "m.M", "callback": "C", "settings": {}, "module": "", "groups": {"a": 8},
+        "held": {"head": [4, "is an output"]}, "before": measured, "layers_before": [], "prunes": [prune],
+        "layers_after": [], "epochs": [], "after": None,
+    }  # fmt: skip
+    (tmp_path / "pruning.json").write_text(json.dumps(content))
+    (history,) = read_histories(tmp_path)
+    assert history.unprunable == {"head": (4, "is an output")}
+    assert history.last == history.prunes[0].after == Measurement(100, 1000, 2.0)
+    written = history.to_json()
+    assert written["unprunable"] == {"head": (4, "is an output")}
+    assert "held" not in written
+    assert History.from_json(written) == history
+
+
+def test_flops_are_those_of_fvcore_beside_the_cost_models(tmp_path: Path) -> None:
+    callback = battery.make_callback("magnitude")
+    battery.train(tmp_path, callback)
+    history = callback.history
+    for measured in (history.before, *(prune.after for prune in history.prunes), history.after):
+        assert measured.flops == measured.cost_model_flops
+        assert measured.fvcore_failure == ""
+        assert measured.flops_remark == ""
 
 
 def test_wrong_runs_are_refused_in_a_sentence(tmp_path: Path) -> None:

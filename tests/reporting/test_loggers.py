@@ -49,7 +49,7 @@ def test_figures_draw_every_group_and_every_validation() -> None:
     pytest.importorskip("matplotlib")
     from lightning_prune.reporting import figures
     from lightning_prune.reporting.history import Prune
-    from lightning_prune.reporting.summary import Measurement
+    from lightning_prune.reporting.measurement import Measurement
 
     small = Measurement(1, 1, 1.0)
     prunes = [Prune(1, 1, {}, {"b": 3}, small)]

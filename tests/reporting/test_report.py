@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_prune.reporting import report
-from lightning_prune.reporting.charts import HEIGHT, LEFT, WIDTH, line_chart
+import lightning_prune
+from lightning_prune import files
+from lightning_prune.reporting.charts import HEIGHT, LEFT, WIDTH, LineChart, Mark, line_chart
 from lightning_prune.reporting.history import History, Layer, Prune, read_histories
-from lightning_prune.reporting.report import render, write_report
-from lightning_prune.reporting.summary import Measurement
+from lightning_prune.reporting.measurement import Measurement
+from lightning_prune.reporting.report import render, templates, write_report
 
 VOID = {"meta", "br", "!doctype"}
 
@@ -52,7 +53,7 @@ def history(**changes: object) -> History:
     layers = [Layer("a", 800.0, 80.0, 1.0), Layer("b", 200.0, 20.0, 0.5)], [Layer("a", 400.0, 40.0, 0.5)]
     content = {
         "model": "mine.Net", "callback": "PruningCallback", "settings": {"keep": 0.5}, "module": "",
-        "groups": {"a": 8, "b": 16}, "held": {"head": (10, "is an output"), "neck": (4, "is an output")},
+        "groups": {"a": 8, "b": 16}, "unprunable": {"head": (10, "is an output"), "neck": (4, "is an output")},
         "before": Measurement(100, 1000, 2.0, {"val/acc": 0.75}), "layers_before": layers[0],
         "prunes": [Prune(1, 2, {"metric": "flops", "asked": 0.5, "achieved": 0.484375}, {"a": 4, "b": 12},
                          Measurement(60, 600, 1.25))],
@@ -75,7 +76,7 @@ def test_the_report_of_a_run_tells_all_of_it(tmp_path: Path) -> None:
         "head: is an output of the network", '"round_to": 2',
         *told.groups, *(layer.name for layer in told.layers_before),
         *(f"{told.widths[name]} of {size}" for name, size in told.groups.items()),
-        *(f"{prune.left.flops:,}" for prune in told.prunes), *(f"{p.budget['achieved']:.3f}" for p in told.prunes),
+        *(f"{prune.after.flops:,}" for prune in told.prunes), *(f"{p.budget['achieved']:.3f}" for p in told.prunes),
     ):  # fmt: skip
         assert words in text, words
     assert [each.name for each in folder.iterdir() if "report" in each.name] == ["report.html"]
@@ -88,6 +89,7 @@ def test_numbers_and_bars_by_hand() -> None:
     assert "60.0%" in words  # of the FLOPs and of the parameters
     assert "1.60x" in words  # 2 ms to 1.25 ms
     assert "0.8750" in words  # the metric of the last validation
+    assert "What cannot be pruned, and why" in words
     assert re.search(r"head \(10\).*neck \(4\).*is an output", words)
     assert words.count("is an output") == 1  # one row for all of the same reason
     for group, outer, inner in (("a", "50.0", "25.0"), ("b", "100.0", "75.0")):
@@ -110,7 +112,7 @@ def test_the_page_needs_no_network_and_no_script() -> None:
 def test_names_are_text_and_never_markup() -> None:
     nasty = '<script>alert("1")</script>&'
     changed = history(
-        model=f"mine.{nasty}", groups={nasty: 8}, held={nasty: (1, nasty)}, prunes=[], layers_before=[
+        model=f"mine.{nasty}", groups={nasty: 8}, unprunable={nasty: (1, nasty)}, prunes=[], layers_before=[
             Layer(nasty, 1.0, 1.0, 1.0)], layers_after=[], epochs=[{"epoch": 1, "keep_flops": 1.0, nasty: 0.5}],
         settings={"ignore": [nasty]},
     )  # fmt: skip
@@ -120,10 +122,10 @@ def test_names_are_text_and_never_markup() -> None:
 
 
 def test_a_run_that_has_only_begun_has_a_report() -> None:
-    bare = history(prunes=[], epochs=[], layers_after=[], held={}, before=Measurement(100, 1000, 2.0))
+    bare = history(prunes=[], epochs=[], layers_after=[], unprunable={}, before=Measurement(100, 1000, 2.0))
     words = " ".join(Page(render([bare], "runs/1")).text)
     assert "Nothing has been pruned yet." in words
-    assert "What stays whole" not in words
+    assert "What cannot be pruned" not in words
 
 
 def test_a_run_with_two_callbacks_has_both_in_its_report() -> None:
@@ -132,15 +134,37 @@ def test_a_run_with_two_callbacks_has_both_in_its_report() -> None:
     assert "head pruned by PruningCallback" in words
 
 
+def test_flops_that_are_counted_differently_are_said_to_be() -> None:
+    assert "counted by" not in render([history(before=Measurement(100, 1000, 2.0, cost_model_flops=1000))], "runs/1")
+    text = render([history(before=Measurement(100, 1000, 2.0, cost_model_flops=1010))], "runs/1")
+    assert "FLOPs before: 1,000 counted by fvcore, 1,010 by the cost model (+10)." in text
+    text = render([history(after=Measurement(60, 600, 1.25, fvcore_failure="no <trace>"))], "runs/1")
+    assert "FLOPs after: 600 counted by the cost model, as fvcore cannot: no &lt;trace&gt;." in text
+
+
+def test_the_templates_are_in_the_package() -> None:
+    tomllib = pytest.importorskip("tomllib")  # not in Python 3.10
+    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+        shipped = tomllib.load(file)["tool"]["setuptools"]["package-data"]["lightning_prune"]
+    package = Path(lightning_prune.__file__).parent
+    files = {path for pattern in shipped for path in package.glob(pattern)}
+    assert {package / "reporting" / "templates" / name for name in templates().list_templates()} <= files
+
+
 def test_a_report_that_cannot_be_written_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, trainer = battery.train(tmp_path, battery.make_callback("magnitude"), logger=CSVLogger(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere': make it first"):
         write_report(trainer.log_dir, tmp_path / "nowhere" / "report.html")
-    monkeypatch.setattr(report.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OSError, match="disk full"):
         write_report(trainer.log_dir)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def svg(chart: LineChart) -> str:
+    """Return a chart as the report draws it."""
+    return str(templates().get_template("charts.jinja").module.line_chart(chart))
 
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
@@ -150,7 +174,7 @@ NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
 @given(values=st.lists(NUMBERS, min_size=1, max_size=8), start=st.integers(0, 50), mark=st.integers(0, 80))
 def test_all_points_lie_within_the_chart_in_order(values: list[float], start: int, mark: int) -> None:
     points = [(float(start + number), value) for number, value in enumerate(values)]
-    drawn = ElementTree.fromstring(line_chart("a & b", points, [(float(mark), "<prune>")]))
+    drawn = ElementTree.fromstring(svg(line_chart("a & b", points, [Mark(float(mark), "<prune>")])))
     circles = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in drawn.iter("circle")]
     assert len(circles) == len(points)
     assert all(LEFT <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in circles)

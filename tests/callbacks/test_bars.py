@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lightning_prune import progress
 from lightning_prune.callbacks import PruningCallback
-from lightning_prune.reporting.progress import follow, say
+from lightning_prune.callbacks.bars import follow
+from lightning_prune.reporting.loggers import say
 
 
 class Terminal:
@@ -76,18 +77,17 @@ class Terminal:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
-    monkeypatch.setattr(progress, "_TICK", 0.01)
+    monkeypatch.setattr(progress, "SHOWN_AFTER", 0.0)
     made = Terminal(monkeypatch)
     # Lightning's logger holds on to the stream that it was made with.
-    monkeypatch.setattr("lightning_prune.reporting.progress.rank_zero_info", lambda text: print(text, file=sys.stderr))
+    monkeypatch.setattr("lightning_prune.reporting.loggers.rank_zero_info", lambda text: print(text, file=sys.stderr))
     yield made
     progress.show_with(None)
     made.stream.close()
     os.close(made.master)
 
 
-class WaitingCallback(PruningCallback):
+class SlowCallback(PruningCallback):
     """Ranks only when its bar has been seen."""
 
     terminal: Terminal
@@ -95,14 +95,16 @@ class WaitingCallback(PruningCallback):
     def scores(self, trainer: L.Trainer, graph: Any) -> dict[str, Tensor]:
         start = len(self.terminal.text)
         with progress.progress("ranking", total=8) as work:
-            work.advance(2)
+            time.sleep(0.15)  # tqdm draws no more often than that
+            work.advance(2, note="reward 0.5")
             self.terminal.wait_for("2/8", start)
+            self.terminal.wait_for("reward 0.5", start)
         return super().scores(trainer, graph)
 
 
 def fit(root: Path, terminal: Terminal, bar: L.Callback) -> list[str]:
     """Prune in three steps; returns what is on the terminal then."""
-    callback = WaitingCallback(keep=0.5, steps=3, round_to=2)
+    callback = SlowCallback(keep=0.5, steps=3, round_to=2)
     callback.terminal = terminal
     with redirect_stdout(terminal.stream), redirect_stderr(terminal.stream):
         battery.train(root, callback, bar, enable_progress_bar=True)
@@ -116,10 +118,10 @@ def test_bars_are_of_the_trainers_kind_and_leave_only_the_messages(
     if kind == "rich":
         pytest.importorskip("rich")
     lines = fit(tmp_path, terminal, {"tqdm": TQDMProgressBar, "rich": RichProgressBar}[kind]())
-    name = "Pruning ResidualClassifier, step 2 of 3: ranking"
-    shown = terminal.text[terminal.text.index(name) :][:300]
-    assert (":  25%|" in shown) == (kind == "tqdm")
-    assert not any("ranking" in line for line in lines)  # gone again
+    shown = terminal.text[terminal.text.index("Pruning ResidualClassifier, step 2 of 3") :][:1500]
+    assert "ranking" in shown
+    assert ("ranking:  25%|" in shown) == (kind == "tqdm")
+    assert not any("ranking" in line or "Pruning" in line for line in lines)  # taken away again
     for step, epoch in ((1, 1), (2, 2), (3, 3)):
         assert any(line.startswith(f"Prune {step} of 3 before epoch {epoch}: flops") for line in lines), lines
     assert sum(line.startswith("parameters: ") for line in lines) == 3
@@ -131,36 +133,33 @@ def test_a_trainer_without_a_bar_and_one_without_a_terminal_get_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    told = threading.Event()
-
-    def note(text: str) -> None:
-        said.append(text)
-        told.set()
-
-    monkeypatch.setattr("lightning_prune.reporting.progress.rank_zero_info", note)
-    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
-    monkeypatch.setattr(progress, "_TICK", 0.01)
+    monkeypatch.setattr("lightning_prune.callbacks.bars.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_prune.reporting.loggers.rank_zero_info", said.append)
     for shows in (True, False):
         bars = [TQDMProgressBar()] if shows else []
         trainer = L.Trainer(enable_progress_bar=shows, callbacks=bars, logger=False, accelerator="cpu")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lightning_prune.reporting.progress.on_terminal", lambda shows=shows: not shows)
+            patch.setattr("lightning_prune.callbacks.bars.on_terminal", lambda shows=shows: not shows)
             follow(trainer)
         for _ in range(2):
-            told.clear()
-            with progress.progress("Tracing") as work, progress.progress("step", total=3):
-                assert told.wait(30)
+            with progress.progress("Tracing") as outer, progress.progress("step", total=3) as work:
                 work.advance()
+                assert "Tracing ..." not in said  # not before it has taken a second
+                outer.started = work.started = time.monotonic() - 1
+                for _ in range(2):
+                    work.advance()
+            assert said == ["Tracing ..."]
+            said.clear()
     say("done")
     progress.show_with(None)
-    assert said == ["Tracing: step ..."] * 4 + ["done"]
+    assert said == ["done"]
 
 
 def test_ranks_but_the_first_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_prune.reporting.progress.on_terminal", lambda: True)
+    monkeypatch.setattr("lightning_prune.callbacks.bars.on_terminal", lambda: True)
     for first in (True, False):  # the Trainer's bars are disabled only later
         follow(SimpleNamespace(progress_bar_callback=TQDMProgressBar(), is_global_zero=first))
-        assert isinstance(progress._screen.chosen, progress.TqdmBar) == first
+        assert isinstance(progress._display(), progress.TqdmDisplay) == first
     progress.show_with(None)
 
 
@@ -181,6 +180,6 @@ def test_a_run_shows_its_work_and_nothing_is_left_behind(monkeypatch: pytest.Mon
     name = "ResidualClassifier"
     prunes = [f"Pruning {name}, step {step} of 3" for step in (1, 2, 3)]
     assert works == [f"Tracing {name}", f"Measuring the flops of {name}", f"Measuring {name}", *prunes]
-    assert progress._screen.chosen is None
-    assert progress._screen.works == []
+    assert progress._chosen is None
+    assert progress._bars == {}
     assert set(threading.enumerate()) <= before

@@ -1,0 +1,184 @@
+"""FLOPs of a network as it is now, counted by fvcore; the cost model counts those of a plan."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from lightning_prune.compiled import as_written
+from lightning_prune.graph.substitution import preserving_attributes, replace_tensors
+from lightning_prune.modes import evaluating
+from lightning_prune.planning.timing import placed
+
+if TYPE_CHECKING:
+    from fvcore.nn import FlopCountAnalysis
+
+__all__ = ["FlopCount", "count_flops", "flop_table", "told"]
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one forward pass in evaluation mode.
+
+    Attributes:
+        total: Their number, where one FLOP is one multiply-add; None if fvcore cannot run the network.
+        uncounted: How often operators ran that fvcore has no count for, by name.
+        failure: Why there is no number; empty if there is one.
+    """
+
+    total: int | None
+    uncounted: dict[str, int] = field(default_factory=dict)
+    failure: str = ""
+
+
+def count_flops(network: nn.Module, example_inputs: Any) -> FlopCount:
+    """Count the FLOPs of a network with fvcore.
+
+    Args:
+        network: The network; it is not changed.
+        example_inputs: What its ``forward`` takes, as for `lightning_prune.trace`.
+
+    Example:
+        >>> count_flops(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), torch.zeros(1, 8)).total
+        40
+    """
+    try:
+        with _analysis(network, example_inputs) as analysis:
+            total = int(analysis.total())
+            return FlopCount(total, dict(analysis.unsupported_ops()))
+    except Exception as raised:  # of many kinds, from whatever in the network cannot be traced
+        return FlopCount(None, failure=_first_line(raised))
+
+
+def flop_table(network: nn.Module, example_inputs: Any) -> str:
+    """Return fvcore's table of the parameters and FLOPs of a network and its submodules, or why there is none.
+
+    Below the table are the operators that fvcore has no count for.
+
+    Args:
+        network: The network; it is not changed.
+        example_inputs: What its ``forward`` takes, as for `lightning_prune.trace`.
+    """
+    try:
+        with _analysis(network, example_inputs) as analysis:
+            from fvcore.nn import flop_count_table
+
+            table = flop_count_table(analysis, max_depth=_depth(network) + 1)
+            uncounted = analysis.unsupported_ops()
+    except Exception as raised:  # as above
+        return f"fvcore cannot count {type(network).__name__}: {_first_line(raised)}"
+    operators = [f"{operator} ({times})" for operator, times in sorted(uncounted.items())]
+    return f"{table}\nNot counted: {', '.join(operators)}" if operators else table
+
+
+def told(counted: int, modelled: int | None, failure: str) -> str:
+    """Say who has counted some FLOPs, and by how much fvcore and the cost model differ.
+
+    Args:
+        counted: The FLOPs, counted by fvcore unless that failed.
+        modelled: What the cost model counts, if that is known.
+        failure: Why fvcore could not count; empty if it could.
+
+    Example:
+        >>> told(1000, 1010, "")
+        '1,000 counted by fvcore, 1,010 by the cost model (+10)'
+    """
+    if failure:
+        return f"{counted:,} counted by the cost model, as fvcore cannot: {failure}"
+    by_fvcore = f"{counted:,} counted by fvcore"
+    if modelled is None or modelled == counted:
+        return by_fvcore
+    return f"{by_fvcore}, {modelled:,} by the cost model ({modelled - counted:+,})"
+
+
+@contextmanager
+def _analysis(network: nn.Module, example_inputs: Any) -> Iterator["FlopCountAnalysis"]:
+    """Let fvcore run a network, which is as before afterwards."""
+    with warnings.catch_warnings(), as_written(), torch.no_grad():
+        warnings.simplefilter("ignore")  # about the insides of tracing
+        from fvcore.nn import FlopCountAnalysis
+
+        with _undisturbed(network):
+            call = _FlatCall(network, example_inputs)
+            analysis = FlopCountAnalysis(call, tuple(call.tensors))
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+            yield analysis
+
+
+@contextmanager
+def _undisturbed(network: nn.Module) -> Iterator[None]:
+    """Give back the mode, the state, the hooks and the random numbers that a forward pass may change."""
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    buffers = {id(buffer): buffer.clone() for buffer in network.buffers()}
+    submodules = list(network.modules())
+    hooks = [(m._forward_pre_hooks.copy(), m._forward_hooks.copy()) for m in submodules]
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        evaluating(network),
+        preserving_attributes(network),
+    ):
+        for submodule in submodules:
+            replace_tensors(submodule, buffers)
+        try:
+            yield
+        finally:  # fvcore does not take its hooks away where it fails
+            for submodule, (before, after) in zip(submodules, hooks, strict=True):
+                _keep_only(submodule._forward_pre_hooks, before)
+                _keep_only(submodule._forward_hooks, after)
+
+
+def _keep_only(hooks: dict[int, Any], known: dict[int, Any]) -> None:
+    for number in [number for number in hooks if number not in known]:
+        del hooks[number]
+
+
+class _FlatCall(nn.Module):
+    """A call of a network from tensors to tensors, which is all that fvcore takes and returns.
+
+    Args:
+        network: The network, named by its class in fvcore's table.
+        example_inputs: What its ``forward`` takes.
+    """
+
+    def __init__(self, network: nn.Module, example_inputs: Any) -> None:
+        super().__init__()
+        self.name = type(network).__name__
+        self.add_module(self.name, network)
+        self.leaves, self.structure = tree_flatten(placed(example_inputs, network))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the inputs."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        outputs = tuple(_tensors_in(self.get_submodule(self.name)(*args, **kwargs)))
+        if not outputs:  # what nothing comes of is not counted
+            raise ValueError("there are no tensors in what forward returns, as far as tuples and the like are searched")
+        return outputs
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf):
+            yield from _tensors_in(vars(leaf))
+
+
+def _depth(network: nn.Module) -> int:
+    """Return how deep submodules lie in a network."""
+    return max(name.count(".") for name, _ in network.named_modules()) + 1
+
+
+def _first_line(raised: Exception) -> str:
+    lines = str(raised).strip().splitlines()
+    return lines[0] if lines else type(raised).__name__

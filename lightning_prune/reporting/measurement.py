@@ -1,0 +1,78 @@
+"""A network in numbers: parameters, FLOPs, time and validation metrics."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.planning.timing import measure_latency
+from lightning_prune.reporting.flops import count_flops, told
+
+__all__ = ["Measurement", "measure"]
+
+
+@dataclass
+class Measurement:
+    """A network in numbers.
+
+    Attributes:
+        params: Number of parameters.
+        flops: FLOPs of the example inputs; one FLOP is one multiply-add. What fvcore counts, or where it cannot run the
+            network what the cost model counts.
+        latency_ms: Median time of a forward pass of the example inputs, in milliseconds.
+        metrics: Validation metrics by name.
+        cost_model_flops: What the cost model counts; None in what earlier versions have written.
+        fvcore_failure: Why fvcore could not count; empty if it could.
+    """
+
+    params: int
+    flops: int
+    latency_ms: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    cost_model_flops: int | None = None
+    fvcore_failure: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the measurement as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Measurement":
+        """Make a measurement from what `to_json` returned."""
+        return cls(**content)
+
+    @property
+    def flops_remark(self) -> str:
+        """Who has counted the FLOPs, where fvcore and the cost model do not agree; otherwise empty."""
+        agree = not self.fvcore_failure and self.cost_model_flops in (None, self.flops)
+        return "" if agree else told(self.flops, self.cost_model_flops, self.fvcore_failure)
+
+
+def measure(
+    network: nn.Module, example_inputs: Any, cost_model_flops: int, latency_ms: float | None = None
+) -> Measurement:
+    """Count and time a network as it is now.
+
+    Args:
+        network: The network; it is not changed.
+        example_inputs: What its ``forward`` takes, as for `lightning_prune.trace`.
+        cost_model_flops: What the cost model counts for the network.
+        latency_ms: Milliseconds of a forward pass, if they are known; otherwise they are measured.
+
+    Example:
+        >>> import torch
+        >>> measured = measure(nn.Linear(8, 4), torch.zeros(1, 8), cost_model_flops=30)
+        >>> measured.params, measured.flops
+        (36, 32)
+        >>> measured.flops_remark
+        '32 counted by fvcore, 30 by the cost model (-2)'
+    """
+    counted = count_flops(network, example_inputs)
+    return Measurement(
+        params=sum(parameter.numel() for parameter in network.parameters()),
+        flops=cost_model_flops if counted.total is None else counted.total,
+        latency_ms=measure_latency(network, example_inputs) if latency_ms is None else latency_ms,
+        cost_model_flops=cost_model_flops,
+        fvcore_failure=counted.failure,
+    )
