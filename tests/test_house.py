@@ -17,14 +17,14 @@ PACKAGE = Path(lightning_prune.__file__).parent
 REPOSITORY = PACKAGE.parent
 # A room imports from the rooms of lower floors, and from itself.
 FLOORS = (
-    {"pruning_plan", "progress", "files", "modes", "importing", "compiled", "rl"},
-    {"graph", "models", "datamodules"},
-    {"planning", "surgery"},
-    {"candidates", "checkpoint", "export"},
-    {"criteria"},
-    {"search", "reporting"},
-    {"callbacks"},
-    {"cli"},
+    ("pruning_plan", "progress", "files", "modes", "importing", "compiled", "ddp", "rl"),
+    ("graph", "models", "datamodules"),
+    ("planning", "surgery"),
+    ("candidates", "checkpoint", "export"),
+    ("criteria",),
+    ("search", "reporting"),
+    ("callbacks",),
+    ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ENTRANCES = {"__init__", "__main__"}  # which lead into all rooms
