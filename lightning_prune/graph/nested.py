@@ -12,7 +12,7 @@ def nested_tensors(value: Any) -> Iterator[Tensor]:
     """Find the tensors in nested values, also in dataclasses and other objects that PyTorch does not look into.
 
     Args:
-        value: Any value; one that refers to itself is gone through once.
+        value: Any value; one that refers to itself is collected once.
 
     Example:
         >>> import torch

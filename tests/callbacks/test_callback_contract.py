@@ -23,6 +23,10 @@ from lightning_prune.callbacks.state import State, deal_out, from_checkpoint, pe
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Prune . of . has pruned nothing"),
+    pytest.mark.filterwarnings("ignore:Training has ended with"),
+]
 CONTRACT = {
     "State", "Run", "cap", "make_plan", "scores", "allocate", "check_criterion", "check_budget", "prepare",
     "begin_epoch", "ready",

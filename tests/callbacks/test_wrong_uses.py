@@ -340,7 +340,7 @@ MODELS: dict[str, Row] = {
     ),
     "a part that is not there": (
         fit(body(module="body.7"), module=Parts()), ValueError,
-        "The model has no module 'body.7'; name one of its parts, such as 'network'.",
+        "The model has no module 'body.7'; name one of its submodules, such as 'network'.",
     ),
     "inputs without sizes": (
         fit(PruningCallback(example_inputs=[])), ValueError, f"The example inputs [] {INPUTS} ResidualClassifier:",
