@@ -196,7 +196,8 @@ def _copy_tensors(collections: Iterable[Any]) -> None:
             continue
         items = collection.items() if isinstance(collection, dict) else enumerate(collection)
         for key, value in items:
-            if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+            # In this order: asking whether something is a parameter takes longer, and few attributes are tensors.
+            if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
                 continue
             if id(value) not in copies:
                 copies[id(value)] = value.detach().clone()
