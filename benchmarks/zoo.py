@@ -4,7 +4,7 @@ For each network, in float64 with random statistics: keep half of the FLOPs and 
 break), compare the masked with the pruned network for all exact groups (at most 1e-9 apart, relative), and compare the
 counted FLOPs with fvcore's. Those are exact but for `einsum`, where fvcore reads four digits of a printed number.
 Networks of more than 150 million parameters run in float32 (at most 1e-3 apart), because copies of them in float64
-fill the memory of a small machine. Writes a table: the share of channels that can be pruned, and what is held, with
+fill the memory of a small machine. Writes a table: the share of channels that can be pruned, and what is unprunable, with
 the reasons::
 
     python benchmarks/zoo.py [--table benchmarks/results/zoo.md] [networks ...]
@@ -31,8 +31,8 @@ from lightning_prune.planning.cost import CostModel
 LARGE = 150_000_000
 TABLE = Path(__file__).parent / "results" / "zoo.md"
 HEAD = (
-    "| network | input | trace (s) | groups (inexact) | prunable | kept of flops, channels | masked - pruned | FLOPs "
-    "| held |\n|---|---|---|---|---|---|---|---|---|"
+    "| network | input | trace (s) | groups (not mask-exact) | prunable | kept of flops, channels | masked - pruned | FLOPs "
+    "| unprunable |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -77,11 +77,11 @@ def check(name: str) -> dict[str, object]:
     row["difference"] = difference(model, graph, random_plan(graph, exact_only=True), x)
     row["limit"] = 1e-9 if dtype == torch.float64 else 1e-3
     free = sum(group.size * group.width for group in graph.groups.values())
-    held = sum(held.channels for held in graph.unprunable.values())
-    row["free"] = free / (free + held)
-    row["inexact"] = sum(not group.mask_exact for group in graph.groups.values())
+    fixed = sum(unprunable.channels for unprunable in graph.unprunable.values())
+    row["free"] = free / (free + fixed)
+    row["not mask-exact"] = sum(not group.mask_exact for group in graph.groups.values())
     row["groups"] = len(graph.groups)
-    row["held"] = Counter(held.reason.split(": ", 1)[1] for held in graph.unprunable.values())
+    row["unprunable"] = Counter(each.reason.split(": ", 1)[1] for each in graph.unprunable.values())
     return row
 
 
@@ -91,13 +91,13 @@ def line(name: str) -> tuple[str, bool]:
         row = check(name)
     except Exception as raised:
         return f"| {name} | BROKEN: {type(raised).__name__}: {str(raised)[:300]} |", False
-    held = "; ".join(f"{count}x {reason}" for reason, count in row["held"].items())
+    reasons = "; ".join(f"{count}x {reason}" for reason, count in row["unprunable"].items())
     fits = row["flops apart"] <= 1e-5 and row["difference"] <= row["limit"]
     flops = f"{row['flops apart']:.0e} apart" if row["flops apart"] else "equal"
     precision = "" if row["limit"] == 1e-9 else " (float32)"
     return (
-        f"| {name} | {row['size']} | {row['trace']:.2f} | {row['groups']} ({row['inexact']}) | {row['free']:.0%} "
-        f"| {row['flops']:.3f}, {row['channels']:.3f} | {row['difference']:.0e}{precision} | {flops} | {held} |"
+        f"| {name} | {row['size']} | {row['trace']:.2f} | {row['groups']} ({row['not mask-exact']}) | {row['free']:.0%} "
+        f"| {row['flops']:.3f}, {row['channels']:.3f} | {row['difference']:.0e}{precision} | {flops} | {reasons} |"
     ), fits
 
 
