@@ -4,8 +4,8 @@ For each network, in float64 with random statistics: keep half of the FLOPs and 
 break), compare the masked with the pruned network for all exact groups (at most 1e-9 apart, relative), and compare the
 counted FLOPs with fvcore's. Those are exact but for `einsum`, where fvcore reads four digits of a printed number.
 Networks of more than 150 million parameters run in float32 (at most 1e-3 apart), because copies of them in float64
-fill the memory of a small machine. Writes a table: the share of channels that can be pruned, and the reasons of those that
-cannot be::
+fill the memory of a small machine. Writes a table: the share of channels that can be pruned, and the reasons of
+those that cannot be::
 
     python benchmarks/zoo.py [--table benchmarks/results/zoo.md] [networks ...]
 """
