@@ -76,7 +76,7 @@ def check(name: str) -> dict[str, object]:
     row["flops apart"] = max(abs(ours - theirs) / theirs for ours, theirs in counts)
     row["difference"] = difference(model, graph, random_plan(graph, exact_only=True), x)
     row["limit"] = 1e-9 if dtype == torch.float64 else 1e-3
-    free = sum(group.size * group.width for group in graph.groups.values())
+    free = CostModel(graph, "channels").original  # of each layer, as those that are unprunable are counted
     fixed = sum(unprunable.channels for unprunable in graph.unprunable.values())
     row["free"] = free / (free + fixed)
     row["not mask-exact"] = sum(not group.mask_exact for group in graph.groups.values())

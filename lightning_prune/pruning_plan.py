@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FORMAT_VERSION", "PlannedGroup", "PruningPlan", "Slice", "plan_in_force", "record_plan"]
+__all__ = ["FORMAT_VERSION", "PlannedGroup", "PruningPlan", "Slice", "plan_in_force", "record_plan", "width_in"]
 
 FORMAT_VERSION = 1
 _RECORD = "_pruning_plan"
@@ -126,6 +126,14 @@ class PlannedGroup:
         is_pruned = torch.ones(self.size, dtype=torch.bool)
         is_pruned[self.channels] = False
         return is_pruned.nonzero()[:, 0]
+
+    @property
+    def width(self) -> int:
+        """How many positions one channel has in the first slice's axis: output channels of the group's first layer."""
+        if not self.slices:
+            return 1
+        first = self.slices[0]
+        return width_in(self.slices, first.tensor, first.axis)
 
     def to_json(self) -> dict[str, Any]:
         """Return the group as plain values."""
@@ -300,3 +308,22 @@ def _check_follows(name: str, planned: PlannedGroup, earlier: PlannedGroup) -> N
 def _without_cache(record: Any) -> dict[str, Any]:
     """Return the fields of a record, without what can be worked out from them again."""
     return {name: record.__dict__[name] for name in record.__dataclass_fields__}
+
+
+def width_in(slices: Iterable[Slice], tensor: str, axis: int) -> int:
+    """Return how many positions along an axis of a tensor one channel has in some slices.
+
+    Args:
+        slices: The slices.
+        tensor: Name of the tensor.
+        axis: The axis.
+
+    Example:
+        >>> width_in([Slice("weight", 0, width=2), Slice("weight", 0, start=8, width=2)], "weight", 0)
+        4
+    """
+    width = 0
+    for one in slices:
+        if (one.tensor, one.axis) == (tensor, axis):
+            width += len(one.table[0]) if one.table else one.width
+    return width

@@ -332,7 +332,7 @@ class PruningCallback(Schedule, Callback):
         graph = trace(pl_module, inputs, module=self.module, ignore=self.ignore)
         refusals.refuse_averaged_models(pl_module, graph)
         if not graph.groups:
-            reasons = "; ".join(unprunable.reason for unprunable in graph.unprunable.values())
+            reasons = "; ".join(dict.fromkeys(unprunable.reason for unprunable in graph.unprunable.values()))
             raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")
         return graph
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import register
-from lightning_prune.graph.channel_graph import ChannelGraph, Group
+from lightning_prune.graph.channel_graph import ChannelGraph, Group, values_of
 from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["group_magnitude"]
@@ -125,7 +125,7 @@ class _CoupledNorms:
         places = _places_by_tensor(graph, tensors)
         squares = {}
         for name in places:
-            squares[name] = _squares_along(places[name], tensors[name])
+            squares[name] = _squares_along(places[name], values_of(tensors, name))
             for place in places[name]:
                 self.of_kept[place.group] += _sums_of_channels(squares[name], place)
         self._crossings: defaultdict[str, list[_Crossing]] = defaultdict(list)  # by group
@@ -187,7 +187,7 @@ def _crossings(group: Group, squares: np.ndarray, places: Sequence[_Place]) -> I
 def _squares_along(places: Sequence[_Place], tensor: Tensor) -> np.ndarray:
     """Return the squares of a tensor, summed over the axes along which there are no channels, which get length 1."""
     axes = {place.axis for place in places}
-    weights = tensor.detach().cpu()
+    weights = tensor.cpu()
     precise = torch.promote_types(weights.dtype, torch.float32)
     squares = weights.to(precise).square()  # 10^8 of them in a VGG-16
     others = [axis for axis in range(squares.dim()) if axis not in axes]

@@ -71,6 +71,6 @@ def _norms(rows: Tensor, p: float) -> Tensor:
     if p != 1:
         return torch.linalg.vector_norm(rows, p, dim=1, dtype=precise)
     # PyTorch's own L1 norm is several times slower than these sums over rows that fit into the cache.
-    rows_in_cache = max(1, _IN_CACHE // rows.shape[1])
+    rows_in_cache = max(1, _IN_CACHE // max(1, rows.shape[1]))
     sums = [some.abs().sum(1, dtype=precise) for some in rows.split(rows_in_cache)]
     return torch.cat(sums)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.pruning_plan import PlannedGroup, PruningPlan, Slice, plan_in_force
+from lightning_prune.pruning_plan import PlannedGroup, PruningPlan, Slice, plan_in_force, width_in
 
-__all__ = ["Axis", "ChannelGraph", "Group", "Term", "Unprunable"]
+__all__ = ["Axis", "ChannelGraph", "Group", "Term", "Unprunable", "values_of"]
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,31 @@ class Group:
     def width(self) -> int:
         """How many output channels of its first layer one channel of the group stands for."""
         first = self.out_slices[0]
-        width = 0
-        for out_slice in self.out_slices:
-            if (out_slice.tensor, out_slice.axis) == (first.tensor, first.axis):
-                width += len(out_slice.table[0]) if out_slice.table else out_slice.width
-        return width
+        return width_in(self.out_slices, first.tensor, first.axis)
+
+    @property
+    def channels(self) -> int:
+        """How many output channels of its first layer the group stands for: its size, if each is one of them."""
+        return self.size * self.width
 
     @property
     def modules(self) -> list[str]:
         """Names of the modules that the slices are in, each once."""
-        names = (one.tensor.rpartition(".")[0] for one in self.slices)
-        return list(dict.fromkeys(names))
+        return _modules(self.slices)
+
+
+def _modules(slices: Iterable[Slice]) -> list[str]:
+    """Return the names of the modules that slices are in, each once."""
+    names = (one.tensor.rpartition(".")[0] for one in slices)
+    return list(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
 class Unprunable:
-    """Channels that cannot be pruned.
+    """Channels of a layer that cannot be pruned.
 
     Attributes:
-        channels: How many.
+        channels: How many; channels that several layers produce together count for each.
         reason: Which module is the reason, and why.
     """
 
@@ -199,10 +205,13 @@ class ChannelGraph:
 
         Returns:
             (kept channels, values per channel), on the device of the tensor.
+
+        Raises:
+            ValueError: If the tensor has no data.
         """
         if values is None:
             values = named_tensors(self.model)
-        tensor = values[of_group.tensor].detach()
+        tensor = values_of(values, of_group.tensor)
         channels = self.kept(name)
         if not _fills_axis(of_group, len(channels), tensor):
             positions = self.positions_now(of_group, channels)
@@ -211,7 +220,9 @@ class ChannelGraph:
         return channels_first.reshape(len(channels), -1)
 
     def explain(self, name: str) -> str:
-        """Say in words what becomes of the channels of a module.
+        """Say in words what becomes of the channels that a module produces or, if there are none, of those it stores.
+
+        There is a line for each group, and for each reason why channels cannot be pruned.
 
         Args:
             name: Name of a group, of a module that a group has slices in, or of unprunable channels.
@@ -219,14 +230,41 @@ class ChannelGraph:
         Raises:
             ValueError: If the module has no channels that the graph knows of.
         """
-        if name in self.unprunable and name not in self.groups:
-            unprunable = self.unprunable[name]
-            return f"{name}: {unprunable.channels} channels cannot be pruned, because {unprunable.reason}"
+        producing = [
+            group for group in self.groups.values() if name == group.name or name in _modules(group.out_slices)
+        ]
+        told = [f"{name}: {_description(group, name)}" for group in producing]
+        for entry, unprunable in self.unprunable.items():
+            if name == entry or name == entry.partition("#")[0]:
+                told.append(f"{name}: {unprunable.channels} channels cannot be pruned, because {unprunable.reason}")
+        if told:
+            return "\n".join(told)
         for group in self.groups.values():
-            if name == group.name or name in group.modules:
+            if name in group.modules:
                 return f"{name}: {_description(group, name)}"
         known = ", ".join(self.groups)
         raise ValueError(f"{name!r} neither produces nor consumes channels; the groups are {known}.")
+
+
+def values_of(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a tensor by name, detached.
+
+    Args:
+        tensors: The tensors.
+        name: Name of one of them.
+
+    Raises:
+        ValueError: If it has no data.
+
+    Example:
+        >>> values_of({"weight": torch.zeros(2, device="meta")}, "weight")
+        Traceback (most recent call last):
+        ValueError: 'weight' is on the meta device and has no values; load the weights of the model first.
+    """
+    tensor = tensors[name].detach()
+    if tensor.is_meta:
+        raise ValueError(f"{name!r} is on the meta device and has no values; load the weights of the model first.")
+    return tensor
 
 
 def _fills_axis(of_group: Slice, channels: int, tensor: Tensor) -> bool:

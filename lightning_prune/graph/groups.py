@@ -25,7 +25,7 @@ tensor        axis  labels
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -37,11 +37,63 @@ from lightning_prune.graph.records import FIXED, CostTerm, Labels, Note, Record,
 from lightning_prune.graph.slices import slices_of
 from lightning_prune.graph.slots import Slot, SlotTable, module_of
 from lightning_prune.graph.ties import TiedPairs, components, notes_on_half_fixed
-from lightning_prune.pruning_plan import Slice
+from lightning_prune.pruning_plan import Slice, width_in
 
-__all__ = ["Grouping", "form_groups"]
+__all__ = ["Grouping", "Reasons", "UnprunableChannels", "form_groups", "marked"]
 
 _NONE = -1  # the number of no group, no channel, no note
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """The first of some notes about each component.
+
+    Attributes:
+        notes: The notes.
+        component_of: (labels,) the component of each label.
+        first: (labels,) by component, the number of the first note about it, -1 for none.
+    """
+
+    notes: Sequence[Note]
+    component_of: ndarray
+    first: ndarray
+
+    def about(self, labels: ndarray) -> str:
+        """Return the reason of the first of some labels that there is one for, empty where there is none."""
+        numbers = self.first[self.component_of[labels]]
+        with_reason = numbers[numbers != _NONE]
+        return str(self.notes[with_reason[0]]) if len(with_reason) else ""
+
+
+class UnprunableChannels(dict[str, Unprunable]):
+    """The channels that cannot be pruned, by the name of the module that produces them.
+
+    A module whose channels are unprunable for several reasons has an entry for each: ``name``, ``name#1`` ...
+
+    Attributes:
+        tensors: Names of the tensors that produce them.
+
+    Example:
+        >>> channels = UnprunableChannels()
+        >>> channels.add("attention", 8, "attention: is the width of an attention head")
+        >>> channels.add("attention", 4, "attention: is an output of the network")
+        >>> {name: one.channels for name, one in channels.items()}
+        {'attention': 8, 'attention#1': 4}
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[str] = set()
+
+    def add(self, module: str, channels: int, reason: str) -> None:
+        """Add channels that a module produces."""
+        name = module
+        number = 0
+        while name in self and self[name].reason != reason:
+            number += 1
+            name = f"{module}#{number}"
+        before = self.get(name, Unprunable(0, reason))
+        self[name] = Unprunable(before.channels + channels, reason)
 
 
 @dataclass
@@ -50,15 +102,27 @@ class Grouping:
 
     Attributes:
         groups: The groups, in the order of the forward pass, by name.
-        unprunable: The channels that cannot be pruned, by the name of the module that produces them.
+        unprunable: The channels that cannot be pruned.
         group_of: (labels,) the number of the group of each label, -1 where it is in none.
         tied_codes: Every pair of different labels that was tied, by code (see `TiedPairs.codes`), ascending.
+        why_unprunable: The reasons why components cannot be pruned.
     """
 
     groups: dict[str, Group]
-    unprunable: dict[str, Unprunable]
+    unprunable: UnprunableChannels
     group_of: ndarray
     tied_codes: ndarray
+    why_unprunable: Reasons = field(repr=False)
+
+    def add_not_mask_exact(self, notes: Iterable[Note]) -> None:
+        """Add why pruning is not the same as masking, for groups that no reason was known of."""
+        names = list(self.groups)
+        for note in notes:
+            numbers = np.unique(self.group_of[note.labels.numpy()])
+            for number in numbers[numbers >= 0].tolist():
+                group = self.groups[names[number]]
+                if group.mask_exact:
+                    self.groups[group.name] = replace(group, not_mask_exact=str(note))
 
     def axis(self, labels: Labels) -> Axis:
         """Return how the length of an axis depends on the groups."""
@@ -99,26 +163,6 @@ class _Sides:
 
 
 @dataclass(frozen=True)
-class _Reasons:
-    """The first of some notes about each component.
-
-    Attributes:
-        notes: The notes.
-        first: (labels,) by component, the number of the first note about it, -1 for none.
-    """
-
-    notes: Sequence[Note]
-    first: ndarray
-
-    def about(self, component: int) -> str:
-        """Return the reason, empty where there is none."""
-        number = self.first[component]
-        if number == _NONE:
-            return ""
-        return str(self.notes[number])
-
-
-@dataclass(frozen=True)
 class _Block:
     """The labels of one group in one slot: (channels, labels of a channel)."""
 
@@ -145,7 +189,7 @@ def form_groups(table: SlotTable, record: Record) -> Grouping:
     why_not_mask_exact = _reasons(component_of, not_mask_exact)
 
     numbering = number_labels(table, component_of, record, reason_of=why_unprunable.first)
-    builder = _Builder(component_of, sides, why_unprunable, why_not_mask_exact)
+    builder = _Builder(sides, why_unprunable, why_not_mask_exact)
     for number, blocks in enumerate(_blocks(table.slots, numbering)):
         builder.add(number, blocks)
     grouping = Grouping(
@@ -153,6 +197,7 @@ def form_groups(table: SlotTable, record: Record) -> Grouping:
         builder.unprunable,
         group_of=builder.number_in_order[numbering.group],
         tied_codes=pairs.sorted_codes(table.count),
+        why_unprunable=why_unprunable,
     )
     _require_two_channels(grouping, record.squeezed)
     return grouping
@@ -163,12 +208,12 @@ def form_groups(table: SlotTable, record: Record) -> Grouping:
 
 def _sides(count: int, record: Record) -> _Sides:
     """Return which labels the rules marked as out-channel or in-channel slices."""
-    is_out = _marked(count, record.out_slices)
+    is_out = marked(count, record.out_slices)
     is_out[FIXED] = False
-    return _Sides(is_out, _marked(count, record.in_slices))
+    return _Sides(is_out, marked(count, record.in_slices))
 
 
-def _marked(count: int, marks: Iterable[Labels]) -> ndarray:
+def marked(count: int, marks: Iterable[Labels]) -> ndarray:
     """Return which labels are among some: (labels,) bool."""
     found = np.zeros(count, dtype=bool)
     for labels in marks:
@@ -198,7 +243,7 @@ def _not_masked_alone(table: SlotTable, ties: Sequence[Tie], sides: _Sides) -> l
     return notes
 
 
-def _reasons(component_of: ndarray, notes: Sequence[Note]) -> _Reasons:
+def _reasons(component_of: ndarray, notes: Sequence[Note]) -> Reasons:
     """Return the first note about each component."""
     first = np.full(len(component_of), _NONE)
     numbered = list(enumerate(notes))
@@ -208,7 +253,7 @@ def _reasons(component_of: ndarray, notes: Sequence[Note]) -> _Reasons:
         first[components_of_note] = number
     fixed = component_of[FIXED]
     first[fixed] = _NONE
-    return _Reasons(notes, first)
+    return Reasons(notes, component_of, first)
 
 
 # -- groups and their slices -------------------------------------------------------------------------------------------
@@ -249,25 +294,21 @@ class _Builder:
     """Build groups one after the other, and set apart those that cannot be pruned.
 
     Args:
-        component_of: (labels,) the component of each label.
         sides: Which labels are out-channel or in-channel slices.
         why_unprunable: The reasons why components cannot be pruned.
         why_not_mask_exact: The reasons why pruning them is not the same as masking.
 
     Attributes:
         groups: The groups that can be pruned, by name.
-        unprunable: The channels that cannot, by the name of the module.
+        unprunable: The channels that cannot.
     """
 
-    def __init__(
-        self, component_of: ndarray, sides: _Sides, why_unprunable: _Reasons, why_not_mask_exact: _Reasons
-    ) -> None:
-        self.component_of = component_of
+    def __init__(self, sides: _Sides, why_unprunable: Reasons, why_not_mask_exact: Reasons) -> None:
         self.sides = sides
         self.why_unprunable = why_unprunable
         self.why_not_mask_exact = why_not_mask_exact
         self.groups: dict[str, Group] = {}
-        self.unprunable: dict[str, Unprunable] = {}
+        self.unprunable = UnprunableChannels()
         self._numbers: list[int] = []
 
     @property
@@ -278,10 +319,7 @@ class _Builder:
     def add(self, number: int, blocks: Sequence[_Block]) -> None:
         """Add the group of some number."""
         group = self._make_group(blocks)
-        reason = self.why_unprunable.about(self._component(blocks))
-        if not reason and group.size == 1:
-            module = group.out_slices[0].tensor.rpartition(".")[0]
-            reason = f"{module}: all its channels can only be pruned together"
+        reason = self.why_unprunable.about(_first_label(blocks)) or _why_too_small(group)
         if reason:
             self._numbers.append(_NONE)
             self._add_unprunable(group, reason)
@@ -292,18 +330,17 @@ class _Builder:
             name = f"{name}#{number}"
         self.groups[name] = replace(group, name=name)
 
-    def _component(self, blocks: Sequence[_Block]) -> int:
-        """Return the component that is the first channel of a group."""
-        first_label = blocks[0].labels[0, 0]
-        return self.component_of[first_label]
-
     def _add_unprunable(self, group: Group, reason: str) -> None:
-        channels = group.size
-        before = self.unprunable.get(group.name)
-        if before is not None:
-            channels += before.channels
-            reason = before.reason
-        self.unprunable[group.name] = Unprunable(channels, reason)
+        """Add the channels to every module that produces them."""
+        modules = set()
+        for out_slice in group.out_slices:
+            tensor = out_slice.tensor
+            self.unprunable.tensors.add(tensor)
+            module = module_of(tensor)
+            if module not in modules:
+                modules.add(module)
+                width = width_in(group.out_slices, tensor, out_slice.axis)
+                self.unprunable.add(module, group.size * width, reason)
 
     def _make_group(self, blocks: Sequence[_Block]) -> Group:
         out_slices: list[Slice] = []
@@ -325,8 +362,22 @@ class _Builder:
             out_slices=tuple(out_slices),
             in_slices=tuple(in_slices),
             other_slices=tuple(other_slices),
-            not_mask_exact=self.why_not_mask_exact.about(self._component(blocks)),
+            not_mask_exact=self.why_not_mask_exact.about(_first_label(blocks)),
         )
+
+
+def _first_label(blocks: Sequence[_Block]) -> ndarray:
+    """Return a label of the first channel of a group: (1,)."""
+    return blocks[0].labels[0, :1]
+
+
+def _why_too_small(group: Group) -> str:
+    """Say why a group of a single channel cannot be pruned, empty if it has more."""
+    if group.size > 1:
+        return ""
+    if group.width > 1:
+        return f"{group.name}: all its channels can only be pruned together"
+    return f"{group.name}: has a channel that is unlike all others, and the only one of its group"
 
 
 def _require_two_channels(grouping: Grouping, squeezed: Iterable[Labels]) -> None:

@@ -177,6 +177,7 @@ class Record:
         output_labels: The labels that each of these operators gave to its first output.
         cut: The labels along each axis that an operator passed only some of on.
         module_calls: The calls of all modules, in the order in which they ended.
+        used: Names of the parameters and buffers that an operator was given.
     """
 
     ties: list[Tie] = field(default_factory=list)
@@ -190,6 +191,7 @@ class Record:
     output_labels: list[OutputLabels] = field(default_factory=list)
     cut: list[Labels] = field(default_factory=list)
     module_calls: dict[CallKey, ModuleCall] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
 
     def extend(self, other: "Record") -> None:
         """Add what another pass showed about channels."""
@@ -199,6 +201,7 @@ class Record:
         self.out_slices.extend(other.out_slices)
         self.in_slices.extend(other.in_slices)
         self.squeezed.extend(other.squeezed)
+        self.used |= other.used
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         operator = self.tables.look_up(func)
         inputs = tensors_in([*args, *kwargs.values()])
         self.running_inputs = inputs
+        self.record.used.update(map(self.name_of, inputs))
         output = operator.run(args, kwargs, inputs)
         self.of_weights = bool(inputs) and all(map(self.is_weight, inputs))
         if self.of_weights:

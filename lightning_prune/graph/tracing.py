@@ -18,12 +18,16 @@ from lightning_prune.graph.operators import OperatorTables
 from lightning_prune.graph.records import CostTerm, Known, Note, Record
 from lightning_prune.graph.rules import RULES
 from lightning_prune.graph.run import Forward, as_call
+from lightning_prune.graph.slots import module_of
 from lightning_prune.graph.terms import cost_terms
 from lightning_prune.graph.tracer import Tracer
+from lightning_prune.graph.unnamed import name_the_rest
 from lightning_prune.graph.verification import Verifier
 from lightning_prune.progress import progress
 
 __all__ = ["as_call", "trace"]
+
+_COMPLEX = "has complex numbers, which no criterion scores"
 
 
 def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Sequence[str] = ()) -> ChannelGraph:
@@ -63,7 +67,8 @@ def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Se
         patterns = _checked_patterns(ignore, forward.module_names)
         grouping, operations = _Search(forward, patterns).settle()
         terms = cost_terms(forward, grouping, operations)
-    return ChannelGraph(model, grouping.groups, grouping.unprunable, forward.shapes, terms, module, example_inputs)
+    unprunable = dict(grouping.unprunable)
+    return ChannelGraph(model, grouping.groups, unprunable, forward.shapes, terms, module, example_inputs)
 
 
 def _checked_patterns(ignore: Sequence[str], module_names: Sequence[str]) -> list[str]:
@@ -104,10 +109,17 @@ class _Observed:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Whether groups work, and what does not; nothing is found where training mode was not observed."""
+    """Whether groups work.
+
+    Attributes:
+        works: Whether they do.
+        findings: What does not; nothing is found where training mode was not observed.
+        not_mask_exact: What a smaller network showed in training mode, where that was not observed.
+    """
 
     works: bool
     findings: Sequence[Finding] = ()
+    not_mask_exact: Sequence[Note] = ()
 
 
 class _Search:
@@ -139,6 +151,8 @@ class _Search:
             grouping = self._form_groups(observed)
             verdict = self._verify(grouping, observed)
             if verdict.works:
+                grouping.add_not_mask_exact(verdict.not_mask_exact)
+                name_the_rest(self.forward, grouping, observed.joined())
                 return grouping, observed.evaluation.costs
             if self._asks_for_another_look(verdict):
                 observed = self._observe_both_modes()
@@ -191,6 +205,7 @@ class _Search:
     def _form_groups(self, observed: _Observed) -> Grouping:
         record = observed.joined()
         record.unprunable += self._ignored_channels(record)
+        record.unprunable += self._complex_channels()
         record.unprunable += self.found_unprunable
         return form_groups(self.forward.labelled, record)
 
@@ -200,6 +215,14 @@ class _Search:
             module = self.forward.labelled.module_of(labels)
             matching = [pattern for pattern in self.ignored if _matches_any(pattern, _with_parents(module))]
             notes.extend(Note(labels, module, f"is ignored by the pattern {pattern!r}") for pattern in matching)
+        return notes
+
+    def _complex_channels(self) -> list[Note]:
+        notes = []
+        for name, tensor in self.forward.tensors.items():
+            if tensor.is_complex():
+                labels_by_axis = self.forward.labelled.labels(name)
+                notes += [Note(labels, module_of(name), _COMPLEX) for labels in labels_by_axis.values()]
         return notes
 
     # -- trying them out -------------------------------------------------------------------------------------------
@@ -228,8 +251,9 @@ class _Search:
             return _Verdict(works=False)
         # Where channels are cut is compared with what the full network does in the same mode.
         if not verifier.cuts(evaluation) and trial.covers(evaluation):
-            return _Verdict(works=True)
-        return self._verify_in_evaluation(verifier, evaluation)
+            return _Verdict(works=True, not_mask_exact=trial.record.not_mask_exact)
+        verdict = self._verify_in_evaluation(verifier, evaluation)
+        return replace(verdict, not_mask_exact=trial.record.not_mask_exact)
 
     def _verify_in_evaluation(self, verifier: Verifier, evaluation: Record) -> _Verdict:
         trial = verifier.first_trial(training=False, full=evaluation)

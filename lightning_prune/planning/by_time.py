@@ -14,7 +14,7 @@ from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.fitting import fit
 from lightning_prune.planning.limits import Limits
 from lightning_prune.planning.stand_ins import at_widths
-from lightning_prune.planning.timing import median_time, times_in_turns
+from lightning_prune.planning.timing import device_of, median_time, times_in_turns
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = [
@@ -155,7 +155,7 @@ def measured_fraction(graph: ChannelGraph, widths: Mapping[str, int], rounds: in
     Returns:
         The time at these widths as a fraction of that of the original network.
     """
-    device = next(graph.model.parameters()).device
+    device = device_of(graph.model)
 
     def turn(widths: Mapping[str, int]) -> float:
         with at_widths(graph, widths) as run:

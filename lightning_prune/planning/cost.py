@@ -66,6 +66,15 @@ class CostModel:
         costs = self._coefficients * self._products.of(widths)  # (terms,)
         return costs.sum().item()
 
+    def fraction(self, widths: np.ndarray) -> float:
+        """Return the cost at some widths as a fraction of the original cost; 1 where there is none to save.
+
+        Args:
+            widths: (groups,) int64 channels that are kept, in the order of ``self.groups``.
+        """
+        original = self.original
+        return self.of(widths) / original if original else 1.0
+
     def __call__(self, widths: Mapping[str, int]) -> float:
         """Return the cost at some widths, by group name; groups that are absent keep all channels."""
         original = zip(self.groups, self.sizes, strict=True)

@@ -43,8 +43,8 @@ def fit(graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, cost: Co
         metric=cost.metric,
         asked=keep,
         reachable=reachable,
-        rounded=cost.of(rounded) / cost.original,
-        achieved=cost.of(widths) / cost.original,
+        rounded=cost.fraction(rounded),
+        achieved=cost.fraction(widths),
         original=cost.original,
         round_to=limits.round_to,
     )

@@ -85,7 +85,7 @@ class Limits:
 
     def reachable(self, cost: CostModel) -> float:
         """Return the least fraction of the original cost that can be kept."""
-        return cost.of(self.least) / cost.original
+        return cost.fraction(self.least)
 
     def check(self, keep: float, metric: str, reachable: float) -> None:
         """Raise a ValueError, with the range, unless a budget is at least the fraction that can be reached."""

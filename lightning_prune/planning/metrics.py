@@ -178,6 +178,8 @@ class MeasuredTime(Metric):
 
         def make(round_to: int) -> PruningPlan:
             limits = Limits(graph, ranking, round_to, settings.min_channels, settings.cap)
+            if not graph.groups:  # there is nothing to time
+                return fit(graph, ranking, keep, cost, limits)
             return timed_plan(planner, graph, ranking, keep, cost, limits)
 
         with progress("Timing smaller networks"):
@@ -186,6 +188,9 @@ class MeasuredTime(Metric):
     def check_reachable(self, graph: ChannelGraph, keep: float, settings: WidthSettings) -> None:
         """Time the smallest network where the profile says that it is too slow."""
         limits = self.least_limits(graph, settings)
+        if not graph.groups:
+            limits.check(keep, self.name, 1.0)
+            return
         reachable = limits.reachable(self.cost_model(graph))
         if reachable > keep:
             widths = dict(zip(graph.groups, limits.least.tolist(), strict=True))

@@ -9,6 +9,7 @@ from lightning_prune.graph.channel_graph import Axis, ChannelGraph, Term
 from lightning_prune.planning.cost import Products, integers
 from lightning_prune.planning.profile_cache import load_terms, store_terms
 from lightning_prune.planning.segments import Segment, time_segments
+from lightning_prune.planning.timing import device_of
 from lightning_prune.progress import progress
 
 __all__ = ["profile"]
@@ -31,6 +32,9 @@ def profile(graph: ChannelGraph, samples: int = 32, runs: int = 3) -> None:
         samples: Number of networks of random widths, besides the original one.
         runs: Number of timed runs of each; the fastest counts.
 
+    Raises:
+        ValueError: If the model is on the meta device.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -42,6 +46,10 @@ def profile(graph: ChannelGraph, samples: int = 32, runs: int = 3) -> None:
         >>> CostModel(graph, "latency").original > 0
         True
     """
+    if not graph.groups:  # the time depends on no width
+        graph.terms["latency"] = []
+        return
+    device_of(graph.model)  # raises if the network cannot run
     terms = load_terms(graph)
     if terms is None:
         terms = _measured_terms(graph, samples, runs)

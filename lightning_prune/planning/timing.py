@@ -15,7 +15,7 @@ from lightning_prune.graph.tracing import as_call
 from lightning_prune.modes import evaluating
 from lightning_prune.progress import progress
 
-__all__ = ["measure_latency", "median_time", "placed", "timed", "times_in_turns", "wait"]
+__all__ = ["device_of", "measure_latency", "median_time", "placed", "timed", "times_in_turns", "wait"]
 
 _LEAST_RUNS = 3  # of which the median counts
 _SHORTEST = 1e-3  # milliseconds: what a clock may tell of next to nothing
@@ -39,7 +39,7 @@ def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_
         True
     """
     args, kwargs = placed(example_inputs, model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
     with evaluating(model), preserving_attributes(model):
         for module in model.modules():
@@ -94,7 +94,9 @@ def median_time(run: Callable[[], Any], device: torch.device, milliseconds: floa
 
 def placed(example_inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return example inputs as positional and named arguments, on the device and in the precision of a model."""
-    first = next(model.parameters())
+    first = next(model.parameters(), None)
+    if first is None:
+        return as_call(example_inputs)
 
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -103,6 +105,22 @@ def placed(example_inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict
         return leaf.to(first.device, precision)
 
     return tree_map(place, as_call(example_inputs))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that a model runs on: the CPU if it has no parameters.
+
+    Raises:
+        ValueError: If it has no data to run on.
+
+    Example:
+        >>> device_of(nn.ReLU())
+        device(type='cpu')
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise ValueError("A model on the meta device has no values to run with; load its weights, then measure it.")
+    return device
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:

@@ -118,7 +118,7 @@ class History:
             callback=callback,
             settings=settings,
             module=graph.module,
-            groups={name: group.size for name, group in graph.groups.items()},
+            groups={name: group.channels for name, group in graph.groups.items()},
             unprunable={name: (found.channels, found.reason) for name, found in graph.unprunable.items()},
             before=before,
             layers_before=layers_at(graph, {}),
@@ -138,7 +138,7 @@ class History:
             step=step,
             epoch=epoch,
             budget=dict(plan.budget or {}),
-            widths=plan.widths,
+            widths={name: width * graph.groups[name].width for name, width in plan.widths.items()},
             after=after,
         )
         self.prunes.append(prune)

@@ -37,8 +37,8 @@ def describe(graph: ChannelGraph) -> str:
     params = CostModel(graph, "params")
     rows = [("group", "channels", "flops", "params", "layers")]
     for name, group in graph.groups.items():
-        rows.append((name, str(group.size), _saved(flops, name), _saved(params, name), _layers(group)))
-    channels = sum(group.size for group in graph.groups.values())
+        rows.append((name, str(group.channels), _saved(flops, name), _saved(params, name), _layers(group)))
+    channels = sum(group.channels for group in graph.groups.values())
     groups = _count(len(graph.groups), "group")
     lines = [
         f"{groups} of {_count(channels, 'channel')} can be pruned",
@@ -73,6 +73,8 @@ def _layers(group: Group) -> str:
         layer, _, _ = coupled.tensor.rpartition(".")
         layers[layer] = None
     told_layers = ", ".join(layers)
+    if group.width > 1:
+        told_layers += f" ({group.width} channels at a time)"
     if group.not_mask_exact:
         told_layers += f" (not mask-exact: {group.not_mask_exact})"
     return told_layers

@@ -116,8 +116,8 @@ class PruningEpisodes:
         bounds = self.problem.bounds
         narrowest = np.concatenate([decided, bounds.least[self.position :]])
         widest = np.concatenate([decided, bounds.most[self.position :]])
-        spent = cost.of(narrowest) / cost.original
-        most = cost.of(widest) / cost.original
+        spent = cost.fraction(narrowest)
+        most = cost.fraction(widest)
         return [spent, most - spent]
 
 

@@ -151,4 +151,4 @@ def _share_of_cost(cost: CostModel, group: int) -> float:
     """Return the fraction of the original cost that the network would not have without a group."""
     without_group = cost.sizes.copy()
     without_group[group] = 0
-    return 1 - cost.of(without_group) / cost.original
+    return 1 - cost.fraction(without_group)

@@ -107,11 +107,11 @@ class WidthBounds:
         Args:
             widths: (groups,) channels that are kept.
         """
-        achieved = self.cost.of(widths) / self.cost.original
+        achieved = self.cost.fraction(widths)
         return {
             "metric": self.cost.metric,
             "asked": self.keep,
-            "reachable": self.cost.of(self.least) / self.cost.original,
+            "reachable": self.cost.fraction(self.least),
             "rounded": achieved,
             "achieved": achieved,
             "original": self.cost.original,

@@ -219,14 +219,14 @@ def _kept_now(plan: PruningPlan, earlier: PruningPlan) -> Index:
 
 
 def _changed_widths(plan: PruningPlan, earlier: PruningPlan) -> dict[str, Change]:
-    """Return channels before and after, by name, of the groups that lose some."""
+    """Return output channels of the first layer before and after, by name, of the groups that lose some."""
     widths_before = earlier.widths
     changed = {}
     for name, group in plan.groups.items():
         before = widths_before.get(name, group.size)
         after = len(group.kept)
         if after < before:
-            changed[name] = Change(before, after)
+            changed[name] = Change(before * group.width, after * group.width)
     return changed
 
 

@@ -68,9 +68,9 @@ def test_one_network_of_every_family(name: str):
     lp.prune(model, plan)
     cost = CostModel(graph, "flops")
     assert cost(plan.widths) == counted_flops(model, x)
-    free = sum(group.size * group.width for group in graph.groups.values())
+    free = CostModel(graph, "channels").original  # of each layer, as those that are unprunable are counted
     unprunable = sum(one.channels for one in graph.unprunable.values())
-    assert free > 0.4 * (free + unprunable)
+    assert free > 0.35 * (free + unprunable)
 
 
 def test_reasons_name_lines_of_torchvision():

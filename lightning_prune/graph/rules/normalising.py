@@ -11,6 +11,8 @@ from lightning_prune.graph.tracer import Call, Tracer
 
 __all__: list[str] = []
 
+_FEWER = "is normalised over its channels, fewer of which have other statistics"
+
 
 @rule(
     "aten.native_batch_norm", "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_no_training",
@@ -18,9 +20,13 @@ __all__: list[str] = []
     "aten.miopen_batch_norm", "aten._batch_norm_no_update", "aten.batch_norm",
 )  # fmt: skip
 def batch_norm(tracer: Tracer, call: Call) -> None:
-    """Tie the channels to the affine parameters and the running statistics."""
+    """Tie the channels to the affine parameters and the running statistics; not mask-exact along all other axes.
+
+    Statistics are taken over these axes: of each input or, where they are running statistics, in training.
+    """
     x, *per_channel = call.args[:5]  # weight, bias, running mean, running variance
     _tie_per_channel(tracer, x, per_channel, "is normalised by statistics of fixed number")
+    _mark_statistics(tracer, x, axes=[0, *range(2, x.dim())])
     _keep_labels(tracer, x, call)
 
 
@@ -44,7 +50,7 @@ def _keep_labels(tracer: Tracer, x: Tensor, call: Call) -> None:
 def layer_norm(tracer: Tracer, call: Call) -> None:
     """Tie the channels to the affine parameters; not mask-exact, because the statistics are over all channels."""
     x, normalized_shape, *affine = call.args[:4]
-    _mark_statistics(tracer, x, axes=len(normalized_shape))
+    _mark_statistics(tracer, x, axes=_last_axes(x, len(normalized_shape)))
     normalised = call.outputs[0]
     _combine_affine(tracer, x, affine, normalised)
 
@@ -54,17 +60,19 @@ def rms_norm(tracer: Tracer, call: Call) -> None:
     """Treat the module as the operator that computes it; on its own it runs as a mean and several other operators."""
     module = call.operator
     x = call.argument(0, "x")
-    _mark_statistics(tracer, x, axes=len(module.normalized_shape))
+    _mark_statistics(tracer, x, axes=_last_axes(x, len(module.normalized_shape)))
     _combine_affine(tracer, x, [module.weight], call.output)
 
 
-def _mark_statistics(tracer: Tracer, x: Tensor, axes: int) -> None:
-    """Mark the channels along the last axes, which statistics are taken over."""
-    why = "is normalised over its channels, fewer of which have other statistics"
-    first_axis = x.dim() - axes
-    for axis in range(first_axis, x.dim()):
-        labels = tracer.labels(x, axis)
-        tracer.mark_not_mask_exact(labels, why)
+def _last_axes(x: Tensor, count: int) -> Iterable[int]:
+    """Return the last axes of a tensor."""
+    return range(x.dim() - count, x.dim())
+
+
+def _mark_statistics(tracer: Tracer, x: Tensor, axes: Iterable[int]) -> None:
+    """Mark the channels along the axes that statistics are taken over."""
+    for axis in axes:
+        tracer.mark_not_mask_exact(tracer.labels(x, axis), _FEWER)
 
 
 def _combine_affine(tracer: Tracer, x: Tensor, affine: Iterable[Any], output: Tensor) -> None:
@@ -74,9 +82,13 @@ def _combine_affine(tracer: Tracer, x: Tensor, affine: Iterable[Any], output: Te
 
 @rule("aten.native_group_norm")
 def group_norm(tracer: Tracer, call: Call) -> None:
-    """Tie the channels of a normalisation group: its statistics do not depend on the other groups."""
+    """Tie the channels of a normalisation group: its statistics do not depend on the other groups.
+
+    Channels along the axes behind are averaged over, and not mask-exact.
+    """
     x, *weight_and_bias = call.args[:3]
     groups = call.args[6]
+    _mark_statistics(tracer, x, axes=range(2, x.dim()))
     _tie_per_channel(tracer, x, weight_and_bias, "is normalised by parameters of fixed number")
     channels = tracer.labels(x, 1)
     if channels is not None:

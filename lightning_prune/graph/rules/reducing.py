@@ -3,12 +3,15 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.graph.rules.table import plain_name, rule
 from lightning_prune.graph.tracer import Call, Tracer
 
 __all__: list[str] = []
+
+_LOCAL_RESPONSE_NORM = F.local_response_norm.__code__
 
 
 # -- pooling and resizing ----------------------------------------------------------------------------------------------
@@ -46,6 +49,9 @@ def resize_3d(tracer: Tracer, call: Call) -> None:
 
 def _resize(tracer: Tracer, call: Call, spatial_axes: int) -> None:
     x = call.args[0]
+    why = "is a spatial axis that is pooled or resized"
+    if tracer.inside(_LOCAL_RESPONSE_NORM):  # which pools the squares of the channels
+        why = "is normalised by its neighbouring channels"
     first_spatial_axis = x.dim() - spatial_axes
     kept = {}
     labels_by_axis = tracer.all_labels(x)
@@ -53,7 +59,7 @@ def _resize(tracer: Tracer, call: Call, spatial_axes: int) -> None:
         if axis < first_spatial_axis:
             kept[axis] = labels
         else:
-            tracer.mark_unprunable(labels, "is a spatial axis that is pooled or resized")
+            tracer.mark_unprunable(labels, why)
     for output in call.outputs:
         tracer.set_labels(output, kept)
 
