@@ -18,4 +18,8 @@ def rewrap(trainer: Any) -> None:
     wrapper = getattr(strategy, "model", None)
     if isinstance(wrapper, nn.parallel.DistributedDataParallel):
         strategy.model = wrapper.module
-        strategy.configure_ddp()
+        try:
+            strategy.configure_ddp()
+        except BaseException:
+            strategy.model = wrapper
+            raise

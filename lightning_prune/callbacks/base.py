@@ -30,7 +30,7 @@ from lightning_prune.reporting.history import History
 from lightning_prune.reporting.loggers import folder
 from lightning_prune.callbacks.bars import follow
 from lightning_prune.reporting.loggers import say, warn
-from lightning_prune.surgery import check
+from lightning_prune.surgery import check, uninterrupted
 
 __all__ = ["PruningCallback"]
 
@@ -356,8 +356,9 @@ class PruningCallback(Schedule, Callback):
         with unlogged(pl_module), progress(doing):
             made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
             plan = agreed_plan(trainer, lambda: made)
-            report = prune_in_training(trainer, plan)
-        self.state.steps_done = step
+            with uninterrupted():  # a checkpoint that a signal asks for holds both or none
+                report = prune_in_training(trainer, plan)
+                self.state.steps_done = step
         self.run.untried = list(report.widths)
         if not report.widths:
             warn(

@@ -6,13 +6,13 @@ from lightning_prune.callbacks.trainer_state import averaged_copies
 from lightning_prune.compiled import forget_compiled
 from lightning_prune.ddp import rewrap
 from lightning_prune.pruning_plan import PruningPlan
-from lightning_prune.surgery import PruneReport, prune
+from lightning_prune.surgery import PruneReport, pruned
 
 __all__ = ["prune_in_training"]
 
 
 def prune_in_training(trainer: "pl.Trainer", plan: PruningPlan) -> PruneReport:
-    """Prune the module of a trainer, with its optimizers, averaged copies, distributed wrapper and compiled code.
+    """Prune the module of a trainer, with its optimizers, averaged copies, distributed wrapper and compiled code; all of them, or none.
 
     Args:
         trainer: The trainer.
@@ -25,9 +25,7 @@ def prune_in_training(trainer: "pl.Trainer", plan: PruningPlan) -> PruneReport:
         ValueError: If the plan is about another architecture, or keeps what was pruned before.
         TypeError: If an optimizer cannot be sliced.
     """
-    report = prune(trainer.lightning_module, plan, trainer.optimizers)
-    for averaged in averaged_copies(trainer):
-        prune(averaged, plan)
-    rewrap(trainer)
+    with pruned(trainer.lightning_module, plan, trainer.optimizers, averaged_copies(trainer)) as report:
+        rewrap(trainer)
     forget_compiled()
     return report

@@ -2,6 +2,17 @@
 
 from lightning_prune.surgery.batch_norm import recalibrate
 from lightning_prune.surgery.masks import mask
-from lightning_prune.surgery.pruning import PruneReport, check, prune, pruned_tensors, reshape
+from lightning_prune.surgery.pruning import PruneReport, check, prune, pruned, pruned_tensors, reshape
+from lightning_prune.surgery.replacing import uninterrupted
 
-__all__ = ["PruneReport", "check", "mask", "prune", "pruned_tensors", "recalibrate", "reshape"]
+__all__ = [
+    "PruneReport",
+    "check",
+    "mask",
+    "prune",
+    "pruned",
+    "pruned_tensors",
+    "recalibrate",
+    "reshape",
+    "uninterrupted",
+]

@@ -19,7 +19,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Modu
     """Estimate the running statistics of batch normalisation anew, in place, as the mean over some batches.
 
     Masks and pruning change the statistics of the layers behind them; this corrects them without training. Nothing
-    but the statistics changes, and the modules are in the mode they were in afterwards.
+    but the statistics changes, and the modules are in the mode they were in afterwards. If anything fails, the
+    statistics are as they were.
 
     Args:
         model: The model.
@@ -51,12 +52,17 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Modu
 def _averaging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Let layers average the statistics of all batches that they see; the mode is for the caller to restore."""
     momenta = [norm.momentum for norm in norms]
+    earlier = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     try:
         for norm in norms:
             norm.reset_running_stats()
             norm.training = True
             norm.momentum = None  # a plain mean instead of a moving one
         yield
+    except BaseException:
+        for buffer, statistic in earlier:
+            buffer.copy_(statistic)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

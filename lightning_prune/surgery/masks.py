@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PlannedGroup, PruningPlan
+from lightning_prune.surgery.replacing import in_place, of_zeros
 
 __all__ = ["in_positions_of_pruned", "mask", "pruned_channels"]
 
@@ -17,7 +18,7 @@ def mask(graph: ChannelGraph, plan: PruningPlan) -> None:
     """Zero the in-channel slices of the channels that a plan prunes, in place; outputs are then those of pruning.
 
     The channels themselves are not zeroed: a normalisation or an activation in between
-    may turn a zero into something else.
+    may turn a zero into something else. If anything fails, nothing has been zeroed.
 
     Args:
         graph: The traced model, pruned already or not.
@@ -33,9 +34,11 @@ def mask(graph: ChannelGraph, plan: PruningPlan) -> None:
         0.0
     """
     tensors = named_tensors(graph.model)
+    zeros = []
     for name, axis, positions in in_positions_of_pruned(graph, plan):
-        tensor = tensors[name]
-        tensor.index_fill_(axis, positions.to(tensor.device), 0)
+        zeros.append(of_zeros(tensors[name], axis, positions))
+    with in_place(zeros):
+        pass
 
 
 def in_positions_of_pruned(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[str, int, Tensor]]:

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from lightning_prune.surgery.replacing import Replacement, of_item
 from lightning_prune.surgery.slicing import KeptByAxis, take
 
-__all__ = ["check_optimizers", "check_state", "slice_state"]
+__all__ = ["check_optimizers", "check_state", "sliced_state"]
 
 
 def check_optimizers(optimizers: Iterable[Any]) -> list[Optimizer]:
@@ -48,19 +49,22 @@ def check_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor]) 
                     )
 
 
-def slice_state(optimizers: Iterable[Optimizer], tensor: Tensor, kept: KeptByAxis) -> None:
-    """Slice what optimizers keep in the shape of a tensor, which itself is not sliced yet; other state is kept.
+def sliced_state(optimizers: Iterable[Optimizer], tensor: Tensor, kept: KeptByAxis) -> Iterator[Replacement]:
+    """Slice what optimizers keep in the shape of a tensor; other state is kept.
 
     Args:
         optimizers: What `check_optimizers` returned.
         tensor: A parameter.
         kept: The positions of it to keep.
+
+    Yields:
+        What is to be put in place.
     """
     for optimizer in optimizers:
         state = optimizer.state.get(tensor, {})
         for key, value in state.items():
             if _has_axes_of(value, tensor):
-                state[key] = _sliced(value, tensor, kept)
+                yield of_item(state, key, _sliced(value, tensor, kept))
 
 
 def _sliced(value: Tensor, tensor: Tensor, kept: KeptByAxis) -> Tensor:

@@ -1,9 +1,10 @@
 """Pruning: channels are taken out of parameters, buffers, gradients and optimizer state, all of them or none."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from lightning_prune.graph.sizes import sync_attributes
 from lightning_prune.graph.substitution import named_tensors, owning_modules
 from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force, record_plan
-from lightning_prune.surgery.optimizer_state import check_optimizers, check_state, slice_state
-from lightning_prune.surgery.slicing import KeptByAxis, replace_data, take
+from lightning_prune.surgery.optimizer_state import check_optimizers, check_state, sliced_state
+from lightning_prune.surgery.replacing import Replacement, in_place, of_attributes, of_tensor
+from lightning_prune.surgery.slicing import KeptByAxis, take
 
-__all__ = ["Change", "PruneReport", "check", "prune", "pruned_tensors", "reshape"]
+__all__ = ["Change", "PruneReport", "check", "prune", "pruned", "pruned_tensors", "reshape"]
 
 
 class Change(NamedTuple):
@@ -50,7 +52,8 @@ def prune(model: nn.Module, plan: PruningPlan, optimizers: Iterable[Any] = ()) -
 
     Parameters keep their identity: every reference to them (parameter groups, hooks, lists of yours) keeps its meaning.
     State that an optimizer keeps in the shape of a parameter loses the same channels; all other state is kept.
-    Everything is checked before the first tensor is touched.
+    Everything is checked and made before the first tensor is touched: a prune that fails, for want of memory or by
+    Ctrl-C, leaves model and optimizers as they were.
 
     Args:
         model: The model that the plan is about, pruned already or not.
@@ -76,17 +79,37 @@ def prune(model: nn.Module, plan: PruningPlan, optimizers: Iterable[Any] = ()) -
           (2): Linear(in_features=8, out_features=2, bias=True)
         )
     """
+    with pruned(model, plan, optimizers) as report:
+        return report
+
+
+@contextmanager
+def pruned(
+    model: nn.Module, plan: PruningPlan, optimizers: Iterable[Any] = (), copies: Iterable[nn.Module] = ()
+) -> Iterator[PruneReport]:
+    """Prune as `prune` does, for a block and for good; if anything is raised in it, nothing has been pruned.
+
+    Args:
+        model: The model that the plan is about.
+        plan: The channels to keep, about the original model.
+        optimizers: The optimizers that train the model.
+        copies: Copies of the model, such as averages of its weights, that lose the same channels.
+
+    Yields:
+        What changed of the model.
+
+    Raises:
+        ValueError: If the plan is about another architecture, or keeps what has been pruned before.
+        TypeError: If the model is wrapped for distributed training, or an optimizer cannot be sliced.
+    """
     optimizers = check(model, optimizers)
-    cut = _Cut.of(model, plan)
-    check_state(optimizers, cut.tensors)
-    params_before = _count(cut.parameters)
-    for name, tensor in cut.tensors.items():
-        kept = cut.kept[name]
-        slice_state(optimizers, tensor, kept)
-        _slice(tensor, kept)
-    _finish(model, cut.plan, cut.tensors.values())
-    params = Change(params_before, _count(cut.parameters))
-    return PruneReport(cut.widths, params)
+    cuts = [_Cut.of(each, plan) for each in (model, *copies)]
+    check_state(optimizers, cuts[0].tensors)
+    replacements = [replacement for cut in cuts for replacement in cut.replacements(optimizers)]
+    params_before = _count(cuts[0].parameters)
+    with in_place(replacements):
+        params = Change(params_before, _count(cuts[0].parameters))
+        yield PruneReport(cuts[0].widths, params)
 
 
 def pruned_tensors(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
@@ -133,13 +156,16 @@ def reshape(model: nn.Module, plan: PruningPlan | None) -> None:
     after = plan or PruningPlan()
     _check_shapes(tensors, after, before)
     shapes = {**before.shapes, **after.pruned_shapes()}
+    replacements = []
     for name, shape in shapes.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             zeros = tensor.detach().new_zeros(shape)
-            replace_data(tensor, zeros)
-            tensor.grad = None
-    _finish(model, plan, [tensors[name] for name in shapes])
+            replacements.append(of_tensor(tensor, zeros, None))
+    touched = [tensors[name] for name in shapes]
+    replacements.append(_of_record(model, plan, touched))
+    with in_place(replacements):
+        pass
 
 
 def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.Optimizer]:
@@ -172,6 +198,7 @@ class _Cut:
     """What a plan takes from a model as it is now.
 
     Attributes:
+        model: The model.
         plan: The plan that is in force afterwards.
         widths: Channels before and after, by name, of the groups that lose some.
         parameters: The parameters of the model.
@@ -179,6 +206,7 @@ class _Cut:
         kept: The positions of these to keep, by the same names.
     """
 
+    model: nn.Module
     plan: PruningPlan
     widths: dict[str, Change]
     parameters: list[Tensor]
@@ -194,12 +222,21 @@ class _Cut:
         _check_shapes(tensors, joined, earlier)
         kept = _kept_now(joined, earlier)
         return cls(
+            model=model,
             plan=joined,
             widths=_changed_widths(joined, earlier),
             parameters=[tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)],
             tensors={name: tensors[name] for name in kept},
             kept=kept,
         )
+
+    def replacements(self, optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[Replacement]:
+        """Make what is smaller afterwards, of the model and of the optimizers that know its parameters."""
+        for name, tensor in self.tensors.items():
+            kept = self.kept[name]
+            yield from sliced_state(optimizers, tensor, kept)
+            yield _sliced(tensor, kept)
+        yield _of_record(self.model, self.plan, self.tensors.values())
 
 
 def _kept_now(plan: PruningPlan, earlier: PruningPlan) -> Index:
@@ -248,17 +285,22 @@ def _count(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def _slice(tensor: Tensor, kept: KeptByAxis) -> None:
-    """Slice a tensor and its gradient, in place."""
+def _sliced(tensor: Tensor, kept: KeptByAxis) -> Replacement:
+    """Slice a tensor and its gradient."""
     gradient = tensor.grad
-    tensor.grad = None
-    replace_data(tensor, take(tensor.detach(), kept))
+    data = take(tensor.detach(), kept)
     if gradient is not None:
-        tensor.grad = take(gradient, kept)
+        gradient = take(gradient, kept)
+    return of_tensor(tensor, data, gradient)
 
 
-def _finish(model: nn.Module, plan: PruningPlan | None, changed: Iterable[Tensor]) -> None:
-    """Bring size attributes in step with tensors that changed, and note the plan on the model."""
-    for module in owning_modules(model, changed):
+def _of_record(model: nn.Module, plan: PruningPlan | None, changed: Iterable[Tensor]) -> Replacement:
+    """Note a plan on a model, whose size attributes then follow the tensors that have changed."""
+    modules = owning_modules(model, changed)
+    return of_attributes(model, partial(_finish, model, plan, modules))
+
+
+def _finish(model: nn.Module, plan: PruningPlan | None, modules: Iterable[nn.Module]) -> None:
+    for module in modules:
         sync_attributes(module)
     record_plan(model, plan)
