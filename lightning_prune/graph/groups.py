@@ -154,7 +154,7 @@ def form_groups(table: SlotTable, record: Record) -> Grouping:
         group_of=builder.number_in_order[numbering.group],
         tied_codes=pairs.sorted_codes(table.count),
     )
-    _require_two_channels(grouping, record.squeezed)
+    _require_two_channels(grouping, record.two_required)
     return grouping
 
 
@@ -329,9 +329,9 @@ class _Builder:
         )
 
 
-def _require_two_channels(grouping: Grouping, squeezed: Iterable[Labels]) -> None:
-    """Let groups keep two channels where an axis of a single one would be squeezed away."""
-    for labels in squeezed:
+def _require_two_channels(grouping: Grouping, two_required: Iterable[Labels]) -> None:
+    """Let groups keep two channels where an axis must not have a single one."""
+    for labels in two_required:
         axis = grouping.axis(labels)
         if axis.fixed > 0 or len(axis.groups) != 1:
             continue
