@@ -62,9 +62,23 @@ def _running(name: str, shape: tuple[int, ...], arguments: dict[str, Any]) -> tu
 
     x = torch.randn(shape, dtype=torch.float64)
     try:
-        model = randomised(timm.create_model(name, **arguments).double()).eval()
+        model = _filled(timm.create_model(name, **arguments).double()).eval()
         with torch.no_grad():
             model(x)
     except (RuntimeError, AssertionError, ValueError, TypeError):
         return None
     return model, x
+
+
+@torch.no_grad()
+def _filled(model: nn.Module) -> nn.Module:
+    """Fill a network with random numbers, but for its tables: of buffers, only running statistics are random."""
+    tables = {}
+    for name, buffer in model.named_buffers():
+        if not name.endswith(("running_mean", "running_var")):
+            tables[name] = buffer.clone()
+    randomised(model)
+    for name, buffer in model.named_buffers():
+        if name in tables:
+            buffer.copy_(tables[name])
+    return model
