@@ -24,7 +24,7 @@ class Group:
         in_slices: Where weights consume the channels (columns of the layers behind, say).
         other_slices: What else is stored per channel: biases, normalisation.
         not_mask_exact: Why pruning a channel is not the same as masking it; empty if it is the same.
-        least: How many must be kept: two where an axis of one would be squeezed away.
+        least: How many must be kept: two where an axis of one would be squeezed away, or has no statistics.
     """
 
     name: str

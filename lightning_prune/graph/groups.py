@@ -199,7 +199,7 @@ def form_groups(table: SlotTable, record: Record) -> Grouping:
         tied_codes=pairs.sorted_codes(table.count),
         why_unprunable=why_unprunable,
     )
-    _require_two_channels(grouping, record.squeezed)
+    _require_two_channels(grouping, record.two_required)
     return grouping
 
 
@@ -380,9 +380,9 @@ def _why_too_small(group: Group) -> str:
     return f"{group.name}: has a channel that is unlike all others, and the only one of its group"
 
 
-def _require_two_channels(grouping: Grouping, squeezed: Iterable[Labels]) -> None:
-    """Let groups keep two channels where an axis of a single one would be squeezed away."""
-    for labels in squeezed:
+def _require_two_channels(grouping: Grouping, two_required: Iterable[Labels]) -> None:
+    """Let groups keep two channels where an axis must not have a single one."""
+    for labels in two_required:
         axis = grouping.axis(labels)
         if axis.fixed > 0 or len(axis.groups) != 1:
             continue

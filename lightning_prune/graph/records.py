@@ -171,7 +171,7 @@ class Record:
         not_mask_exact: Channels whose pruning is not the same as masking.
         out_slices: Axes of weights that produce channels.
         in_slices: Axes of weights that consume channels.
-        squeezed: Axes that a squeeze would drop if a single channel were kept.
+        two_required: Axes that must not have a single channel: a squeeze would drop them, or they have no statistics.
         costs: Operations.
         operator_trace: What each operator did; two passes of equal operator traces do the same thing.
         output_labels: The labels that each of these operators gave to its first output.
@@ -185,7 +185,7 @@ class Record:
     not_mask_exact: list[Note] = field(default_factory=list)
     out_slices: list[Labels] = field(default_factory=list)
     in_slices: list[Labels] = field(default_factory=list)
-    squeezed: list[Labels] = field(default_factory=list)
+    two_required: list[Labels] = field(default_factory=list)
     costs: list[CostTerm] = field(default_factory=list)
     operator_trace: list[OperatorStep] = field(default_factory=list)
     output_labels: list[OutputLabels] = field(default_factory=list)
@@ -200,7 +200,7 @@ class Record:
         self.not_mask_exact.extend(other.not_mask_exact)
         self.out_slices.extend(other.out_slices)
         self.in_slices.extend(other.in_slices)
-        self.squeezed.extend(other.squeezed)
+        self.two_required.extend(other.two_required)
         self.used |= other.used
 
 

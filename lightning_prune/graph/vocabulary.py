@@ -160,10 +160,10 @@ class Vocabulary:
         if labels is not None:
             self.record.in_slices.append(labels)
 
-    def mark_squeezed(self, labels: Labels | None) -> None:
-        """Say that this axis would be dropped if a single channel of it were kept."""
+    def require_two(self, labels: Labels | None) -> None:
+        """Say that an axis of a single channel would be dropped, or would have no statistics."""
         if labels is not None:
-            self.record.squeezed.append(labels)
+            self.record.two_required.append(labels)
 
     def computes_with(self, number: float) -> None:
         """Say that the operator computes with a number, which must be the same when channels are pruned."""

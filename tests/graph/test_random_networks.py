@@ -1,6 +1,7 @@
 """Networks made at random keep the invariants, whatever they are put together from."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from engine import counted_flops, difference, random_plan, randomised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from masked_twin import draw_pruned, judge, pruned_copy
 from torch import Tensor, nn
 
 import lightning_prune as lp
@@ -30,15 +32,18 @@ class Random(nn.Module):
         self.widths = [8]
         self.used: set[int] = set()
         for _ in range(blocks):
-            self.draw.choice([
-                self._convolution, self._convolution, self._grouped, self._depthwise, self._residual, self._concatenate,
-                self._gate, self._shuffle, self._excite, self._swap, self._again, self._norm, self._pool,
-            ])()  # fmt: skip
+            self.draw.choice(self._blocks())()
         # fvcore does not count what nobody reads, so everything is read.
         self.loose = [i for i in range(len(self.widths)) if i not in self.used]
         width = sum(self.widths[i] for i in self.loose)
         self.head = nn.Linear(width * 4, 2) if self.draw.random() < 0.5 else nn.Conv2d(width, 2, 1)
         del self.draw
+
+    def _blocks(self) -> list[Callable[[], None]]:
+        return [
+            self._convolution, self._convolution, self._grouped, self._depthwise, self._residual, self._concatenate,
+            self._gate, self._shuffle, self._excite, self._swap, self._again, self._norm, self._pool,
+        ]  # fmt: skip
 
     def _add(self, step: str, width: int, *args: int, layers: tuple[nn.Module, ...] = ()) -> None:
         reads = args if step in ("layer", "add", "cat") else (-1,)
@@ -145,6 +150,140 @@ class Random(nn.Module):
         return F.max_pool2d(seen[-1], 3, 1, 1)
 
 
+def standardised(w: Tensor) -> Tensor:
+    rows = w.reshape(1, w.shape[0], -1)
+    return F.batch_norm(rows, None, None, training=True).reshape_as(w)
+
+
+def standardised_by_hand(w: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(w, (1, 2, 3), correction=0, keepdim=True)
+    return (w - mean) / (variance + 1e-5).sqrt()
+
+
+# Weights that are computed from a weight, as convolutions and parametrizations of many libraries do it.
+COMPUTED: list[Callable[[Tensor], Tensor]] = [
+    standardised,
+    standardised_by_hand,
+    lambda w: F.normalize(w.flatten(1), dim=1).view_as(w),
+    lambda w: F.normalize(w, dim=0),
+    lambda w: F.layer_norm(w, w.shape[1:]),
+    lambda w: F.layer_norm(w, w.shape[2:]),
+    lambda w: F.group_norm(w, 1),
+    lambda w: F.group_norm(w, w.shape[1]),
+    lambda w: F.instance_norm(w),
+    lambda w: F.batch_norm(w, None, None, training=True),
+    lambda w: F.batch_norm(w.transpose(0, 1), None, None, training=True).transpose(0, 1),
+    lambda w: F.rms_norm(w, w.shape[1:]),
+    lambda w: F.rms_norm(w, w.shape[2:]),
+    lambda w: w / w.abs().amax((1, 2, 3), keepdim=True),
+    lambda w: w / w.norm(),
+    lambda w: w - w.mean(0, keepdim=True),
+    lambda w: w - w.mean((2, 3), keepdim=True),
+    lambda w: w * w.sigmoid(),
+    lambda w: w + w.flip(2, 3),
+    lambda w: w + 1,
+    lambda w: w.exp().softmax(1),
+    lambda w: w.tanh().round(decimals=1),
+]
+
+
+class Computed(nn.Conv2d):
+    """A convolution whose weight is computed from its parameter."""
+
+    def __init__(self, width: int, out: int, computed: int) -> None:
+        super().__init__(width, out, 3, padding=1)
+        self.computed = computed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, COMPUTED[self.computed](self.weight), self.bias, padding=1)
+
+
+class Scaled(nn.Conv2d):
+    """A convolution with a learned gain of each channel that it makes or takes in."""
+
+    def __init__(self, width: int, out: int, axis: int) -> None:
+        super().__init__(width, out, 1)
+        shape = [1, 1, 1, 1]
+        shape[axis] = self.weight.shape[axis]
+        self.gain = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.gain, self.bias)
+
+
+class Factorised(nn.Module):
+    """A convolution that is a product of two matrices, plus a third one perhaps."""
+
+    def __init__(self, width: int, out: int, has_sum: bool) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.zeros(out, 5)), nn.Parameter(torch.zeros(5, width))
+        self.more = nn.Parameter(torch.zeros(out, width)) if has_sum else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.left @ self.right
+        if self.more is not None:
+            weight = weight + self.more
+        return F.conv2d(x, weight[:, :, None, None])
+
+
+class Along(nn.Module):
+    """A module that sees the axes of images in another order."""
+
+    def __init__(self, module: nn.Module, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.module, self.axes = module, axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        back = sorted(range(4), key=self.axes.__getitem__)
+        return self.module(x.permute(self.axes)).permute(back)
+
+
+class RandomComputed(Random):
+    """A random network with normalisations over any axes, shared weights and weights computed from weights."""
+
+    def _blocks(self) -> list[Callable[[], None]]:
+        plain = [self._convolution, self._residual, self._concatenate, self._again, self._norm]
+        return plain + 2 * [self._computed, self._scaled, self._factorised, self._along, self._same_weight]
+
+    def _layer(self, made: Callable[[int, int], nn.Module]) -> None:
+        at, width = self.draw.randrange(len(self.widths)), self.draw.choice([4, 6, 8])
+        self._add("layer", width, at, layers=(made(self.widths[at], width),))
+
+    def _computed(self) -> None:
+        number = self.draw.randrange(len(COMPUTED))
+        self._layer(lambda width, out: Computed(width, out, number))
+
+    def _scaled(self) -> None:
+        axis = self.draw.randrange(2)
+        self._layer(lambda width, out: Scaled(width, out, axis))
+
+    def _factorised(self) -> None:
+        has_sum = self.draw.random() < 0.5
+        self._layer(lambda width, out: Factorised(width, out, has_sum))
+
+    def _along(self) -> None:
+        axes = self.draw.choice([(0, 2, 1, 3), (0, 2, 3, 1), (0, 3, 1, 2), (1, 0, 2, 3), (2, 1, 0, 3)])
+        width = self.widths[-1]
+        size = (2, width, 6, 6)[axes[1]]
+        last = (2, width, 6, 6)[axes[3]]
+        norm = self.draw.choice([
+            nn.BatchNorm2d(size), nn.BatchNorm2d(size, track_running_stats=False), nn.GroupNorm(1, size),
+            nn.GroupNorm(2, size), nn.GroupNorm(size, size), nn.InstanceNorm2d(size, affine=True), nn.LayerNorm(last),
+            nn.InstanceNorm2d(size, track_running_stats=True), nn.LocalResponseNorm(3), nn.RMSNorm(last),
+        ])  # fmt: skip
+        self._add("layer", width, -1, layers=(Along(norm, axes),))
+
+    def _same_weight(self) -> None:
+        """Add a convolution that has the weight of another one, but a bias of its own."""
+        known = [one for one in self.layers if type(one) in (nn.Conv2d, Computed, Scaled) and one.groups == 1]
+        known = [one for one in known if one.in_channels == self.widths[-1]]
+        if known:
+            first = self.draw.choice(known)
+            other = nn.Conv2d(first.in_channels, first.out_channels, first.kernel_size, padding=first.padding)
+            other.weight = first.weight
+            self._add("layer", first.out_channels, -1, layers=(other,))
+
+
 def check(seed: int, blocks: int) -> int:
     """Check one network; returns how many groups it has."""
     torch.manual_seed(seed)
@@ -164,6 +303,21 @@ def check(seed: int, blocks: int) -> int:
     return len(graph.groups)
 
 
+def check_computed(seed: int, blocks: int) -> int:
+    """Check one network against its masked twins, all groups and each alone; returns how many are mask-exact."""
+    torch.manual_seed(seed)
+    model = randomised(RandomComputed(seed, blocks)).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    graph = lp.trace(model, x)
+    exact = [name for name, group in graph.groups.items() if group.mask_exact and group.size > group.least]
+    for names in (exact, *([name] for name in exact)):
+        assert judge(model, graph, draw_pruned(graph, names), x).apart <= 1e-9, names
+    smaller = pruned_copy(model, graph, draw_pruned(graph, list(graph.groups)))
+    smaller(x)
+    smaller.train()(x).sum().backward()
+    return len(exact)
+
+
 _SEEDS = {"seed": st.integers(0, 2**32), "blocks": st.integers(1, 12)}
 
 
@@ -173,11 +327,24 @@ def test_random_networks(seed: int, blocks: int):
     check(seed, blocks)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(**_SEEDS)
+def test_random_networks_of_computed_weights(seed: int, blocks: int):
+    check_computed(seed, blocks)
+
+
 @pytest.mark.long
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**_SEEDS)
 def test_many_random_networks(seed: int, blocks: int):
     check(seed, blocks)
+
+
+@pytest.mark.long
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**_SEEDS)
+def test_many_random_networks_of_computed_weights(seed: int, blocks: int):
+    check_computed(seed, blocks)
 
 
 def test_most_random_networks_can_be_pruned():

@@ -152,6 +152,47 @@ def test_channels_that_a_squeeze_would_drop_do_not_become_a_single_one(case: str
     assert model(IMAGE).shape == (2, 2)
 
 
+def over_rows(norm: nn.Module) -> nn.Module:
+    """Normalise 8 tokens over their channels."""
+    tokens, image = Permuted(0, 2, 1), Permuted(0, 2, 1)
+    return nn.Sequential(nn.AdaptiveAvgPool2d((8, 1)), nn.Flatten(2), tokens, norm, image, nn.Unflatten(2, (8, 1)))
+
+
+class Permuted(nn.Module):
+    def __init__(self, *axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.axes)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias)
+
+
+NORMALISED = {
+    "of a weight": (Standardised(8, 8, 1), 2),
+    "of each instance": (over_rows(nn.InstanceNorm1d(8)), 2),
+    "of groups": (over_rows(nn.GroupNorm(8, 8)), 2),
+    "of two tokens each": (over_rows(nn.GroupNorm(4, 8)), 1),
+    "of the batch": (over_rows(nn.BatchNorm1d(8, track_running_stats=False)), 1),
+}
+
+
+@pytest.mark.parametrize("case", NORMALISED)
+def test_two_channels_are_kept_where_one_would_have_no_variance(case: str):
+    between, least = NORMALISED[case]
+    model = randomised(Around(between))
+    graph = lp.trace(model, IMAGE)
+    assert graph.groups["stem"].least == least
+    lp.prune(model, graph.plan({"stem": torch.arange(least)}))
+    assert bool(model(IMAGE[:1] if case == "of groups" else IMAGE).isfinite().all())
+
+
 MADE_ANYWHERE = {
     "subtracted": lambda x: x - torch.full((1, 1, 8, 8), 0.5),
     "compared with": lambda x: x.masked_fill(torch.tril(torch.ones(8, 8)) == 0, -1.0).softmax(-1),

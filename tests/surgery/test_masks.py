@@ -1,8 +1,11 @@
 """Masks on small networks; over real networks, see graph/test_networks.py."""
 
+import copy
+
 import pytest
 import torch
-from engine import randomised
+from engine import randomised, torchvision_model
+from masked_twin import consumed, draw_pruned, plan_without, zeros_in_weights
 from torch import nn
 
 import lightning_prune as lp
@@ -16,6 +19,18 @@ def test_only_what_is_consumed_of_pruned_channels_becomes_zero():
     mask(graph, graph.plan({"0": torch.tensor([0, 2])}))
     expected = before | {"3.weight": before["3.weight"].clone()}
     expected["3.weight"][:, 4:8] = 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("name", ["densenet121", "shufflenet_v2_x0_5"])
+def test_a_mask_makes_zero_just_what_the_masked_twin_has_as_zero(name: str):
+    model = torchvision_model(name)
+    graph = lp.trace(model, torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+    pruned = draw_pruned(graph)
+    with zeros_in_weights(model, consumed(graph, pruned)):
+        expected = copy.deepcopy(model.state_dict())
+    mask(graph, plan_without(graph, pruned))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 

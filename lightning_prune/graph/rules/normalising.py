@@ -27,7 +27,15 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
     x, *per_channel = call.args[:5]  # weight, bias, running mean, running variance
     _tie_per_channel(tracer, x, per_channel, "is normalised by statistics of fixed number")
     _mark_statistics(tracer, x, axes=[0, *range(2, x.dim())])
+    _require_two_values(tracer, x, [0, *range(2, x.dim())])
     _keep_labels(tracer, x, call)
+
+
+def _require_two_values(tracer: Tracer, x: Tensor, axes: Iterable[int]) -> None:
+    """Let statistics be of two values at least, since one has no variance: torch refuses to normalise it."""
+    longer = [axis for axis in axes if x.shape[axis] > 1]
+    if len(longer) == 1:
+        tracer.require_two(tracer.labels(x, longer[0]))
 
 
 def _tie_per_channel(tracer: Tracer, x: Tensor, tensors: Iterable[Tensor | None], why: str) -> None:
@@ -90,6 +98,8 @@ def group_norm(tracer: Tracer, call: Call) -> None:
     groups = call.args[6]
     _mark_statistics(tracer, x, axes=range(2, x.dim()))
     _tie_per_channel(tracer, x, weight_and_bias, "is normalised by parameters of fixed number")
+    if x.shape[1] == groups:
+        _require_two_values(tracer, x, range(2, x.dim()))
     channels = tracer.labels(x, 1)
     if channels is not None:
         by_group = channels.view(groups, -1)  # (groups, channels of a group)

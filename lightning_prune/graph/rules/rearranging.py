@@ -126,7 +126,7 @@ def permute(tracer: Tracer, call: Call) -> None:
     labels_by_axis = tracer.all_labels(x)
     for axis, labels in labels_by_axis.items():
         if axis in squeezable:
-            tracer.mark_squeezed(labels)
+            tracer.require_two(labels)
         if axis in output_axis_of:
             output_axis = output_axis_of[axis]
             output_labels[output_axis] = labels
