@@ -2,6 +2,6 @@
 
 from lightning_prune.surgery.batch_norm import recalibrate
 from lightning_prune.surgery.masks import mask
-from lightning_prune.surgery.pruning import PruneReport, check, prune, pruned_tensors, reshape
+from lightning_prune.surgery.pruning import PruneReport, check, check_plan, prune, pruned_tensors, reshape
 
-__all__ = ["PruneReport", "check", "mask", "prune", "pruned_tensors", "recalibrate", "reshape"]
+__all__ = ["PruneReport", "check", "check_plan", "mask", "prune", "pruned_tensors", "recalibrate", "reshape"]
