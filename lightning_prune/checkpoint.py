@@ -134,7 +134,7 @@ def _widened(tensor: Tensor, axis: int, kept: Tensor, size: int) -> Tensor:
         zeros = tensor.new_zeros(shape)
     except RuntimeError as raised:
         raise ValueError(
-            f"The checkpoint is damaged, or this machine too small: no tensor of shape {tuple(shape)} can be made, which "
+            f"The checkpoint is damaged, or this machine too small: no tensor of shape {tuple(shape)} can be made, as "
             "its plan says."
         ) from raised
     return zeros.index_copy(axis, kept.to(tensor.device), tensor)

@@ -1,4 +1,4 @@
-"""Plain values from files: made into the records that they were written from, or refused with the place that is wrong."""
+"""Plain values from files: made into the records that they were written from, or refused with what is wrong where."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -6,13 +6,13 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-__all__ = ["Misfit", "made"]
+__all__ = ["MisfitError", "made"]
 
 _LARGEST = 2**53  # of whole numbers: beyond it a float is no longer exact, and nothing that is counted gets there
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-class Misfit(ValueError):
+class MisfitError(ValueError):
     """Say that a value is not what belongs in its place.
 
     Args:
@@ -35,14 +35,14 @@ def made(kind: Any, content: Any) -> Any:
         content: What it is made from. A dataclass is made from a mapping with its fields, or a list in their order.
 
     Raises:
-        Misfit: If the content is something else; the message, without its full stop, says where.
+        MisfitError: If the content is something else; the message, without its full stop, says where.
 
     Example:
         >>> made(dict[str, tuple[int, ...]], {"fc.weight": [10, 4]})
         {'fc.weight': (10, 4)}
         >>> made(dict[str, tuple[int, ...]], {"fc.weight": [10, -0.5]})
         Traceback (most recent call last):
-        lightning_prune.plain.Misfit: ['fc.weight'][1] is -0.5, not a whole number
+        lightning_prune.plain.MisfitError: ['fc.weight'][1] is -0.5, not a whole number
     """
     if kind is Any:
         return content
@@ -57,17 +57,13 @@ def _single(kind: type, content: Any) -> Any:
     if kind is float and content is None:
         return float("nan")  # as JSON from elsewhere has it, which knows no numbers that are not finite
     if kind is float and type(content) is int:
-        content = float(_checked_size(content))
+        content = float(content) if abs(content) <= _LARGEST else content
     is_truth = isinstance(content, bool)  # which Python counts among the whole numbers
     if not isinstance(content, kind) or is_truth is not (kind is bool):
-        raise Misfit("", f"is {_shown(content)}, not {_NAMES[kind]}")
-    return _checked_size(content) if kind is int else content
-
-
-def _checked_size(number: int) -> int:
-    if abs(number) > _LARGEST:
-        raise Misfit("", f"is {_shown(number)}, beyond all that can be counted")
-    return number
+        raise MisfitError("", f"is {_shown(content)}, not {_NAMES[kind]}")
+    if isinstance(content, int) and abs(content) > _LARGEST:
+        raise MisfitError("", f"is {_shown(content)}, beyond all that can be counted")
+    return content
 
 
 def _record(kind: Any, content: Any) -> Any:
@@ -75,16 +71,16 @@ def _record(kind: Any, content: Any) -> Any:
     if isinstance(content, list | tuple) and len(content) <= len(declared):
         content = dict(zip(declared, content, strict=False))
     if not isinstance(content, Mapping):
-        raise Misfit("", f"is {_shown(content)}, not a mapping")
+        raise MisfitError("", f"is {_shown(content)}, not a mapping")
     for name in content:
         if name not in declared:
-            raise Misfit("", f"has an entry {_shown(name)}, which is unknown")
+            raise MisfitError("", f"has an entry {_shown(name)}, which is unknown")
     values = {}
     for name, one in declared.items():
         if name in content:
             values[name] = _within(f".{name}", _hints(kind)[name], content[name])
         elif one.default is MISSING and one.default_factory is MISSING:
-            raise Misfit("", f"has no entry {name!r}")
+            raise MisfitError("", f"has no entry {name!r}")
     return kind(**values)
 
 
@@ -97,13 +93,13 @@ def _within(place: str, kind: Any, content: Any) -> Any:
     """Make a value that lies in a place of another one."""
     try:
         return made(kind, content)
-    except Misfit as inner:
-        raise Misfit(place + inner.place, inner.problem) from None
+    except MisfitError as inner:
+        raise MisfitError(place + inner.place, inner.problem) from None
 
 
 def _list(kinds: tuple[Any, ...], content: Any) -> list[Any]:
     if not isinstance(content, list | tuple):
-        raise Misfit("", f"is {_shown(content)}, not a list")
+        raise MisfitError("", f"is {_shown(content)}, not a list")
     return [_within(f"[{number}]", kinds[0], value) for number, value in enumerate(content)]
 
 
@@ -111,17 +107,17 @@ def _tuple(kinds: tuple[Any, ...], content: Any) -> tuple[Any, ...]:
     if kinds[1:] == (...,):
         return tuple(_list(kinds, content))
     if not isinstance(content, list | tuple) or len(content) != len(kinds):
-        raise Misfit("", f"is {_shown(content)}, not a list of {len(kinds)}")
+        raise MisfitError("", f"is {_shown(content)}, not a list of {len(kinds)}")
     pairs = enumerate(zip(kinds, content, strict=True))
     return tuple(_within(f"[{number}]", kind, value) for number, (kind, value) in pairs)
 
 
 def _dict(kinds: tuple[Any, ...], content: Any) -> dict[str, Any]:
     if not isinstance(content, Mapping):
-        raise Misfit("", f"is {_shown(content)}, not a mapping")
+        raise MisfitError("", f"is {_shown(content)}, not a mapping")
     for name in content:
         if not isinstance(name, str):
-            raise Misfit("", f"has a name {_shown(name)}, which is not a text")
+            raise MisfitError("", f"has a name {_shown(name)}, which is not a text")
     return {name: _within(f"[{name!r}]", kinds[1], value) for name, value in content.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.plain import Misfit, made
+from lightning_prune.plain import MisfitError, made
 
 __all__ = ["FORMAT_VERSION", "PlannedGroup", "PruningPlan", "Slice", "plan_in_force", "record_plan"]
 
@@ -327,7 +327,7 @@ class PruningPlan:
         """
         if not isinstance(content, Mapping):
             raise ValueError(f"A plan is a mapping with groups and shapes; got a {type(content).__name__}.")
-        version = content.get("version")
+        version: Any = content.get("version")
         if not _is_count(version, 1):
             raise ValueError(f"The plan is damaged: its format version is {version!r}; {_REMEDY}.")
         if version > FORMAT_VERSION:
@@ -337,7 +337,7 @@ class PruningPlan:
             )
         try:
             return made(cls, {name: value for name, value in content.items() if name != "version"})
-        except Misfit as wrong:
+        except MisfitError as wrong:
             raise ValueError(f"The plan is damaged: {wrong}; {_REMEDY}.") from wrong
 
     def __getstate__(self) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def test_messages(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=other):
         lp.load_pruned(battery.ResidualClassifier, path, width=10)
     with pytest.raises(
-        ValueError, match="The plan is about another architecture: the model has no tensor 'stem.weight'"
+        ValueError, match=r"The plan is about another architecture: the model has no tensor 'stem.weight'"
     ):
         lp.load_pruned(nn.Sequential(nn.Conv2d(1, 2, 3)), path)
     whole = save(battery.ResidualClassifier(width=10), tmp_path / "other.ckpt")

@@ -227,7 +227,7 @@ def test_damaged_plans_say_what_is_wrong(kind: str) -> None:
 def test_two_groups_in_one_place_are_refused() -> None:
     hostile = content()
     hostile["groups"]["again"] = hostile["groups"]["0"]
-    with pytest.raises(ValueError, match="the channels of group 'again' do not fit along axis 0 of '0.weight'"):
+    with pytest.raises(ValueError, match=r"the channels of group 'again' do not fit along axis 0 of '0.weight'"):
         PruningPlan.from_json(hostile)
 
 

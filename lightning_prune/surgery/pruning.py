@@ -176,7 +176,8 @@ def check_plan(model: nn.Module, plan: PruningPlan) -> None:
 
     Example:
         >>> from lightning_prune import trace
-        >>> plan = trace(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.zeros(1, 4)).plan({"0": torch.tensor([0])})
+        >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.zeros(1, 4))
+        >>> plan = graph.plan({"0": torch.tensor([0])})
         >>> check_plan(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)), plan)
         Traceback (most recent call last):
         ValueError: The plan is about another architecture: '0.weight' has shape (5, 4) where the plan expects (3, 4).
