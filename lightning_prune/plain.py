@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 __all__ = ["MisfitError", "made"]
 
-_LARGEST = 2**53  # of whole numbers: beyond it a float is no longer exact, and nothing that is counted gets there
+_LARGEST = 2**63 - 1  # of whole numbers, as tensors hold them
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 

@@ -3,11 +3,12 @@
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from damage import changed, places, refusal
 from engine import random_plan
 from torch import nn
 
@@ -132,23 +133,6 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of every value within nested ones."""
-    yield path
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in pairs:
-        yield from places(inner, (*path, key))
-
-
-def changed(whole: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
-    whole = copy.deepcopy(whole)
-    owner = whole
-    for key in path[:-1]:
-        owner = owner[key]
-    change(owner, path[-1])
-    return whole
-
-
 def variants(whole: Any) -> Iterator[Any]:
     """Yield nested values with one of them replaced, left out or doubled."""
     yield from ODD
@@ -162,15 +146,6 @@ def variants(whole: Any) -> Iterator[Any]:
             yield changed(whole, path, lambda owner, key: owner.insert(key, owner[key]))
         else:
             yield changed(whole, path, lambda owner, key: owner.__setitem__("unknown", owner[key]))
-
-
-def refusal(act: Callable[[], Any]) -> str | None:
-    """Return the sentence that something is refused with; all but a ValueError is a fault."""
-    try:
-        act()
-    except ValueError as raised:
-        return str(raised)
-    return None
 
 
 def test_whatever_is_changed_in_a_plan_it_is_read_or_refused_in_a_sentence_before_a_tensor_is_touched() -> None:
@@ -198,7 +173,7 @@ PLACES: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "text": (("groups", "0", "kept"), "02", r"kept is '02', not a list"),
     "negative": (("groups", "0", "kept"), [-1, 2], r"A group of 4 channels must keep .* got \[-1, 2\]"),
     "beyond": (("groups", "0", "kept"), [0, 4], r"A group of 4 channels must keep .* got \[0, 4\]"),
-    "huge": (("groups", "0", "kept"), [0, 2**62], r"kept\[1\] is a number of 63 bits, beyond all that can be counted"),
+    "huge": (("groups", "0", "kept"), [0, 2**63], r"kept\[1\] is a number of 64 bits, beyond all that can be counted"),
     "size": (("groups", "0", "size"), 5, r"channels of group '0' do not fit along axis 0 of '0.weight'.* shape \(4, 2"),
     "huge size": (("groups", "0", "size"), 2**50, r"a group cannot have \d+ channels"),
     "negative axis": (("groups", "0", "slices", 0, 1), -1, r"axis of a slice of '0.weight' cannot be"),
