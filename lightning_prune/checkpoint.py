@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.files import read_checkpoint
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.importing import nothing_imported_for
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery import check_plan, prune, reshape
 
@@ -258,17 +259,27 @@ def _device_of(weights: Weights) -> Any:
 
 def _instantiate(model: type[Model], checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Model:
     """Make an instance from the hyper-parameters that Lightning saved, as ``load_from_checkpoint`` does."""
-    saved = dict(checkpoint.get("hyper_parameters", {}))
+    saved = _hyper_parameters(checkpoint)
     made_by_parser = "_instantiator" in saved
     saved.pop("_instantiator", None)
     arguments = _arguments(model, saved, checkpoint.get("hparams_name"), settings, made_by_parser)
+    package = model.__module__.partition(".")[0]
     try:
-        return _instantiate_by_parser(model, arguments) if made_by_parser else model(**arguments)
+        with nothing_imported_for(saved, package):
+            return _instantiate_by_parser(model, arguments) if made_by_parser else model(**arguments)
     except (TypeError, argparse.ArgumentError) as raised:
         raise ValueError(
             f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "
             "`self.save_hyperparameters()` in its constructor, or pass the missing arguments or an instance."
         ) from raised
+
+
+def _hyper_parameters(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the hyper-parameters that Lightning saved, by name."""
+    saved = checkpoint.get("hyper_parameters", {})
+    if not isinstance(saved, Mapping) or not all(isinstance(name, str) for name in saved):
+        raise ValueError("The checkpoint is damaged: its hyper-parameters are no settings by name.")
+    return dict(saved)
 
 
 def _arguments(
