@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_prune.files import read_checkpoint
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.importing import nothing_imported_for
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
-from lightning_prune.surgery import prune, reshape
+from lightning_prune.surgery import check_plan, prune, reshape
 
 __all__ = [
     "CHECKPOINT_KEY",
@@ -58,8 +59,13 @@ def saved_plan(checkpoint: Checkpoint) -> PruningPlan | None:
     content = checkpoint.get(CHECKPOINT_KEY)
     if content is None:
         return None
-    if "plan" not in content:
+    if not isinstance(content, dict) or "plan" not in content:
         raise ValueError(f"The checkpoint has an entry {CHECKPOINT_KEY!r} without a plan; it is damaged.")
+    names = content.get("aliases") or {}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in (*names, *names.values())):
+        raise ValueError(
+            f"The checkpoint has an entry {CHECKPOINT_KEY!r} with aliases that are no names; it is damaged."
+        )
     return PruningPlan.from_json(content["plan"])
 
 
@@ -108,13 +114,7 @@ def widened(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, Any]:
     aliases = checkpoint[CHECKPOINT_KEY].get("aliases")
     if aliases is None:
         aliases = _aliases_by_memory(weights, plan)
-    misshapen = _misshapen(weights, aliases, plan)
-    if misshapen is not None:
-        expected = plan.pruned_shapes()[misshapen.name]
-        raise ValueError(
-            f"The checkpoint is damaged: {misshapen.name!r} has shape {misshapen.shape}, where its plan says "
-            f"{expected}."
-        )
+    _refuse_misshapen(weights, aliases, plan)
     wide = copy.copy(weights)  # with the versions that torch notes on it
     index = plan.index()
     for key, tensor in weights.items():
@@ -131,7 +131,13 @@ def _widened(tensor: Tensor, axis: int, kept: Tensor, size: int) -> Tensor:
     """Return a tensor with an axis of its original size, zero where nothing was kept."""
     shape = list(tensor.shape)
     shape[axis] = size
-    zeros = tensor.new_zeros(shape)
+    try:
+        zeros = tensor.new_zeros(shape)
+    except RuntimeError as raised:
+        raise ValueError(
+            f"The checkpoint is damaged, or this machine too small: no tensor of shape {tuple(shape)} can be made, as "
+            "its plan says."
+        ) from raised
     return zeros.index_copy(axis, kept.to(tensor.device), tensor)
 
 
@@ -149,6 +155,9 @@ def restore_shape(model: nn.Module, checkpoint: Checkpoint) -> None:
     plan, earlier = saved_plan(checkpoint), plan_in_force(model)
     if plan == earlier:
         return
+    if plan is not None:
+        check_plan(model, plan)
+        _refuse_misshapen(checkpoint.get("state_dict", {}), _aliases(model, plan), plan)
     if earlier is not None and not _prunes_more(plan, earlier):
         _refuse_missing(model, earlier, checkpoint.get("state_dict", {}))
         reshape(model, None)
@@ -228,6 +237,8 @@ def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: A
         instance.on_load_checkpoint(checkpoint)
     weights = checkpoint["state_dict"]  # with what the hook has made of them
     refuse_other_shapes(instance, weights)
+    if plan is not None:
+        check_plan(instance, plan)  # before the weights are loaded
     strict = getattr(instance, "strict_loading", True)
     try:
         instance.load_state_dict(weights, strict=strict)
@@ -248,17 +259,27 @@ def _device_of(weights: Weights) -> Any:
 
 def _instantiate(model: type[Model], checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Model:
     """Make an instance from the hyper-parameters that Lightning saved, as ``load_from_checkpoint`` does."""
-    saved = dict(checkpoint.get("hyper_parameters", {}))
+    saved = _hyper_parameters(checkpoint)
     made_by_parser = "_instantiator" in saved
     saved.pop("_instantiator", None)
     arguments = _arguments(model, saved, checkpoint.get("hparams_name"), settings, made_by_parser)
+    package = model.__module__.partition(".")[0]
     try:
-        return _instantiate_by_parser(model, arguments) if made_by_parser else model(**arguments)
+        with nothing_imported_for(saved, package):
+            return _instantiate_by_parser(model, arguments) if made_by_parser else model(**arguments)
     except (TypeError, argparse.ArgumentError) as raised:
         raise ValueError(
             f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "
             "`self.save_hyperparameters()` in its constructor, or pass the missing arguments or an instance."
         ) from raised
+
+
+def _hyper_parameters(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the hyper-parameters that Lightning saved, by name."""
+    saved = checkpoint.get("hyper_parameters", {})
+    if not isinstance(saved, Mapping) or not all(isinstance(name, str) for name in saved):
+        raise ValueError("The checkpoint is damaged: its hyper-parameters are no settings by name.")
+    return dict(saved)
 
 
 def _arguments(
@@ -338,10 +359,21 @@ def _misshapen(weights: Weights, aliases: Aliases, plan: PruningPlan) -> _Missha
         name = aliases.get(key, key)
         if name not in shapes:
             continue
-        shape = tuple(tensor.shape)
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
         if shape != shapes[name]:
             return _Misshapen(name, shape)
     return None
+
+
+def _refuse_misshapen(weights: Weights, aliases: Aliases, plan: PruningPlan) -> None:
+    """Raise a ValueError unless the weights in a checkpoint have the shapes that its plan says."""
+    misshapen = _misshapen(weights, aliases, plan)
+    if misshapen is not None:
+        expected = plan.pruned_shapes()[misshapen.name]
+        raise ValueError(
+            f"The checkpoint is damaged: {misshapen.name!r} has shape {misshapen.shape}, where its plan says "
+            f"{expected}."
+        )
 
 
 def _prunes_more(plan: PruningPlan | None, earlier: PruningPlan) -> bool:

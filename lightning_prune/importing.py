@@ -1,9 +1,15 @@
-"""Things that a setting names by their import path."""
+"""Things that a setting names by their import path, and files that may name nothing that is not there already."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from importlib.abc import MetaPathFinder
 from typing import Any
 
-__all__ = ["imported"]
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["imported", "may_be_imported", "nothing_imported_for"]
 
 
 def imported(path: str) -> Any:
@@ -24,3 +30,89 @@ def imported(path: str) -> Any:
         return getattr(import_module(module), attribute)
     except (AttributeError, ValueError, TypeError) as error:  # no attribute, or no path at all
         raise ImportError(str(error)) from error
+
+
+def may_be_imported(path: str, package: str = "lightning_prune.models") -> bool:
+    """Tell whether a file may have something imported: its module is loaded already, or one of an expected package.
+
+    A checkpoint comes from anywhere, and to import a module is to run it.
+
+    Args:
+        path: Module and attribute.
+        package: The package that is expected.
+
+    Example:
+        >>> may_be_imported("lightning_prune.models.ImageClassifier"), may_be_imported("antigravity.fly")
+        (True, False)
+    """
+    module, _, _ = path.rpartition(".")
+    return module in sys.modules or _lies_in(module, package)
+
+
+def _lies_in(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
+class _Refusing(MetaPathFinder):
+    """Refuse to find some modules.
+
+    Args:
+        names: Their dotted names.
+        package: The package whose modules are found all the same.
+
+    Attributes:
+        refused: The module that was asked for and refused.
+    """
+
+    def __init__(self, names: set[str], package: str) -> None:
+        self.names = names
+        self.package = package
+        self.refused = ""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        """Raise an ImportError for one of the names, and leave all others to those who find modules."""
+        if name in self.names and not _lies_in(name, self.package):
+            self.refused = self.refused or name
+            raise ImportError(f"{name!r} is not imported on the word of a file.")
+
+
+@contextmanager
+def nothing_imported_for(content: Any, package: str) -> Iterator[None]:
+    """Let no module be loaded that plain values name, unless it lies in a package.
+
+    Args:
+        content: Plain values from a file, such as hyper-parameters; texts in them may be import paths.
+        package: The package that is expected: that of the class that is made from them.
+
+    Raises:
+        ValueError: If one was to be loaded; it has not been.
+    """
+    finder = _Refusing(_prefixes(content), package)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    except BaseException as raised:
+        if not finder.refused:
+            raise
+        raise _refusal(finder.refused) from raised
+    finally:
+        sys.meta_path.remove(finder)
+    if finder.refused:  # by somebody who goes on without it
+        raise _refusal(finder.refused)
+
+
+def _refusal(module: str) -> ValueError:
+    return ValueError(
+        f"The hyper-parameters in the checkpoint name the module {module!r}, which is not imported on the word of a "
+        f"file; if you trust it, import it first (--import {module} on the command line), or pass an instance."
+    )
+
+
+def _prefixes(content: Any) -> set[str]:
+    """Return the names of all modules that texts in nested values may stand for."""
+    names = set()
+    for leaf in tree_leaves(content):
+        if isinstance(leaf, str) and "." in leaf and len(leaf) < 1000:
+            pieces = leaf.split(".")
+            names.update(".".join(pieces[:end]) for end in range(1, len(pieces) + 1))
+    return names

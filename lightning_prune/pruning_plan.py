@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import reprlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.plain import MisfitError, made
+
 __all__ = ["FORMAT_VERSION", "PlannedGroup", "PruningPlan", "Slice", "plan_in_force", "record_plan", "width_in"]
 
 FORMAT_VERSION = 1
 _RECORD = "_pruning_plan"
+_LONGEST_AXIS = 2**28  # beyond all tensors that there are; a list of its positions is still no burden
+_REMEDY = "make it anew with `lightning_prune.plan` or `ChannelGraph.plan`"
 
 Index = dict[str, dict[int, Tensor]]
 """(n,) int64 positions that are kept, by tensor name and axis, for the axes that get shorter."""
@@ -49,6 +54,44 @@ class Slice:
     width: int = 1
     table: tuple[tuple[int, ...], ...] = ()
 
+    def __post_init__(self) -> None:
+        numbers = {"axis": self.axis, "start": self.start, "step": self.step, "width": self.width}
+        least = {"axis": 0, "start": 0, "step": 1, "width": 1}
+        wrong = [name for name, number in numbers.items() if not _is_count(number, least[name])]
+        if not isinstance(self.tensor, str) or wrong or not self._has_regular_table():
+            raise ValueError(
+                f"The plan is damaged: {', '.join(wrong) or 'the table'} of a slice of {self.tensor!r} cannot be; "
+                f"{_REMEDY}."
+            )
+
+    def _has_regular_table(self) -> bool:
+        """Tell whether the table, if there is one, has as many positions for each channel, and each of them once."""
+        if not isinstance(self.table, tuple) or not all(isinstance(row, tuple) for row in self.table):
+            return False
+        listed = [position for row in self.table for position in row]
+        widths = {len(row) for row in self.table}
+        return len(widths) <= 1 and 0 not in widths and _are_counts(listed) and len(set(listed)) == len(listed)
+
+    @cached_property
+    def _table_end(self) -> int:
+        return 1 + max(position for row in self.table for position in row)
+
+    def fits(self, channels: int, axis_size: int) -> bool:
+        """Tell whether a number of channels lie along an axis of some length, each at positions of its own.
+
+        Args:
+            channels: Number of channels of the group.
+            axis_size: Length of the axis.
+        """
+        if self.table:
+            return len(self.table) == channels and self._table_end <= axis_size
+        apart = self.step >= self.width or channels == 1
+        return apart and self.start + (channels - 1) * self.step + self.width <= axis_size
+
+    def count(self, channels: int) -> int:
+        """Return the number of positions that a number of channels take."""
+        return channels * (len(self.table[0]) if self.table else self.width)
+
     def positions(self, channels: Tensor) -> Tensor:
         """Return the positions of some channels along the axis, channel by channel.
 
@@ -73,19 +116,8 @@ class Slice:
             values.append([list(positions) for positions in self.table])
         return values
 
-    @classmethod
-    def from_json(cls, values: Iterable[Any]) -> "Slice":
-        """Make a slice from what `to_json` returned."""
-        tensor, axis, start, step, width, *more = values
-        table = more[0] if more else []
-        return cls(
-            tensor=tensor,
-            axis=axis,
-            start=start,
-            step=step,
-            width=width,
-            table=tuple(tuple(positions) for positions in table),
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_cache(self)
 
 
 @dataclass(frozen=True)
@@ -103,14 +135,22 @@ class PlannedGroup:
     slices: tuple[Slice, ...]
 
     def __post_init__(self) -> None:
-        if not self._is_valid():
+        if isinstance(self.kept, list):
+            object.__setattr__(self, "kept", tuple(self.kept))
+        if not _is_count(self.size, 1) or self.size > _LONGEST_AXIS:
+            raise ValueError(f"The plan is damaged: a group cannot have {self.size!r} channels; {_REMEDY}.")
+        if not self._keeps_some():
             raise ValueError(
                 f"A group of {self.size} channels must keep at least one of them, ascending and without repetition; "
-                f"got {list(self.kept)}."
+                f"got {_shown(self.kept)}."
             )
+        if not isinstance(self.slices, tuple) or not all(isinstance(one, Slice) for one in self.slices):
+            raise ValueError(f"The plan is damaged: the slices of a group must be a tuple of Slice; {_REMEDY}.")
 
-    def _is_valid(self) -> bool:
-        if not self.kept or self.kept[0] < 0 or self.kept[-1] >= self.size:
+    def _keeps_some(self) -> bool:
+        if not isinstance(self.kept, tuple) or not self.kept or not _are_counts(self.kept):
+            return False
+        if max(self.kept) >= self.size:
             return False
         distances = self.channels.diff()
         return bool((distances > 0).all())
@@ -143,12 +183,6 @@ class PlannedGroup:
             "slices": [channel_slice.to_json() for channel_slice in self.slices],
         }
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "PlannedGroup":
-        """Make a group from what `to_json` returned."""
-        slices = tuple(Slice.from_json(values) for values in content["slices"])
-        return cls(content["size"], tuple(content["kept"]), slices)
-
     def __getstate__(self) -> dict[str, Any]:
         return _without_cache(self)
 
@@ -176,6 +210,41 @@ class PruningPlan:
     groups: dict[str, PlannedGroup] = field(default_factory=dict)
     shapes: Shapes = field(default_factory=dict)
     budget: dict[str, Any] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        parts: dict[str, Any] = {"groups": self.groups, "shapes": self.shapes, "budget": self.budget or {}}
+        for name, content in parts.items():
+            if not isinstance(content, dict):
+                raise ValueError(f"The plan is damaged: {name} must be a dictionary; {_REMEDY}.")
+        for name, group in self.groups.items():
+            if not isinstance(group, PlannedGroup):
+                raise ValueError(f"The plan is damaged: group {name!r} is no PlannedGroup; {_REMEDY}.")
+        tensors = {one.tensor for group in self.groups.values() for one in group.slices}
+        for tensor in tensors:
+            self._check_shape(tensor)
+        self._check_places()
+
+    def _check_shape(self, tensor: str) -> None:
+        """Raise a ValueError unless a tensor has a shape."""
+        shape = self.shapes.get(tensor)
+        if not isinstance(shape, tuple) or not _are_counts(shape) or max(shape, default=0) > _LONGEST_AXIS:
+            raise ValueError(f"The plan is damaged: the shape of {tensor!r} in it is {_shown(shape)}; {_REMEDY}.")
+
+    def _check_places(self) -> None:
+        """Raise a ValueError unless the slices lie within their tensors, with room for all along each axis."""
+        room: dict[tuple[str, int], int] = {}  # positions that are left, by tensor and axis
+        for name, group in self.groups.items():
+            size = group.size
+            for one in group.slices:
+                shape = self.shapes[one.tensor]
+                axis_size = shape[one.axis] if one.axis < len(shape) else 0
+                place = one.tensor, one.axis
+                room[place] = room.get(place, axis_size) - one.count(size)
+                if room[place] < 0 or not one.fits(size, axis_size):
+                    raise ValueError(
+                        f"The plan is damaged: the channels of group {name!r} do not fit along axis {one.axis} of "
+                        f"{one.tensor!r}, which has shape {tuple(shape)}; {_REMEDY}."
+                    )
 
     @property
     def widths(self) -> dict[str, int]:
@@ -258,23 +327,26 @@ class PruningPlan:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "PruningPlan":
+    def from_json(cls, content: Any) -> "PruningPlan":
         """Make a plan from what `to_json` returned.
 
         Raises:
             ValueError: If the content is no plan, or of a newer format.
         """
-        version = content.get("version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if not isinstance(content, Mapping):
+            raise ValueError(f"A plan is a mapping with groups and shapes; got a {type(content).__name__}.")
+        version: Any = content.get("version")
+        if not _is_count(version, 1):
+            raise ValueError(f"The plan is damaged: its format version is {version!r}; {_REMEDY}.")
+        if version > FORMAT_VERSION:
             raise ValueError(
                 f"The plan has format version {version!r}, this lightning-prune reads up to {FORMAT_VERSION}; "
                 "install a newer lightning-prune."
             )
-        return cls(
-            groups={name: PlannedGroup.from_json(group) for name, group in content["groups"].items()},
-            shapes={name: tuple(shape) for name, shape in content["shapes"].items()},
-            budget=content.get("budget"),
-        )
+        try:
+            return made(cls, {name: value for name, value in content.items() if name != "version"})
+        except MisfitError as wrong:
+            raise ValueError(f"The plan is damaged: {wrong}; {_REMEDY}.") from wrong
 
     def __getstate__(self) -> dict[str, Any]:
         return _without_cache(self)
@@ -303,6 +375,22 @@ def _check_follows(name: str, planned: PlannedGroup, earlier: PlannedGroup) -> N
             f"The plan keeps channels {returning[:5]} of group {name!r}, which have been pruned already; plans are "
             "about the original model, and what is pruned cannot come back."
         )
+
+
+def _is_count(number: Any, least: int = 0) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= least
+
+
+def _are_counts(numbers: Sequence[Any]) -> bool:
+    """Tell whether all of some numbers are whole and not negative, which are many."""
+    return set(map(type, numbers)) <= {int} and min(numbers, default=0) >= 0
+
+
+def _shown(numbers: Any) -> str:
+    """Return what stands in the place of some numbers, in few words."""
+    in_short = reprlib.Repr()
+    in_short.maxlist = 10
+    return in_short.repr(list(numbers) if isinstance(numbers, tuple) else numbers)
 
 
 def _without_cache(record: Any) -> dict[str, Any]:

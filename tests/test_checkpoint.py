@@ -120,7 +120,9 @@ def test_messages(tmp_path: Path) -> None:
     other = r"The checkpoint is of another architecture: 'stem.weight' has shape \(12, .* and \(10, .* in ResidualClass"
     with pytest.raises(ValueError, match=other):
         lp.load_pruned(battery.ResidualClassifier, path, width=10)
-    with pytest.raises(ValueError, match=r"(?s)a\.ckpt' is of another architecture\. .*Missing key.* \"0.weight\""):
+    with pytest.raises(
+        ValueError, match=r"The plan is about another architecture: the model has no tensor 'stem.weight'"
+    ):
         lp.load_pruned(nn.Sequential(nn.Conv2d(1, 2, 3)), path)
     whole = save(battery.ResidualClassifier(width=10), tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"The checkpoint is of another architecture: 'stem.weight' has shape"):
@@ -233,3 +235,46 @@ def test_tied_weights_that_a_checkpoint_holds_by_their_other_name_can_be_widened
     restore_shape(model, {"state_dict": weights})
     model.load_state_dict(weights, strict=False)
     assert battery.differences(whole, model) == []
+
+
+HOSTILE = {
+    "no dictionary": (lambda entry: [], "has an entry 'lightning_prune' without a plan; it is damaged"),
+    "no plan": (lambda entry: {"aliases": {}}, "has an entry 'lightning_prune' without a plan; it is damaged"),
+    "a list": (lambda entry: {**entry, "plan": [1]}, "A plan is a mapping with groups and shapes; got a list"),
+    "aliases": (lambda entry: {**entry, "aliases": {"a": 1}}, "with aliases that are no names; it is damaged"),
+    "another tensor": (
+        lambda entry: {**entry, "plan": {**entry["plan"], "shapes": {**entry["plan"]["shapes"], "nothing": [1]}}},
+        "The plan is about another architecture: the model has no tensor 'nothing'",
+    ),
+    "room for nobody": (
+        lambda entry: {**entry, "plan": {**entry["plan"], "groups": {}}},
+        r"damaged: 'stem.weight' has shape \(10, 1, 3, 3\), where its plan says \(12, 1, 3, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_plan_in_a_checkpoint_touches_no_tensor(kind: str, tmp_path: Path) -> None:
+    change, message = HOSTILE[kind]
+    path = save(pruned(), tmp_path / "a.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint[CHECKPOINT_KEY] = change(checkpoint[CHECKPOINT_KEY])
+    torch.save(checkpoint, path)
+    for model in (battery.ResidualClassifier(), pruned(0.8)):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message) as raised:
+            lp.load_pruned(model, path)
+        assert "\n" not in str(raised.value)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_plan_of_shapes_that_no_machine_can_hold_is_refused(tmp_path: Path) -> None:
+    size = 2**28
+    entry = {"version": 1, "shapes": {"a": [size, size]}, "groups": {}}
+    for axis in range(2):
+        entry["groups"][str(axis)] = {"size": size, "kept": [0], "slices": [["a", axis, 0, 1, 1]]}
+    checkpoint = {"state_dict": {"a": torch.zeros(1, 1)}, CHECKPOINT_KEY: {"plan": entry, "aliases": {}}}
+    with pytest.raises(
+        ValueError, match=r"no tensor of shape \(1, 268435456\)|no tensor of shape \(268435456, 2684354"
+    ):
+        widened(checkpoint, lp.checkpoint.saved_plan(checkpoint))

@@ -1,9 +1,14 @@
 """The plan format: positions, JSON, composition."""
 
+import copy
 import json
+import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from damage import changed, places, refusal
 from engine import random_plan
 from torch import nn
 
@@ -54,7 +59,7 @@ def test_the_digest_tells_plans_apart():
 def test_a_newer_format_is_refused():
     with pytest.raises(ValueError, match="format version 99"):
         PruningPlan.from_json({"version": 99, "groups": {}, "shapes": {}})
-    with pytest.raises(ValueError, match="format version None"):
+    with pytest.raises(ValueError, match="The plan is damaged: its format version is None"):
         PruningPlan.from_json({})
 
 
@@ -104,6 +109,114 @@ def test_plans_about_other_channels_of_the_same_name_are_refused():
     graph = graph_of(model)
     plan = graph.plan({"0": torch.tensor([0, 1])})
     lp.prune(model, plan)
-    other = PruningPlan({"0": PlannedGroup(9, (0,), plan.groups["0"].slices)}, plan.shapes)
+    other = PruningPlan({"0": PlannedGroup(7, (0,), plan.groups["0"].slices)}, plan.shapes)
     with pytest.raises(ValueError, match="Group '0' of this plan and of the plan in force are not the same channels"):
         lp.prune(model, other)
+
+
+# -- damaged and hostile plans -----------------------------------------------------------------------------------------
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+
+
+def content() -> dict[str, Any]:
+    """Return a plan for `small`, as a file has it."""
+    graph = lp.trace(small(), torch.zeros(2, 2))
+    return json.loads(json.dumps(graph.plan({"0": torch.tensor([0, 2])}).to_json()))
+
+
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 7, 0.5, 1e9, 10**9, 10**30, 10**5000, math.nan, math.inf, "x", "", [], {}, [0, 0], [1, 0], [-1],
+    [0.5], [True], [10**30], [None], [[0], [0]], [[0], [9]], {"x": 1}, b"x", {1: 2}, "0.weight",
+)  # fmt: skip
+
+
+def variants(whole: Any) -> Iterator[Any]:
+    """Yield nested values with one of them replaced, left out or doubled."""
+    yield from ODD
+    for path in places(whole):
+        if not path:
+            continue
+        for odd in ODD:
+            yield changed(whole, path, lambda owner, key, odd=odd: owner.__setitem__(key, odd))
+        yield changed(whole, path, lambda owner, key: owner.__delitem__(key))
+        if isinstance(path[-1], int):
+            yield changed(whole, path, lambda owner, key: owner.insert(key, owner[key]))
+        else:
+            yield changed(whole, path, lambda owner, key: owner.__setitem__("unknown", owner[key]))
+
+
+def test_whatever_is_changed_in_a_plan_it_is_read_or_refused_in_a_sentence_before_a_tensor_is_touched() -> None:
+    right, read = content(), 0
+    assert PruningPlan.from_json(right).widths == {"0": 2}
+    for hostile in variants(right):
+        plans: list[PruningPlan] = []
+        told = refusal(lambda hostile=hostile, plans=plans: plans.append(PruningPlan.from_json(hostile)))
+        if told is None:
+            model = small()
+            before = copy.deepcopy(model.state_dict())
+            told = refusal(lambda model=model, plans=plans: lp.prune(model, plans[0]))
+            if told is None:
+                read += 1
+                continue
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert "\n" not in told
+        assert len(told) < 400, told
+    assert read < 60  # other channels, and what a plan says of its budget
+
+
+PLACES: dict[str, tuple[tuple[Any, ...], Any, str]] = {
+    "fraction": (("groups", "0", "kept"), [0, 1.5], r"damaged: groups\['0'\].kept\[1\] is 1.5, not a whole number"),
+    "truth": (("groups", "0", "kept"), [False, True], r"kept\[0\] is False, not a whole number"),
+    "text": (("groups", "0", "kept"), "02", r"kept is '02', not a list"),
+    "negative": (("groups", "0", "kept"), [-1, 2], r"A group of 4 channels must keep .* got \[-1, 2\]"),
+    "beyond": (("groups", "0", "kept"), [0, 4], r"A group of 4 channels must keep .* got \[0, 4\]"),
+    "huge": (("groups", "0", "kept"), [0, 2**63], r"kept\[1\] is a number of 64 bits, beyond all that can be counted"),
+    "size": (("groups", "0", "size"), 5, r"channels of group '0' do not fit along axis 0 of '0.weight'.* shape \(4, 2"),
+    "huge size": (("groups", "0", "size"), 2**50, r"a group cannot have \d+ channels"),
+    "negative axis": (("groups", "0", "slices", 0, 1), -1, r"axis of a slice of '0.weight' cannot be"),
+    "other axis": (("groups", "0", "slices", 0, 1), 2, r"do not fit along axis 2 of '0.weight'"),
+    "shifted": (("groups", "0", "slices", 0, 2), 1, r"do not fit along axis 0 of '0.weight'"),
+    "no step": (("groups", "0", "slices", 0, 3), 0, r"step of a slice of '0.weight' cannot be"),
+    "wide": (("groups", "0", "slices", 0, 4), 2, r"do not fit along axis 0 of '0.weight'"),
+    "table": (("groups", "0", "slices", 0), ["0.weight", 0, 0, 1, 1, [[0], [1], [2], [2]]], "the table of a slice"),
+    "short table": (("groups", "0", "slices", 0), ["0.weight", 0, 0, 1, 1, [[0], [1]]], "do not fit along axis 0"),
+    "tensor": (("groups", "0", "slices", 0, 0), "0.nothing", r"shape of '0.nothing' in it is None"),
+    "no shapes": (("shapes",), {}, r"the shape of '\S+' in it is None"),
+    "large shape": (("shapes", "0.weight"), [2**40, 2], r"the shape of '0.weight' in it is \[1099511627776, 2\]"),
+    "version": (("version",), True, "its format version is True"),
+    "budget": (("budget",), "half", "budget is 'half', not a mapping"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_damaged_plans_say_what_is_wrong(kind: str) -> None:
+    path, value, message = PLACES[kind]
+    hostile = changed(content(), path, lambda owner, key: owner.__setitem__(key, value))
+    with pytest.raises(ValueError, match=message):
+        PruningPlan.from_json(hostile)
+
+
+def test_two_groups_in_one_place_are_refused() -> None:
+    hostile = content()
+    hostile["groups"]["again"] = hostile["groups"]["0"]
+    with pytest.raises(ValueError, match=r"the channels of group 'again' do not fit along axis 0 of '0.weight'"):
+        PruningPlan.from_json(hostile)
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"), [((0, 1.0), r"\[0, 1.0\]"), ((True,), r"\[True\]"), ("01", "'01'"), ((2**70,), r"\[1180\d+\]")]
+)
+def test_plans_made_in_python_are_checked_alike(kept: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=f"A group of 4 channels must keep at least one of them, .* got {told}"):
+        PlannedGroup(4, kept, ())
+
+
+def test_a_plan_of_another_network_touches_nothing() -> None:
+    plan, model = PruningPlan.from_json(content()), nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 3))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"another architecture: '0.weight' has shape \(5, 2\).* expects \(4, 2\)"):
+        lp.prune(model, plan)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -30,7 +30,7 @@ from lightning_prune.checkpoint import (
     saved_plan,
 )
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
-from lightning_prune.surgery import prune
+from lightning_prune.surgery import check_plan, prune
 
 __all__ = ["PlanCheckpointIO", "carry_plans"]
 
@@ -140,6 +140,9 @@ class _Restoring:
         if state_dict is not self.loaded["state_dict"]:  # what a hook of the module loads before
             return load(self.module, state_dict, *args, **kwargs)
         self.cancel_for(self.module)
+        if self.plan is not None:  # what does not fit is refused before the first tensor is loaded
+            refuse_other_shapes(self.module, state_dict)
+            check_plan(self.module, self.plan)
         try:
             keys = load(self.module, state_dict, *args, **kwargs)
         except RuntimeError:

@@ -15,7 +15,7 @@ from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress
 from lightning_prune.reporting.history import History
-from lightning_prune.reporting.loggers import log_end, log_history, log_prune, run_folder, say
+from lightning_prune.reporting.loggers import log_end, log_history, log_prune, run_folder, say, warn
 from lightning_prune.reporting.measurement import Measurement, measure
 from lightning_prune.reporting.summary import summarize, whereabouts
 
@@ -42,6 +42,8 @@ class Recorder:
     history: History | None = None
 
     def __post_init__(self) -> None:
+        self._is_written = False
+        self._has_warned = False
         self._costs = {name: metric.cost_model(self.graph) for name, metric in METRICS.items() if metric.counted}
 
     @property
@@ -65,7 +67,7 @@ class Recorder:
         if self.history is None or not self.trainer.is_global_zero:
             return
         self.history.add_prune(self.graph, plan, step, self.trainer.current_epoch, self._measure())
-        log_history(self.trainer, self.history)
+        self._write()
         log_prune(self.trainer, self.history, scores)
 
     def add_validation(self) -> None:
@@ -76,7 +78,7 @@ class Recorder:
         if not self.history.prunes:
             self.history.before.metrics = found
         self.history.add_epoch(self.trainer.current_epoch + 1, self.kept, found)
-        log_history(self.trainer, self.history)
+        self._write()
 
     def end(self) -> None:
         """Measure the network at the end of training, if it was pruned, and log it."""
@@ -84,14 +86,30 @@ class Recorder:
             return
         self.history.after = self._measure()
         self.history.after.metrics = metrics(self.trainer)
-        log_history(self.trainer, self.history)
+        self._write()
         log_end(self.trainer, self.history)
 
     def tell(self) -> None:
         """Print the network before and after, and where its files are; to be called on all ranks."""
-        places = whereabouts(self.trainer, run_folder(self.trainer))  # asks all ranks
+        run = run_folder(self.trainer) if self._is_written else None
+        places = whereabouts(self.trainer, run)  # asks all ranks
         if self.history is not None and self.history.after is not None:
             say("\n".join(["", *summarize(self.history.before, self.history.after), "", *places]))
+
+    def _write(self) -> None:
+        """Write the history beside the logs; where that fails, say so once: training is worth more than its record."""
+        assert self.history is not None
+        try:
+            log_history(self.trainer, self.history)
+            self._is_written = True
+        except OSError as raised:
+            self._is_written = False
+            if not self._has_warned:
+                warn(
+                    f"The history of this run could not be written to {str(run_folder(self.trainer))!r} ({raised}); "
+                    "training goes on, and its checkpoints hold the history too."
+                )
+            self._has_warned = True
 
     @property
     def _widths(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.cli.loading import add_loading_options, load
+from lightning_prune.cli.loading import add_loading_options, load_given
 from lightning_prune.export import random_inputs
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.planning.timing import median_time, placed, times_in_turns
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     if min(given.batch_sizes) < 1 or given.rounds < 1 or given.threads < 1:
         parser.error("batch sizes, rounds and threads must be at least 1")
     try:
-        loaded = load(given.checkpoint, given.model, given.input_shape)
+        loaded = load_given(given.checkpoint, given)
         device = _device(given.device)
         original = original_of(loaded.model)
     except (ValueError, OSError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_prune.cli.benchmark import times
-from lightning_prune.cli.loading import Loaded, add_loading_options, load
+from lightning_prune.cli.loading import Loaded, add_loading_options, load_given
 from lightning_prune.graph import trace
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.pruning_plan import plan_in_force
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
             note = "\nEach run measured its latency by itself, at its end; checkpoints are timed turn and turn about."
             first, second = (read_histories(run)[0].last for run in (given.a, given.b))
         else:
-            first, second = _measured([load(path, given.model, given.input_shape) for path in (given.a, given.b)])
+            first, second = _measured([load_given(path, given) for path in (given.a, given.b)])
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     print(f"A: {given.a}\nB: {given.b}\n")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_prune.cli.loading import add_loading_options, load
+from lightning_prune.cli.loading import add_loading_options, load_given
 from lightning_prune.export import BATCH_SIZES, export
 
 __all__ = ["main"]
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     add_loading_options(parser)
     given = parser.parse_args(arguments)
     try:
-        loaded = load(given.checkpoint, given.model, given.input_shape)
+        loaded = load_given(given.checkpoint, given)
         apart = export(loaded.model, loaded.inputs, given.out, given.tolerance)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))

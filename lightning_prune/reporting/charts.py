@@ -13,6 +13,7 @@ LEFT = 56
 RIGHT = 12
 TOP = 22
 BOTTOM = 30
+_ENDLESS = 1e300  # beyond it distances are no longer finite
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class LineChart:
         y: The y axis.
         points: The points, from left to right.
         marks: What happened.
+        missing: How many points are left out, as they are not finite.
     """
 
     name: str
@@ -86,6 +88,7 @@ class LineChart:
     y: Scale
     points: Sequence[Point]
     marks: Sequence[Mark]
+    missing: int = 0
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -101,7 +104,7 @@ def line_chart(
 
     Args:
         name: What the y axis shows.
-        values: (x, y), ascending in x; at least one.
+        values: (x, y), ascending in x; those that are not finite are left out.
         marks: Where something happened, and what.
         across: What the x axis shows.
 
@@ -112,10 +115,11 @@ def line_chart(
         >>> [round(point.left) for point in chart.points]
         [382, 708]
     """
-    xs = [x for x, _ in values]
-    ys = [y for _, y in values]
-    begin = min(0.0, xs[0])
-    end = max([xs[-1], *(mark.x for mark in marks)])
+    drawn = [(x, y) for x, y in values if abs(x) < _ENDLESS and abs(y) < _ENDLESS]  # which NaN is not
+    xs = [x for x, _ in drawn]
+    ys = [y for _, y in drawn] or [0.0]
+    begin = min([0.0, *xs])
+    end = max([begin, *xs, *(mark.x for mark in marks)])
     x_axis = Scale(
         ticks=_ticks(begin, end, 10, least_step=1.0),
         first=LEFT,
@@ -126,8 +130,8 @@ def line_chart(
         first=HEIGHT - BOTTOM,
         last=TOP,
     )
-    points = [Point(x, y, left=x_axis.place(x), top=y_axis.place(y)) for x, y in values]
-    return LineChart(name, across, x_axis, y_axis, points, marks)
+    points = [Point(x, y, left=x_axis.place(x), top=y_axis.place(y)) for x, y in drawn]
+    return LineChart(name, across, x_axis, y_axis, points, marks, missing=len(values) - len(drawn))
 
 
 def _ticks(least: float, most: float, count: int, least_step: float = 0.0) -> list[float]:

@@ -1,5 +1,7 @@
 """Figures for TensorBoard; needs matplotlib."""
 
+import math
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -30,7 +32,7 @@ def widths(history: History) -> Figure:
     axes.barh(rows, kept, height=0.4, color=KEPT, label="kept")
     for row, name in enumerate(names):  # above the bar: beside it, long names would take all of its room
         label = f"{name}  {kept[row]}/{original[row]}"
-        axes.text(0, row - 0.26, label, fontsize=9, verticalalignment="bottom")
+        axes.text(0, row - 0.26, label, fontsize=9, verticalalignment="bottom", parse_math=False)
     axes.set_yticks([])
     axes.set_ylim(len(names) - 0.6, -0.9)
     all_shown = len(names) == len(history.groups)
@@ -47,7 +49,7 @@ def metric_against_flops(history: History, metric: str) -> Figure:
         history: The history of a run.
         metric: Name of a metric in ``history.epochs``.
     """
-    validations = [validation for validation in history.epochs if metric in validation]
+    validations = [each for each in history.epochs if math.isfinite(each.get(metric, math.nan))]
     kept = [validation["keep_flops"] for validation in validations]
     values = [validation[metric] for validation in validations]
     epochs = [validation["epoch"] for validation in validations]
@@ -59,7 +61,7 @@ def metric_against_flops(history: History, metric: str) -> Figure:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.invert_xaxis()
     axes.set_xlabel("FLOPs kept")
-    axes.set_ylabel(metric)
+    axes.set_ylabel(metric, parse_math=False)  # a dollar sign in a name is one
     axes.grid(alpha=0.3)
     _hide_frame(axes)
     return figure

@@ -13,6 +13,7 @@ from typing import Any
 from lightning_prune.files import written_whole
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.channel_graph import Axis, Term
+from lightning_prune.plain import MisfitError, made
 from lightning_prune.planning.segments import time_by_layer
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.measurement import Measurement
@@ -58,13 +59,6 @@ class Prune:
     budget: dict[str, Any]
     widths: dict[str, int]
     after: Measurement
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Prune":
-        """Make a prune from plain values."""
-        values = _with_names_of_today(content)
-        values["after"] = Measurement.from_json(values["after"])
-        return cls(**values)
 
 
 @dataclass
@@ -191,34 +185,42 @@ class History:
         return {"version": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "History":
+    def from_json(cls, content: Any) -> "History":
         """Make a history from what `to_json` returned.
 
         Raises:
             ValueError: If the content is no history, or of a newer format.
         """
-        values = _with_names_of_today(content)
-        version = values.pop("version", None)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise ValueError(
-                f"The history has format version {version!r}, this lightning-prune reads up to {FORMAT_VERSION}; "
-                "install a newer lightning-prune."
-            )
-        history = cls(**values)
-        history.unprunable = {
-            name: (channels, reason)  # JSON has lists in place of tuples
-            for name, (channels, reason) in history.unprunable.items()
-        }
-        history.before = Measurement.from_json(values["before"])
-        history.layers_before = [Layer(**layer) for layer in values["layers_before"]]
-        history.prunes = [Prune.from_json(prune) for prune in values["prunes"]]
-        history.layers_after = [Layer(**layer) for layer in values["layers_after"]]
-        if history.after is not None:
-            history.after = Measurement.from_json(values["after"])
-        return history
+        try:
+            return _made(content)
+        except MisfitError as wrong:
+            raise ValueError(f"The history of the pruning run is damaged: {wrong}.") from wrong
 
 
-def _with_names_of_today(content: Mapping[str, Any]) -> dict[str, Any]:
+def _made(content: Any) -> History:
+    """Make a history from plain values; raise a MisfitError unless they are one, or a ValueError for a newer format."""
+    values = _with_names_of_today(content)
+    if not isinstance(values, dict) or "version" not in values:
+        raise MisfitError("", "has no format version")
+    version = made(int, values.pop("version"))
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"The history has format version {version!r}, this lightning-prune reads up to {FORMAT_VERSION}; "
+            "install a newer lightning-prune."
+        )
+    prunes = values.get("prunes")
+    if isinstance(prunes, list):
+        values["prunes"] = [_with_names_of_today(prune) for prune in prunes]
+    history: History = made(History, values)
+    for validation in history.epochs:
+        if "epoch" not in validation:
+            raise MisfitError("epochs", "has a validation without its epoch")
+    return history
+
+
+def _with_names_of_today(content: Any) -> Any:
+    if not isinstance(content, Mapping):
+        return content
     return {_FORMER_NAMES.get(name, name): value for name, value in content.items()}
 
 
@@ -306,7 +308,7 @@ def read_histories(run: str | Path) -> list[History]:
     folder = Path(run)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no run at {str(run)!r}: give the folder with its logs.")
-    paths = sorted(folder.glob("pruning*.json"))
+    paths = sorted(path for path in folder.glob("pruning*.json") if path.is_file())
     if not paths:
         raise FileNotFoundError(
             f"{str(run)!r} has no pruning.json, so no pruning callback has logged there{_hint(folder)}."
@@ -323,6 +325,10 @@ def _hint(folder: Path) -> str:
 
 def _read(path: Path) -> History:
     try:
-        return History.from_json(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as raised:
-        raise ValueError(f"{str(path)!r} is damaged or no history of a pruning run ({raised!r}).") from raised
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as raised:  # no JSON, no text, numbers and nesting without end
+        raise ValueError(f"{str(path)!r} is damaged: it is no JSON, as a history of a pruning run is.") from raised
+    try:
+        return _made(content)
+    except MisfitError as wrong:
+        raise ValueError(f"{str(path)!r} is damaged, or no history of a pruning run: {wrong}.") from wrong

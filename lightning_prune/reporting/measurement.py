@@ -1,6 +1,5 @@
 """A network in numbers: parameters, FLOPs, time and validation metrics."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -36,11 +35,6 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """Return the measurement as plain values."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Measurement":
-        """Make a measurement from what `to_json` returned."""
-        return cls(**content)
 
     @property
     def flops_remark(self) -> str:

@@ -1,11 +1,13 @@
 """Report of a run: one HTML page that tells what pruning asked for, what it did, and what it cost."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -40,9 +42,9 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(path.parent)!r}: make it first.")
     config = run / "config.yaml"
-    text = render(histories, str(run), config.read_text() if config.is_file() else "")
+    text = render(histories, str(run), config.read_text("utf-8", "replace") if config.is_file() else "")
     with written_whole(path) as file:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may hold half characters
     return path
 
 
@@ -73,6 +75,8 @@ def templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["thousands"] = "{:,}".format
+    environment.filters["fraction"] = _fraction
+    environment.filters["share"] = _share
     return environment
 
 
@@ -137,7 +141,6 @@ class Page:
     def tiles(self) -> list[Tile]:
         """The network now, compared with the original."""
         before, after = self.history.before, self.history.last
-        speed_up = before.latency_ms / after.latency_ms
         tiles = [
             Tile(
                 name="of the FLOPs",
@@ -151,7 +154,7 @@ class Page:
             ),
             Tile(
                 name="as fast, measured",
-                number=f"{speed_up:.2f}x",
+                number=_times(before.latency_ms, after.latency_ms),
                 detail=f"{before.latency_ms:.2f} ms → {after.latency_ms:.2f} ms",
             ),
         ]
@@ -216,13 +219,13 @@ class Page:
     @property
     def most_flops(self) -> float:
         """The FLOPs of the layer that has most."""
-        return max((layer.flops for layer in self.history.layers_before), default=1)
+        return _greatest([layer.flops for layer in self.history.layers_before])
 
     @property
     def most_ms(self) -> float:
         """The milliseconds of the layer that takes longest, before or after."""
         layers = [*self.history.layers_before, *self.history.layers_after]
-        return max((layer.ms for layer in layers), default=1)
+        return _greatest([layer.ms for layer in layers])
 
     @property
     def unprunable(self) -> dict[str, list[str]]:
@@ -237,6 +240,27 @@ def _told_before(before: Measurement, metric: str) -> str:
     if metric not in before.metrics:
         return ""
     return f"{before.metrics[metric]:.4f} before the first prune"
+
+
+def _greatest(values: Sequence[float]) -> float:
+    return max((value for value in values if math.isfinite(value)), default=1.0)
+
+
+def _share(value: float, longest: float) -> str:
+    """Return how much of the longest bar one takes, in percent; none if that is no number."""
+    share = 100 * value / longest if longest else 0.0
+    return f"{min(max(share, 0.0), 100.0):.1f}" if math.isfinite(share) else "0.0"
+
+
+def _fraction(value: Any) -> str:
+    is_number = isinstance(value, int | float) and abs(value) < 1e9
+    return f"{value:.3f}" if is_number else str(value)
+
+
+def _times(before: float, after: float) -> str:
+    """Return how many times as fast something is, from the milliseconds that it takes."""
+    known = math.isfinite(before) and math.isfinite(after) and after > 0
+    return f"{before / after:.2f}x" if known else "unknown"
 
 
 def _percent(kept: float, original: float) -> str:

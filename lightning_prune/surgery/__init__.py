@@ -2,12 +2,13 @@
 
 from lightning_prune.surgery.batch_norm import recalibrate
 from lightning_prune.surgery.masks import mask
-from lightning_prune.surgery.pruning import PruneReport, check, prune, pruned, pruned_tensors, reshape
+from lightning_prune.surgery.pruning import PruneReport, check, check_plan, prune, pruned, pruned_tensors, reshape
 from lightning_prune.surgery.replacing import uninterrupted
 
 __all__ = [
     "PruneReport",
     "check",
+    "check_plan",
     "mask",
     "prune",
     "pruned",

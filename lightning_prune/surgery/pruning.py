@@ -17,7 +17,7 @@ from lightning_prune.surgery.optimizer_state import check_optimizers, check_stat
 from lightning_prune.surgery.replacing import Replacement, in_place, of_attributes, of_tensor
 from lightning_prune.surgery.slicing import KeptByAxis, take
 
-__all__ = ["Change", "PruneReport", "check", "prune", "pruned", "pruned_tensors", "reshape"]
+__all__ = ["Change", "PruneReport", "check", "check_plan", "prune", "pruned", "pruned_tensors", "reshape"]
 
 
 class Change(NamedTuple):
@@ -193,6 +193,24 @@ def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.
     return check_optimizers(optimizers)
 
 
+def check_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Raise a ValueError if a plan is about another architecture, without touching the model.
+
+    Args:
+        model: The model that is to be pruned or reshaped, pruned already or not.
+        plan: The channels to keep, about the original model.
+
+    Example:
+        >>> from lightning_prune import trace
+        >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.zeros(1, 4))
+        >>> plan = graph.plan({"0": torch.tensor([0])})
+        >>> check_plan(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)), plan)
+        Traceback (most recent call last):
+        ValueError: The plan is about another architecture: '0.weight' has shape (5, 4) where the plan expects (3, 4).
+    """
+    _check_shapes(named_tensors(model), plan, plan_in_force(model) or PruningPlan())
+
+
 @dataclass(frozen=True)
 class _Cut:
     """What a plan takes from a model as it is now.
@@ -275,6 +293,9 @@ def _check_shapes(tensors: Mapping[str, Tensor], plan: PruningPlan, earlier: Pru
             raise ValueError(f"The plan is about another architecture: the model has no tensor {name!r}.")
         shape = tuple(tensors[name].shape)
         expected = earlier_shapes.get(name, original_shape)
+        if shape == expected:  # the original shapes must agree as well, where the tensor has that no more
+            expected = original_shape
+            shape = earlier.shapes.get(name, shape)
         if shape != expected:
             raise ValueError(
                 f"The plan is about another architecture: {name!r} has shape {shape} where the plan expects {expected}."

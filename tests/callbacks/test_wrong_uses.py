@@ -369,7 +369,7 @@ CHECKPOINTS: dict[str, Row] = {
     "a folder": (load(lambda path: path.mkdir()), FileNotFoundError, "There is no checkpoint at '{root}/a.ckpt'."),
     "version as text": (
         load_changed(set_plan("version", "2")), ValueError,
-        "The plan has format version '2', this lightning-prune reads up to 1; install a newer lightning-prune.",
+        "The plan is damaged: its format version is '2'; make it anew with `lightning_prune.plan` or",
     ),
     "a group of nothing": (
         load_changed(set_kept([])), ValueError,

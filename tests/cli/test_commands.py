@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,105 @@ def test_classes_that_the_command_line_noted_as_arguments_are_made_again(tmp_pat
     loaded = load(Path(cli.trainer.checkpoint_callback.best_model_path), input_shape=[1, 1, 8, 8])
     assert battery.differences(cli.model, loaded.model) == []
     assert plan_in_force(loaded.model) == plan_in_force(cli.model) is not None
+
+
+# -- what a file may have imported -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Put a package on the path that leaves a file when it runs, and return where that would be."""
+    trace = tmp_path / "it_ran"
+    package = tmp_path / "evil_package"
+    package.mkdir()
+    for name in ("__init__", "inner"):
+        (package / f"{name}.py").write_text(
+            f"from pathlib import Path\nPath({str(trace)!r}).touch()\n"
+            "from battery import ResidualClassifier as Net\nfrom torch.nn import Conv2d as Layer\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield trace
+    for name in ("evil_package", "evil_package.inner"):
+        sys.modules.pop(name, None)
+
+
+def with_changes(run: Path, path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    return path
+
+
+def state_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return next(state for state in checkpoint["callbacks"].values() if "history" in state)
+
+
+NAMED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "by the command line": lambda c: c["hyper_parameters"].update(_class_path="evil_package.Net"),
+    "by a callback": lambda c: state_of(c)["history"].update(model="evil_package.inner.Net"),
+    "as an entry point of our own": lambda c: c["hyper_parameters"].update(_class_path="lightning_prune.__main__.main"),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("command", ["export", "benchmark", "compare"])
+def test_no_class_is_imported_on_the_word_of_a_file(
+    kind: str, command: str, run: Path, evil: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = with_changes(run, tmp_path / "a.ckpt", NAMED[kind])
+    others = {"export": ["model.pt"], "benchmark": [], "compare": [path]}[command]
+    told = fails(capsys, command, path, *others, *SHAPE)
+    assert "which is not imported on the word of a file; if you trust it, say so with --model" in told
+    assert not evil.exists()
+
+
+def test_a_class_that_is_named_by_the_person_is_imported(
+    run: Path, evil: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["export", str(run / "last.ckpt"), "model.pt", "--model", "evil_package.inner.Net", *SHAPE])
+    assert evil.exists()
+
+
+@pytest.mark.parametrize("value", [7, ["evil_package.Net"], None, {"a": 1}])
+def test_a_class_path_that_is_no_text_is_none(
+    value: Any, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = with_changes(run, tmp_path / "a.ckpt", lambda c: c["hyper_parameters"].update(_class_path=value))
+    assert "does not say of which class it is: give --model" in fails(capsys, "export", path, "model.pt", *SHAPE)
+
+
+LAYERS: dict[str, Any] = {
+    "with arguments": {"class_path": "evil_package.Layer", "init_args": {"in_channels": 1, "out_channels": 12}},
+    "alone": "evil_package.inner.Layer",
+    "deep": {
+        "class_path": "torch.nn.TransformerEncoder",
+        "init_args": {"encoder_layer": {"class_path": "evil_package.Layer"}, "num_layers": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_layer_is_imported_on_the_word_of_a_file(kind: str, run: Path, evil: Path, tmp_path: Path) -> None:
+    settings = {"stem": LAYERS[kind], "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    path = with_changes(run, tmp_path / "a.ckpt", lambda c: c.update(hyper_parameters=settings))
+    with pytest.raises(ValueError, match=r"name the module 'evil_package', .* \(--import evil_package on the command"):
+        lp.load_pruned(Wrapper, path)
+    assert not evil.exists()
+
+
+def test_no_network_of_the_classifier_is_imported_on_the_word_of_a_file(
+    run: Path, evil: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"network": "evil_package.Net", "num_classes": 4, "input_shape": [1, 8, 8]}
+
+    def change(checkpoint: dict[str, Any]) -> None:
+        checkpoint.update(hyper_parameters=settings, callbacks={})
+
+    path = with_changes(run, tmp_path / "a.ckpt", change)
+    told = fails(capsys, "export", path, "model.pt")
+    assert "name the module 'evil_package'" in told
+    assert not evil.exists()
+    told = fails(capsys, "export", path, "model.pt", "--import", "evil_package")  # trusted, but of another architecture
+    assert "architecture" in told
+    assert evil.exists()

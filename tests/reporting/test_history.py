@@ -1,6 +1,11 @@
 """The history of a run: what is in it, where it is written, and that it survives a resume."""
 
+import errno
 import json
+import math
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +13,17 @@ import battery
 import lightning as L
 import pytest
 import torch
+from damage import changed, places, refusal
 from fvcore.nn import FlopCountAnalysis
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from lightning_prune import files
 from lightning_prune.callbacks import TaylorRankCallback
 from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.reporting.history import FORMAT_VERSION, History, read_histories
+from lightning_prune.reporting.history import FORMAT_VERSION, History, Layer, Prune, read_histories
 from lightning_prune.reporting.loggers import log_history, run_folder
 from lightning_prune.reporting.measurement import Measurement
+from lightning_prune.reporting.report import render
 
 TIMES = ("latency_ms", "ms")
 
@@ -228,5 +236,119 @@ def test_wrong_runs_are_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="install a newer lightning-prune"):
         read_histories(run)
     path.write_text(json.dumps({"version": FORMAT_VERSION}))
-    with pytest.raises(ValueError, match=r"pruning.json' is damaged"):
+    with pytest.raises(ValueError, match=r"pruning.json' is damaged.*: it has no entry 'model'"):
         read_histories(run)
+
+
+DAMAGED: dict[str, bytes] = {
+    "empty": b"", "truncated": b'{"version": 2, "model": "m', "binary": bytes(range(256)), "zeros": bytes(100),
+    "utf-16": '{"version": 2}'.encode("utf-16"), "a word": b"hello", "a list": b"[1, 2]", "a number": b"7",
+    "null": b"null", "no history": b"{}", "a text": b'"x"', "deep": b"[" * 100_000, "digits": b"1" * 10_000,
+    "version": b'{"version": "2"}', "truth": b'{"version": true}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_whatever_is_no_history_is_called_damaged(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "pruning.json").write_bytes(DAMAGED[kind])
+    with pytest.raises(ValueError, match=r"pruning.json' is damaged") as raised:
+        read_histories(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def whole() -> dict[str, Any]:
+    measured = Measurement(100, 1000, 2.0, {"val/acc": 0.5}, 1000)
+    layers = [Layer("a", 800.0, 80.0, 1.0)]
+    prune = Prune(1, 1, {"metric": "flops", "asked": 0.5}, {"a": 4}, measured)
+    epochs = [{"epoch": 1, "keep_flops": 0.5, "val/acc": 0.5}]
+    history = History(
+        "m.M", "C", {"keep": 0.5}, "", {"a": 8}, {"b": (4, "is an output")}, measured, layers, [prune], layers, epochs,
+        measured,
+    )  # fmt: skip
+    return json.loads(json.dumps(history.to_json()))
+
+
+def test_whatever_is_changed_in_a_history_it_is_drawn_or_called_damaged(tmp_path: Path) -> None:
+    odd = (None, True, -1, 0, 0.5, 10**30, 10**300, 1e308, math.nan, -math.inf, "x", "", [], {}, [[]], [None], {"": {}})
+    right, drawn, path = whole(), 0, tmp_path / "pruning.json"
+    for place in places(right):
+        for value in odd if place else ():
+            hostile = changed(right, place, lambda owner, key, value=value: owner.__setitem__(key, value))
+            path.write_text(json.dumps(hostile))
+            told = refusal(lambda: render(read_histories(tmp_path), "runs/1"))
+            assert told is None or re.fullmatch(r"('.*pruning.json' is damaged|The history has format version).*", told)
+            drawn += told is None
+        path.write_text(json.dumps(changed(right, place, lambda owner, key: owner.pop(key)) if place else []))
+        refusal(lambda: render(read_histories(tmp_path), "runs/1"))
+    assert drawn > 100
+
+
+# -- where nothing can be written --------------------------------------------------------------------------------------
+
+
+def _a_file_in_place_of_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.parent.mkdir(parents=True)
+    folder.write_text("in the way")
+
+
+def _a_folder_in_place_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "pruning.json" / "in_the_way").mkdir(parents=True)
+
+
+def _a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_text
+
+    def fails(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        if self.name.startswith(".pruning"):
+            write(self, text[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", fails)
+
+
+def _a_folder_that_is_not_ours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", refuses)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_a_file_in_place_of_the_folder, _a_folder_in_place_of_the_file, _a_full_disk, _a_folder_that_is_not_ours],
+)
+def test_a_history_that_cannot_be_written_is_warned_of_once_and_training_goes_on(
+    spoil: Callable[[Path, pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs, expected = (
+        Elsewhere(tmp_path / "logs" / "run"),
+        battery.train(tmp_path / "a", battery.make_callback("magnitude")),
+    )
+    spoil(logs.log_dir, monkeypatch)
+    callback = battery.make_callback("magnitude")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module, _ = battery.train(tmp_path / "b", callback, logger=logs)
+    told = [str(one.message) for one in caught if "history of this run" in str(one.message)]
+    assert len(told) == 1
+    assert re.match(r"The history of this run could not be written to '.*run' \(.*\); training goes on, and", told[0])
+    assert battery.differences(module, expected[0]) == []
+    assert [prune.step for prune in callback.history.prunes] == [1, 2, 3]
+    assert [path.name for path in (tmp_path / "logs").rglob(".pruning*")] == []  # nothing half-written
+
+
+class Elsewhere(Logger):
+    """A logger that says where it writes, and writes nothing."""
+
+    name, version, log_dir = "project", 3, None
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.log_dir = folder
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
+        pass

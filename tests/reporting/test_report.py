@@ -1,8 +1,12 @@
 """The HTML report: well formed, complete, safe, and in need of nothing else."""
 
+import math
 import re
+from dataclasses import fields
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import battery
@@ -14,7 +18,8 @@ from lightning.pytorch.loggers import CSVLogger
 import lightning_prune
 from lightning_prune import files
 from lightning_prune.reporting.charts import HEIGHT, LEFT, WIDTH, LineChart, Mark, line_chart
-from lightning_prune.reporting.history import History, Layer, Prune, read_histories
+from lightning_prune.reporting.figures import metric_against_flops, widths
+from lightning_prune.reporting.history import History, Layer, Prune, read_histories, write_history
 from lightning_prune.reporting.measurement import Measurement
 from lightning_prune.reporting.report import render, templates, write_report
 
@@ -119,6 +124,68 @@ def test_names_are_text_and_never_markup() -> None:
     text = render([changed], nasty, nasty)
     Page(text)
     assert "<script" not in text
+
+
+KNOWN = {one.name for kind in (History, Layer, Prune, Measurement) for one in fields(kind)} | {
+    "version", "epoch", "keep_flops", "asked", "achieved", "metric",
+}  # fmt: skip
+
+
+def spoiled(value: Any, nasty: str) -> Any:
+    """Return nested plain values with something nasty in every text and every name of an entry."""
+    if isinstance(value, str):
+        return value and value + nasty
+    if isinstance(value, list | tuple):
+        return [spoiled(each, nasty) for each in value]
+    if isinstance(value, dict):
+        return {key if key in KNOWN else key + nasty: spoiled(each, nasty) for key, each in value.items()}
+    return value
+
+
+@pytest.mark.parametrize(
+    "nasty", ["<script>alert(1)</script>", "\"' onload=alert(1) x='\"", "</style></title><i>", "&lt;i&gt;"]
+)
+def test_no_field_of_a_history_is_ever_markup(nasty: str) -> None:
+    measured = Measurement(60, 600, 1.25, {"val/acc": 0.5}, 700, fvcore_failure="no trace")
+    changed = spoiled(history(module="body", after=measured).to_json(), nasty)
+    plain = Page(render([history(module="body", after=measured)], "runs/1", "a: 1"))
+    page = Page(render([History.from_json(changed)], f"runs/1{nasty}", f"a: 1{nasty}"))
+    assert [tag for tag, _, _ in page.attributes] == [tag for tag, _, _ in plain.attributes]
+    assert [name for _, name, _ in page.attributes] == [name for _, name, _ in plain.attributes]
+    shown = "".join([*page.text, *(value or "" for _, _, value in page.attributes)])
+    assert shown.count(nasty) > 20  # and all of it is there to be read
+
+
+def test_half_characters_can_be_written(tmp_path: Path) -> None:
+    write_history(tmp_path, history(groups={"\ud800": 8}, prunes=[]))
+    assert "\\ud800: 8 of 8 channels" in write_report(tmp_path).read_text("utf-8")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308])
+def test_runs_with_metrics_that_are_not_finite_are_drawn(value: float, tmp_path: Path) -> None:
+    odd = Measurement(60, 600, value, {"val/acc": value})
+    epochs = [
+        {"epoch": 1, "keep_flops": 1.0, "val/acc": 0.5, "val/loss": value}, {"epoch": 2, "keep_flops": 1.0},
+        {"epoch": 3, "keep_flops": 0.6, "val/acc": value}, {"epoch": 4, "keep_flops": 0.6, "val/acc": 0.75},
+    ]  # fmt: skip
+    layers = [Layer("a", value, value, value)]
+    told = history(before=odd, after=odd, epochs=epochs, layers_before=layers, layers_after=layers)
+    write_history(tmp_path, told)
+    page = Page(write_report(tmp_path).read_text())
+    drawn = [value for tag, name, value in page.attributes if (tag, name) == ("circle", "cx")]
+    assert len(drawn) == 4 + 2  # the corners of FLOPs, and two accuracies
+    words = "".join(page.text)
+    assert "val/acc (1 not finite, left out)" in words
+    assert "val/loss (1 not finite, left out)" in words
+    pixels = [value for _, name, value in page.attributes if name in ("cx", "cy", "x1", "y1", "points", "style")]
+    assert not any("nan" in value or "inf" in value for value in pixels)
+    metric_against_flops(told, "val/acc").savefig(BytesIO())
+
+
+def test_a_metric_with_a_dollar_sign_is_no_formula() -> None:
+    told = history(groups={"$\\x$": 8}, prunes=[], epochs=[{"epoch": 1, "keep_flops": 1.0, "$\\x$": 0.5}])
+    for figure in (widths(told), metric_against_flops(told, "$\\x$")):
+        figure.savefig(BytesIO())  # a formula that is none would be refused
 
 
 def test_a_run_that_has_only_begun_has_a_report() -> None:
