@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -97,29 +96,20 @@ class OperatorTables:
 
     def _make_operator(self, function: Any) -> Operator:
         name = str(function.overloadpacket)
-        pointwise = torch.Tag.pointwise in function.tags or self._is_pointwise_in_place(name)
-        fallback = self.rules["pointwise" if pointwise else "unknown"]
+        rule = self._rule_of(name)
         return Operator(
             function=function,
-            rule=self.rules.get(name, fallback),
+            rule=rule,
             cost=self.costs.get(name),
             shape=SHAPES.get(name),
-            takes_numbers=pointwise or name in _TAKES_NUMBERS,
+            takes_numbers=rule is self.rules["pointwise"] or name in _TAKES_NUMBERS,
             needs_values=name in _NEEDS_VALUES,
         )
 
-    def _is_pointwise_in_place(self, name: str) -> bool:
-        """Tell whether an operator without a rule of its own changes a tensor in place, point by point."""
-        if not name.endswith("_") or name in self.rules:
-            return False
-        out_of_place = name[:-1]
-        return _is_tagged_pointwise(out_of_place) or self.rules.get(out_of_place) is self.rules["pointwise"]
-
-
-def _is_tagged_pointwise(name: str) -> bool:
-    namespace, _, operator = name.partition(".")
-    packet = getattr(getattr(torch.ops, namespace), operator, None)
-    if packet is None:
-        return False
-    first_overload = getattr(packet, packet.overloads()[0])
-    return torch.Tag.pointwise in first_overload.tags
+    def _rule_of(self, name: str) -> TracerRule:
+        """Return the rule of an operator; what works in place does element by element what its twin does."""
+        pointwise = self.rules["pointwise"]
+        twin = name.removesuffix("_")
+        if name not in self.rules and self.rules.get(twin) is pointwise:
+            return pointwise
+        return self.rules.get(name, self.rules["unknown"])

@@ -8,8 +8,8 @@ says
 - for which pruning is not the same as masking (`mark_not_mask_exact`),
 - where a weight produces channels (`mark_out_slice`) and where it consumes them (`mark_in_slice`).
 
-Operators that PyTorch tags as pointwise share one rule. Every channel that an operator without a rule touches is
-unprunable: nothing is guessed.
+Operators that work element by element share one rule and are listed beside it. Every channel that an operator without
+a rule touches is unprunable: nothing is guessed.
 
 Example:
     A rule for an operator of your own, under the name that ``torch.library`` knows it by::

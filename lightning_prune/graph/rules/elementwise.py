@@ -10,9 +10,49 @@ from torch.utils._pytree import tree_map
 from lightning_prune.graph.rules.table import rule
 from lightning_prune.graph.tracer import Call, Labels, Tracer, tensors_in
 
-__all__ = ["combine", "same_shape"]
+__all__ = ["ELEMENTWISE", "combine", "same_shape"]
 
 _FIXED_SIZE = "is combined with a tensor of fixed size"
+
+# What computes each element of its output from the elements of its arguments at the same place, and from numbers. The
+# tag of that name, which PyTorch gives to more operators with each version, decides nothing here: a test says what it
+# has that this table has not. Operators that work in place go by those without the underscore at their end.
+_ELEMENTWISE = """
+    _add_relu _conj _conj_copy _conj_physical _masked_scale _neg_view _neg_view_copy _prelu_kernel
+    _prelu_kernel_backward abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan
+    arctan2 arctanh asin asinh atan atan2 atanh binomial ceil celu clamp clamp_max clamp_min clip complex conj
+    conj_physical copy copysign cos cosh deg2rad dequantize digamma div divide elu erf erfc erfinv exp exp2 expm1 fix
+    float_power floor floor_divide fmax fmin fmod frac frexp gcd gelu hardshrink hardsigmoid hardswish hardtanh
+    heaviside hypot i0 igamma igammac isclose isfinite isinf isnan isneginf isposinf isreal lcm ldexp leaky_relu lerp
+    lgamma log log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp logaddexp2 logit masked_fill maximum minimum
+    mish mul multiply mvlgamma nan_to_num neg negative nextafter poisson polar polygamma positive pow rad2deg
+    reciprocal relu relu6 remainder round rrelu rrelu_with_noise rrelu_with_noise_functional rsqrt rsub selu sgn
+    sigmoid sign signbit silu sin sinc sinh softplus softshrink sqrt square sub subtract tan tanh threshold true_divide
+    trunc where xlogy
+
+    __and__ __lshift__ __or__ __rshift__ __xor__ __iand__ __ilshift__ __ior__ __irshift__ __ixor__ bitwise_and
+    bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor logical_and logical_not logical_or
+    logical_xor eq ge greater greater_equal gt le less less_equal lt ne not_equal
+
+    special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
+    special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v
+    special_chebyshev_polynomial_w special_digamma special_entr special_erf special_erfc special_erfcx special_erfinv
+    special_exp2 special_expit special_expm1 special_gammainc special_gammaincc special_gammaln
+    special_hermite_polynomial_h special_hermite_polynomial_he special_i0 special_i0e special_i1 special_i1e
+    special_laguerre_polynomial_l special_legendre_polynomial_p special_log1p special_log_ndtr special_logit
+    special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0 special_modified_bessel_k1
+    special_multigammaln special_ndtr special_ndtri special_polygamma special_psi special_round
+    special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1 special_shifted_chebyshev_polynomial_t
+    special_shifted_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_v
+    special_shifted_chebyshev_polynomial_w special_sinc special_spherical_bessel_j0 special_xlog1py special_xlogy
+    special_zeta
+
+    elu_backward gelu_backward hardshrink_backward hardsigmoid_backward hardswish_backward hardtanh_backward
+    infinitely_differentiable_gelu_backward leaky_relu_backward log_sigmoid_backward logit_backward mish_backward
+    native_dropout_backward rrelu_with_noise_backward sigmoid_backward silu_backward softplus_backward
+    softshrink_backward tanh_backward threshold_backward
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 
 def combine(tracer: Tracer, tensors: Iterable[Tensor], output: Tensor) -> None:
@@ -67,15 +107,9 @@ class _CombinedAxes:
         self.tracer.set_labels(self.output, self.labels)
 
 
-@rule(
-    "pointwise", "aten.copy_", "aten._prelu_kernel", "aten.where", "aten.masked_fill", "aten.hardswish", "aten.glu_jvp",
-    "aten.rrelu_with_noise", "aten.celu", "aten.selu", "aten.relu6", "aten.log_sigmoid_forward", "aten.dequantize",
-)  # fmt: skip
+@rule("pointwise", "aten.copy_", *(f"aten.{name}" for name in ELEMENTWISE))
 def pointwise(tracer: Tracer, call: Call) -> None:
-    """Tie the channels of all arguments, which are broadcast together.
-
-    This is the rule of every operator that PyTorch tags as pointwise.
-    """
+    """Tie the channels of all arguments, which are broadcast together."""
     tensors = call.given
     has_weights = any(map(tracer.is_weight, tensors))
     shifts_zero = has_weights and not _keeps_zero(tracer, call)

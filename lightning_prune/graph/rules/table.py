@@ -58,8 +58,8 @@ def unknown(tracer: Tracer, call: Call) -> None:
 
 
 @rule(
-    "aten.size", "aten.sym_size", "aten.stride", "aten.numel", "aten.is_same_size", "aten.new_zeros", "aten.new_ones",
-    "aten.new_empty", "aten.new_full", "aten.new_empty_strided",
+    "aten.size", "aten.sym_size", "aten.stride", "aten.numel", "aten.is_same_size", "aten.equal", "aten.new_zeros",
+    "aten.new_ones", "aten.new_empty", "aten.new_full", "aten.new_empty_strided",
 )  # fmt: skip
 def no_channels(tracer: Tracer, call: Call) -> None:
     """Give the output no labels: the operator returns no tensor, or one whose size it was given as numbers."""
