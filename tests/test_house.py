@@ -17,7 +17,7 @@ PACKAGE = Path(lightning_prune.__file__).parent
 REPOSITORY = PACKAGE.parent
 # A room imports from the rooms of lower floors, and from itself.
 FLOORS = (
-    ("pruning_plan", "progress", "files", "modes", "importing", "compiled", "ddp", "rl"),
+    ("pruning_plan", "progress", "files", "importing", "compiled", "ddp", "rl"),
     ("graph", "models", "datamodules"),
     ("planning", "surgery"),
     ("candidates", "checkpoint", "export"),
