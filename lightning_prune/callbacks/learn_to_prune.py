@@ -264,8 +264,7 @@ class LearnToPruneCallback(PruningCallback):
         """Return the accuracy of a copy that has been pruned and trained for some steps."""
         model = self._copy(self.run.graph.model)
         prune(model, plan)
-        for module in model.modules():
-            module.__dict__["forward"] = without_other_ranks(module, module.forward)
+        without_other_ranks(model)
         self._train(model)
         model.eval()
         total, samples = 0.0, 0

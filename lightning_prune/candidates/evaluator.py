@@ -4,7 +4,7 @@ How a candidate is run is decided in `jobs` and done by a `Runner`; what has bee
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_prune.candidates.candidate import Candidate, Noise
-from lightning_prune.candidates.isolation import undisturbed
+from lightning_prune.candidates.isolation import of_twin, undisturbed
 from lightning_prune.candidates.jobs import Job, share
 from lightning_prune.candidates.journal import Entry
 from lightning_prune.candidates.measures import Evaluate, classification, samples_in
@@ -23,6 +23,7 @@ from lightning_prune.candidates.replaying import ReplayingRunner
 from lightning_prune.candidates.runner import Runner
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.graph.twin import refusing_calls
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 
@@ -58,7 +59,7 @@ def evaluate_candidates(
     what comes before the first difference from the model is computed once per batch, candidates that keep few channels
     run with smaller tensors, and candidates that differ at the same place are computed together if batches are small.
     Each shortcut is tried out first; where it does not give what the plain run gives, the plain run is used. The model
-    is not changed: its mode, tensors, gradients and the random state are as they were.
+    is not touched: twins of it run. The random state is as it was.
 
     In a distributed run the ranks share the candidates and all get all results; they must pass the same arguments.
 
@@ -66,7 +67,7 @@ def evaluate_candidates(
         graph: The traced model, pruned already or not; ``graph.model`` is called with the inputs of a batch.
         candidates: Plans, kept channels by group name as for `ChannelGraph.plan`, or `Noise`.
         batches: The batches, on the device of the model; by default pairs of inputs and labels.
-        evaluate: Given the model and a batch, returns loss and accuracy as means over its samples.
+        evaluate: Given a twin of the model and a batch, returns loss and accuracy as means over its samples.
         recalibrate: Batches to estimate the statistics of batch normalisation from, for each candidate anew; none to
             keep the statistics of the model.
         resume: Folder in which results are noted, so that the same call goes on after an interruption. One folder may
@@ -78,8 +79,8 @@ def evaluate_candidates(
 
     Raises:
         ValueError: If the batches or the outputs are not those of a classifier and ``evaluate`` is not given, there
-            are no batches, a plan does not fit the model, a file in ``resume`` is damaged, or ``evaluate`` cannot be
-            told from others by what is noted there.
+            are no batches, a plan does not fit the model, ``evaluate`` runs another model than it is given, a file in
+            ``resume`` is damaged, or ``evaluate`` cannot be told from others by what is noted there.
 
     Example:
         >>> from lightning_prune import trace
@@ -96,12 +97,14 @@ def evaluate_candidates(
     sums = _Sums(len(planned))
     jobs: list[Job] | None = None
 
-    with undisturbed(graph.model), progress(f"Measuring {len(planned)} sub-networks") as work:
-        runner = _make_runner(graph, planned, evaluate, recalibrate)
+    with undisturbed(graph.model) as twin, progress(f"Measuring {len(planned)} sub-networks") as work:
+        graph_of_twin = replace(graph, model=twin.model)
+        runner = _make_runner(graph_of_twin, planned, of_twin(evaluate, twin), recalibrate)
         notes.begin_run(graph.model, evaluate, recalibrate)
         for batch in batches:
             if jobs is None:
-                jobs = runner.jobs(batch)
+                with refusing_calls(graph.model):
+                    jobs = runner.jobs(batch)
                 jobs = jobs if own_data else share(jobs, ranks.this, ranks.count)
                 work.total = len(jobs) * length_hint(batches) or None
             runner.begin(batch)

@@ -1,13 +1,13 @@
 """Layout in which a model runs fastest: channels last in memory, and batch normalisation folded into convolutions.
 
-Both change the modules of a model for good; they are for use where every attribute is given back afterwards.
+Both change the modules of a model for good; they are for the twin of a model.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import ref
 
 import torch
@@ -28,10 +28,10 @@ _NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class FoldablePair:
-    """A convolution, and the batch normalisation whose input is what it returns."""
+    """A convolution, and the batch normalisation whose input is what it returns, by their names."""
 
-    convolution: _ConvNd
-    norm: _BatchNorm
+    convolution: str
+    norm: str
 
 
 def put_channels_last(model: nn.Module, run: Callable[[], T]) -> T:
@@ -78,7 +78,7 @@ def foldable(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[FoldablePa
     Returns:
         What the pass returns, and the pairs; modules that run several times are in none.
     """
-    finder = _PairFinder()
+    finder = _PairFinder(model)
     with ExitStack() as hooks:
         for module in model.modules():
             if type(module) in _CONVOLUTIONS:
@@ -90,27 +90,34 @@ def foldable(model: nn.Module, run: Callable[[], T]) -> tuple[T, list[FoldablePa
 
 
 class _PairFinder:
-    """Hooks that find which convolution has returned what a normalisation is given."""
+    """Hooks that find which convolution has returned what a normalisation is given.
 
-    def __init__(self) -> None:
-        self._calls: Counter[nn.Module] = Counter()
-        self._results: dict[int, tuple[ref[Tensor], _ConvNd]] = {}  # by id of the tensor that a convolution returned
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        self._calls: Counter[str] = Counter()
+        self._results: dict[int, tuple[ref[Tensor], str]] = {}  # by id of the tensor that a convolution returned
         self._pairs: list[FoldablePair] = []
 
     def note_result(self, module: Any, args: Any, result: Any) -> None:
-        self._calls[module] += 1
+        name = self._names[module]
+        self._calls[name] += 1
         if isinstance(result, Tensor):  # and not what a hook has made of it
-            self._results[id(result)] = ref(result), module
+            self._results[id(result)] = ref(result), name
 
     def note_input(self, module: Any, args: Any) -> None:
-        self._calls[module] += 1
+        name = self._names[module]
+        self._calls[name] += 1
         if not args or module.running_mean is None:  # no arguments where the input is passed by name
             return
         convolution = self._convolution_before(args[0])
         if convolution is not None:
-            self._pairs.append(FoldablePair(convolution, module))
+            self._pairs.append(FoldablePair(convolution, name))
 
-    def _convolution_before(self, value: Any) -> _ConvNd | None:
+    def _convolution_before(self, value: Any) -> str | None:
         if id(value) not in self._results:
             return None
         result, convolution = self._results[id(value)]
@@ -121,10 +128,11 @@ class _PairFinder:
         return [pair for pair in self._pairs if calls[pair.convolution] == calls[pair.norm] == 1]
 
 
-def fold(pairs: list[FoldablePair]) -> None:
+def fold(model: nn.Module, pairs: list[FoldablePair]) -> None:
     """Let convolutions do what the batch normalisations behind them do in evaluation mode, and those nothing.
 
     Args:
+        model: The model, or a twin of it.
         pairs: What `foldable` has found.
 
     Example:
@@ -133,12 +141,13 @@ def fold(pairs: list[FoldablePair]) -> None:
         tensor([3., 3.])
         >>> x = torch.ones(1, 1, 1, 1)
         >>> before, pairs = foldable(model, lambda: model(x))
-        >>> fold(pairs)
+        >>> fold(model, pairs)
         >>> torch.allclose(model[0](x), before), model[1](x) is x
         (True, True)
     """
     for pair in pairs:
-        convolution, norm = pair.convolution, pair.norm
+        convolution = cast(_ConvNd, model.get_submodule(pair.convolution))
+        norm = cast(_BatchNorm, model.get_submodule(pair.norm))
         mean, variance = norm.running_mean, norm.running_var
         assert mean is not None  # else the normalisation is in no pair
         assert variance is not None

@@ -4,10 +4,9 @@ Each runs alone, in the layout that is fastest. Nothing is reused from one candi
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.candidates.candidate import Candidate, Noise
@@ -17,8 +16,9 @@ from lightning_prune.candidates.measures import Evaluate, Measurement, as_measur
 from lightning_prune.candidates.runner import Runner
 from lightning_prune.candidates.stand_ins import noisy_tensors
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.surgery import pruned_tensors
-from lightning_prune.surgery.batch_norm import recalibrate
+from lightning_prune.surgery.batch_norm import estimate_statistics, running_statistics
 
 __all__ = ["RecalibratingRunner"]
 
@@ -53,11 +53,13 @@ class RecalibratingRunner(Runner):
         self.batch = batch
         self._trial_batch = _first_samples(batch) if self.evaluate is classification else batch
         result, self._pairs = put_channels_last(self.model, self._find_pairs)
-        self.note_model(result)
+        self.note_loss(result)
         return [Job(Way.FOLDED, 0, (member,)) for member in range(len(self.candidates))]
 
     def _find_pairs(self) -> tuple[Any, list[FoldablePair]]:
-        return foldable(self.model, self._evaluate_trial)
+        self.tensors = named_tensors(self.model)  # as they are laid out now
+        with self.standing_in({}):
+            return foldable(self.model, self._evaluate_trial)
 
     def _evaluate_trial(self) -> Any:
         return self.evaluate(self.model, self._trial_batch)
@@ -74,7 +76,7 @@ class RecalibratingRunner(Runner):
         (member,) = job.members
         with self.standing_in(self._stand_ins(member)):
             self._recalibrate(member)
-            fold(self._pairs)
+            fold(self.model, self._pairs)
             return [as_measurement(self.evaluate_model())]
 
     @override
@@ -84,7 +86,7 @@ class RecalibratingRunner(Runner):
         with self.standing_in(self._stand_ins(member)):
             self._recalibrate(member)
             plain = as_measurement(self._evaluate_trial())
-            fold(self._pairs)
+            fold(self.model, self._pairs)
             folded = as_measurement(self._evaluate_trial())
         return self.are_close(folded.loss, plain.loss)
 
@@ -101,19 +103,10 @@ class RecalibratingRunner(Runner):
     def _recalibrate(self, member: int) -> None:
         """Give the model the statistics of a candidate, which are estimated once and serve for all batches."""
         if member not in self._statistics:
-            recalibrate(self.model, self._recalibration, self.evaluate)
-            self._statistics[member] = [buffer.clone() for buffer in _running_statistics(self.model)]
-        for buffer, known in zip(_running_statistics(self.model), self._statistics[member], strict=True):
+            estimate_statistics(self.model, self._recalibration, self.evaluate)
+            self._statistics[member] = [buffer.clone() for buffer in running_statistics(self.model)]
+        for buffer, known in zip(running_statistics(self.model), self._statistics[member], strict=True):
             buffer.copy_(known)
-
-
-def _running_statistics(model: nn.Module) -> list[Tensor]:
-    """Return the running statistics of all batch normalisations, as they are now."""
-    statistics = []
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            statistics += [module.running_mean, cast(Tensor, module.running_var)]
-    return statistics
 
 
 def _first_samples(batch: Any) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,6 @@ from lightning_prune.candidates.replay import Replay
 from lightning_prune.candidates.runner import Runner, Shortcut
 from lightning_prune.candidates.stand_ins import input_masks, maskable_layers, masked_tensors, noisy_tensors
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery import pruned_tensors
 
@@ -53,20 +52,21 @@ class ReplayingRunner(Runner):
     def __init__(self, graph: ChannelGraph, candidates: Sequence[Candidate], evaluate: Evaluate) -> None:
         super().__init__(graph, candidates, evaluate)
         self._operations: list[Any] = []
-        self._maskable: dict[str, nn.Module] = {}
+        self._maskable: set[str] = set()
         self._replay = Replay(self.evaluate_model, [], 0)
         self._repeated_batch: tuple[Tensor, Tensor] | None = None
 
     @override
     def jobs(self, batch: Any) -> list[Job]:
         self.batch = batch
-        layers = maskable_layers(self.model)
-        with _count_calls(layers.values()) as calls:
-            trace = trace_operators(self.evaluate_model, named_tensors(self.model))
+        with self.standing_in({}):
+            layers = maskable_layers(self.model)
+            with _count_calls(layers.values()) as calls:
+                trace = trace_operators(self.evaluate_model, self.tensors)
         # A weight that is used otherwise than by calling its layer is not masked by a mask on what the layer is given.
-        self._maskable = {name: layer for name, layer in layers.items() if calls[layer] == trace.uses[name]}
+        self._maskable = {name for name, layer in layers.items() if calls[layer] == trace.uses[name]}
         self._operations = trace.operations
-        self.note_model(trace.result)
+        self.note_loss(trace.result)
         planner = Planner(self.graph, trace, self._maskable)
         return planner.jobs(self.candidates, self._candidates_in_a_stack(samples_in(batch)))
 
@@ -123,9 +123,11 @@ class ReplayingRunner(Runner):
 
     @override
     def run_shortcut(self, job: Job) -> list[Measurement]:
-        self._replay.advance(job.boundary)
+        with self.standing_in({}):
+            self._replay.advance(job.boundary)
         if job.way is Way.STACKED:
-            return self._run_stacked(job.members)
+            with self.standing_in({}):
+                return self._run_stacked(job.members)
         candidate = self.candidates[job.members[0]]
         with self.standing_in(self._stand_ins(job.way, candidate)):
             return [as_measurement(self._replay.run())]
@@ -141,11 +143,10 @@ class ReplayingRunner(Runner):
             logits = self.model(inputs)
             return per_sample(logits, labels)
 
-        with ExitStack() as hooks:
-            for name, mask in masks.items():
-                layer = self._maskable[name]
-                hooks.enter_context(layer.register_forward_pre_hook(_masking(mask)))
-            losses, hits = self._replay.run(run, copies)
+        layers = maskable_layers(self.model)
+        for name, mask in masks.items():
+            layers[name].register_forward_pre_hook(_masking(mask))
+        losses, hits = self._replay.run(run, copies)
         by_copy = torch.stack([losses, hits]).unflatten(1, (copies, -1))  # (2, copies, samples)
         rows = by_copy.mean(2).t().tolist()
         return [Measurement(*row) for row in rows]

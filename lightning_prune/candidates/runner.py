@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from lightning_prune.candidates.candidate import Candidate
+from lightning_prune.candidates.isolation import of_twin
 from lightning_prune.candidates.jobs import Job, Way
 from lightning_prune.candidates.measures import Evaluate, Measurement, as_measurement
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors, substituting_tensors
+from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.graph.twin import Twin
 
 __all__ = ["Runner", "Shortcut"]
 
@@ -43,7 +45,7 @@ class Runner(ABC):
     """Run candidates on batches, with the shortcuts that have been seen to work.
 
     Args:
-        graph: The traced model, in evaluation mode and without gradients as long as the runner lives.
+        graph: A twin of the traced model, in evaluation mode and without gradients as long as the runner lives.
         candidates: The candidates.
         evaluate: Given the model and a batch, returns loss and accuracy.
     """
@@ -54,7 +56,7 @@ class Runner(ABC):
         self.candidates = candidates
         self.evaluate = evaluate
         self.batch: Any = None
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors = named_tensors(self.model)
         self.loss_of_model = 0.0
         self._works: dict[Shortcut, bool] = {}
 
@@ -116,13 +118,12 @@ class Runner(ABC):
 
     # -- what the kinds of runners share ---------------------------------------------------------------------------
 
-    def note_model(self, result: Any) -> None:
-        """Note what the model itself reaches, and its tensors as they are laid out now."""
+    def note_loss(self, result: Any) -> None:
+        """Note what the model itself reaches."""
         self.loss_of_model = as_measurement(result).loss
-        self.tensors = named_tensors(self.model)
 
     def evaluate_model(self) -> Any:
-        """Run the model, with whatever stands in for its tensors, on the batch."""
+        """Run the model, with whatever stands in for its tensors, on the batch; to be called while `standing_in`."""
         return self.evaluate(self.model, self.batch)
 
     def are_close(self, loss: float, plain: float) -> bool:
@@ -143,11 +144,18 @@ class Runner(ABC):
 
     @contextmanager
     def standing_in(self, stand_ins: Mapping[str, Tensor]) -> Iterator[None]:
-        """Put other tensors in the place of the model's own for a while.
+        """Let a twin be the model for a while, which has other tensors in the place of some, and shares the rest.
+
+        Each pass has one of its own, since it may not come to its end.
 
         Args:
             stand_ins: The tensors, by the name of those that they stand in for.
         """
-        by_id = {id(self.tensors[name]): tensor for name, tensor in stand_ins.items()}
-        with substituting_tensors(self.model, by_id, training=False, wrap_forward=lambda module, forward: forward):
+        model, evaluate = self.model, self.evaluate
+        by_id = {id(tensor): stand_ins.get(name, tensor) for name, tensor in self.tensors.items()}
+        twin = Twin(model, by_id)
+        self.model, self.evaluate = twin.model, of_twin(evaluate, twin)
+        try:
             yield
+        finally:
+            self.model, self.evaluate = model, evaluate

@@ -1,17 +1,19 @@
 """Criteria on what layers consume of a channel: its mean, and how often it is not zero."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_prune.candidates.isolation import of_twin
+from lightning_prune.compiled import as_written
 from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, to_original_channels
-from lightning_prune.criteria.input_hooks import check_watchable, sum_positions, unwatch, watch_inputs
+from lightning_prune.criteria.input_hooks import check_watchable, sum_positions, watch_inputs
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.modes import evaluating
+from lightning_prune.graph.twin import twin_in_evaluation
 
 __all__ = ["apoz", "mean_activation"]
 
@@ -111,13 +113,11 @@ def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss, val
             count += means[weight].count
         means[weight] = _Mean(total, count)
 
-    handles = watch_inputs(graph, add)
-    try:
-        with evaluating(graph.model):
-            for batch in batches:
-                loss(graph.model, batch)
-    finally:
-        unwatch(handles)
+    with twin_in_evaluation(graph.model) as twin, as_written():
+        watch_inputs(replace(graph, model=twin.model), add)
+        run = of_twin(loss, twin)
+        for batch in batches:
+            run(twin.model, batch)
     return {name: _mean_over_layers(graph, name, means) for name in graph.groups}
 
 

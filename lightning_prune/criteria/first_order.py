@@ -1,18 +1,20 @@
 """Criterion on a first-order estimate of what pruning a channel does to the loss."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.candidates.isolation import of_twin
+from lightning_prune.compiled import as_written
 from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, to_original_channels
 from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, VARIANTS, Totals, make_collector
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.modes import evaluating
+from lightning_prune.graph.twin import twin_in_evaluation
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
@@ -84,19 +86,18 @@ def taylor(
     """
     check_settings(variant, flops_penalty)
     totals = Totals()
-    collector = make_collector(graph, variant, totals)
-    try:
+    with twin_in_evaluation(graph.model) as twin, as_written(), torch.enable_grad():
+        collector = make_collector(replace(graph, model=twin.model), variant, totals)
         collector.listen()
-        with evaluating(graph.model), _all_trained(graph.model) as parameters, torch.enable_grad():
-            for batch in batches:
-                value = loss(graph.model, batch)
-                collector.before_backward()
-                gradients = _gradients(value, parameters)
-                collector.after_backward(1.0)
-                collector.before_step(gradients)
-                collector.after_batch()
-    finally:
-        collector.stop()
+        parameters = _trained_parameters(twin.model)
+        run = of_twin(loss, twin)
+        for batch in batches:
+            value = run(twin.model, batch)
+            collector.before_backward()
+            gradients = _gradients(value, parameters)
+            collector.after_backward(1.0)
+            collector.before_step(gradients)
+            collector.after_batch()
     unseen = totals.unseen(graph)
     if unseen:
         raise ValueError(
@@ -156,17 +157,11 @@ def _gradients(value: Tensor, parameters: Parameters) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in by_name if gradient is not None}
 
 
-@contextmanager
-def _all_trained(model: nn.Module) -> Iterator[Parameters]:
-    """Let gradients flow to every parameter for a while, frozen ones included."""
-    tensors = named_tensors(model).items()
-    parameters = {name: tensor for name, tensor in tensors if isinstance(tensor, nn.Parameter)}
-    parameters = {name: parameter for name, parameter in parameters.items() if parameter.is_floating_point()}
-    required = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        yield parameters
-    finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(required[name])
+def _trained_parameters(model: nn.Module) -> Parameters:
+    """Let gradients flow to every parameter of a twin, frozen ones included, and return them by name."""
+    parameters: Parameters = {}
+    for name, tensor in named_tensors(model).items():
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            tensor.requires_grad_(True)
+            parameters[name] = tensor
+    return parameters

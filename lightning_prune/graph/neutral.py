@@ -6,24 +6,41 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
-__all__ = ["neutral_state"]
+__all__ = ["neutral_state", "preserving_random_state"]
 
 
 @contextmanager
-def neutral_state() -> Iterator[None]:
-    """Run without gradients, fused attention layers and checks of values; give the random state back as it was."""
-    with torch.inference_mode(False), torch.no_grad(), _random_state(), _unfused_attention(), _unchecked_batch_sizes():
+def neutral_state(model: nn.Module) -> Iterator[None]:
+    """Run without gradients, fused attention layers and checks of values; give the random state back as it was.
+
+    Args:
+        model: What is run.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        preserving_random_state(model),
+        _unfused_attention(),
+        _unchecked_batch_sizes(),
+    ):
         yield
 
 
 @contextmanager
-def _random_state() -> Iterator[None]:
+def preserving_random_state(model: nn.Module) -> Iterator[None]:
+    """Give the random state of Python, of NumPy, and of PyTorch on the devices of a model back as it was.
+
+    Args:
+        model: What is run.
+    """
+    gpus = sorted({tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
     of_python = random.getstate()
     of_numpy = np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         random.setstate(of_python)

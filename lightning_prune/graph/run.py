@@ -12,8 +12,9 @@ from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
 from lightning_prune.graph.sizes import class_name
 from lightning_prune.graph.slots import SlotTable
-from lightning_prune.graph.substitution import named_tensors, substituting_tensors
+from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
+from lightning_prune.graph.twin import NotATwinError, Twin, refusing_calls, set_mode
 from lightning_prune.progress import redraw
 from lightning_prune.pruning_plan import plan_in_force
 
@@ -78,22 +79,24 @@ class Forward:
         Raises:
             Exception: Whatever the forward pass raises.
         """
+        redraw()  # bars go on from run to run
+        with neutral_state(self.submodule):
+            twin = Twin(self.submodule, self._stand_ins(tracer, kept))
+            set_mode(twin.model, training)
+            self._watch(tracer, twin)
+            args, kwargs = tree_map(self._stand_in_of_input, (self.args, self.kwargs))
+            with ValueWatcher(tracer), tracer:
+                output = twin.model(*args, **kwargs)
+        self._mark_outputs(tracer, output)
 
-        def watched(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            name = self.names[id(module)]
+    def _watch(self, tracer: Tracer, twin: Twin) -> None:
+        """Let a tracer know which module of a twin runs."""
+        for original, module in twin.pairs():
+            forward = module.forward
             rule = tracer.tables.rules.get(class_name(module))
             if rule is not None:
                 forward = tracer.muting(rule, module, forward)
-            return tracer.watched(name, forward)
-
-        redraw()  # bars go on from run to run
-        with neutral_state():
-            stand_ins = self._stand_ins(tracer, kept)
-            args, kwargs = tree_map(self._stand_in_of_input, (self.args, self.kwargs))
-            running = substituting_tensors(self.submodule, stand_ins, training, watched)
-            with running, ValueWatcher(tracer), tracer:
-                output = self.submodule(*args, **kwargs)
-        self._mark_outputs(tracer, output)
+            vars(module)["forward"] = tracer.watched(self.names[id(original)], forward)
 
     def _mark_outputs(self, tracer: Tracer, output: Any) -> None:
         for labels in tracer.labels_of(nested_tensors(output)):
@@ -116,7 +119,10 @@ class Forward:
         if not self.real:
             tracer = make_tracer()
             try:
-                self.run(tracer, {}, training)
+                with refusing_calls(self.submodule):
+                    self.run(tracer, {}, training)
+            except NotATwinError:
+                raise
             except Exception as raised:
                 self.real = True  # perhaps it only needs data
                 if not isinstance(raised, NotImplementedError):

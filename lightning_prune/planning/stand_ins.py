@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors, substituting_tensors
+from lightning_prune.graph.neutral import preserving_random_state
+from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.graph.twin import Twin, set_mode
 from lightning_prune.planning.timing import placed
 
 __all__ = ["Watcher", "at_widths"]
 
 Forward = Callable[..., Any]
 Watcher = Callable[[nn.Module, Forward], Forward]
-"""Given a module and its forward function, returns the function to run in its place."""
+"""Given a module and the forward function of its twin, returns the function to run in place of that."""
 
 _FILL = 0.01  # zeros would be faster on some machines
 
@@ -28,7 +30,7 @@ def at_widths(graph: ChannelGraph, widths: Mapping[str, int], watcher: Watcher |
     Args:
         graph: The traced model.
         widths: Channels by group name; groups that are absent keep all channels.
-        watcher: Given a module and its forward function, returns the function to run in its place.
+        watcher: Given a module and the forward function of its twin, returns the function to run in place of that.
 
     Returns:
         A context that yields a function without arguments, which runs the submodule on the example inputs.
@@ -37,22 +39,20 @@ def at_widths(graph: ChannelGraph, widths: Mapping[str, int], watcher: Watcher |
     plan = graph.plan({name: torch.arange(width) for name, width in widths.items()})
     shapes = {**graph.shapes, **plan.pruned_shapes()}
     tensors = named_tensors(graph.model)
-    stand_ins = {id(tensor): _stand_in(tensor, shapes[name]) for name, tensor in tensors.items()}
+    resized = {name: tensor for name, tensor in tensors.items() if tuple(tensor.shape) != shapes[name]}
+    stand_ins = {id(tensor): _stand_in(tensor, shapes[name]) for name, tensor in resized.items()}
     args, kwargs = placed(graph.example_inputs, submodule)
-    with torch.no_grad(), as_written(), substituting_tensors(submodule, stand_ins, False, watcher or _unwatched):
-        yield lambda: submodule(*args, **kwargs)
-
-
-def _unwatched(module: nn.Module, forward: Forward) -> Forward:
-    return forward
+    with torch.no_grad(), as_written(), preserving_random_state(submodule):
+        twin = Twin(submodule, stand_ins)
+        set_mode(twin.model, training=False)
+        if watcher is not None:
+            for original, module in twin.pairs():
+                vars(module)["forward"] = watcher(original, module.forward)
+        yield lambda: twin.model(*args, **kwargs)
 
 
 def _stand_in(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a tensor of some shape, with device, precision and memory format of another."""
-    if tuple(tensor.shape) == shape and isinstance(tensor, nn.Parameter):
-        return tensor.detach()
-    if tuple(tensor.shape) == shape:
-        return tensor.clone()  # a forward pass may count in a buffer
     stand_in = torch.full(shape, _FILL, device=tensor.device).to(tensor.dtype)
     if _is_channels_last(tensor):
         return stand_in.contiguous(memory_format=torch.channels_last)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_prune.graph.substitution import preserving_attributes, replace_tensors
+from lightning_prune.compiled import as_written
 from lightning_prune.graph.tracing import as_call
-from lightning_prune.modes import evaluating
+from lightning_prune.graph.twin import twin_in_evaluation
 from lightning_prune.progress import progress
 
 __all__ = ["device_of", "measure_latency", "median_time", "placed", "timed", "times_in_turns", "wait"]
@@ -26,7 +26,7 @@ def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_
     """Measure the time of one forward pass in evaluation mode, where the model is now.
 
     Args:
-        model: The model; its mode is restored, and what its forward pass counts and collects.
+        model: The model; a twin of it runs, as it was written where it is compiled.
         example_inputs: What ``forward`` takes, as for `lightning_prune.trace`; moved to the model's device.
         runs: Number of timed runs; the median counts.
         warm_up: Number of runs before that.
@@ -40,11 +40,8 @@ def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_
     """
     args, kwargs = placed(example_inputs, model)
     device = device_of(model)
-    buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
-    with evaluating(model), preserving_attributes(model):
-        for module in model.modules():
-            replace_tensors(module, buffers)
-        run = partial(model, *args, **kwargs)
+    with twin_in_evaluation(model) as twin, as_written():
+        run = partial(twin.model, *args, **kwargs)
         times = [timed(run, device) for _ in range(warm_up + runs)]
     return statistics.median(times[warm_up:])
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_prune.compiled import as_written
-from lightning_prune.graph.substitution import preserving_attributes, replace_tensors
-from lightning_prune.modes import evaluating
+from lightning_prune.graph.twin import twin_in_evaluation
 from lightning_prune.planning.timing import placed
 
 if TYPE_CHECKING:
@@ -98,43 +97,16 @@ def told(counted: int, modelled: int | None, failure: str) -> str:
 
 @contextmanager
 def _analysis(network: nn.Module, example_inputs: Any) -> Iterator["FlopCountAnalysis"]:
-    """Let fvcore run a network, which is as before afterwards."""
+    """Let fvcore run a twin of a network, which it may leave its hooks on."""
     with warnings.catch_warnings(), as_written(), torch.no_grad():
         warnings.simplefilter("ignore")  # about the insides of tracing
         from fvcore.nn import FlopCountAnalysis
 
-        with _undisturbed(network):
-            call = _FlatCall(network, example_inputs)
+        with twin_in_evaluation(network) as twin:
+            call = _FlatCall(twin.model, example_inputs)
             analysis = FlopCountAnalysis(call, tuple(call.tensors))
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
             yield analysis
-
-
-@contextmanager
-def _undisturbed(network: nn.Module) -> Iterator[None]:
-    """Give back the mode, the state, the hooks and the random numbers that a forward pass may change."""
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    buffers = {id(buffer): buffer.clone() for buffer in network.buffers()}
-    submodules = list(network.modules())
-    hooks = [(m._forward_pre_hooks.copy(), m._forward_hooks.copy()) for m in submodules]
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        evaluating(network),
-        preserving_attributes(network),
-    ):
-        for submodule in submodules:
-            replace_tensors(submodule, buffers)
-        try:
-            yield
-        finally:  # fvcore does not take its hooks away where it fails
-            for submodule, (before, after) in zip(submodules, hooks, strict=True):
-                _keep_only(submodule._forward_pre_hooks, before)
-                _keep_only(submodule._forward_hooks, after)
-
-
-def _keep_only(hooks: dict[int, Any], known: dict[int, Any]) -> None:
-    for number in [number for number in hooks if number not in known]:
-        del hooks[number]
 
 
 class _FlatCall(nn.Module):

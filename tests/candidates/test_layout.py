@@ -154,7 +154,7 @@ def test_convolutions_do_what_normalisations_behind_them_did(kind: type[Plain], 
     before, found = foldable(model, lambda: model(x))
     assert len(found) == pairs
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    fold(found)
+    fold(model, found)
     same = torch.allclose(model(x), before, rtol=1e-10)
     assert same == (kind is not UsedTwice)  # which the evaluator finds out by trying
 
