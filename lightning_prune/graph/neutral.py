@@ -2,19 +2,23 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-__all__ = ["neutral_state"]
+__all__ = ["neutral_state", "unfused_attention"]
 
 
 @contextmanager
 def neutral_state() -> Iterator[None]:
-    """Run without gradients, fused attention layers and checks of values; give the random state back as it was."""
-    with torch.inference_mode(False), torch.no_grad(), _random_state(), _unfused_attention(), _unchecked_batch_sizes():
+    """Run without gradients, fused layers and checks of values; give the random state back as it was."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for neutral in (_random_state, unfused_attention, _unfused_layers, _unchecked_batch_sizes):
+            stack.enter_context(neutral())
         yield
 
 
@@ -31,13 +35,28 @@ def _random_state() -> Iterator[None]:
 
 
 @contextmanager
-def _unfused_attention() -> Iterator[None]:
+def unfused_attention() -> Iterator[None]:
+    """Let attention layers run as the operators that they are made of."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _unfused_layers() -> Iterator[None]:
+    """Let recurrent layers run as the operators that they are made of, also on data."""
+    libraries = torch.backends.mkldnn, torch.backends.cudnn
+    enabled = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        yield
+    finally:
+        for library, was_enabled in zip(libraries, enabled, strict=True):
+            library.enabled = was_enabled
 
 
 @contextmanager
