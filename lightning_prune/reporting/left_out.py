@@ -29,33 +29,56 @@ def left_out(by_operator: Mapping[str, float]) -> dict[str, int]:
         >>> left_out({"conv": 100, "recurrent layers": 20})
         {'recurrent layers': 20}
     """
-    of_handles = {what: int(by_operator.get(what, 0)) for what in (_CONVOLUTIONS, _RECURRENT, _REPEATED)}
-    return {what: flops for what, flops in of_handles.items() if flops}
+    flops = {}
+    for what in (_CONVOLUTIONS, _RECURRENT, _REPEATED):
+        counted = by_operator.get(what, 0)
+        if counted:
+            flops[what] = int(counted)
+    return flops
 
 
 def _convolution(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     """Count the elements of the filters, once for each sample and position of the output."""
     weight = _shape(inputs[1])
-    samples_and_positions = prod(_shape(outputs[0])) // weight[0]
+    output = _shape(outputs[0])
+    out_channels = weight[0]
+    samples_and_positions = prod(output) // out_channels
     return Counter({_CONVOLUTIONS: samples_and_positions * prod(weight)})
 
 
 def _recurrent(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     """Count the elements of all matrices, once for each sample and step."""
-    samples_and_steps = prod(_shape(inputs[0])[:-1])
-    lists = [value.node() for value in inputs if value.node().kind() == "prim::ListConstruct"]
-    parameters = [_shape(value) for value in lists[-1].inputs()]  # the first list, if there are two, is of states
-    elements = sum(prod(shape) for shape in parameters if len(shape) == 2)
-    return Counter({_RECURRENT: samples_and_steps * elements})
+    *samples_and_steps, _ = _shape(inputs[0])
+    elements = 0
+    for parameter in _parameters(inputs):
+        shape = _shape(parameter)
+        if len(shape) == 2:
+            elements += prod(shape)
+    return Counter({_RECURRENT: prod(samples_and_steps) * elements})
+
+
+def _parameters(inputs: list[Any]) -> list[Any]:
+    """Return what is in the last list that a recurrent layer is given: one before it, if there is one, is of states."""
+    found: list[Any] = []
+    for value in inputs:
+        node = value.node()
+        if node.kind() == "prim::ListConstruct":
+            found = list(node.inputs())
+    return found
 
 
 def _matrix_product(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    first, second = _shape(inputs[0]), _shape(inputs[1])
+    """Count as fvcore does, and apart from it what that leaves out."""
+    first = _shape(inputs[0])
+    second = _shape(inputs[1])
+    output = _shape(outputs[0])
     if len(second) == 1:  # a vector: free, as where it is multiplied by another operator; fvcore itself fails
         return Counter()
-    counted = prod(first) * second[-1]
-    flops = prod(_shape(outputs[0])) * first[-1]
-    return Counter({"matmul": counted, _REPEATED: flops - counted})
+    inner = first[-1]
+    columns = second[-1]
+    by_fvcore = prod(first) * columns
+    flops = prod(output) * inner
+    return Counter({"matmul": by_fvcore, _REPEATED: flops - by_fvcore})
 
 
 def _shape(value: Any) -> list[int]:
@@ -67,5 +90,8 @@ def _shape(value: Any) -> list[int]:
 HANDLES: dict[str, Handle] = {
     "aten::_convolution_mode": _convolution,
     "aten::matmul": _matrix_product,
-    **{f"aten::{layer}": _recurrent for layer in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    "aten::lstm": _recurrent,
+    "aten::gru": _recurrent,
+    "aten::rnn_tanh": _recurrent,
+    "aten::rnn_relu": _recurrent,
 }

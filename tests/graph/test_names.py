@@ -98,7 +98,11 @@ CASES: dict[str, tuple[nn.Module, Any, dict[str, tuple[int, str]]]] = {
         ROWS,
         {"one": (1, "one: has a single channel")},
     ),
-    "without channels": (nn.Sequential(nn.Linear(8, 0)), ROWS, {"0": (0, "0: has no channels")}),
+    "without channels": (
+        Net(lambda net, x: F.linear(x, net.empty), empty=weight(0, 8)),
+        ROWS,
+        {"empty": (0, "empty: has no channels")},
+    ),
     "an input's mask": (
         Net(lambda net, x: net.head(x * net.mask), mask=weight(6, 8), head=nn.Linear(8, 3)),
         TOKENS,
