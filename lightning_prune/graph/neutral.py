@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def unfused_attention() -> Iterator[None]:
 @contextmanager
 def _unfused_layers() -> Iterator[None]:
     """Let recurrent layers run as the operators that they are made of, also on data."""
-    libraries = torch.backends.mkldnn, torch.backends.cudnn
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
     enabled = [library.enabled for library in libraries]
     try:
         for library in libraries:
