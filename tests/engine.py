@@ -49,6 +49,17 @@ def torchvision_model(name: str, dtype: torch.dtype = torch.float64) -> nn.Modul
     return randomised(model.to(dtype)).eval()
 
 
+def named_nowhere(model: nn.Module, graph: ChannelGraph) -> list[str]:
+    """Return the parameters that neither a group has slices in nor an unprunable module owns."""
+    in_groups = {one.tensor for group in graph.groups.values() for one in group.slices}
+    unprunable = {name.split("#")[0] for name in graph.unprunable}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and name not in in_groups and (name.rpartition(".")[0] or name) not in unprunable
+    ]
+
+
 def random_plan(graph: ChannelGraph, exact_only: bool = False) -> PruningPlan:
     """Keep a random set of channels of every group."""
     kept = {}

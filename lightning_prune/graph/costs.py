@@ -1,8 +1,11 @@
 """Costs of operators, as fvcore counts them: one fused multiply-add is one FLOP.
 
-fvcore counts convolutions and matrix products by their multiply-adds, normalisation by passes over its input (two
-with affine parameters in evaluation mode, one without), adaptive average pooling by its input and resizing by its
-output; other operators are free. It is asked nothing about attention written as one operator, and counts it as free.
+fvcore counts convolutions and matrix products by their multiply-adds, normalisation by passes over its input (five
+with affine parameters, four without; two and one by running statistics), adaptive average pooling by its input, and
+resizing and sampling on a grid by their output; other operators are free, products with a vector too. It is asked
+nothing about attention written as one operator, and counts it as free. What fvcore leaves out by mistake is counted
+here: convolutions whose padding is given by name, recurrent layers, and matrix products in which one matrix is
+repeated. `lightning_prune.reporting.flops` tells both counts.
 """
 
 from collections.abc import Callable
@@ -74,15 +77,26 @@ def _attention(tracer: Tracer, call: Call) -> None:
 
 @_cost(
     "aten.native_batch_norm", "aten.cudnn_batch_norm", "aten._native_batch_norm_legit_no_training",
-    "aten._batch_norm_no_update",
+    "aten._batch_norm_no_update", "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_functional",
+    "aten._batch_norm_with_update", "aten.miopen_batch_norm", "aten.batch_norm",
 )  # fmt: skip
 def _batch_norm(tracer: Tracer, call: Call) -> None:
     """Normalisation of instances runs as one of batches, and counts as one that finds its statistics itself."""
     x = call.args[0]
     is_affine = call.argument(1, "weight") is not None
-    finds_statistics = tracer.inside(_INSTANCE_NORM)
+    finds_statistics = _is_training(call) or tracer.inside(_INSTANCE_NORM)
     passes = 4 if finds_statistics else 1
     tracer.cost(passes + is_affine, *tracer.axes(x))
+
+
+def _is_training(call: Call) -> bool:
+    """Tell whether a batch normalisation takes its statistics from its input: an argument of most such operators."""
+    if call.name == "aten._batch_norm_with_update":
+        return True
+    names = [argument.name for argument in call.operator._schema.arguments]
+    if "training" not in names:
+        return False
+    return bool(call.argument(names.index("training"), "training"))
 
 
 @_cost("aten.native_layer_norm")
@@ -99,17 +113,12 @@ def _group_norm(tracer: Tracer, call: Call) -> None:
     tracer.cost(4 + is_affine, *tracer.axes(x))
 
 
-@_cost("aten._adaptive_avg_pool2d")
+@_cost("aten._adaptive_avg_pool2d", "aten.mean")
 def _adaptive_pooling(tracer: Tracer, call: Call) -> None:
-    x = call.args[0]
-    tracer.cost(1, *tracer.axes(x))
-
-
-@_cost("aten.mean")
-def _mean(tracer: Tracer, call: Call) -> None:
-    """Adaptive pooling to one pixel runs as a mean; a mean that somebody wrote is free."""
+    """Adaptive pooling to one pixel runs as a mean; one that somebody wrote is free, and so is pooling of one axis."""
     if tracer.inside(_ADAPTIVE_POOLING):
-        _adaptive_pooling(tracer, call)
+        x = call.args[0]
+        tracer.cost(1, *tracer.axes(x))
 
 
 @_cost("aten.upsample_nearest2d")
@@ -117,6 +126,6 @@ def _nearest_upsampling(tracer: Tracer, call: Call) -> None:
     tracer.cost(1, *tracer.axes(call.output))
 
 
-@_cost("aten.upsample_bilinear2d")
-def _bilinear_upsampling(tracer: Tracer, call: Call) -> None:
+@_cost("aten.upsample_bilinear2d", "aten.grid_sampler_2d", "aten.grid_sampler_3d", "aten.cudnn_grid_sampler")
+def _bilinear_sampling(tracer: Tracer, call: Call) -> None:
     tracer.cost(4, *tracer.axes(call.output))

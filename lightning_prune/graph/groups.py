@@ -72,6 +72,7 @@ class UnprunableChannels(dict[str, Unprunable]):
 
     Attributes:
         tensors: Names of the tensors that produce them.
+        reasons: What cannot be pruned and why: (module, reason).
 
     Example:
         >>> channels = UnprunableChannels()
@@ -84,9 +85,11 @@ class UnprunableChannels(dict[str, Unprunable]):
     def __init__(self) -> None:
         super().__init__()
         self.tensors: set[str] = set()
+        self.reasons: set[tuple[str, str]] = set()
 
     def add(self, module: str, channels: int, reason: str) -> None:
         """Add channels that a module produces."""
+        self.reasons.add((module, reason))
         name = module
         number = 0
         while name in self and self[name].reason != reason:

@@ -2,30 +2,30 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["neutral_state", "preserving_random_state"]
+__all__ = ["neutral_state", "preserving_random_state", "unfused_attention"]
 
 
 @contextmanager
 def neutral_state(model: nn.Module) -> Iterator[None]:
-    """Run without gradients, fused attention layers and checks of values; give the random state back as it was.
+    """Run without gradients, fused layers and checks of values; give the random state back as it was.
 
     Args:
         model: What is run.
     """
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        preserving_random_state(model),
-        _unfused_attention(),
-        _unchecked_batch_sizes(),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(preserving_random_state(model))
+        for neutral in (unfused_attention, _unfused_layers, _unchecked_batch_sizes):
+            stack.enter_context(neutral())
         yield
 
 
@@ -48,13 +48,28 @@ def preserving_random_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _unfused_attention() -> Iterator[None]:
+def unfused_attention() -> Iterator[None]:
+    """Let attention layers run as the operators that they are made of."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _unfused_layers() -> Iterator[None]:
+    """Let recurrent layers run as the operators that they are made of, also on data."""
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    enabled = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        yield
+    finally:
+        for library, was_enabled in zip(libraries, enabled, strict=True):
+            library.enabled = was_enabled
 
 
 @contextmanager

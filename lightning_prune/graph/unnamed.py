@@ -25,8 +25,8 @@ def name_the_rest(forward: Forward, grouping: Grouping, record: Record) -> None:
             axis, reason = _first_reason(forward, grouping, tensor, is_in)
         else:
             axis, reason = 0, f"{module}: is used by no operator of the forward pass in evaluation mode"
-        channels = forward.shapes[tensor][axis]
-        grouping.unprunable.add(module, channels, reason)
+        if (module, reason) not in grouping.unprunable.reasons:
+            grouping.unprunable.add(module, forward.shapes[tensor][axis], reason)
 
 
 def _unnamed(forward: Forward, grouping: Grouping) -> list[str]:

@@ -16,8 +16,9 @@ class CostModel:
     """Know the cost of a network at any widths of its channel groups.
 
     Costs are for the example inputs that the graph was traced with. One FLOP is one fused multiply-add, and the count
-    is that of fvcore's ``FlopCountAnalysis`` on the pruned network in evaluation mode, to the unit. Channels are the
-    outputs of all layers that produce channels of some group.
+    is that of fvcore's ``FlopCountAnalysis`` on the pruned network in evaluation mode, to the unit, and with what that
+    leaves out by mistake (see `lightning_prune.graph.costs`). Channels are the outputs of all layers that produce
+    channels of some group.
 
     Args:
         graph: The traced model.

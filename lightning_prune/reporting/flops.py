@@ -1,4 +1,4 @@
-"""FLOPs of a network as it is now, counted by fvcore; the cost model counts those of a plan."""
+"""FLOPs of a network as it is now, counted by fvcore and what it leaves out; the cost model counts those of a plan."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_prune.compiled import as_written
+from lightning_prune.graph.neutral import unfused_attention
 from lightning_prune.graph.twin import twin_in_evaluation
 from lightning_prune.planning.timing import placed
+from lightning_prune.reporting.left_out import HANDLES, left_out
 
 if TYPE_CHECKING:
     from fvcore.nn import FlopCountAnalysis
@@ -26,17 +28,19 @@ class FlopCount:
 
     Attributes:
         total: Their number, where one FLOP is one multiply-add; None if fvcore cannot run the network.
+        left_out: Those of them that fvcore by itself leaves out, by what it does not count.
         uncounted: How often operators ran that fvcore has no count for, by name.
         failure: Why there is no number; empty if there is one.
     """
 
     total: int | None
+    left_out: dict[str, int] = field(default_factory=dict)
     uncounted: dict[str, int] = field(default_factory=dict)
     failure: str = ""
 
 
 def count_flops(network: nn.Module, example_inputs: Any) -> FlopCount:
-    """Count the FLOPs of a network with fvcore.
+    """Count the FLOPs of a network with fvcore, and what fvcore leaves out by mistake.
 
     Args:
         network: The network; it is not changed.
@@ -49,7 +53,7 @@ def count_flops(network: nn.Module, example_inputs: Any) -> FlopCount:
     try:
         with _analysis(network, example_inputs) as analysis:
             total = int(analysis.total())
-            return FlopCount(total, dict(analysis.unsupported_ops()))
+            return FlopCount(total, left_out(analysis.by_operator()), dict(analysis.unsupported_ops()))
     except Exception as raised:  # of many kinds, from whatever in the network cannot be traced
         return FlopCount(None, failure=_first_line(raised))
 
@@ -75,36 +79,42 @@ def flop_table(network: nn.Module, example_inputs: Any) -> str:
     return f"{table}\nNot counted: {', '.join(operators)}" if operators else table
 
 
-def told(counted: int, modelled: int | None, failure: str) -> str:
-    """Say who has counted some FLOPs, and by how much fvcore and the cost model differ.
+def told(count: FlopCount, modelled: int | None) -> str:
+    """Say who has counted some FLOPs, and by how much the counts differ.
 
     Args:
-        counted: The FLOPs, counted by fvcore unless that failed.
+        count: What was counted with fvcore.
         modelled: What the cost model counts, if that is known.
-        failure: Why fvcore could not count; empty if it could.
 
     Example:
-        >>> told(1000, 1010, "")
+        >>> told(FlopCount(1000), 1010)
         '1,000 counted by fvcore, 1,010 by the cost model (+10)'
+        >>> told(FlopCount(1000, {"recurrent layers": 900}), 1000)
+        '1,000 counted, 100 of them by fvcore, which leaves out 900 of recurrent layers'
     """
-    if failure:
-        return f"{counted:,} counted by the cost model, as fvcore cannot: {failure}"
-    by_fvcore = f"{counted:,} counted by fvcore"
-    if modelled is None or modelled == counted:
+    if count.total is None:
+        return f"{modelled:,} counted by the cost model, as fvcore cannot: {count.failure}"
+    by_fvcore = f"{count.total:,} counted by fvcore"
+    if count.left_out:
+        by_itself = count.total - sum(count.left_out.values())
+        left_out = ", ".join(f"{flops:,} of {what}" for what, flops in count.left_out.items())
+        by_fvcore = f"{count.total:,} counted, {by_itself:,} of them by fvcore, which leaves out {left_out}"
+    if modelled in (None, count.total):
         return by_fvcore
-    return f"{by_fvcore}, {modelled:,} by the cost model ({modelled - counted:+,})"
+    return f"{by_fvcore}, {modelled:,} by the cost model ({modelled - count.total:+,})"
 
 
 @contextmanager
 def _analysis(network: nn.Module, example_inputs: Any) -> Iterator["FlopCountAnalysis"]:
     """Let fvcore run a twin of a network, which it may leave its hooks on."""
-    with warnings.catch_warnings(), as_written(), torch.no_grad():
+    with warnings.catch_warnings(), as_written(), unfused_attention(), torch.no_grad():
         warnings.simplefilter("ignore")  # about the insides of tracing
         from fvcore.nn import FlopCountAnalysis
 
         with twin_in_evaluation(network) as twin:
             call = _FlatCall(twin.model, example_inputs)
             analysis = FlopCountAnalysis(call, tuple(call.tensors))
+            analysis.set_op_handle(**HANDLES)
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
             yield analysis
 

@@ -58,8 +58,7 @@ def _flops(graph: ChannelGraph, cost: CostModel) -> str:
     modelled = int(cost(widths))
     network = graph.model.get_submodule(graph.module)
     counted = count_flops(network, graph.example_inputs)
-    total = modelled if counted.total is None else counted.total
-    return f"FLOPs: {told(total, modelled, counted.failure)}"
+    return f"FLOPs: {told(counted, modelled)}"
 
 
 def _saved(cost: CostModel, group: str) -> str:

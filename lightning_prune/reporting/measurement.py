@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lightning_prune.planning.timing import measure_latency
-from lightning_prune.reporting.flops import count_flops, told
+from lightning_prune.reporting.flops import FlopCount, count_flops, told
 
 __all__ = ["Measurement", "measure"]
 
@@ -17,12 +17,13 @@ class Measurement:
 
     Attributes:
         params: Number of parameters.
-        flops: FLOPs of the example inputs; one FLOP is one multiply-add. What fvcore counts, or where it cannot run the
-            network what the cost model counts.
+        flops: FLOPs of the example inputs; one FLOP is one multiply-add. What is counted with fvcore, or where it
+            cannot run the network what the cost model counts.
         latency_ms: Median time of a forward pass of the example inputs, in milliseconds.
         metrics: Validation metrics by name.
         cost_model_flops: What the cost model counts; None in what earlier versions have written.
         fvcore_failure: Why fvcore could not count; empty if it could.
+        fvcore_left_out: Those of the FLOPs that fvcore by itself leaves out, by what it does not count.
     """
 
     params: int
@@ -31,6 +32,7 @@ class Measurement:
     metrics: dict[str, float] = field(default_factory=dict)
     cost_model_flops: int | None = None
     fvcore_failure: str = ""
+    fvcore_left_out: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the measurement as plain values."""
@@ -39,8 +41,11 @@ class Measurement:
     @property
     def flops_remark(self) -> str:
         """Who has counted the FLOPs, where fvcore and the cost model do not agree; otherwise empty."""
-        agree = not self.fvcore_failure and self.cost_model_flops in (None, self.flops)
-        return "" if agree else told(self.flops, self.cost_model_flops, self.fvcore_failure)
+        if self.fvcore_failure:
+            return told(FlopCount(None, failure=self.fvcore_failure), self.flops)
+        if not self.fvcore_left_out and self.cost_model_flops in (None, self.flops):
+            return ""
+        return told(FlopCount(self.flops, self.fvcore_left_out), self.cost_model_flops)
 
 
 def measure(
@@ -69,4 +74,5 @@ def measure(
         latency_ms=measure_latency(network, example_inputs) if latency_ms is None else latency_ms,
         cost_model_flops=cost_model_flops,
         fvcore_failure=counted.failure,
+        fvcore_left_out=counted.left_out,
     )

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from engine import counted_flops, difference, random_plan, torchvision_model
+from engine import counted_flops, difference, named_nowhere, random_plan, torchvision_model
 
 import lightning_prune as lp
 from lightning_prune.planning.cost import CostModel
@@ -60,6 +60,7 @@ def test_one_network_of_every_family(name: str):
     model = torchvision_model(name)
     x = torch.randn(2, 3, FAMILIES[name], FAMILIES[name], dtype=torch.float64)
     graph = lp.trace(model, x)
+    assert named_nowhere(model, graph) == []
     assert difference(model, graph, random_plan(graph, exact_only=True), x) <= 1e-9
     for metric in ("flops", "channels"):
         keep = max(0.5, reachable(graph, metric))  # at small inputs most of Swin's work is unprunable

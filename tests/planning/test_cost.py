@@ -1,11 +1,15 @@
 """Costs against numbers worked out by hand; against fvcore, see graph/test_networks.py."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.planning import CostModel, metric_named
+from lightning_prune.reporting.flops import count_flops
 
 
 def test_worked_out_by_hand():
@@ -63,3 +67,142 @@ def test_unknown_metric():
         metric_named("flop")
     with pytest.raises(ValueError, match="is known in flops, params, channels, not in 'flop'; latency is known once"):
         CostModel(graph, "flop")
+
+
+# -- FLOPs by hand, and counted on the pruned network ------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """A layer that makes eight channels, something, and a layer that reads them."""
+
+    def __init__(self, between: Callable[..., Tensor], make: nn.Module, read: nn.Module, *layers: nn.Module) -> None:
+        super().__init__()
+        self.between, self.make, self.read, self.layers = between, make, read, nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.between(self.make(x), *self.layers))
+
+
+class Standardised(nn.Conv2d):
+    """Standardises its weight by a function of torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, weight.reshape(self.weight.shape), self.bias)
+
+
+def convolutional(between: Callable[..., Tensor], *layers: nn.Module) -> nn.Module:
+    return Between(between, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), *layers)
+
+
+def run(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(x)
+
+
+def on_grid(x: Tensor) -> Tensor:
+    grid = F.affine_grid(torch.eye(2, 3)[None].repeat(2, 1, 1), [2, x.shape[1], 3, 3], align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+IMAGE = torch.zeros(2, 3, 5, 5)
+STEPS = torch.zeros(7, 2, 3)  # (steps, samples, features)
+PIXELS = 2 * 5 * 5
+# What to count, on what, and its FLOPs as a function of the width of the only group, worked out by hand.
+COUNTED: dict[str, tuple[nn.Module, Tensor, Callable[[int], int]]] = {
+    "statistics of each batch": (
+        convolutional(run, nn.BatchNorm2d(8, track_running_stats=False)),
+        IMAGE,
+        lambda n: PIXELS * (3 * n + 5 * n + n * 2),
+    ),
+    "statistics of each batch, not affine": (
+        convolutional(run, nn.BatchNorm2d(8, affine=False, track_running_stats=False)),
+        IMAGE,
+        lambda n: PIXELS * (3 * n + 4 * n + n * 2),
+    ),
+    "running statistics": (convolutional(run, nn.BatchNorm2d(8)), IMAGE, lambda n: PIXELS * (3 * n + 2 * n + n * 2)),
+    "a standardised weight": (
+        nn.Sequential(Standardised(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)),
+        IMAGE,
+        lambda n: 4 * 3 * n + PIXELS * (3 * n + n * 2),
+    ),
+    "padding by name": (
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding="same"), nn.ReLU(), nn.Conv2d(8, 2, 5, padding="same")),
+        IMAGE,
+        lambda n: PIXELS * (9 * 3 * n + 25 * n * 2),
+    ),
+    "no padding by name": (
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding="valid"), nn.ReLU(), nn.Conv2d(8, 2, 1)),
+        IMAGE,
+        lambda n: 2 * 3 * 3 * (9 * 3 * n + n * 2),
+    ),
+    "points on a grid": (convolutional(on_grid), IMAGE, lambda n: PIXELS * 3 * n + 2 * 9 * (4 * n + n * 2)),
+    "pooled along one axis": (
+        Between(lambda x: F.adaptive_avg_pool1d(x, 2), nn.Conv1d(3, 8, 1), nn.Conv1d(8, 2, 1)),
+        torch.zeros(2, 3, 5),
+        lambda n: 2 * (5 * 3 * n + 2 * n * 2),
+    ),
+    "a repeated matrix": (
+        Between(lambda x: torch.ones(4, 7) @ x.transpose(0, 1), nn.Linear(3, 8), nn.Linear(8, 2)),
+        STEPS,
+        lambda n: 14 * 3 * n + 2 * 4 * 7 * n + 2 * 4 * n * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_flops_are_those_worked_out_by_hand_and_those_of_the_pruned_network(case: str):
+    model, inputs, flops = COUNTED[case]
+    graph = lp.trace(model.eval(), inputs)
+    (name,) = graph.groups
+    cost = CostModel(graph, "flops")
+    assert [cost({name: width}) for width in (8, 3)] == [flops(8), flops(3)]
+    assert count_flops(model, inputs).total == flops(8)
+    lp.prune(model, graph.plan({name: torch.arange(3)}))
+    assert count_flops(model, inputs).total == flops(3)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer and a linear one, which may run on data alone."""
+
+    def __init__(self, layer: nn.Module, width: int, looks: bool) -> None:
+        super().__init__()
+        self.layer, self.head, self.looks = layer, nn.Linear(width, 5), looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.looks and not bool(x.isfinite().all()):
+            raise ValueError("not finite")
+        return self.head(self.layer(x)[0])
+
+
+RECURRENT: dict[str, tuple[nn.Module, int, int]] = {  # the layer, the width of its output, its weights by hand
+    "lstm": (nn.LSTM(3, 8), 8, 4 * 8 * (3 + 8)),
+    "gru": (nn.GRU(3, 8), 8, 3 * 8 * (3 + 8)),
+    "elman": (nn.RNN(3, 8, nonlinearity="relu"), 8, 8 * (3 + 8)),
+    "both ways, projected": (nn.LSTM(3, 8, bidirectional=True, proj_size=4), 8, 2 * (4 * 8 * (3 + 4) + 4 * 8)),
+    "two of them": (nn.LSTM(3, 8, num_layers=2), 8, 4 * 8 * (3 + 8) + 4 * 8 * (8 + 8)),
+}
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["without data", "on data"])
+@pytest.mark.parametrize("case", RECURRENT)
+def test_a_recurrent_layer_costs_its_weights_at_each_step(case: str, looks: bool):
+    layer, width, weights = RECURRENT[case]
+    model = Recurrent(layer, width, looks)
+    graph = lp.trace(model, STEPS)
+    flops = 7 * 2 * (weights + width * 5)
+    assert CostModel(graph, "flops").original == flops
+    counted = count_flops(model, STEPS)
+    assert (counted.total, counted.left_out) == (flops, {"recurrent layers": 7 * 2 * weights})
+
+
+def test_channels_that_are_pruned_several_at_a_time_all_count():
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.GroupNorm(2, 32), nn.Conv2d(32, 5, 1))
+    graph = lp.trace(model, IMAGE)
+    cost = CostModel(graph, "channels")
+    assert (cost.original, cost({"0": 1})) == (32, 16)
+    assert graph.groups["0"].channels == 32
+    report = lp.prune(model, graph.plan({"0": torch.tensor([1])}))
+    assert report.widths == {"0": (32, 16)}
+    whole = lp.trace(nn.Sequential(nn.Conv2d(3, 32, 1), nn.GroupNorm(1, 32), nn.Conv2d(32, 5, 1)), IMAGE)
+    assert CostModel(whole, "channels").original == 0
+    assert whole.unprunable["0"].channels == 32

@@ -277,3 +277,61 @@ def test_layer_scores_must_be_positive(value: float):
 def test_the_cap_must_be_a_fraction(cap: float):
     with pytest.raises(ValueError, match="cap must be the greatest fraction"):
         plan_by_layer(GRAPH, {"one": 1.0}, random_scores(0), cap=cap)
+
+
+# -- nothing to prune, nothing to score --------------------------------------------------------------------------------
+
+WITHOUT_GROUPS = {
+    "an output": (nn.Linear(3, 10), torch.zeros(1, 3)),
+    "no parameters": (nn.ReLU(), torch.zeros(1, 3)),
+    "no samples": (nn.Linear(3, 10), torch.zeros(0, 3)),
+    "all together": (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.Conv2d(8, 2, 1)),
+        torch.zeros(1, 3, 4, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("metric", ["flops", "params", "channels", "latency"])
+@pytest.mark.parametrize("case", WITHOUT_GROUPS)
+def test_a_network_without_groups_is_refused_by_one_sentence(case: str, metric: str):
+    graph = lp.trace(*WITHOUT_GROUPS[case])
+    assert not graph.groups
+    sentence = f"keep=0.5 of the {metric} cannot be reached: between 1.000 and 1 can be kept"
+    scores = lp.criteria.magnitude(graph)
+    with pytest.raises(ValueError, match=sentence):
+        lp.plan(graph, scores, keep=0.5, metric=metric)
+    with pytest.raises(ValueError, match=sentence):
+        plan_by_layer(graph, {}, scores, 0.5, metric)
+    with pytest.raises(ValueError, match=sentence):
+        check_reachable(graph, 0.5, metric)
+    assert reachable(graph, metric) == 1
+    assert lp.plan(graph, scores, keep=1.0, metric=metric).widths == {}
+
+
+def test_a_budget_of_a_network_that_costs_nothing_is_refused_too():
+    graph = lp.trace(nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 3)), torch.zeros(0, 4))  # no samples
+    with pytest.raises(ValueError, match=r"of the flops cannot be reached: between 1\.000 and 1"):
+        lp.plan(graph, lp.criteria.magnitude(graph), keep=0.5)
+    assert lp.plan(graph, lp.criteria.magnitude(graph), keep=0.6, metric="params").widths == {"0": 8}
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "group_magnitude", "fpgm", "lamp"])
+def test_a_model_without_values_is_named(name: str):
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).to("meta")
+    graph = lp.trace(model, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"'0.weight' is on the meta device and has no values; load the weights"):
+        lp.criteria.CRITERIA[name](graph)
+
+
+def test_no_time_is_measured_of_a_model_without_values():
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).to("meta")
+    graph = lp.trace(model, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="A model on the meta device has no values to run with"):
+        check_reachable(graph, 0.5, "latency")
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_filters_without_weights_can_be_scored():
+    graph = lp.trace(nn.Sequential(nn.Linear(0, 16), nn.ReLU(), nn.Linear(16, 3)), torch.zeros(2, 0))
+    assert lp.criteria.magnitude(graph)["0"].tolist() == [0.0] * 16

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.reporting.flops import count_flops, flop_table
+from lightning_prune.reporting.history import History
 from lightning_prune.reporting.inspect import describe
 from lightning_prune.reporting.measurement import Measurement, measure
 from lightning_prune.reporting.summary import summarize
@@ -98,3 +99,59 @@ def test_a_difference_is_shown_where_a_network_is_described(monkeypatch: pytest.
     counted = count_flops(nn.Linear(8, 4), torch.zeros(1, 8))
     monkeypatch.setattr("lightning_prune.reporting.inspect.count_flops", lambda *given: counted)
     assert describe(graph).splitlines()[1] == "FLOPs: 32 counted by fvcore, 40 by the cost model (+8)"
+
+
+class Steps(nn.Module):
+    """A recurrent layer, a convolution with padding by name, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.head = nn.GRU(3, 8), nn.Linear(8, 2)
+        self.convolution = nn.Conv1d(8, 8, 3, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.convolution(self.recurrent(x)[0].transpose(1, 2))
+        return self.head(states.transpose(1, 2))
+
+
+def test_what_fvcore_leaves_out_is_counted_and_told() -> None:
+    steps = torch.zeros(5, 4, 3)
+    # By hand: 20 steps of all samples; three gates of 8 from 3 inputs and 8 states; a kernel of 3 from 8 to 8; 8 to 2.
+    recurrent, convolution, linear = 20 * 3 * 8 * (3 + 8), 20 * 3 * 8 * 8, 20 * 8 * 2
+    counted = count_flops(Steps(), steps)
+    assert counted.total == recurrent + convolution + linear
+    assert counted.left_out == {"convolutions with padding by name": convolution, "recurrent layers": recurrent}
+    expected = (
+        "9,440 counted, 320 of them by fvcore, which leaves out 3,840 of convolutions with padding by name, "
+        "5,280 of recurrent layers"
+    )
+    assert describe(lp.trace(Steps(), steps)).splitlines()[1] == f"FLOPs: {expected}"
+    measured = measure(Steps(), steps, cost_model_flops=9440, latency_ms=1.0)
+    assert (measured.flops, measured.flops_remark) == (9440, expected)
+    assert Measurement.from_json(measured.to_json()) == measured
+    assert f"FLOPs before: {expected}" in summarize(measured, Measurement(1, 100, 1.0))
+
+
+def test_layers_of_attention_are_counted_though_pytorch_can_run_them_as_one_operator() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    # By hand: 6 tokens, of which queries, keys, values and outputs are made, 8 to 16 to 8, two norms of five passes.
+    flops = 6 * (4 * 8 * 8 + 2 * 8 * 16 + 2 * 5 * 8)
+    tokens = torch.zeros(1, 6, 8)
+    assert count_flops(layer, tokens).total == flops
+    assert describe(lp.trace(layer, tokens)).splitlines()[1] == f"FLOPs: {flops:,} counted by fvcore"
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_channels_that_are_pruned_several_at_a_time_all_count_where_they_are_told() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.GroupNorm(2, 32), nn.Conv2d(32, 5, 1))
+    graph = lp.trace(model, torch.zeros(1, 3, 4, 4))
+    first, _, _, row, *_ = describe(graph).splitlines()
+    assert first == "1 group of 32 channels can be pruned"
+    assert row.split()[:2] == ["0", "32"]
+    assert row.endswith("0, 1, 2 (16 channels at a time)")
+    before = measure(model, graph.example_inputs, cost_model_flops=0, latency_ms=1.0)
+    history = History.begin("model", "callback", {}, graph, before)
+    plan = graph.plan({"0": torch.tensor([1])})
+    lp.prune(model, plan)
+    history.add_prune(graph, plan, step=1, epoch=0, after=before)
+    assert (history.groups, history.widths) == ({"0": 32}, {"0": 16})

@@ -70,7 +70,10 @@ def _convolve(tracer: Tracer, conv: Convolution) -> Labels | None:
     """Consume every channel of the input; returns the labels of the output's channels."""
     in_channels = tracer.labels(conv.x, conv.channel_axis)
     in_slice = tracer.labels(conv.weight, conv.in_axis)
-    tracer.tie(in_channels, in_slice, "consumes an input of fixed size")
+    fixed = "consumes an input of fixed size"
+    if in_slice is None:
+        fixed = "is consumed by a weight that cannot lose channels"
+    tracer.tie(in_channels, in_slice, fixed)
     _mark_in_slice(tracer, conv.weight, conv.in_axis)
     return tracer.labels(conv.weight, conv.out_axis)
 

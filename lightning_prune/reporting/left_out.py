@@ -1,0 +1,97 @@
+"""What fvcore leaves out though it is made of multiply-adds: handles that count it.
+
+fvcore knows convolutions by an operator that those whose padding is given by name (``padding="same"``) do not run as;
+it knows no recurrent layers; and it counts a product of matrices by the size of the first, which is too little where
+that is repeated for several second ones.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+__all__ = ["HANDLES", "left_out"]
+
+_CONVOLUTIONS = "convolutions with padding by name"
+_RECURRENT = "recurrent layers"
+_REPEATED = "products that repeat a matrix"
+
+Handle = Callable[[list[Any], list[Any]], Counter[str]]  # is given what an operator takes and returns in TorchScript
+
+
+def left_out(by_operator: Mapping[str, float]) -> dict[str, int]:
+    """Return the FLOPs that only the handles here count, by what they are of.
+
+    Args:
+        by_operator: FLOPs by operator, as fvcore tells them with these handles.
+
+    Example:
+        >>> left_out({"conv": 100, "recurrent layers": 20})
+        {'recurrent layers': 20}
+    """
+    flops = {}
+    for what in (_CONVOLUTIONS, _RECURRENT, _REPEATED):
+        counted = by_operator.get(what, 0)
+        if counted:
+            flops[what] = int(counted)
+    return flops
+
+
+def _convolution(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Count the elements of the filters, once for each sample and position of the output."""
+    weight = _shape(inputs[1])
+    output = _shape(outputs[0])
+    out_channels = weight[0]
+    samples_and_positions = prod(output) // out_channels
+    return Counter({_CONVOLUTIONS: samples_and_positions * prod(weight)})
+
+
+def _recurrent(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Count the elements of all matrices, once for each sample and step."""
+    *samples_and_steps, _ = _shape(inputs[0])
+    elements = 0
+    for parameter in _parameters(inputs):
+        shape = _shape(parameter)
+        if len(shape) == 2:
+            elements += prod(shape)
+    return Counter({_RECURRENT: prod(samples_and_steps) * elements})
+
+
+def _parameters(inputs: list[Any]) -> list[Any]:
+    """Return what is in the last list that a recurrent layer is given: one before it, if there is one, is of states."""
+    found: list[Any] = []
+    for value in inputs:
+        node = value.node()
+        if node.kind() == "prim::ListConstruct":
+            found = list(node.inputs())
+    return found
+
+
+def _matrix_product(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Count as fvcore does, and apart from it what that leaves out."""
+    first = _shape(inputs[0])
+    second = _shape(inputs[1])
+    output = _shape(outputs[0])
+    if len(second) == 1:  # a vector: free, as where it is multiplied by another operator; fvcore itself fails
+        return Counter()
+    inner = first[-1]
+    columns = second[-1]
+    by_fvcore = prod(first) * columns
+    flops = prod(output) * inner
+    return Counter({"matmul": by_fvcore, _REPEATED: flops - by_fvcore})
+
+
+def _shape(value: Any) -> list[int]:
+    """Return the shape of a tensor in TorchScript."""
+    sizes: list[int] = value.type().sizes()
+    return sizes
+
+
+HANDLES: dict[str, Handle] = {
+    "aten::_convolution_mode": _convolution,
+    "aten::matmul": _matrix_product,
+    "aten::lstm": _recurrent,
+    "aten::gru": _recurrent,
+    "aten::rnn_tanh": _recurrent,
+    "aten::rnn_relu": _recurrent,
+}
