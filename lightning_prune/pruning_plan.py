@@ -395,11 +395,11 @@ def _by_network(plan: PruningPlan | None) -> dict[str, PruningPlan]:
     for groups in _connected(plan):
         shapes = {one.tensor: plan.shapes[one.tensor] for group in groups.values() for one in group.slices}
         network = _least_module(shapes)
-        start = len(network) + 1 if network else 0
         record = replace(plan, groups=groups, shapes=shapes)
-        part = _renamed(record, lambda name, start=start: name[start:])
-        before = records.get(network)
-        records[network] = part if before is None else part.after(before)
+        if network:
+            start = len(network) + 1
+            record = _renamed(record, lambda name, start=start: name[start:])
+        records[network] = record.after(records.get(network))
     return records
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PlannedGroup, PruningPlan
 
 __all__ = ["in_positions_of_pruned", "mask", "pruned_channels"]
@@ -32,7 +31,7 @@ def mask(graph: ChannelGraph, plan: PruningPlan) -> None:
         >>> model[2].weight[0, 1].item()
         0.0
     """
-    tensors = named_tensors(graph.model)
+    tensors = graph.tensors()
     for name, axis, positions in in_positions_of_pruned(graph, plan):
         tensor = tensors[name]
         tensor.index_fill_(axis, positions.to(tensor.device), 0)
