@@ -4,10 +4,11 @@ import hashlib
 import json
 import reprlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -352,14 +353,173 @@ class PruningPlan:
         return _without_cache(self)
 
 
+# -- the plan in force -------------------------------------------------------------------------------------------------
+
+
 def plan_in_force(model: nn.Module) -> PruningPlan | None:
-    """Return the plan that has been applied to a model, or None for a model that was never pruned."""
-    return model.__dict__.get(_RECORD)
+    """Return the plan that has been applied to a model or to networks in it, or None if none of them was ever pruned.
+
+    Args:
+        model: The model. The plan has the names that it has for its tensors, whatever they were called when they were
+            pruned.
+    """
+    records = _records(model)
+    if not records:
+        return None
+    if list(records) == [""]:
+        return records[""]
+    joined = _JOINED.get(model)
+    if joined is None or not joined.is_of(records):
+        joined = _Joined(records, _join(model, records))
+        _JOINED[model] = joined
+    return joined.plan
 
 
 def record_plan(model: nn.Module, plan: PruningPlan | None) -> None:
-    """Note on the model which plan has been applied to it; the note travels with copies and pickles of the model."""
-    model.__dict__[_RECORD] = plan
+    """Note which plan has been applied to a model, on each network in it that was pruned.
+
+    A network is the least submodule with all layers of groups that share layers. The note travels with it: into other
+    models, with copies and with pickles.
+
+    Args:
+        model: The model.
+        plan: What is in force from now on; None for nothing.
+    """
+    for module in model.modules():
+        vars(module).pop(_RECORD, None)
+    for network, record in _by_network(plan).items():
+        vars(model.get_submodule(network))[_RECORD] = record
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """The plan of a model with pruned networks in it.
+
+    Attributes:
+        records: The plans of the networks, by name.
+        plan: What they are together, under the names of the model.
+    """
+
+    records: Mapping[str, PruningPlan]
+    plan: PruningPlan
+
+    def is_of(self, records: Mapping[str, PruningPlan]) -> bool:
+        """Tell whether the plan is made of these very records."""
+        if self.records.keys() != records.keys():
+            return False
+        return all(self.records[name] is record for name, record in records.items())
+
+
+_JOINED: WeakKeyDictionary[nn.Module, _Joined] = WeakKeyDictionary()  # joining takes longer than looking up
+
+
+def _records(model: nn.Module) -> dict[str, PruningPlan]:
+    """Return the plans noted on a model and its submodules, by name."""
+    records: dict[str, PruningPlan] = {}
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        seen.add(id(module))
+        record = module.__dict__.get(_RECORD)
+        if record is not None:
+            records[prefix.removesuffix(".")] = record
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen:
+                walk(child, f"{prefix}{name}.")
+
+    walk(model, "")
+    return records
+
+
+def _join(model: nn.Module, records: Mapping[str, PruningPlan]) -> PruningPlan:
+    """Join the plans of networks in a model, under the names that it has for their modules and tensors."""
+    first_names = _FirstNames(model)
+    groups: dict[str, PlannedGroup] = {}
+    shapes: Shapes = {}
+    for network, record in records.items():
+        prefix = f"{network}." if network else ""
+        plan = _renamed(record, lambda name, prefix=prefix: first_names(prefix + name))
+        groups.update(plan.groups)
+        shapes.update(plan.shapes)
+    first, *others = [record.budget for record in records.values()]
+    agreed = all(budget == first for budget in others)
+    return PruningPlan(groups, shapes, first if agreed else None)
+
+
+class _FirstNames:
+    """The first of several names that a module or tensor of a model may have: by that one plans know it.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = *model.named_modules(), *model.named_parameters(), *model.named_buffers()
+        self._first = {id(value): name for name, value in named}
+        every = *model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)
+        self._known = dict([*every, *model.named_buffers(remove_duplicate=False)])
+
+    def __call__(self, name: str) -> str:
+        """Return the first name of what has a name; groups may have a number behind that of their module."""
+        known, number, digits = name.partition("#")
+        if known not in self._known:
+            return name
+        return self._first[id(self._known[known])] + number + digits
+
+
+def _by_network(plan: PruningPlan | None) -> dict[str, PruningPlan]:
+    """Divide a plan into what is about each network, under the names that this has for its tensors."""
+    if plan is None:
+        return {}
+    records = {}
+    for groups in _connected(plan):
+        shapes = {one.tensor: plan.shapes[one.tensor] for group in groups.values() for one in group.slices}
+        network = _least_module(shapes)
+        record = replace(plan, groups=groups, shapes=shapes)
+        if network:
+            start = len(network) + 1
+            record = _renamed(record, lambda name, start=start: name[start:])
+        records[network] = record.after(records.get(network))
+    return records
+
+
+def _connected(plan: PruningPlan) -> list[dict[str, PlannedGroup]]:
+    """Divide the groups of a plan into those that share tensors, directly or by way of others."""
+    parts: list[tuple[set[str], dict[str, PlannedGroup]]] = []
+    for name, group in plan.groups.items():
+        tensors = {one.tensor for one in group.slices}
+        groups: dict[str, PlannedGroup] = {}
+        apart = []
+        for part in parts:
+            if tensors.isdisjoint(part[0]):
+                apart.append(part)
+            else:
+                tensors = tensors | part[0]
+                groups.update(part[1])
+        groups[name] = group
+        parts = [*apart, (tensors, groups)]
+    return [groups for _, groups in parts] or [{}]
+
+
+def _least_module(tensors: Iterable[str]) -> str:
+    """Name the least module that contains the modules which some tensors belong to; it is none of these itself."""
+    paths = [name.split(".")[:-2] for name in tensors]
+    shared = []
+    for steps in zip(*paths, strict=False):
+        if len(set(steps)) > 1:
+            break
+        shared.append(steps[0])
+    return ".".join(shared)
+
+
+def _renamed(plan: PruningPlan, rename: Callable[[str], str]) -> PruningPlan:
+    """Return a plan with other names for groups and tensors."""
+    groups = {}
+    for name, group in plan.groups.items():
+        slices = [replace(one, tensor=rename(one.tensor)) for one in group.slices]
+        groups[rename(name)] = replace(group, slices=tuple(slices))
+    shapes = {rename(name): shape for name, shape in plan.shapes.items()}
+    return replace(plan, groups=groups, shapes=shapes)
 
 
 def _check_follows(name: str, planned: PlannedGroup, earlier: PlannedGroup) -> None:

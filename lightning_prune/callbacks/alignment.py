@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery.masks import pruned_channels
 
@@ -60,7 +59,7 @@ class Alignment:
         self.strength = strength
         self.squared = squared
         self._slices: list[_Slices] = []
-        tensors = named_tensors(graph.model)
+        tensors = graph.tensors()
         for name, planned in plan.groups.items():
             channels = pruned_channels(graph, name, planned)
             if len(channels) == 0:

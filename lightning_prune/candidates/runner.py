@@ -17,7 +17,6 @@ from lightning_prune.candidates.isolation import of_twin
 from lightning_prune.candidates.jobs import Job, Way
 from lightning_prune.candidates.measures import Evaluate, Measurement, as_measurement
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import Twin
 
 __all__ = ["Runner", "Shortcut"]
@@ -56,7 +55,7 @@ class Runner(ABC):
         self.candidates = candidates
         self.evaluate = evaluate
         self.batch: Any = None
-        self.tensors = named_tensors(self.model)
+        self.tensors = graph.tensors()
         self.loss_of_model = 0.0
         self._works: dict[Shortcut, bool] = {}
 

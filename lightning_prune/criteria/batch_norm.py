@@ -7,7 +7,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["batch_norm_scale"]
 
@@ -38,7 +37,7 @@ def batch_norm_scale(graph: ChannelGraph) -> Scores:
         >>> batch_norm_scale(trace(model, torch.zeros(1, 1, 4, 4)))["0"]
         tensor([0.5000, 2.0000])
     """
-    tensors = named_tensors(graph.model)
+    tensors = graph.tensors()
     scales = _names_of_scales(graph.model)
     means = {}
     for name, group in graph.groups.items():

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import Slice
 
 __all__ = ["afie", "afie_of_shapes", "spectrum_entropy"]
@@ -105,7 +104,7 @@ def _rounding(matrix: Tensor) -> float:
 
 def _by_group(graph: ChannelGraph, flatten: bool, entropy: Entropy) -> dict[str, float]:
     """Return the mean of an entropy, per filter, over the layers that produce each group."""
-    tensors = named_tensors(graph.model)
+    tensors = graph.tensors()
     means: dict[str, float] = {}
     for name, group in graph.groups.items():
         entropies = []

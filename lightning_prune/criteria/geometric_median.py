@@ -5,7 +5,6 @@ import torch
 from lightning_prune.criteria.channel_scores import Scores, divide_by_mean, to_original_channels
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["fpgm"]
 
@@ -37,7 +36,7 @@ def fpgm(graph: ChannelGraph) -> Scores:
         >>> distances.argsort().tolist()
         [2, 0, 1]
     """
-    tensors = named_tensors(graph.model)
+    tensors = graph.tensors()
     sums = {}
     for name, group in graph.groups.items():
         rows = [graph.rows(name, place, tensors).to("cpu", torch.float64) for place in group.out_slices]

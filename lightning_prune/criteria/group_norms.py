@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph, Group, values_of
-from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["group_magnitude"]
 
@@ -121,7 +120,7 @@ class _CoupledNorms:
     def __init__(self, graph: ChannelGraph) -> None:
         sizes = {name: len(graph.kept(name)) for name in graph.groups}
         self.of_kept = {name: np.zeros(size) for name, size in sizes.items()}
-        tensors = named_tensors(graph.model)
+        tensors = graph.tensors()
         places = _places_by_tensor(graph, tensors)
         squares = {}
         for name in places:

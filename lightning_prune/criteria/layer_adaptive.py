@@ -6,7 +6,6 @@ from torch import Tensor
 from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["lamp"]
 
@@ -37,7 +36,7 @@ def lamp(graph: ChannelGraph) -> Scores:
         >>> lamp(trace(model, torch.zeros(1, 2)))["0"]  # 1 / (1 + 4 + 9), 4 / (4 + 9), 9 / 9
         tensor([0.0714, 0.3077, 1.0000], dtype=torch.float64)
     """
-    tensors = named_tensors(graph.model)
+    tensors = graph.tensors()
     shares = {}
     for name, group in graph.groups.items():
         squares = torch.zeros((), dtype=torch.float64)

@@ -6,7 +6,6 @@ from torch import Tensor
 from lightning_prune.criteria.channel_scores import Scores, divide_by_mean, to_original_channels
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["l1", "l2", "magnitude"]
 
@@ -45,7 +44,7 @@ def magnitude(graph: ChannelGraph, p: float = 1.0) -> Scores:
     """
     if not p > 0:
         raise ValueError(f"p must be the order of a norm, above 0; got {p!r}.")
-    tensors = named_tensors(graph.model)
+    tensors = graph.tensors()
     norms = {}
     for name, group in graph.groups.items():
         by_layer = [_norms(graph.rows(name, place, tensors), p).cpu() for place in group.out_slices]

@@ -210,7 +210,7 @@ class ChannelGraph:
             ValueError: If the tensor has no data.
         """
         if values is None:
-            values = named_tensors(self.model)
+            values = self.tensors()
         tensor = values_of(values, of_group.tensor)
         channels = self.kept(name)
         if not _fills_axis(of_group, len(channels), tensor):
@@ -218,6 +218,23 @@ class ChannelGraph:
             tensor = tensor.index_select(of_group.axis, positions.to(tensor.device))
         channels_first = tensor.movedim(of_group.axis, 0)  # (kept channels * positions of a channel, other axes ...)
         return channels_first.reshape(len(channels), -1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of the model as they are now, by name.
+
+        Raises:
+            ValueError: If the graph is stale: a tensor of its groups is not what is left of the one that was traced.
+        """
+        tensors = named_tensors(self.model)
+        plan = plan_in_force(self.model) or PruningPlan()
+        now = plan.pruned_shapes()
+        for group in self.groups.values():
+            for one in group.slices:
+                expected = now.get(one.tensor, self.shapes[one.tensor])
+                found = tensors.get(one.tensor)
+                if found is None or tuple(found.shape) != expected:
+                    raise ValueError(_stale(one.tensor, found, expected))
+        return tensors
 
     def explain(self, name: str) -> str:
         """Say in words what becomes of the channels that a module produces or, if there are none, of those it stores.
@@ -265,6 +282,13 @@ def values_of(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if tensor.is_meta:
         raise ValueError(f"{name!r} is on the meta device and has no values; load the weights of the model first.")
     return tensor
+
+
+def _stale(name: str, found: Tensor | None, expected: tuple[int, ...]) -> str:
+    change = "is not in the model any more"
+    if found is not None:
+        change = f"has shape {tuple(found.shape)} now, where pruning has left {expected}"
+    return f"The graph is stale: {name!r} {change}; trace the model again."
 
 
 def _fills_axis(of_group: Slice, channels: int, tensor: Tensor) -> bool:

@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.sizes import sync_attributes
+from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["NotATwinError", "Twin", "refusing_calls", "set_mode", "twin_in_evaluation"]
 
@@ -38,7 +39,7 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.Siz
 _NOT_OF_THE_NETWORK = frozenset({"_trainer", "_fabric"})  # attributes by which Lightning's modules know who runs them
 _COMPILED = "_compiled_call_impl"  # what `nn.Module.compile` leaves; it runs the model itself
 _AS_WRITTEN = "_torchdynamo_orig_callable"  # on compiled functions
-_SHARED_KINDS = (type, ModuleType, Enum, Dataset, DataLoader, Sampler, torch.optim.Optimizer)
+_SHARED_KINDS = (type, ModuleType, Enum, Dataset, DataLoader, Sampler, torch.optim.Optimizer, PruningPlan)
 _SHARED_PACKAGES = sys.stdlib_module_names | {"torch", "lightning", "lightning_fabric", "pytorch_lightning"}
 _OWN_KINDS = (SimpleNamespace, RemovableHandle, _WrappedHook)  # of these packages
 

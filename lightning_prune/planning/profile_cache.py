@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.files import written_whole
 from lightning_prune.graph.channel_graph import Axis, ChannelGraph, Term
-from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["load_terms", "store_terms"]
 
@@ -52,7 +51,7 @@ def _key(graph: ChannelGraph) -> list[Any]:
     """Return versions, machine, inputs and architecture as plain values."""
     first = next(graph.model.parameters())
     inputs = [leaf for leaf in tree_leaves(graph.example_inputs) if isinstance(leaf, Tensor)]
-    tensors = named_tensors(graph.model)
+    tensors = graph.tensors()
     layouts = {
         name: [list(shape), list(tensor.stride())]
         for (name, shape), tensor in zip(graph.shapes.items(), tensors.values(), strict=True)

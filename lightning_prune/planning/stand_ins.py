@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.neutral import preserving_random_state
-from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import Twin, set_mode
 from lightning_prune.planning.timing import placed
 
@@ -38,7 +37,7 @@ def at_widths(graph: ChannelGraph, widths: Mapping[str, int], watcher: Watcher |
     submodule = graph.model.get_submodule(graph.module)
     plan = graph.plan({name: torch.arange(width) for name, width in widths.items()})
     shapes = {**graph.shapes, **plan.pruned_shapes()}
-    tensors = named_tensors(graph.model)
+    tensors = graph.tensors()
     resized = {name: tensor for name, tensor in tensors.items() if tuple(tensor.shape) != shapes[name]}
     stand_ins = {id(tensor): _stand_in(tensor, shapes[name]) for name, tensor in resized.items()}
     args, kwargs = placed(graph.example_inputs, submodule)

@@ -69,16 +69,18 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Any], run: Run) -> N
         norm.momentum = None  # a plain mean instead of a moving one
     for batch in chain(first, remaining):
         run(model, batch)
+    set_mode(model, training=False)
     for norm, momentum in zip(tracking, momenta, strict=True):
-        norm.training = False
         norm.momentum = momentum
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """Return the running statistics of all batch normalisations, the numbers of batches among them."""
-    statistics: list[Tensor | None] = []
+    statistics = []
     for norm in _tracking(model):
-        statistics += [norm.running_mean, norm.running_var, norm.num_batches_tracked]
+        statistics.append(norm.running_mean)
+        statistics.append(norm.running_var)
+        statistics.append(norm.num_batches_tracked)
     return [statistic for statistic in statistics if statistic is not None]
 
 

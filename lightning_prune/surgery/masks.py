@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PlannedGroup, PruningPlan
 from lightning_prune.surgery.replacing import in_place, of_zeros
 
@@ -33,7 +32,7 @@ def mask(graph: ChannelGraph, plan: PruningPlan) -> None:
         >>> model[2].weight[0, 1].item()
         0.0
     """
-    tensors = named_tensors(graph.model)
+    tensors = graph.tensors()
     zeros = []
     for name, axis, positions in in_positions_of_pruned(graph, plan):
         zeros.append(of_zeros(tensors[name], axis, positions))
