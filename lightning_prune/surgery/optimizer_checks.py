@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.pruning_plan import Index
-from lightning_prune.surgery.optimizer_contents import package_of, with_inner
+from lightning_prune.surgery.optimizer_contents import LIGHTNING, package_of, with_inner
 from lightning_prune.surgery.optimizer_state import REMEDY, check_places, check_shapes, sliceable
 from lightning_prune.surgery.optimizer_trial import Verdicts, try_out
 from lightning_prune.surgery.slicing import KeptByAxis
@@ -26,25 +26,46 @@ def check_state(optimizers: Iterable[Any], own: Iterable[Tensor], tensors: Mappi
         tensors: Those that lose channels, by dotted name.
         kept: The positions of these to keep, by the same names.
     """
+    own = list(own)
     for optimizer in optimizers:
         family = with_inner([optimizer])
-        trained = [parameter for each in family for group in each.param_groups for parameter in group["params"]]
+        trained = _trained(family)
         ids = {id(parameter) for parameter in trained}
         losing = {name: tensor for name, tensor in tensors.items() if id(tensor) in ids}
         if not losing:
             continue
-        wrapper = [] if package_of(optimizer) in ("torch", "lightning", "pytorch_lightning") else [optimizer]
-        check_places({id(holder): holder for holder in [*wrapper, *family]}.values(), [*own, *trained])
+        check_places(_holders(optimizer, family), [*own, *trained])
         check_shapes(family, losing)
-        if not all(package_of(each) == "torch" for each in family):
+        if any(map(_is_of_others, family)):
             _check_axes(family, losing, kept)
+
+
+def _trained(family: Iterable[Optimizer]) -> list[Tensor]:
+    """Return the parameters that optimizers train."""
+    trained = []
+    for optimizer in family:
+        for group in optimizer.param_groups:
+            trained += group["params"]
+    return trained
+
+
+def _holders(optimizer: Any, family: Sequence[Optimizer]) -> list[Any]:
+    """Return what may hold numbers: the optimizers, and what somebody else than Lightning wraps them in."""
+    is_known = any(optimizer is each for each in family)
+    if is_known or package_of(optimizer) in LIGHTNING:
+        return [*family]
+    return [optimizer, *family]
+
+
+def _is_of_others(optimizer: Optimizer) -> bool:
+    return package_of(optimizer) != "torch"
 
 
 def _check_axes(family: Sequence[Optimizer], tensors: Mapping[str, Tensor], kept: Index) -> None:
     """Raise a TypeError if a state in the shape of a parameter is about something else, or its axes are not told."""
     verdicts = _tried_out(family, tensors, kept)
     for index, optimizer in enumerate(family):
-        if package_of(optimizer) == "torch":
+        if not _is_of_others(optimizer):
             continue
         for name, tensor in tensors.items():
             for key, value in sliceable(optimizer, tensor).items():
@@ -52,9 +73,10 @@ def _check_axes(family: Sequence[Optimizer], tensors: Mapping[str, Tensor], kept
                 if follows is None:
                     follows = _told_by_shape(optimizer, key, tensor, kept[name]) or not value.any()
                 if not follows:
+                    what = f"{type(optimizer).__name__} keeps {key!r} of {name!r}"
                     raise TypeError(
-                        f"{type(optimizer).__name__} keeps {key!r} of {name!r} in the shape of the parameter, but its "
-                        f"axes are other ones or cannot be told apart; {REMEDY}."
+                        f"{what} in the shape of the parameter, but its axes are other ones or cannot be told apart; "
+                        f"{REMEDY}."
                     )
 
 
@@ -70,6 +92,10 @@ def _tried_out(family: Sequence[Optimizer], tensors: Mapping[str, Tensor], kept:
 
 def _told_by_shape(optimizer: Optimizer, key: Any, tensor: Tensor, kept: KeptByAxis) -> bool:
     """Tell whether this parameter, or another one with such a state, has no axis as long as one that gets shorter."""
-    others = [other for other in optimizer.state if isinstance(other, Tensor) and key in sliceable(optimizer, other)]
-    alike = [other for other in others if other.dim() == tensor.dim()]
-    return any(all(other.shape.count(other.shape[axis]) == 1 for axis in kept) for other in [tensor, *alike])
+    for other in [tensor, *optimizer.state]:
+        counts = [0]
+        if isinstance(other, Tensor) and other.dim() == tensor.dim() and key in sliceable(optimizer, other):
+            counts = [other.shape.count(other.shape[axis]) for axis in kept]
+        if max(counts) == 1:
+            return True
+    return False

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_prune.graph.substitution import named_tensors
 
 __all__ = [
+    "LIGHTNING",
     "larger_tensors",
     "numbers_elsewhere",
     "package_of",
@@ -25,10 +27,12 @@ __all__ = [
 Found = tuple[str, Any]  # where something is, in Python, and what it is
 
 _NOTHING_INSIDE = (str, bytes, int, float, complex, type(None), type, ModuleType)
+_COLLECTIONS = (list, tuple, set, frozenset, deque)
+_OF_OPTIMIZERS = frozenset({"state", "param_groups", "step"})
 _LEAVES = (Tensor, nn.Module, Optimizer, ref)
 # What classes of these have inside is their business: a Trainer leads to all that there is.
-_LIGHTNING = frozenset({"lightning", "pytorch_lightning"})
-_NOT_SEARCHED = _LIGHTNING | {"torch", "threading", "logging"}
+LIGHTNING = frozenset({"lightning", "pytorch_lightning"})
+_NOT_SEARCHED = LIGHTNING | {"torch", "threading", "logging"}
 
 
 # -- optimizers inside others ------------------------------------------------------------------------------------------
@@ -53,9 +57,15 @@ def with_inner(optimizers: Iterable[Any]) -> list[Optimizer]:
         known = any(optimizer is other or optimizer.state is other.state for other in found)
         if not known:
             found.append(optimizer)
-            inside = search(_attributes(optimizer))
-            waiting.extend(unwrapped(leaf) for _, leaf in inside if isinstance(leaf, Optimizer))  # in this loop
+            waiting.extend(_inner(optimizer))  # looked at in this loop
     return found
+
+
+def _inner(optimizer: Optimizer) -> Iterator[Any]:
+    """Yield the optimizers that one holds, wherever."""
+    for _, leaf in search(_attributes(optimizer)):
+        if isinstance(leaf, Optimizer):
+            yield unwrapped(leaf)
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -77,17 +87,27 @@ def numbers_elsewhere(holder: Any, known: set[int]) -> Iterator[Found]:
         holder: An optimizer, or what wraps it.
         known: The ``id`` of all parameters and buffers of the model, and of all parameters that optimizers train.
     """
-    for place, leaf in search(_attributes(holder)):
-        tensors = _tensors_of(place, leaf) if isinstance(leaf, nn.Module) else [(place, leaf)]
-        for name, tensor in tensors:
+    values = list(_attributes(holder))
+    if isinstance(holder, Optimizer):
+        values += _state_elsewhere(holder, known)
+    for place, leaf in search(values):
+        for name, tensor in _tensors_of(leaf).items():
             if id(tensor) not in known and _size(tensor) > 1:
-                yield name, tensor
+                yield place + name, tensor
+
+
+def _tensors_of(leaf: Any) -> dict[str, Any]:
+    """Return what is to be looked at of something that `search` has found, by what comes after its place."""
+    if not isinstance(leaf, nn.Module):
+        return {"": leaf}
+    tensors = named_tensors(leaf)
+    return {f".{name}": tensor for name, tensor in tensors.items()}
 
 
 def leads_outside(leaf: Any) -> bool:
     """Tell whether what `search` has found leads to what is no business of a copy: the model, a Trainer."""
     opaque = isinstance(leaf, nn.Module | FunctionType | ref)
-    return opaque or package_of(leaf) in _LIGHTNING
+    return opaque or package_of(leaf) in LIGHTNING
 
 
 def package_of(value: Any) -> str:
@@ -120,7 +140,7 @@ def search(unsearched: Iterable[Found]) -> Iterator[Found]:
         if isinstance(value, _NOTHING_INSIDE) or id(value) in seen:
             continue
         seen[id(value)] = value
-        is_leaf = isinstance(value, _LEAVES) or _is_array(value) or package_of(value) in _LIGHTNING
+        is_leaf = isinstance(value, _LEAVES) or _is_array(value) or package_of(value) in LIGHTNING
         if is_leaf or _is_made_around_something(value):
             yield place, value
         if not is_leaf:
@@ -130,19 +150,21 @@ def search(unsearched: Iterable[Found]) -> Iterator[Found]:
 def _inside(place: str, value: Any) -> Iterator[Found]:
     if isinstance(value, Mapping):
         yield from _items(place, value)
-    elif isinstance(value, list | tuple | set | frozenset | deque):
-        yield from ((f"{place}[{index}]", item) for index, item in enumerate(value))
+    elif isinstance(value, _COLLECTIONS):
+        for index, item in enumerate(value):
+            yield f"{place}[{index}]", item
     elif isinstance(value, FunctionType):
-        cells = value.__closure__ or ()
-        contents = zip(value.__code__.co_freevars, cells, strict=False)
-        yield from ((f"{place}.{name}", getattr(cell, "cell_contents", None)) for name, cell in contents)
+        yield from _closure(place, value)
     elif isinstance(value, MethodType):
         yield place, value.__self__
         yield place, value.__func__
     elif isinstance(value, partial):
-        yield place, (value.func, value.args, value.keywords)
+        yield place, value.func
+        yield place, value.args
+        yield place, value.keywords
     elif package_of(value) not in _NOT_SEARCHED:
-        yield from ((f"{place}.{name}", attribute) for name, attribute in _attributes_of_object(value).items())
+        for name, attribute in _own_attributes(value):
+            yield f"{place}.{name}", attribute
 
 
 def _items(place: str, items: Mapping[Any, Any]) -> Iterator[Found]:
@@ -151,37 +173,62 @@ def _items(place: str, items: Mapping[Any, Any]) -> Iterator[Found]:
         yield f"{place}[{written}]", item
 
 
+def _closure(place: str, function: FunctionType) -> Iterator[Found]:
+    names = function.__code__.co_freevars
+    cells = function.__closure__ or ()
+    for name, cell in zip(names, cells, strict=True):
+        with suppress(ValueError):  # a cell may be empty
+            yield f"{place}.{name}", cell.cell_contents
+
+
+def _own_attributes(value: Any) -> Iterator[Found]:
+    for kind in type(value).__mro__:
+        for name in _slots(kind):
+            if hasattr(value, name):
+                yield name, getattr(value, name)
+    yield from getattr(value, "__dict__", {}).items()
+
+
+def _slots(kind: type) -> Iterator[str]:
+    slots = vars(kind).get("__slots__", ())
+    names = [slots] if isinstance(slots, str) else slots
+    for name in names:
+        if not name.startswith("__"):
+            yield name
+
+
+def _shared_attributes(value: Any) -> Iterator[Found]:
+    """Yield the collections that the class of a value has for all values."""
+    for kind in type(value).__mro__:
+        package = kind.__module__.partition(".")[0]
+        if package in _NOT_SEARCHED:
+            continue
+        for name, attribute in vars(kind).items():
+            if isinstance(attribute, dict | list | set):
+                yield name, attribute
+
+
 def _attributes(holder: Any) -> Iterator[Found]:
     """Yield the attributes of an optimizer, or of what wraps it, without its parameters and what it knows of each."""
-    for kind in type(holder).__mro__:
-        shared = vars(kind).items() if kind.__module__.partition(".")[0] not in _NOT_SEARCHED else ()
-        yield from ((name, value) for name, value in shared if isinstance(value, dict | list | set))
-    attributes = _attributes_of_object(holder)
+    yield from _shared_attributes(holder)
     if not isinstance(holder, Optimizer):
-        yield from attributes.items()
+        yield from _own_attributes(holder)
         return
-    for name, value in attributes.items():
-        if name not in ("state", "param_groups", "step") and not name.startswith("_optimizer_"):  # hooks
+    for name, value in _own_attributes(holder):
+        is_hooks = name.startswith("_optimizer_")
+        if name not in _OF_OPTIMIZERS and not is_hooks:
             yield name, value
     for index, group in enumerate(holder.param_groups):
-        yield from ((f"param_groups[{index}][{name!r}]", value) for name, value in group.items() if name != "params")
-    yield from _items("state", {key: value for key, value in holder.state.items() if not isinstance(key, Tensor)})
+        settings = {name: value for name, value in group.items() if name != "params"}
+        yield from _items(f"param_groups[{index}]", settings)
 
 
-def _attributes_of_object(value: Any) -> dict[str, Any]:
-    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
-    attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return {**attributes, **getattr(value, "__dict__", {})}
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    slots = vars(kind).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if not name.startswith("__"))
-
-
-def _tensors_of(place: str, module: nn.Module) -> Iterator[Found]:
-    return ((f"{place}.{name}", tensor) for name, tensor in named_tensors(module).items())
+def _state_elsewhere(optimizer: Optimizer, known: set[int]) -> Iterator[Found]:
+    """Yield the state that is not of a parameter."""
+    for key, value in optimizer.state.items():
+        of_parameter = isinstance(key, Tensor) and id(key) in known
+        if not of_parameter:
+            yield from _items("state", {key: value})
 
 
 def _is_made_around_something(value: Any) -> bool:
@@ -195,4 +242,6 @@ def _is_array(value: Any) -> bool:
 def _size(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel()
-    return int(value.size) if _is_array(value) else 0
+    if _is_array(value):
+        return int(value.size)
+    return 0

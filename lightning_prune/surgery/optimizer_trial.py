@@ -6,9 +6,11 @@ follows the weight: where the rows of a weight and of its gradients are moved, t
 
 import copy
 import inspect
+import random
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from lightning_prune.surgery.replacing import of_slices
 __all__ = ["Trial", "Verdicts", "try_out"]
 
 Key = tuple[int, str, Any]  # which optimizer of a family, name of a parameter, key of its state
+States = dict[Key, Tensor]
 Verdicts = dict[Key, bool]
 """Whether a state follows its parameter, for states that tell."""
 
@@ -45,31 +48,39 @@ def try_out(family: Sequence[Optimizer], tensors: Mapping[str, Tensor], kept: In
     Raises:
         ArithmeticError: If the optimizer goes on no more.
     """
-    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
-    with torch.random.fork_rng(devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fresh = _verdicts(partial(Trial, family, tensors, fresh=True), kept)
-        going_on = _verdicts(partial(Trial, family, tensors, fresh=False), kept)
-    return {**going_on, **fresh}
-
-
-def _verdicts(make: Callable[..., "Trial"], kept: Index) -> Verdicts:
-    try:
-        trial = make()
-        states = trial.run()
-    except Exception:  # it needs more than small tensors, so that nothing is shown
-        return {}
     verdicts: Verdicts = {}
-    for axis in sorted({axis for name in trial.small for axis in kept[name]}):
-        moved = _Moved(axis, {name for name in trial.small if axis in kept[name]})
-        for key, follows in moved.compare(states, make(moved=moved).run()).items():
-            verdicts[key] = verdicts.get(key, True) and follows
-    if not all(verdicts.values()):
-        again = make().run(seed=1)  # what depends on chance does not tell either
-        verdicts = {key: follows for key, follows in verdicts.items() if follows or _near(states[key], again[key])}
-    if all(verdicts.values()):
-        _go_on(trial, kept)
+    with _unnoticed(tensors.values()):
+        for fresh in (True, False):
+            make = partial(Trial, family, tensors, fresh)
+            try:
+                trial = make()
+                shown = _compared(make, trial.run(), kept)
+            except Exception:  # it needs more than small tensors, so that nothing is shown
+                continue
+            for key, follows in shown.items():
+                verdicts[key] = follows and verdicts.get(key, True)
+            if all(verdicts.values()):
+                _go_on(trial, kept)
     return verdicts
+
+
+@contextmanager
+def _unnoticed(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restore the state of the random generators afterwards, and be silent."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(_cuda_devices(tensors)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(state)
+
+
+def _cuda_devices(tensors: Iterable[Tensor]) -> set[torch.device]:
+    return {tensor.device for tensor in tensors if tensor.is_cuda}
+
+
+# -- what a trial shows ------------------------------------------------------------------------------------------------
 
 
 class _Moved(NamedTuple):
@@ -85,15 +96,62 @@ class _Moved(NamedTuple):
 
     def move(self, name: str, tensor: Tensor) -> Tensor:
         """Move what belongs to a parameter."""
-        return tensor.roll(1, self.axis) if name in self.names else tensor
+        if name not in self.names:
+            return tensor
+        return tensor.roll(1, self.axis)
 
-    def compare(self, states: dict[Key, Tensor], moved: dict[Key, Tensor]) -> Verdicts:
-        """Tell of each state that has become anything whether it was moved with its parameter."""
-        verdicts = {}
+
+def _compared(make: Callable[..., "Trial"], states: States, kept: Index) -> Verdicts:
+    """Compare states with those of trials in which everything is moved along one axis, for each axis in turn."""
+    verdicts: Verdicts = {}
+    for moved in _moves(kept):
+        moved_states = make(moved=moved).run()
         for key, state in states.items():
-            if key[1] in self.names and key in moved and _tells(state):
-                verdicts[key] = _near(self.move(key[1], state), moved[key])
+            name = key[1]
+            if name in moved.names and _has_become_something(state):
+                follows = _near(moved.move(name, state), moved_states[key])
+                verdicts[key] = follows and verdicts.get(key, True)
+    if all(verdicts.values()):
         return verdicts
+    again = make().run(seed=1)  # what depends on chance does not tell
+    return {key: follows for key, follows in verdicts.items() if follows or _near(states[key], again[key])}
+
+
+def _moves(kept: Index) -> list[_Moved]:
+    names = defaultdict(set)
+    for name, axes in kept.items():
+        for axis in axes:
+            names[axis].add(name)
+    return [_Moved(axis, names[axis]) for axis in sorted(names)]
+
+
+def _has_become_something(state: Tensor) -> bool:
+    largest = state.abs().max()
+    return bool(largest > 0) and bool(largest.isfinite())
+
+
+def _near(state: Tensor, other: Tensor) -> bool:
+    if state.shape != other.shape:
+        return False
+    largest = state.abs().max()
+    difference = (state - other).abs().max()
+    return bool(difference <= _TOLERANCE * largest)
+
+
+def _go_on(trial: "Trial", kept: Index) -> None:
+    """Prune the small tensors of a trial and step again; raise an ArithmeticError if that fails."""
+    for name, tensor in trial.small.items():
+        fewer = {axis: torch.arange(tensor.shape[axis] // 2) for axis in kept[name]}
+        smaller = [*sliced_state(trial.family, tensor, fewer), of_slices(tensor, fewer)]
+        for replacement in smaller:
+            replacement.put()
+    try:
+        trial.step()
+    except Exception as error:
+        raise ArithmeticError(str(error)) from error
+
+
+# -- the trial itself --------------------------------------------------------------------------------------------------
 
 
 class Trial:
@@ -118,17 +176,21 @@ class Trial:
     ) -> None:
         self.moved = moved
         self.random = torch.Generator().manual_seed(0)
+        self.devices = _cuda_devices(tensors.values())
         self.small = {name: self._small(name, tensor) for name, tensor in tensors.items()}
-        small = {tensor: self.small[name] for name, tensor in tensors.items()}
-        self.family = _copies(family, small, () if fresh else tensors.values())
+        pairs = [(tensor, self.small[name]) for name, tensor in tensors.items()]
+        self.family = _copies(family, pairs, fresh)
 
-    def run(self, seed: int = 0) -> dict[Key, Tensor]:
+    def run(self, seed: int = 0) -> States:
         """Step some times; return the state in the shape of parameters.
 
         Args:
-            seed: Of the global random generators, which the optimizer may draw from.
+            seed: Of the random generators that the optimizer may draw from.
         """
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in self.devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         for _ in range(_STEPS):
             self.step()
         states = {}
@@ -148,79 +210,97 @@ class Trial:
             return torch.ones(())
 
         closure()
-        step = type(self.family[0]).step
-        closures: list[Any] = [closure] if len(inspect.signature(step).parameters) > 1 else []
-        step(self.family[0], *closures)
+        optimizer = self.family[0]
+        step: Callable[..., Any] = type(optimizer).step
+        takes_closure = len(inspect.signature(step).parameters) > 1
+        if takes_closure:
+            step(optimizer, closure)
+        else:
+            step(optimizer)
 
     def _small(self, name: str, tensor: Tensor) -> nn.Parameter:
-        shape = _small_shape(tuple(tensor.shape))
-        drawn = self._drawn(name, tensor.new_empty(shape))
-        return nn.Parameter(drawn, requires_grad=tensor.is_floating_point() or tensor.is_complex())
+        shape = _small_shape(tensor.shape)
+        numbers = self._drawn(name, tensor.new_empty(shape))
+        return nn.Parameter(numbers)
 
     def _drawn(self, name: str, like: Tensor) -> Tensor:
         numbers = torch.randn(like.shape, generator=self.random).to(like)
-        return numbers if self.moved is None else self.moved.move(name, numbers)
+        if self.moved is None:
+            return numbers
+        return self.moved.move(name, numbers)
 
 
-def _go_on(trial: Trial, kept: Index) -> None:
-    """Prune the small tensors of a trial and step again; raise an ArithmeticError if that fails."""
-    for name, tensor in trial.small.items():
-        fewer = {axis: torch.arange(tensor.shape[axis] // 2) for axis in kept[name]}
-        for replacement in [*sliced_state(trial.family, tensor, fewer), of_slices(tensor, fewer)]:
-            replacement.put()
-    try:
-        trial.step()
-    except Exception as error:
-        raise ArithmeticError(str(error)) from error
-
-
-def _small_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _small_shape(shape: Sequence[int]) -> list[int]:
     """Return a small shape whose axes are in the same order of size, those of one size again of one size."""
     sizes = sorted(set(shape))
-    return tuple(min(size, 4 + 2 * sizes.index(size)) for size in shape)
+    return [min(size, 4 + 2 * sizes.index(size)) for size in shape]
 
 
-def _copies(family: Sequence[Optimizer], small: Mapping[Tensor, Tensor], known: Iterable[Tensor]) -> list[Optimizer]:
-    """Copy optimizers that refer to each other, with small tensors in place of parameters, of which some are known."""
-    copies = [type(optimizer).__new__(type(optimizer)) for optimizer in family]
-    memo: dict[int, Any] = {id(optimizer): each for optimizer, each in zip(family, copies, strict=True)}
+# -- copies of optimizers ----------------------------------------------------------------------------------------------
+
+
+def _copies(family: Sequence[Optimizer], pairs: Sequence[tuple[Tensor, Tensor]], fresh: bool) -> list[Optimizer]:
+    """Copy optimizers that refer to each other, with small tensors in place of parameters."""
+    memo = _stand_ins(family)
+    for parameter, small in pairs:
+        memo[id(parameter)] = small
+    copies = []
+    for optimizer in family:
+        copied = type(optimizer).__new__(type(optimizer))
+        memo[id(optimizer)] = copied
+        copies.append(copied)
+        state: dict[Any, Any] = defaultdict(dict)
+        if not fresh:
+            for parameter, small in pairs:
+                state[small] = _zeroed(optimizer, parameter, small, memo)
+        memo[id(optimizer.state)] = state
+    for optimizer, copied in zip(family, copies, strict=True):
+        vars(copied).update(_copied_attributes(optimizer, memo))
+        _train_only(copied, {id(small) for _, small in pairs})
+    return copies
+
+
+def _stand_ins(family: Sequence[Optimizer]) -> dict[int, Any]:
+    """Return what is in copies of optimizers in place of what is not to be copied, by its ``id``."""
+    memo: dict[int, Any] = {}
     for _, leaf in search([("", [vars(optimizer) for optimizer in family])]):
         if leads_outside(leaf):
             memo[id(leaf)] = object()  # an optimizer that needs it does not get far
         elif isinstance(leaf, Tensor) and leaf.numel() == 1:
             memo[id(leaf)] = leaf.detach().clone()  # one in a graph refuses to be copied
-    parameters = [parameter for optimizer in family for parameter in _parameters(optimizer)]
-    memo.update({id(parameter): nn.Parameter(torch.zeros(1)) for parameter in parameters})
-    memo.update({id(tensor): each for tensor, each in small.items()})
     for optimizer in family:
-        state: dict[Any, Any] = defaultdict(dict)
-        state.update({small[tensor]: _zeroed(optimizer, tensor, small[tensor], memo) for tensor in known})
-        memo[id(optimizer.state)] = state
-    for optimizer, each in zip(family, copies, strict=True):
-        vars(each).update(_copied_attributes(optimizer, memo))
-        _train_only(each, {id(tensor) for tensor in small.values()})
-    return copies
+        for parameter in _parameters(optimizer):
+            memo[id(parameter)] = nn.Parameter(torch.zeros(1))
+    return memo
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    yield from (parameter for group in optimizer.param_groups for parameter in group["params"])
-    yield from (key for key in optimizer.state if isinstance(key, Tensor))
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for key in optimizer.state:
+        if isinstance(key, Tensor):
+            yield key
 
 
 def _copied_attributes(optimizer: Optimizer, memo: dict[int, Any]) -> dict[str, Any]:
     """Copy the attributes of an optimizer, but for what steps with the original: a step that a schedule sets, hooks."""
-    attributes = {name: value for name, value in vars(optimizer).items() if name != "step"}
-    hooks = {name for name in attributes if name.startswith("_optimizer_") and name.endswith("hooks")}
-    return {name: OrderedDict() if name in hooks else copy.deepcopy(attributes[name], memo) for name in attributes}
+    copied: dict[str, Any] = {}
+    for name, value in vars(optimizer).items():
+        if name.startswith("_optimizer_") and name.endswith("hooks"):
+            copied[name] = OrderedDict()
+        elif name != "step":
+            copied[name] = copy.deepcopy(value, memo)
+    return copied
 
 
-def _zeroed(optimizer: Optimizer, tensor: Tensor, small: Tensor, memo: dict[int, Any]) -> dict[Any, Any]:
+def _zeroed(optimizer: Optimizer, parameter: Tensor, small: Tensor, memo: dict[int, Any]) -> dict[Any, Any]:
     """Return what an optimizer knows of a parameter for a small one, with zeros for what has its shape."""
-    zeroed = {}
-    with_axes = sliceable(optimizer, tensor)
-    for key, value in optimizer.state.get(tensor, {}).items():
+    zeroed: dict[Any, Any] = {}
+    with_axes = sliceable(optimizer, parameter)
+    for key, value in optimizer.state.get(parameter, {}).items():
         if key in with_axes:
-            shape = [min(sizes) for sizes in zip(value.shape, small.shape, strict=True)]
+            sizes = zip(value.shape, small.shape, strict=True)
+            shape = [min(size, small_size) for size, small_size in sizes]
             zeroed[key] = torch.zeros(shape, dtype=value.dtype, device=value.device)
         else:
             zeroed[key] = copy.deepcopy(value, memo)
@@ -229,20 +309,11 @@ def _zeroed(optimizer: Optimizer, tensor: Tensor, small: Tensor, memo: dict[int,
 
 def _train_only(optimizer: Optimizer, wanted: set[int]) -> None:
     """Take all other parameters out of the groups of an optimizer, and groups that are then empty."""
+    filled = []
     for group in optimizer.param_groups:
         indices = [index for index, parameter in enumerate(group["params"]) if id(parameter) in wanted]
         for name in {"params", "param_names"} & group.keys():
             group[name] = [group[name][index] for index in indices]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-
-
-def _tells(state: Tensor) -> bool:
-    """Tell whether a state has become anything."""
-    largest = state.abs().max()
-    return bool(largest > 0) and bool(largest.isfinite())
-
-
-def _near(state: Tensor, other: Tensor) -> bool:
-    if state.shape != other.shape:
-        return False
-    return bool((state - other).abs().max() <= _TOLERANCE * state.abs().max())
+        if indices:
+            filled.append(group)
+    optimizer.param_groups[:] = filled
