@@ -59,7 +59,7 @@ def check_shapes(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor])
             for key, value in optimizer.state.get(tensor, {}).items():
                 if not _can_be_sliced(value, tensor):
                     what = f"{type(optimizer).__name__} keeps {key!r} of {name!r}"
-                    shapes = [shape_of(leaf) for leaf in larger_tensors(value)]
+                    shapes = dict.fromkeys(map(shape_of, larger_tensors(value)))  # each once
                     raise TypeError(
                         f"{what} in shape {' and '.join(shapes)}, where nothing says which numbers belong to which "
                         f"channel; {REMEDY}."

@@ -30,7 +30,7 @@ States = dict[Key, Tensor]
 Verdicts = dict[Key, bool]
 """Whether a state follows its parameter, for states that tell."""
 
-_STEPS = 3
+_STEPS = 10  # some look back every fifth step
 _TOLERANCE = 1e-2  # of the largest number; what follows something else is as far off as it is large
 
 
@@ -256,6 +256,7 @@ def _copies(family: Sequence[Optimizer], pairs: Sequence[tuple[Tensor, Tensor]],
         memo[id(optimizer.state)] = state
     for optimizer, copied in zip(family, copies, strict=True):
         vars(copied).update(_copied_attributes(optimizer, memo))
+    for copied in copies:  # whose groups may be those of another one
         _train_only(copied, {id(small) for _, small in pairs})
     return copies
 
