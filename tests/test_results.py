@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -376,6 +377,28 @@ def test_the_name_of_a_processor_is_read_from_the_system(tmp_path: Path):
     described.write_text("processor\t: 0\nmodel name\t: Some ARM\n")
     assert stored.cpu_model(described) == "Some ARM"
     assert stored.cpu_model(tmp_path / "not there")
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_optimizers_is_what_its_records_give_and_none_is_wrong():
+    records = json.loads((files.RESULTS / "optimizers.json").read_text())["optimizers"]
+    optimizers = import_module("optimizers")
+    assert (files.RESULTS / "optimizers.md").read_text() == optimizers.table(records)
+    outcomes = [record["outcome"] for record in records.values()]
+    assert not {"WRONG", "BROKEN"} & set(outcomes)
+    assert sum(outcome != "not usable alone" for outcome in outcomes) >= 40
+
+
+def test_a_wrong_step_of_an_optimizer_is_called_wrong():
+    optimizers = import_module("optimizers")
+    outcomes = [optimizers.outcome(*differences) for differences in [(1e-9, None), (0.5, 1e-9), (0.5, 1e-3), (1, None)]]
+    assert outcomes == ["sliced, steps as the masked twin", "sliced, steps as the small twin", "WRONG", "WRONG"]
+    tensors = {"weight": torch.tensor([1.0, 2.0])}
+    stepped, other = {"weight": torch.tensor([1.0, 4.0])}, {"weight": torch.tensor([1.5, 4.0])}
+    assert optimizers.difference(tensors, stepped, other) == 0.25
+    assert "1 wrong" in optimizers.table({"some": {"outcome": "WRONG", "masked twin": 0.5, "small twin": None}})
 
 
 # -- links -------------------------------------------------------------------------------------------------------------

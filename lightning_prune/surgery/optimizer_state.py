@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
+from lightning_prune.surgery.optimizer_contents import larger_tensors, numbers_elsewhere, shape_of, with_inner
 from lightning_prune.surgery.replacing import Replacement, of_item
 from lightning_prune.surgery.slicing import KeptByAxis, take
 
-__all__ = ["check_optimizers", "check_state", "sliced_state"]
+__all__ = ["REMEDY", "check_optimizers", "check_places", "check_shapes", "sliceable", "sliced_state"]
+
+REMEDY = "use another optimizer, such as SGD or AdamW"
 
 
 def check_optimizers(optimizers: Iterable[Any]) -> list[Optimizer]:
@@ -23,14 +25,30 @@ def check_optimizers(optimizers: Iterable[Any]) -> list[Optimizer]:
     Raises:
         TypeError: If one is no optimizer, or its state cannot be sliced.
     """
-    found = _with_inner(optimizers)
+    found = with_inner(optimizers)
     for optimizer in found:
         _check_kind(optimizer)
     return found
 
 
-def check_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor]) -> None:
-    """Raise a TypeError if nothing says which numbers of a state belong to a channel.
+def check_places(holders: Iterable[Any], known: Iterable[Tensor]) -> None:
+    """Raise a TypeError if an optimizer keeps numbers elsewhere than in its state, where nobody finds and slices them.
+
+    Args:
+        holders: Optimizers that train what loses channels, and what wraps them.
+        known: The parameters and buffers of the model, and all parameters that optimizers train.
+    """
+    ids = {id(tensor) for tensor in known}
+    for holder in holders:
+        for place, tensor in numbers_elsewhere(holder, ids):
+            raise TypeError(
+                f"{type(holder).__name__} keeps numbers of shape {shape_of(tensor)} in {place!r}, outside its state of "
+                f"the parameters, where nothing says which of them belong to which channel; {REMEDY}."
+            )
+
+
+def check_shapes(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """Raise a TypeError if the shape of a state does not say which numbers belong to a channel.
 
     Args:
         optimizers: What `check_optimizers` returned.
@@ -38,14 +56,13 @@ def check_state(optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor]) 
     """
     for optimizer in optimizers:
         for name, tensor in tensors.items():
-            state = optimizer.state.get(tensor, {})
-            for key, value in state.items():
+            for key, value in optimizer.state.get(tensor, {}).items():
                 if not _can_be_sliced(value, tensor):
                     what = f"{type(optimizer).__name__} keeps {key!r} of {name!r}"
-                    shapes = [str(tuple(leaf.shape)) for leaf in _larger_tensors(value)]
+                    shapes = dict.fromkeys(map(shape_of, larger_tensors(value)))  # each once
                     raise TypeError(
                         f"{what} in shape {' and '.join(shapes)}, where nothing says which numbers belong to which "
-                        "channel; use another optimizer, such as SGD or AdamW."
+                        f"channel; {REMEDY}."
                     )
 
 
@@ -61,10 +78,14 @@ def sliced_state(optimizers: Iterable[Optimizer], tensor: Tensor, kept: KeptByAx
         What is to be put in place.
     """
     for optimizer in optimizers:
-        state = optimizer.state.get(tensor, {})
-        for key, value in state.items():
-            if _has_axes_of(value, tensor):
-                yield of_item(state, key, _sliced(value, tensor, kept))
+        for key, value in sliceable(optimizer, tensor).items():
+            yield of_item(optimizer.state[tensor], key, _sliced(value, tensor, kept))
+
+
+def sliceable(optimizer: Optimizer, tensor: Tensor) -> dict[Any, Tensor]:
+    """Return what an optimizer keeps in the shape of a parameter, by key."""
+    state = optimizer.state.get(tensor, {})
+    return {key: value for key, value in state.items() if _has_axes_of(value, tensor)}
 
 
 def _sliced(value: Tensor, tensor: Tensor, kept: KeptByAxis) -> Tensor:
@@ -75,14 +96,12 @@ def _sliced(value: Tensor, tensor: Tensor, kept: KeptByAxis) -> Tensor:
 
 def _has_axes_of(value: Any, tensor: Tensor) -> bool:
     """Tell whether a state is a tensor with as many axes as a parameter, and is no single number."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return False
-    return value.dim() == tensor.dim()
+    return isinstance(value, Tensor) and value.numel() > 1 and value.dim() == tensor.dim()
 
 
 def _can_be_sliced(value: Any, tensor: Tensor) -> bool:
     """Tell whether a state has the shape of a parameter, but for axes of length 1, or nothing to slice."""
-    if not _larger_tensors(value):
+    if not larger_tensors(value):
         return True
     if not _has_axes_of(value, tensor):
         return False
@@ -90,51 +109,12 @@ def _can_be_sliced(value: Any, tensor: Tensor) -> bool:
     return all(size in (1, full_size) for size, full_size in sizes)
 
 
-def _larger_tensors(value: Any) -> list[Tensor]:
-    """Return the tensors of more than one number in a state."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.numel() > 1]
-
-
-def _with_inner(optimizers: Iterable[Any]) -> list[Optimizer]:
-    """Add the optimizers that others step with, as in sharpness-aware minimisation."""
-    found: list[Optimizer] = []
-    waiting = [_unwrapped(optimizer) for optimizer in optimizers]
-    for optimizer in waiting:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"{type(optimizer).__name__} is no torch optimizer; pass the optimizers that train the model."
-            )
-        known = any(optimizer is other or optimizer.state is other.state for other in found)
-        if not known:
-            found.append(optimizer)
-            waiting.extend(_inner(optimizer))  # looked at in this loop
-    return found
-
-
-def _inner(optimizer: Optimizer) -> Iterator[Any]:
-    """Yield the optimizers among the attributes of one, and in collections there."""
-    attributes = list(vars(optimizer).values())
-    for leaf in tree_leaves(attributes):
-        if isinstance(leaf, Optimizer):
-            yield _unwrapped(leaf)
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """Return what a wrapper wraps that has no state of its own, such as Lightning's."""
-    wrapped = getattr(optimizer, "optimizer", optimizer)
-    shares_state = getattr(wrapped, "state", None) is getattr(optimizer, "state", None)
-    if isinstance(optimizer, Optimizer) and not shares_state:
-        return optimizer
-    return wrapped
-
-
 def _check_kind(optimizer: Optimizer) -> None:
     """Raise a TypeError if the state of an optimizer cannot be sliced, whatever the parameters."""
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
-            f"{name} keeps its history for all parameters in one vector, which cannot lose channels; use another "
-            "optimizer, such as SGD or AdamW."
+            f"{name} keeps its history for all parameters in one vector, which cannot lose channels; {REMEDY}."
         )
     local = getattr(optimizer, "optim", None)  # of a ZeroRedundancyOptimizer
     if isinstance(local, Optimizer) and local.state is not optimizer.state:

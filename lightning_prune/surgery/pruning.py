@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lightning_prune.graph.sizes import sync_attributes
 from lightning_prune.graph.substitution import named_tensors, owning_modules
 from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force, record_plan
-from lightning_prune.surgery.optimizer_state import check_optimizers, check_state, sliced_state
-from lightning_prune.surgery.replacing import Replacement, in_place, of_attributes, of_tensor
-from lightning_prune.surgery.slicing import KeptByAxis, take
+from lightning_prune.surgery.optimizer_checks import check_state
+from lightning_prune.surgery.optimizer_state import check_optimizers, sliced_state
+from lightning_prune.surgery.replacing import Replacement, in_place, of_attributes, of_slices, of_tensor
+from lightning_prune.surgery.slicing import take
 
 __all__ = ["Change", "PruneReport", "check", "check_plan", "prune", "pruned", "pruned_tensors", "reshape"]
 
@@ -102,10 +103,11 @@ def pruned(
         ValueError: If the plan is about another architecture, or keeps what has been pruned before.
         TypeError: If the model is wrapped for distributed training, or an optimizer cannot be sliced.
     """
-    optimizers = check(model, optimizers)
+    optimizers = list(optimizers)
+    found = check(model, optimizers)
     cuts = [_Cut.of(each, plan) for each in (model, *copies)]
-    check_state(optimizers, cuts[0].tensors)
-    replacements = [replacement for cut in cuts for replacement in cut.replacements(optimizers)]
+    check_state(optimizers, named_tensors(model).values(), cuts[0].tensors, cuts[0].kept)
+    replacements = [replacement for cut in cuts for replacement in cut.replacements(found)]
     params_before = _count(cuts[0].parameters)
     with in_place(replacements):
         params = Change(params_before, _count(cuts[0].parameters))
@@ -253,7 +255,7 @@ class _Cut:
         for name, tensor in self.tensors.items():
             kept = self.kept[name]
             yield from sliced_state(optimizers, tensor, kept)
-            yield _sliced(tensor, kept)
+            yield of_slices(tensor, kept)
         yield _of_record(self.model, self.plan, self.tensors.values())
 
 
@@ -304,15 +306,6 @@ def _check_shapes(tensors: Mapping[str, Tensor], plan: PruningPlan, earlier: Pru
 
 def _count(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
-
-
-def _sliced(tensor: Tensor, kept: KeptByAxis) -> Replacement:
-    """Slice a tensor and its gradient."""
-    gradient = tensor.grad
-    data = take(tensor.detach(), kept)
-    if gradient is not None:
-        gradient = take(gradient, kept)
-    return of_tensor(tensor, data, gradient)
 
 
 def _of_record(model: nn.Module, plan: PruningPlan | None, changed: Iterable[Tensor]) -> Replacement:

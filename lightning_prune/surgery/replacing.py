@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.surgery.slicing import replace_data
+from lightning_prune.surgery.slicing import KeptByAxis, replace_data, take
 
-__all__ = ["Replacement", "in_place", "of_attributes", "of_item", "of_tensor", "of_zeros", "uninterrupted"]
+__all__ = ["Replacement", "in_place", "of_attributes", "of_item", "of_slices", "of_tensor", "of_zeros", "uninterrupted"]
 
 
 class Replacement(NamedTuple):
@@ -23,8 +23,8 @@ class Replacement(NamedTuple):
         undo: Puts back what was there before, also if `put` was not called, or broke off.
     """
 
-    put: Callable[[], None]
-    undo: Callable[[], None]
+    put: Callable[[], object]
+    undo: Callable[[], object]
 
 
 @contextmanager
@@ -119,6 +119,20 @@ def of_tensor(tensor: Tensor, data: Tensor, gradient: Tensor | None) -> Replacem
     return Replacement(put, undo)
 
 
+def of_slices(tensor: Tensor, kept: KeptByAxis) -> Replacement:
+    """Replace a parameter or buffer, and its gradient, by what is kept of it.
+
+    Args:
+        tensor: The parameter or buffer.
+        kept: The positions of it to keep.
+    """
+    gradient = tensor.grad
+    data = take(tensor.detach(), kept)
+    if gradient is not None:
+        gradient = take(gradient, kept)
+    return of_tensor(tensor, data, gradient)
+
+
 def of_zeros(tensor: Tensor, axis: int, positions: Tensor) -> Replacement:
     """Replace the values of a tensor at some positions along an axis by zeros.
 
@@ -147,7 +161,7 @@ def of_item(items: MutableMapping[Any, Any], key: Any, value: Any) -> Replacemen
     return Replacement(put, undo)
 
 
-def of_attributes(model: nn.Module, put: Callable[[], None]) -> Replacement:
+def of_attributes(model: nn.Module, put: Callable[[], object]) -> Replacement:
     """Replace attributes of submodules, other than submodules, parameters and buffers.
 
     Args:

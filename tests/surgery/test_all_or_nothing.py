@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 import lightning_prune as lp
 from lightning_prune.graph import sizes
 from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.surgery import pruned, pruning, replacing, reshape, uninterrupted
+from lightning_prune.surgery import pruned, replacing, reshape, uninterrupted
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
@@ -171,7 +171,7 @@ def raised_at(line: int, call: Callable[[], None]) -> bool:
 def test_too_little_memory_for_any_tensor_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ):
-    take = pruning.take
+    take = replacing.take
     for number in range(1, 30):
         training, calls = Training(), []
         earlier = training.everything()
@@ -182,7 +182,7 @@ def test_too_little_memory_for_any_tensor_leaves_everything_as_it_was(
                 raise error("out of memory")
             return take(*args)
 
-        monkeypatch.setattr(pruning, "take", short)
+        monkeypatch.setattr(replacing, "take", short)
         monkeypatch.setattr("lightning_prune.surgery.optimizer_state.take", short)
         with pytest.raises(error):
             training.prune()
