@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
-from lightning_prune.callbacks.state import per_rank
+from lightning_prune.callbacks.state import per_rank, under
 from lightning_prune.callbacks.trainer_state import loss_scale
 from lightning_prune.criteria.first_order import check_settings, finish
 from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, Collector, Totals, make_collector
@@ -76,9 +76,13 @@ class TaylorRankCallback(PruningCallback):
             last_scores: The scores of the last prune, for ``momentum``.
         """
 
-        totals: Totals = field(default_factory=Totals, metadata=per_rank(vars, _joined))
-        last_scores: dict[str, Tensor] = field(default_factory=dict)
-        listened: bool = False
+        totals: Totals = field(
+            default_factory=Totals, metadata={**per_rank(vars, _joined), **under("variant", "ignore")}
+        )
+        last_scores: dict[str, Tensor] = field(
+            default_factory=dict, metadata=under("variant", "normalize", "flops_penalty", "ignore")
+        )
+        listened: bool = field(default=False, metadata=under("variant", "ignore"))
 
         @classmethod
         @override
