@@ -11,6 +11,7 @@ from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, to_o
 from lightning_prune.criteria.input_hooks import check_watchable, sum_positions, unwatch, watch_inputs
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.finite import REMEDY, cause_in, not_finite_in
 from lightning_prune.modes import evaluating
 
 __all__ = ["apoz", "mean_activation"]
@@ -102,8 +103,12 @@ def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss, val
     """Return the mean of a value over all that is consumed of each channel: (kept channels,) by group."""
     check_watchable(graph, "The mean over activations")
     means: dict[str, _Mean] = {}  # by weight
+    spoilt: list[str] = []
 
     def add(weight: str, activation: Tensor, axis: int) -> None:
+        found = not_finite_in(activation)
+        if found:
+            spoilt.append(f"what is consumed with {weight!r} holds {found}")
         total = sum_positions(value(activation), axis).sum(0, dtype=torch.float64).cpu()  # (inputs,)
         count = activation.numel() // activation.shape[axis]
         if weight in means:
@@ -114,8 +119,11 @@ def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss, val
     handles = watch_inputs(graph, add)
     try:
         with evaluating(graph.model):
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 loss(graph.model, batch)
+                if spoilt:
+                    cause = cause_in(graph.model, [batch], number) or f"{spoilt[0]} in batch {number} (counted from 0)"
+                    raise ValueError(f"Nothing can be ranked, as {cause}; {REMEDY}.")
     finally:
         unwatch(handles)
     return {name: _mean_over_layers(graph, name, means) for name in graph.groups}
