@@ -110,7 +110,7 @@ def _refusal(module: str) -> ValueError:
 
 def _prefixes(content: Any) -> set[str]:
     """Return the names of all modules that texts in nested values may stand for."""
-    names = set()
+    names: set[str] = set()
     for leaf in tree_leaves(content):
         if isinstance(leaf, str) and "." in leaf and len(leaf) < 1000:
             pieces = leaf.split(".")

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
+from lightning_prune.callbacks.state import under
 from lightning_prune.criteria import afie
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning.by_layer import plan_by_layer
@@ -50,7 +51,7 @@ class AFIEEarlyPruneCallback(PruningCallback):
             entropy: Average filter information entropy by group, once it is measured; on the first rank.
         """
 
-        entropy: dict[str, float] = field(default_factory=dict)
+        entropy: dict[str, float] = field(default_factory=dict, metadata=under("flatten", "ignore"))
 
     cap = 0.99  # as in the paper
 

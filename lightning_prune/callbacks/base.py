@@ -16,8 +16,10 @@ from lightning_prune.callbacks.example_inputs import example_inputs as find_exam
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
+from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
 from lightning_prune.callbacks.run import Run as BaseRun
 from lightning_prune.callbacks.schedule import Schedule, check_whole_number
+from lightning_prune.callbacks.settings import refuse_other_settings
 from lightning_prune.callbacks.state import State as BaseState
 from lightning_prune.callbacks.state import deal_out, from_checkpoint, gather, to_checkpoint
 from lightning_prune.callbacks.surgery_step import prune_in_training
@@ -203,6 +205,8 @@ class PruningCallback(Schedule, Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         refusals.refuse_strategy(trainer)
+        if stage == "fit":  # before anything that a rank alone may refuse, while others wait for it
+            refuse_other_settings(trainer, self)
         refusals.refuse_other_callbacks(trainer, self)
         carry_plans(trainer)
         follow(trainer)
@@ -221,6 +225,7 @@ class PruningCallback(Schedule, Callback):
             if self.steps_done < self.steps:
                 self.check_budget(trainer, graph)
             recorder = Recorder(trainer, graph, self.history)
+            tell_what_holds(self, recorder)
             recorder.begin(self)
             self.state.history = recorder.history
             self.run = self.Run(trainer, graph, recorder)
@@ -306,6 +311,7 @@ class PruningCallback(Schedule, Callback):
     def on_load_checkpoint(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
     ) -> None:
+        tell_of_other_callbacks(trainer, self, checkpoint["callbacks"])
         content = checkpoint["callbacks"].get(self.state_key, {})
         deal_out(self.State, content, trainer.global_rank, trainer.world_size)
 

@@ -17,6 +17,7 @@ from lightning_prune.callbacks.batches import ValidationBatches, check_limit, tr
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.trainer_state import log_epoch
 from lightning_prune.candidates import classification
+from lightning_prune.candidates.finite import refuse_not_finite
 from lightning_prune.candidates.isolation import without_other_ranks
 from lightning_prune.candidates.measures import samples_in
 from lightning_prune.graph import ChannelGraph
@@ -258,7 +259,9 @@ class LearnToPruneCallback(PruningCallback):
             return measure(plans)
         strategy = self.run.trainer.strategy
         accuracy = torch.tensor([self._finetuned(plan) for plan in plans], device=strategy.root_device)
-        return strategy.reduce(accuracy, reduce_op="mean").cpu()
+        mean = strategy.reduce(accuracy, reduce_op="mean").cpu()
+        refuse_not_finite(self.run.graph.model, self.run.validation, mean, mean)
+        return mean
 
     def _finetuned(self, plan: PruningPlan) -> float:
         """Return the accuracy of a copy that has been pruned and trained for some steps."""

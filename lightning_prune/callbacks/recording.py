@@ -1,14 +1,13 @@
 """What a pruning callback records of a run: for its checkpoints, the loggers, and the table at the end."""
 
-import inspect
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_prune.planning.metrics import METRICS
+from lightning_prune.callbacks.settings import settings_of
 from lightning_prune.callbacks.trainer_state import metrics
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import plan_in_force
@@ -120,17 +119,3 @@ class Recorder:
         """Count and time the network as it is now."""
         network = self.graph.model.get_submodule(self.graph.module)
         return measure(network, self.graph.example_inputs, int(self._costs["flops"](self._widths)))
-
-
-def settings_of(callback: "PruningCallback") -> dict[str, Any]:
-    """Return the arguments of the constructors of a callback's classes, as plain values."""
-    kinds = [kind for kind in type(callback).__mro__ if "__init__" in vars(kind) and kind is not object]
-    names = dict.fromkeys(name for kind in reversed(kinds) for name in inspect.signature(kind).parameters)
-    return {name: _plain(getattr(callback, name)) for name in names if hasattr(callback, name)}
-
-
-def _plain(value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value))
-    except TypeError:  # a tensor, say
-        return type(value).__name__

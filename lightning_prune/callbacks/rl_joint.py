@@ -16,6 +16,7 @@ from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit, training_batches
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.schedule import check_whole_number
+from lightning_prune.callbacks.state import under
 from lightning_prune.callbacks.trainer_state import log_epoch, loss_scale, unlogged
 from lightning_prune.candidates import classification
 from lightning_prune.graph import ChannelGraph
@@ -27,6 +28,13 @@ from lightning_prune.search.policy_search import PolicySearch
 from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
 
 __all__ = ["RLJointPruneCallback"]
+
+
+# Settings that choices of widths, and what an agent has learned, mean something under alone.
+_OF_BUDGET = ("keep", "metric", "round_to", "min_channels", "ignore", "criterion")
+_OF_SEARCH = (
+    "agent", "episodes", "seed", "search_settings", "start_epoch", "recalibrate_batches", "limit_batches", "evaluate",
+)  # fmt: skip
 
 
 class RLJointPruneCallback(PruningCallback):
@@ -92,11 +100,11 @@ class RLJointPruneCallback(PruningCallback):
             figures: What is logged of the last round, by name.
         """
 
-        search: dict[str, Any] | None = None
-        searched_epoch: int = -1
-        best: list[list[int]] = field(default_factory=list)
-        in_force: dict[str, list[int]] = field(default_factory=dict)
-        figures: dict[str, float] = field(default_factory=dict)
+        search: dict[str, Any] | None = field(default=None, metadata=under(*_OF_BUDGET, *_OF_SEARCH))
+        searched_epoch: int = field(default=-1, metadata=under(*_OF_BUDGET))
+        best: list[list[int]] = field(default_factory=list, metadata=under(*_OF_BUDGET))
+        in_force: dict[str, list[int]] = field(default_factory=dict, metadata=under(*_OF_BUDGET))
+        figures: dict[str, float] = field(default_factory=dict, metadata=under(*_OF_BUDGET))
 
     @dataclass
     class Run(PruningCallback.Run):

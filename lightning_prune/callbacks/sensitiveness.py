@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit
+from lightning_prune.callbacks.state import under
 from lightning_prune.candidates import classification, evaluate_candidates
 from lightning_prune.criteria.damage import LEVELS, RATIOS, check_settings, layer_scores, sensitiveness
 from lightning_prune.graph import ChannelGraph
@@ -66,7 +67,10 @@ class SensitivenessCallback(PruningCallback):
             sensitiveness: Sensitiveness by group, as last measured.
         """
 
-        sensitiveness: dict[str, float] = field(default_factory=dict)
+        sensitiveness: dict[str, float] = field(
+            default_factory=dict,
+            metadata=under("damage", "levels", "draws", "seed", "limit_batches", "evaluate", "ignore"),
+        )
 
     cap = 0.99
 

@@ -5,8 +5,8 @@ field is written where it is neither a plain value nor a tensor, and whether it 
 alone `PruningCallback` saves, restores and resets it.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from torch import Tensor, distributed
@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_map
 
 from lightning_prune.reporting.history import History
 
-__all__ = ["State", "deal_out", "from_checkpoint", "gather", "per_rank", "stored", "to_checkpoint"]
+__all__ = ["State", "deal_out", "from_checkpoint", "gather", "per_rank", "stored", "to_checkpoint", "under", "without_what_depends_on"]
 
 _FORM = "lightning_prune"  # in the metadata of a field
+_SETTINGS = "lightning_prune_settings"  # also
 
 Convert = Callable[[Any], Any]
 Content = dict[str, Any]  # plain values and tensors, by the name of the field
@@ -57,6 +58,24 @@ def per_rank(write: Convert, read_all: Callable[[list[Any]], Any]) -> Content:
             the rank has written itself; on fewer ranks the values of several, on more ranks those of one or none.
     """
     return {_FORM: _Form(write, read_all, per_rank=True)}
+
+
+def under(*settings: str) -> Content:
+    """Return the ``metadata`` of a field of a `State` whose value means something under some settings alone.
+
+    A run that is resumed with another value of one of them begins with the default of the field.
+
+    Args:
+        settings: Names of arguments of the callback.
+
+    Example:
+        >>> @dataclass
+        ... class MyState(State):
+        ...     losses: list[float] = field(default_factory=list, metadata=under("seed"))
+        >>> without_what_depends_on(MyState(steps_done=1, losses=[0.5]), {"seed"})
+        (MyState(steps_done=1, batch_like=None, history=None, losses=[]), ['losses'])
+    """
+    return {_SETTINGS: frozenset(settings)}
 
 
 def _write_history(history: History | None) -> Content | None:
@@ -125,6 +144,20 @@ def from_checkpoint(kind: type[AnyState], content: Mapping[str, Any]) -> AnyStat
             form = _form_of(declared)
             values[declared.name] = form.read(content[declared.name])
     return kind(**values)
+
+
+def without_what_depends_on(state: AnyState, settings: Collection[str]) -> tuple[AnyState, list[str]]:
+    """Return a state in which what means something under other settings alone has its default, and what that is.
+
+    Args:
+        state: The state.
+        settings: The settings that have changed.
+    """
+    empty: Any = type(state)()
+    depending = [one.name for one in fields(state) if not one.metadata.get(_SETTINGS, frozenset()).isdisjoint(settings)]
+    defaults = {name: getattr(empty, name) for name in depending}
+    forgotten = [name for name, value in defaults.items() if getattr(state, name) != value]
+    return replace(state, **defaults), forgotten
 
 
 def gather(kind: type[State], content: Content) -> None:

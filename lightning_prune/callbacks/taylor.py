@@ -11,14 +11,17 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
-from lightning_prune.callbacks.state import per_rank
+from lightning_prune.callbacks.state import per_rank, under
 from lightning_prune.callbacks.trainer_state import loss_scale
-from lightning_prune.criteria.first_order import check_settings, finish
+from lightning_prune.criteria.first_order import check_settings, finish, why_unseen
 from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, Collector, Totals, make_collector
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["TaylorRankCallback"]
+
+
+_STEPS = ("steps", "loss", "gradients")  # what is counted of them
 
 
 def _joined(saved: list[dict[str, dict[str, Tensor]]]) -> Totals:
@@ -76,9 +79,13 @@ class TaylorRankCallback(PruningCallback):
             last_scores: The scores of the last prune, for ``momentum``.
         """
 
-        totals: Totals = field(default_factory=Totals, metadata=per_rank(vars, _joined))
-        last_scores: dict[str, Tensor] = field(default_factory=dict)
-        listened: bool = False
+        totals: Totals = field(
+            default_factory=Totals, metadata={**per_rank(vars, _joined), **under("variant", "ignore")}
+        )
+        last_scores: dict[str, Tensor] = field(
+            default_factory=dict, metadata=under("variant", "normalize", "flops_penalty", "ignore")
+        )
+        listened: bool = field(default=False, metadata=under("variant", "ignore"))
 
         @classmethod
         @override
@@ -147,6 +154,11 @@ class TaylorRankCallback(PruningCallback):
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
         totals = _sum_of_ranks(trainer, graph, self.state.totals)
         unseen = totals.unseen(graph)
+        not_finite = why_unseen(graph, totals) if unseen else ""
+        if not_finite:
+            raise RuntimeError(
+                f"TaylorRankCallback has seen no finite gradients before epoch {trainer.current_epoch}: {not_finite}."
+            )
         if unseen:
             raise RuntimeError(
                 f"TaylorRankCallback has seen no gradients of {', '.join(map(repr, unseen))} before epoch "
@@ -184,7 +196,7 @@ class TaylorRankCallback(PruningCallback):
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         if self.run.collector is not None:
-            self.run.collector.before_backward()
+            self.run.collector.before_backward(loss)
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -217,13 +229,15 @@ def _sum_of_ranks(trainer: "pl.Trainer", graph: ChannelGraph, totals: Totals) ->
     """Add up the totals of all ranks; groups that a rank knows nothing of count as none."""
     device = trainer.strategy.root_device
     nothing = torch.zeros((), dtype=torch.float64, device=device)
-    rows = []  # (channels + 1,) sums and count of each group
+    steps = [totals.steps.get(name, nothing).to(device).view(1) for name in _STEPS]
+    rows = [torch.cat(steps)]  # and (channels + 1,) sums and count of each group
     for name in graph.groups:
         sums = totals.sums[name].to(device) if name in totals.sums else nothing.expand(len(graph.kept(name)))
         count = totals.counts.get(name, nothing).to(device)
         rows.append(torch.cat([sums, count.view(1)]))
     added = trainer.strategy.reduce(torch.cat(rows), reduce_op="sum")
-    by_group = dict(zip(graph.groups, added.split([len(row) for row in rows]), strict=True))
+    steps_of_all, *of_groups = added.split([len(row) for row in rows])
+    by_group = dict(zip(graph.groups, of_groups, strict=True))
     sums_by_group = {name: row[:-1] for name, row in by_group.items()}
     counts_by_group = {name: row[-1] for name, row in by_group.items()}
-    return Totals(sums_by_group, counts_by_group)
+    return Totals(sums_by_group, counts_by_group, dict(zip(_STEPS, steps_of_all, strict=True)))

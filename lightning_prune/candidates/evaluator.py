@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_prune.candidates.candidate import Candidate, Noise
+from lightning_prune.candidates.finite import refuse_not_finite
 from lightning_prune.candidates.isolation import of_twin, undisturbed
 from lightning_prune.candidates.jobs import Job, share
 from lightning_prune.candidates.journal import Entry
@@ -79,8 +80,9 @@ def evaluate_candidates(
 
     Raises:
         ValueError: If the batches or the outputs are not those of a classifier and ``evaluate`` is not given, there
-            are no batches, a plan does not fit the model, ``evaluate`` runs another model than it is given, a file in
-            ``resume`` is damaged, or ``evaluate`` cannot be told from others by what is noted there.
+            are no batches, a plan does not fit the model, ``evaluate`` runs another model than it is given, what was
+            measured is not finite, a file in ``resume`` is damaged, or ``evaluate`` cannot be told from others by what
+            is noted there.
 
     Example:
         >>> from lightning_prune import trace
@@ -119,7 +121,9 @@ def evaluate_candidates(
         raise ValueError("There are no batches to measure the candidates on.")
     if ranks.count > 1:
         sums.add_other_ranks(graph.model)
-    return sums.means()
+    measured = sums.means()
+    refuse_not_finite(graph.model, batches, measured.loss, measured.accuracy)
+    return measured
 
 
 def _planned(graph: ChannelGraph, candidate: Candidate | Mapping[str, Tensor]) -> Candidate:

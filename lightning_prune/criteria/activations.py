@@ -13,6 +13,7 @@ from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, to_o
 from lightning_prune.criteria.input_hooks import check_watchable, sum_positions, watch_inputs
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.finite import REMEDY, cause_in, not_finite_in
 from lightning_prune.graph.twin import twin_in_evaluation
 
 __all__ = ["apoz", "mean_activation"]
@@ -104,8 +105,12 @@ def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss, val
     """Return the mean of a value over all that is consumed of each channel: (kept channels,) by group."""
     check_watchable(graph, "The mean over activations")
     means: dict[str, _Mean] = {}  # by weight
+    spoilt: list[str] = []
 
     def add(weight: str, activation: Tensor, axis: int) -> None:
+        found = not_finite_in(activation)
+        if found:
+            spoilt.append(f"what is consumed with {weight!r} holds {found}")
         total = sum_positions(value(activation), axis).sum(0, dtype=torch.float64).cpu()  # (inputs,)
         count = activation.numel() // activation.shape[axis]
         if weight in means:
@@ -116,8 +121,11 @@ def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss, val
     with twin_in_evaluation(graph.model) as twin, as_written():
         watch_inputs(replace(graph, model=twin.model), add)
         run = of_twin(loss, twin)
-        for batch in batches:
+        for number, batch in enumerate(batches):
             run(twin.model, batch)
+            if spoilt:
+                cause = cause_in(graph.model, [batch], number) or f"{spoilt[0]} in batch {number} (counted from 0)"
+                raise ValueError(f"Nothing can be ranked, as {cause}; {REMEDY}.")
     return {name: _mean_over_layers(graph, name, means) for name in graph.groups}
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.planning.scores import not_rankable
 
 __all__ = ["Scores", "divide_by_mean", "divide_by_norm", "to_original_channels"]
 
@@ -23,11 +24,16 @@ def to_original_channels(graph: ChannelGraph, scores_of_kept: Mapping[str, Tenso
 
     Returns:
         (channels,) score of each group, on the CPU; ``-inf`` for channels that have been pruned.
+
+    Raises:
+        ValueError: If a score is not finite, but for ``inf`` of the only channel of a group, which cannot be pruned.
     """
     scores = {}
     for name, values in scores_of_kept.items():
         size = graph.groups[name].size
         kept = graph.kept(name)
+        if not bool(values.isfinite().all()) and (len(values) > 1 or bool(values.isnan())):
+            raise not_rankable(graph.model, name)
         original = torch.full((size,), -math.inf, dtype=values.dtype)
         original[kept] = values.detach().cpu()
         scores[name] = original

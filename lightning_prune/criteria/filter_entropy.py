@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.finite import REMEDY, not_finite_in
 from lightning_prune.pruning_plan import Slice
 
 __all__ = ["afie", "afie_of_shapes", "spectrum_entropy"]
@@ -27,6 +28,9 @@ def afie(graph: ChannelGraph, flatten: bool = False) -> dict[str, float]:
 
     Returns:
         One number above 0 per group.
+
+    Raises:
+        ValueError: If a weight is not finite.
 
     Note:
         The measure is that of Lu et al., "Entropy Induced Pruning Framework for Convolutional Neural Networks" (AAAI
@@ -111,6 +115,9 @@ def _by_group(graph: ChannelGraph, flatten: bool, entropy: Entropy) -> dict[str,
         for place in group.out_slices:
             weight = tensors[place.tensor]
             matrix = _matrix(graph, name, place, weight, flatten)
+            found = not_finite_in(matrix)
+            if found:
+                raise ValueError(f"The entropy of group {name!r} is none: {place.tensor!r} holds {found}; {REMEDY}.")
             if min(matrix.shape) > 1:
                 entropies.append(entropy(matrix) / len(matrix))
         if entropies:

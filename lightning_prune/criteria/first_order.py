@@ -13,12 +13,13 @@ from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, to_o
 from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, VARIANTS, Totals, make_collector
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.finite import REMEDY, cause_in
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import twin_in_evaluation
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
-__all__ = ["check_settings", "finish", "taylor"]
+__all__ = ["check_settings", "finish", "taylor", "why_unseen"]
 
 Parameters = dict[str, nn.Parameter]
 
@@ -93,16 +94,15 @@ def taylor(
         run = of_twin(loss, twin)
         for batch in batches:
             value = run(twin.model, batch)
-            collector.before_backward()
+            collector.before_backward(value)
             gradients = _gradients(value, parameters)
             collector.after_backward(1.0)
             collector.before_step(gradients)
             collector.after_batch()
     unseen = totals.unseen(graph)
     if unseen:
-        raise ValueError(
-            f"No finite gradient was seen of {', '.join(unseen)}: no batch, or the loss does not need them."
-        )
+        reason = why_unseen(graph, totals, batches) or "no batch, or the loss does not need them"
+        raise ValueError(f"No finite gradient was seen of {', '.join(unseen)}: {reason}.")
     return finish(graph, totals, variant, normalize, flops_penalty)
 
 
@@ -127,6 +127,21 @@ def finish(graph: ChannelGraph, totals: Totals, variant: str, normalize: bool | 
         flops = _flops_per_channel(graph)
         scores = {name: values - flops_penalty * flops[name] for name, values in scores.items()}
     return to_original_channels(graph, scores)
+
+
+def why_unseen(graph: ChannelGraph, totals: Totals, batches: Iterable[Any] = ()) -> str:
+    """Say which numbers that are not finite are the reason that nothing was seen of a group; nothing if none are.
+
+    Args:
+        graph: The traced model.
+        totals: What was collected.
+        batches: What it was collected from, if that can be had again.
+    """
+    counted = totals.not_finite()
+    if not counted:
+        return ""
+    cause = cause_in(graph.model, batches)
+    return f"{counted}{f', and {cause}' if cause else ''}; {REMEDY}"
 
 
 def check_settings(variant: str, flops_penalty: float) -> None:

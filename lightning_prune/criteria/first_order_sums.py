@@ -38,10 +38,19 @@ class Totals:
     Attributes:
         sums: (kept channels,) float64 by group.
         counts: () float64 by group: over how many samples or steps.
+        steps: () float64: how many ``"steps"`` there were, and of how many the ``"loss"`` or the ``"gradients"`` were
+            not finite.
     """
 
     sums: TensorsByName = field(default_factory=dict)
     counts: TensorsByName = field(default_factory=dict)
+    steps: TensorsByName = field(default_factory=dict)
+
+    def begin_step(self, loss: Tensor) -> None:
+        """Count a step, and whether its loss is finite."""
+        finite = loss.detach().isfinite().all()
+        _add(self.steps, "steps", torch.ones_like(finite, dtype=torch.float64))
+        _add(self.steps, "loss", (~finite).double())
 
     def add(self, values: Mapping[str, Tensor], count: int) -> None:
         """Add the sums of one step, unless one of them is not finite: optimizers skip such steps as well.
@@ -55,6 +64,7 @@ class Totals:
         # No branch on the outcome, to spare a synchronisation with the device.
         all_finite = [value.isfinite().all() for value in values.values()]
         finite = torch.stack(all_finite).all()
+        _add(self.steps, "gradients", (~finite).double())
         counted = finite.double() * count
         for name, value in values.items():
             finite_value = torch.where(finite, value, 0.0).double()
@@ -67,6 +77,17 @@ class Totals:
             _add(self.sums, name, value)
         for name, count in other.counts.items():
             _add(self.counts, name, count)
+        for name, count in other.steps.items():
+            _add(self.steps, name, count)
+
+    def not_finite(self) -> str:
+        """Say in how many steps losses or gradients were not finite; nothing if all of them were."""
+        counts = {name: int(count) for name, count in self.steps.items()}
+        for what in ("loss", "gradients"):
+            if counts.get(what):
+                were = "was" if what == "loss" else "were"
+                return f"the {what} {were} NaN or infinite in {counts[what]} of {counts.get('steps', 0)} steps"
+        return ""
 
     def unseen(self, graph: ChannelGraph) -> list[str]:
         """Name the groups of which there is nothing yet."""
@@ -104,8 +125,9 @@ class Collector:
     def stop(self) -> None:
         """Stop watching the model, and forget the step that has begun."""
 
-    def before_backward(self) -> None:
+    def before_backward(self, loss: Tensor) -> None:
         """Prepare for the backward pass of the loss: gradients of anything else do not count."""
+        self.totals.begin_step(loss)
 
     def after_backward(self, scale: float) -> None:
         """Take what the backward pass of the loss has shown.
@@ -154,7 +176,8 @@ class _Effects(Collector):
         self._handles = []
         self._effects = None
 
-    def before_backward(self) -> None:
+    def before_backward(self, loss: Tensor) -> None:
+        super().before_backward(loss)
         self._effects = {}
 
     def after_backward(self, scale: float) -> None:

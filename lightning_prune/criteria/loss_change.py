@@ -12,6 +12,7 @@ from lightning_prune.candidates import classification, classification_loss, eval
 from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.finite import REMEDY, cause_in
 
 __all__ = ["oracle"]
 
@@ -66,6 +67,9 @@ def oracle(
 
     evaluate = classification if loss is classification_loss else partial(_loss_alone, loss)
     losses = evaluate_candidates(graph, candidates, batches, evaluate=evaluate, resume=resume).loss
+    if not bool(losses.isfinite().all()):
+        cause = cause_in(graph.model, batches) or "the loss is not finite, of the network or once a channel is pruned"
+        raise ValueError(f"Nothing can be ranked, as {cause}; {REMEDY}.")
     changes = losses[1:] - losses[0]
     if absolute:
         changes = changes.abs()

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.graph.channel_graph import ChannelGraph, Group
+from lightning_prune.graph.finite import REMEDY, cause_in
 
-__all__ = ["best_channels", "checked_scores"]
+__all__ = ["best_channels", "checked_scores", "not_rankable"]
 
 
 def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[st
     for name in scores:
         graph.group(name)
     return {
-        name: _checked(group, scores[name]) if scores.get(name) is not None else _keeping_all(graph, group)
+        name: _checked(graph, group, scores[name]) if scores.get(name) is not None else _keeping_all(graph, group)
         for name, group in graph.groups.items()
     }
 
@@ -54,12 +55,26 @@ def best_channels(scores: Tensor, width: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:width]
 
 
-def _checked(group: Group, scores: Tensor) -> Tensor:
+def not_rankable(model: nn.Module, group: str) -> ValueError:
+    """Return what to raise where scores of a group are not finite; it names the parameter that is the reason.
+
+    Args:
+        model: The model that was scored.
+        group: The group.
+    """
+    cause = cause_in(model)
+    reason = f"as {cause}" if cause else "though all parameters are: the criterion overflows, or divides by nothing"
+    return ValueError(f"The scores of group {group!r} are not finite, {reason}; {REMEDY}.")
+
+
+def _checked(graph: ChannelGraph, group: Group, scores: Tensor) -> Tensor:
     if scores.shape != (group.size,):
         shape = tuple(scores.shape)
         raise ValueError(f"Group {group.name!r} has {group.size} channels, but its scores have shape {shape}.")
-    if bool(scores.isnan().any()):
-        raise ValueError(f"The scores of group {group.name!r} contain NaN; look for non-finite weights or gradients.")
+    kept = graph.kept(group.name).to(scores.device)
+    has_infinite = bool(scores[kept].isinf().any())  # which may be meant: keep it, whatever it costs
+    if bool(scores.isnan().any()) or (has_infinite and cause_in(graph.model)):
+        raise not_rankable(graph.model, group.name)
     return scores.detach().to("cpu", torch.float64)
 
 

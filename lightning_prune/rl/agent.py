@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.rl.checkpointed import Checkpointed
 from lightning_prune.rl.sampling import uniform_actions
@@ -106,7 +106,8 @@ class Agent(Checkpointed):
             m rows sample m actions for one observation.
 
         Raises:
-            ValueError: If the observation has another size or a number that is not finite, or no action is allowed.
+            ValueError: If the observation has another size or a number that is not finite, no action is allowed, or a
+                parameter of the agent is not finite.
 
         Example:
             >>> from lightning_prune.rl import SAC
@@ -114,6 +115,7 @@ class Agent(Checkpointed):
             >>> agent.act([0.1, 0.2, 0.3], low=[0.4], high=[0.4])
             tensor([0.4000])
         """
+        self._check_parameters()
         observations = self._checked_observation(observation)
         least, greatest = self._checked_bounds(low, high)
         return self._choose(observations, least, greatest, greedy, epoch).cpu()
@@ -157,6 +159,16 @@ class Agent(Checkpointed):
         """Return one of the settings `low` and `high` as (action,) numbers."""
         bound = torch.as_tensor(value, dtype=torch.float32, device=self.device)
         return bound.expand(self.action_size)
+
+    def _check_parameters(self) -> None:
+        for role, member in self._stateful().items():
+            parameters = member.named_parameters() if isinstance(member, nn.Module) else ()
+            for name, parameter in parameters:
+                if not bool(parameter.isfinite().all()):
+                    raise ValueError(
+                        f"The parameter {name!r} in the {role} of {type(self).__name__} holds a number that is not "
+                        "finite: it has learned too fast; lower its learning_rate."
+                    )
 
     def _check_range(self) -> None:
         in_order = self.low < self.high

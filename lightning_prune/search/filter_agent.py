@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.finite import REMEDY, not_finite_in
 from lightning_prune.rl.reinforce import Reinforce
 from lightning_prune.rl.transitions import Transition
 from lightning_prune.search.width_bounds import WidthBounds
@@ -154,7 +155,11 @@ class FilterSearch:
         self.bounds = bounds
         self.limits = bounds.after(widths[: self.group])
         out_slice = graph.groups[name].out_slices[0]
-        filters = _standardised(graph.rows(name, out_slice).float())
+        filters = graph.rows(name, out_slice).float()
+        found = not_finite_in(filters)
+        if found:
+            raise ValueError(f"The agent of group {name!r} sees {found} in {out_slice.tensor!r}; {REMEDY}.")
+        filters = _standardised(filters)
         self.agent = make_filter_agent(filters, seed + self.group, **settings)
         self.observation = filters.flatten()
 

@@ -142,7 +142,7 @@ def test_the_history_is_in_checkpoints_as_plain_values(tmp_path: Path) -> None:
 def test_settings_that_are_no_plain_values_are_named(tmp_path: Path) -> None:
     callback = TaylorRankCallback(keep=0.5, round_to=2, example_inputs=torch.zeros(1, 1, 8, 8))
     battery.train(tmp_path, callback)
-    assert callback.history.settings["example_inputs"] == "Tensor"
+    assert callback.history.settings["example_inputs"] == "Tensor of shape (1, 1, 8, 8)"
 
 
 class FolderLogger(Logger):
