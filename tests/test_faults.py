@@ -21,7 +21,7 @@ def differing_worlds(number: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("callback", "moment", "world"), [("taylor", "writing", "1 to 1"), ("learn_to_prune", "measuring", "2 to 1")]
+    ("callback", "moment", "world"), [("taylor_gate", "writing", "2 to 1"), ("learn_to_prune", "measuring", "1 to 1")]
 )
 def test_a_run_that_was_killed_and_resumed_equals_the_unbroken_one(callback: str, moment: str, world: str) -> None:
     record = faults.survive(callback, moment, world)
