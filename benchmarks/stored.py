@@ -21,6 +21,7 @@ import torch
 _NOT_SETTINGS = {
     "root", "work", "results", "weights",
     "networks", "rows", "seeds", "table", "batch", "env", "agents", "sac_steps", "ppo_steps",
+    "callbacks", "moments", "worlds",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_prune.callbacks import (
     AFIEEarlyPruneCallback,
@@ -131,9 +131,12 @@ def images(count: int) -> TensorDataset:
     return TensorDataset(noise + marks, labels)
 
 
-def loaders(batch_size: int = 16) -> tuple[DataLoader, DataLoader]:
-    """Return a training loader of `BATCHES` batches of 16 images, and a validation loader."""
-    return ResumableLoader(images(16 * BATCHES), batch_size), DataLoader(images(64), 32)
+def loaders(batch_size: int = 16, rank: int = 0, ranks: int = 1) -> tuple[DataLoader, DataLoader]:
+    """Return a training loader of `BATCHES` batches of 16 images, which ranks share, and a validation loader."""
+    training = images(16 * BATCHES)
+    # Lightning's own sampler would shuffle.
+    sampler = DistributedSampler(training, ranks, rank, shuffle=False) if ranks > 1 else None
+    return ResumableLoader(training, batch_size // ranks, sampler=sampler), DataLoader(images(64), 32)
 
 
 def train(
@@ -143,18 +146,20 @@ def train(
     module: L.LightningModule | None = None,
     **trainer: Any,
 ) -> tuple[L.LightningModule, L.Trainer]:
-    """Train from a fixed seed and keep a checkpoint of every epoch."""
+    """Train from a fixed seed and keep a checkpoint of every epoch; on as many ranks as the trainer has."""
     L.seed_everything(0, verbose=False)
     module = ResidualClassifier() if module is None else module
     settings: dict[str, Any] = {
         "max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
         "enable_model_summary": False, "default_root_dir": root, "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
     }  # fmt: skip
     made = list(callbacks)
     if not any(isinstance(callback, ModelCheckpoint) for callback in made):
         made.append(ModelCheckpoint(root / "checkpoints", filename="{epoch}-{step}", save_top_k=-1))
     runner = L.Trainer(callbacks=made, **{**settings, **trainer})
-    runner.fit(module, *loaders(), ckpt_path=ckpt_path)
+    served = loaders(rank=runner.global_rank, ranks=runner.world_size)
+    runner.fit(module, *served, ckpt_path=ckpt_path)
     return module, runner
 
 

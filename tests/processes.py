@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,19 @@ def warm() -> ForkServerContext:
     return context
 
 
-def run_nodes(nodes: list[Callable[[], None]], root: Path, timeout: float = 600) -> None:
-    """Run a function on each of some nodes that are all this machine, and fail with what they said."""
+def start_nodes(nodes: list[Callable[[], None]], root: Path) -> list[ForkServerProcess]:
+    """Start a function on each of some nodes that are all this machine; what they say is written to files."""
     context = warm()
     said = [root / f"node{number}.txt" for number in range(len(nodes))]
     processes = [context.Process(target=_node, args=pair) for pair in zip(nodes, said, strict=True)]
     for process in processes:
         process.start()
+    return processes
+
+
+def run_nodes(nodes: list[Callable[[], None]], root: Path, timeout: float = 600) -> None:
+    """Run a function on each of some nodes that are all this machine, and fail with what they said."""
+    processes = start_nodes(nodes, root)
     try:
         for process in processes:
             process.join(timeout)
@@ -42,7 +48,7 @@ def run_nodes(nodes: list[Callable[[], None]], root: Path, timeout: float = 600)
         for process in processes:
             process.kill()
     failed = [process.exitcode for process in processes] != [0] * len(processes)
-    assert not failed, "\n".join(path.read_text()[-3000:] for path in said)
+    assert not failed, "\n".join(path.read_text()[-3000:] for path in sorted(root.glob("node*.txt")))
 
 
 def _node(run: Callable[[], None], said: Path) -> None:

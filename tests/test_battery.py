@@ -151,7 +151,9 @@ def test_one_step_after_a_prune_equals_the_sliced_step_of_the_masked_twin(name: 
     before, loader = Before(), battery.loaders()[0]
     battery.train(tmp_path, before, callback, After(), precision="64-true", max_epochs=2)
     assert len(found) == len(list(battery.ResidualClassifier().parameters()))
-    assert max(found.values()) <= 1e-12, found
+    # The bias before the normalisation has no gradient but rounding, at most some 1e-17, which Adam divides by 1e-8.
+    limits = {"first.bias": 1e-10}
+    assert {key: value for key, value in found.items() if value > limits.get(key, 1e-14)} == {}
 
 
 @ROWS

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.futures import Future
-from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_prune.callbacks import PruningCallback
 from lightning_prune.graph import ChannelGraph
@@ -96,9 +95,8 @@ def _train(
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
         callbacks=[callback, *others, compare], use_distributed_sampler=False, **settings,
     )  # fmt: skip
-    # Each step the ranks share the 16 images that one process would take; Lightning's own sampler would shuffle.
-    sampler = DistributedSampler(battery.images(16 * battery.BATCHES), 2, trainer.global_rank, shuffle=False)
-    trainer.fit(module, DataLoader(sampler.dataset, 8, sampler=sampler), battery.loaders()[1])
+    # Each step the ranks share the 16 images that one process would take.
+    trainer.fit(module, *battery.loaders(rank=trainer.global_rank, ranks=2))
     plan = plan_in_force(module)
     return {
         "place": [trainer.global_rank, trainer.node_rank, trainer.local_rank],

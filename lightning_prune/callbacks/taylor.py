@@ -189,9 +189,17 @@ class TaylorRankCallback(PruningCallback):
         self.run.end()
         trying_out = trainer.fast_dev_run  # type: ignore[attr-defined]
         if trying_out or self.collecting(trainer.current_epoch):
-            self.run.collector = make_collector(self.run.graph, self.variant, self.state.totals)
-            self.run.collector.listen()
             self.state.listened = True
+            if self._counts_on(trainer):
+                self.run.collector = make_collector(self.run.graph, self.variant, self.state.totals)
+                self.run.collector.listen()
+
+    def _counts_on(self, trainer: "pl.Trainer") -> bool:
+        """Tell whether a rank collects: optimizers step with the gradients of all ranks, which count once.
+
+        Otherwise a step would weigh as much as there are ranks, and a run that goes on with fewer would mix weights.
+        """
+        return self.variant not in GRADIENT_FORMS or trainer.is_global_zero
 
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
