@@ -76,7 +76,7 @@ def difference(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, inputs:
     The model itself is left alone.
     """
     pruned = {name: planned.pruned.tolist() for name, planned in plan.groups.items()}
-    return judge(model, graph, pruned, inputs).apart
+    return judge(model.eval(), graph, pruned, inputs).apart
 
 
 def counted_flops(model: nn.Module, inputs: Any) -> int:

@@ -28,17 +28,17 @@ _CHANNEL_AXIS = {nn.Linear: -1, nn.Conv1d: 1, nn.Conv2d: 1, nn.Conv3d: 1}
 
 @dataclass(frozen=True)
 class Judgement:
-    """How far outputs are apart, relative to the largest one.
+    """How far the pruned network is from its twins, relative to the largest output.
 
     Attributes:
-        by_weights: The pruned network from the twin with zeros in its weights.
-        by_inputs: The pruned network from the twin whose layers take in zeros.
-        moved: The twin from the network itself: what a mistake had to hide in.
+        by_weights: From the twin with zeros in its weights.
+        by_inputs: From the twin whose layers take in zeros.
+        masked: The outputs of the first twin.
     """
 
     by_weights: float
     by_inputs: float
-    moved: float
+    masked: list[Tensor]
 
     @property
     def apart(self) -> float:
@@ -205,7 +205,7 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
 
 @torch.no_grad()
 def judge(model: nn.Module, graph: ChannelGraph, pruned: Pruned, inputs: Any) -> Judgement:
-    """Compare a network that the library prunes with its masked twins, in eval mode; it stays as it is.
+    """Compare a network that the library prunes with its masked twins, in the mode that it is in; it stays as it is.
 
     Args:
         model: The network, which was never pruned; random numbers in all of its tensors let no mistake hide.
@@ -214,13 +214,11 @@ def judge(model: nn.Module, graph: ChannelGraph, pruned: Pruned, inputs: Any) ->
         inputs: Arguments of the network.
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    model.eval()
     places = consumed(graph, pruned)
-    original: list[Tensor] = []
-    called = called_layers(model, lambda: original.extend(outputs_of(model, arguments)))
+    by_weights: list[Tensor] = []
     with zeros_in_weights(model, places):
-        by_weights = outputs_of(model, arguments)
+        called = called_layers(model, lambda: by_weights.extend(outputs_of(model, arguments)))
     with zeros_taken_in(model, places, called):
         by_inputs = outputs_of(model, arguments)
     smaller = outputs_of(pruned_copy(model, graph, pruned), arguments)
-    return Judgement(distance(by_weights, smaller), distance(by_inputs, smaller), distance(by_weights, original))
+    return Judgement(distance(by_weights, smaller), distance(by_inputs, smaller), by_weights)

@@ -9,7 +9,7 @@ from engine import randomised
 from torch import Tensor, nn
 
 LARGEST = 100_000_000
-SIZES = (64, 128)
+SIZES = (64, 128, 224, 256)
 
 
 def drawn(seed: int) -> Iterator[str]:

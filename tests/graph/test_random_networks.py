@@ -1,5 +1,6 @@
 """Networks made at random keep the invariants, whatever they are put together from."""
 
+import copy
 import random
 from collections.abc import Callable
 
@@ -311,7 +312,9 @@ def check_computed(seed: int, blocks: int) -> int:
     graph = lp.trace(model, x)
     exact = [name for name, group in graph.groups.items() if group.mask_exact and group.size > group.least]
     for names in (exact, *([name] for name in exact)):
-        assert judge(model, graph, draw_pruned(graph, names), x).apart <= 1e-9, names
+        pruned = draw_pruned(graph, names)
+        for mode in (True, False):  # none of these draws random numbers in training
+            assert judge(copy.deepcopy(model).train(mode), graph, pruned, x).apart <= 1e-9, names
     smaller = pruned_copy(model, graph, draw_pruned(graph, list(graph.groups)))
     smaller(x)
     smaller.train()(x).sum().backward()
