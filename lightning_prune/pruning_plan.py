@@ -6,7 +6,7 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -438,7 +438,7 @@ def _join(model: nn.Module, records: Mapping[str, PruningPlan]) -> PruningPlan:
     shapes: Shapes = {}
     for network, record in records.items():
         prefix = f"{network}." if network else ""
-        plan = _renamed(record, lambda name, prefix=prefix: first_names(prefix + name))
+        plan = _renamed(record, partial(first_names, prefix))
         groups.update(plan.groups)
         shapes.update(plan.shapes)
     first, *others = [record.budget for record in records.values()]
@@ -459,8 +459,9 @@ class _FirstNames:
         every = *model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)
         self._known = dict([*every, *model.named_buffers(remove_duplicate=False)])
 
-    def __call__(self, name: str) -> str:
-        """Return the first name of what has a name; groups may have a number behind that of their module."""
+    def __call__(self, prefix: str, name: str) -> str:
+        """Return the first name of what has a name behind a prefix; groups may have a number behind their module's."""
+        name = prefix + name
         known, number, digits = name.partition("#")
         if known not in self._known:
             return name
@@ -471,16 +472,20 @@ def _by_network(plan: PruningPlan | None) -> dict[str, PruningPlan]:
     """Divide a plan into what is about each network, under the names that this has for its tensors."""
     if plan is None:
         return {}
-    records = {}
+    records: dict[str, PruningPlan] = {}
     for groups in _connected(plan):
         shapes = {one.tensor: plan.shapes[one.tensor] for group in groups.values() for one in group.slices}
         network = _least_module(shapes)
         record = replace(plan, groups=groups, shapes=shapes)
         if network:
-            start = len(network) + 1
-            record = _renamed(record, lambda name, start=start: name[start:])
+            record = _renamed(record, partial(_within, network))
         records[network] = record.after(records.get(network))
     return records
+
+
+def _within(network: str, name: str) -> str:
+    """Return the name that a module or tensor has within a network."""
+    return name.removeprefix(network + ".")
 
 
 def _connected(plan: PruningPlan) -> list[dict[str, PlannedGroup]]:

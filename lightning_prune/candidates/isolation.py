@@ -1,20 +1,21 @@
 """Isolation of a model that is measured: nothing that a measurement does is seen by the model, or by other ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_prune.candidates.measures import Evaluate
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.twin import Twin, twin_in_evaluation
 
 __all__ = ["of_twin", "undisturbed", "without_other_ranks"]
+
+Measure = TypeVar("Measure", bound=Callable[[nn.Module, Any], Any])
 
 
 @contextmanager
@@ -40,12 +41,13 @@ def without_other_ranks(model: nn.Module) -> None:
             vars(module)["forward"] = partial(_BatchNorm.forward, module)
 
 
-def of_twin(evaluate: Evaluate, twin: Twin) -> Any:
+def of_twin(evaluate: Measure, twin: Twin) -> Measure:
     """Return what measures a twin: for a method of the model, that of its twin.
 
     Args:
-        evaluate: What measures the model.
+        evaluate: What measures the model, a function of the model and a batch.
         twin: A twin of the model.
     """
     is_method = isinstance(evaluate, MethodType) and evaluate.__self__ in twin
-    return twin.of(evaluate) if is_method else evaluate
+    followed: Measure = twin.of(evaluate) if is_method else evaluate
+    return followed

@@ -141,7 +141,7 @@ def _counterpart(value: Any, twin: Twin) -> Any:
     return value if blank is None else twin.note(value, blank, partial(_fill_object, value, blank, twin))
 
 
-def _blank(kind: type) -> Any:
+def _blank(kind: Any) -> Any:
     """Return an object that no constructor has run for; None where that cannot be."""
     for base in (object, kind):
         with suppress(TypeError):  # of what is not made of Python alone, or takes arguments
@@ -207,8 +207,8 @@ def _of_script(module: torch.jit.ScriptModule, twin: Twin) -> Any:
 
 
 @_counterpart.register
-def _of_dict(values: dict, twin: Twin) -> Any:  # type: ignore[type-arg]
-    kind = type(values)
+def _of_dict(values: dict, twin: Twin) -> Any:
+    kind: Any = type(values)
     blank = kind.__new__(kind)
     # Those of subclasses may do more than to set an item; an OrderedDict has to note the order.
     put = OrderedDict.__setitem__ if isinstance(values, OrderedDict) else dict.__setitem__
@@ -232,7 +232,7 @@ def _of_key(key: Any, twin: Twin) -> Any:
 @_counterpart.register(list)
 @_counterpart.register(deque)
 def _of_sequence(values: Any, twin: Twin) -> Any:
-    kind = type(values)
+    kind: Any = type(values)
     blank = kind([], values.maxlen) if isinstance(values, deque) else kind.__new__(kind)
 
     def fill() -> None:
@@ -244,13 +244,13 @@ def _of_sequence(values: Any, twin: Twin) -> Any:
 
 
 @_counterpart.register
-def _of_set(values: set, twin: Twin) -> Any:  # type: ignore[type-arg]
+def _of_set(values: set, twin: Twin) -> Any:
     blank = type(values).__new__(type(values))
     return twin.note(values, blank, lambda: blank.update([_of_key(value, twin) for value in values]))
 
 
 @_counterpart.register
-def _of_tuple(values: tuple, twin: Twin) -> Any:  # type: ignore[type-arg]
+def _of_tuple(values: tuple, twin: Twin) -> Any:
     counterparts = [twin.counterpart(value) for value in values]
     changed = any(one is not other for one, other in zip(values, counterparts, strict=True))
     return twin.note(values, tuple.__new__(type(values), counterparts)) if changed else values
@@ -307,7 +307,7 @@ def _of_builtin_method(method: BuiltinMethodType, twin: Twin) -> Any:
 
 
 @_counterpart.register
-def _of_partial(bound: partial, twin: Twin) -> Any:  # type: ignore[type-arg]
+def _of_partial(bound: partial, twin: Twin) -> Any:
     function, args, named = (twin.counterpart(value) for value in (bound.func, bound.args, bound.keywords))
     made = type(bound)(function, *args)
     made.keywords.update(named)  # which may be filled later
@@ -315,7 +315,7 @@ def _of_partial(bound: partial, twin: Twin) -> Any:  # type: ignore[type-arg]
 
 
 @_counterpart.register
-def _of_reference(reference: weakref.ReferenceType, twin: Twin) -> Any:  # type: ignore[type-arg]
+def _of_reference(reference: weakref.ReferenceType, twin: Twin) -> Any:
     referent = reference()
     if referent is None or type(reference) is not weakref.ReferenceType:
         return reference

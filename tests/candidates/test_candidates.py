@@ -73,11 +73,13 @@ class Mixing(Sequence):
 
 
 class Restless(Sequence):
-    """Does one operation more in every other pass."""
+    """Does one operation more in every other pass of any such network."""
+
+    passes = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        self.__dict__["passes"] = self.__dict__.get("passes", 0) + 1
-        x = x.mean((2, 3)) + 0.0 if self.__dict__["passes"] % 2 else x.mean((2, 3))
+        Restless.passes += 1
+        x = x.mean((2, 3)) + 0.0 if Restless.passes % 2 else x.mean((2, 3))
         return self.head(self.second(self.first(x).relu()).relu())
 
 
@@ -221,7 +223,12 @@ def test_what_comes_before_the_first_difference_is_run_once() -> None:
     graph, (batch, *_) = made(Blocks)
     candidates = [{"hidden": torch.arange(10)[torch.arange(10) != channel]} for channel in range(10)]
     calls: list[int] = []
-    handle = graph.model.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, Blocks):  # a twin of the model
+            calls.append(len(output))
+
+    handle = nn.modules.module.register_module_forward_hook(count)
     with Counter() as counter:
         evaluate_candidates(graph, candidates, [batch])
     handle.remove()
