@@ -362,18 +362,17 @@ class PruningCallback(Schedule, Callback):
         with unlogged(pl_module), progress(doing):
             made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
             plan = agreed_plan(trainer, lambda: made)
-            with uninterrupted():  # a checkpoint that a signal asks for holds both or none
-                report = prune_in_training(trainer, plan)
-                self.state.steps_done = step
-        self.run.untried = list(report.widths)
+        with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
+            report = prune_in_training(trainer, plan)
+            self.state.steps_done = step
+            self.run.untried = list(report.widths)
+            self.run.recorder.add_prune(plan, step, scores)
         if not report.widths:
             warn(
                 f"Prune {step} of {self.steps} has pruned nothing: the next smaller network in steps of "
                 f"round_to={self.round_to} is below the budget. Lower round_to, or take fewer steps."
             )
         say(f"{self._headline(trainer, plan, step)}\n{report}")
-        with unlogged(pl_module):
-            self.run.recorder.add_prune(plan, step, scores)
 
     def _end_run(self) -> None:
         """Drop every reference to the module."""
