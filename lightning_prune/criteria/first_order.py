@@ -91,7 +91,8 @@ def taylor(
         with evaluating(graph.model), _all_trained(graph.model) as parameters, torch.enable_grad():
             for batch in batches:
                 value = loss(graph.model, batch)
-                collector.before_backward(value)
+                totals.begin_step(value)
+                collector.before_backward()
                 gradients = _gradients(value, parameters)
                 collector.after_backward(1.0)
                 collector.before_step(gradients)
