@@ -204,7 +204,8 @@ class TaylorRankCallback(PruningCallback):
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         if self.run.collector is not None:
-            self.run.collector.before_backward(loss)
+            self.run.collector.totals.begin_step(loss)
+            self.run.collector.before_backward()
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

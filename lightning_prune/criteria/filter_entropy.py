@@ -49,6 +49,12 @@ def afie(graph: ChannelGraph, flatten: bool = False) -> dict[str, float]:
         >>> round(afie(graph)["0"], 4)
         0.1733
     """
+    tensors = named_tensors(graph.model)
+    for name, group in graph.groups.items():
+        for place in group.out_slices:
+            found = not_finite_in(tensors[place.tensor])
+            if found:
+                raise ValueError(f"Group {name!r} has no entropy, as {place.tensor!r} holds {found}; {REMEDY}.")
     return _by_group(graph, flatten, spectrum_entropy)
 
 
@@ -115,9 +121,6 @@ def _by_group(graph: ChannelGraph, flatten: bool, entropy: Entropy) -> dict[str,
         for place in group.out_slices:
             weight = tensors[place.tensor]
             matrix = _matrix(graph, name, place, weight, flatten)
-            found = not_finite_in(matrix)
-            if found:
-                raise ValueError(f"The entropy of group {name!r} is none: {place.tensor!r} holds {found}; {REMEDY}.")
             if min(matrix.shape) > 1:
                 entropies.append(entropy(matrix) / len(matrix))
         if entropies:

@@ -94,7 +94,8 @@ def taylor(
         run = of_twin(loss, twin)
         for batch in batches:
             value = run(twin.model, batch)
-            collector.before_backward(value)
+            totals.begin_step(value)
+            collector.before_backward()
             gradients = _gradients(value, parameters)
             collector.after_backward(1.0)
             collector.before_step(gradients)

@@ -125,9 +125,8 @@ class Collector:
     def stop(self) -> None:
         """Stop watching the model, and forget the step that has begun."""
 
-    def before_backward(self, loss: Tensor) -> None:
+    def before_backward(self) -> None:
         """Prepare for the backward pass of the loss: gradients of anything else do not count."""
-        self.totals.begin_step(loss)
 
     def after_backward(self, scale: float) -> None:
         """Take what the backward pass of the loss has shown.
@@ -176,8 +175,7 @@ class _Effects(Collector):
         self._handles = []
         self._effects = None
 
-    def before_backward(self, loss: Tensor) -> None:
-        super().before_backward(loss)
+    def before_backward(self) -> None:
         self._effects = {}
 
     def after_backward(self, scale: float) -> None:
