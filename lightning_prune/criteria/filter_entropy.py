@@ -49,7 +49,7 @@ def afie(graph: ChannelGraph, flatten: bool = False) -> dict[str, float]:
         >>> round(afie(graph)["0"], 4)
         0.1733
     """
-    tensors = named_tensors(graph.model)
+    tensors = graph.tensors()
     for name, group in graph.groups.items():
         for place in group.out_slices:
             found = not_finite_in(tensors[place.tensor])
