@@ -1,5 +1,6 @@
 """Checkpoints of pruned models: onto the original class, and what is said about those that do not fit."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 import lightning_prune as lp
 from lightning_prune.checkpoint import CHECKPOINT_KEY, restore_shape, save_plan, widened
+from lightning_prune.files import read_checkpoint
 from lightning_prune.models import ImageClassifier
 from lightning_prune.pruning_plan import plan_in_force
 
@@ -278,3 +280,16 @@ def test_a_plan_of_shapes_that_no_machine_can_hold_is_refused(tmp_path: Path) ->
         ValueError, match=r"no tensor of shape \(1, 268435456\)|no tensor of shape \(268435456, 2684354"
     ):
         widened(checkpoint, lp.checkpoint.saved_plan(checkpoint))
+
+
+def test_whatever_is_no_checkpoint_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    chance, path = random.Random(0), save(pruned(), tmp_path / "a.ckpt")
+    whole = path.read_bytes()
+    spoilt = [b"", b"hello", bytes(100), *(whole[:end] for end in range(0, len(whole), 997))]
+    spoilt += [b"\x80\x02" + chance.randbytes(chance.randrange(30)) for _ in range(300)]
+    spoilt += [chance.randbytes(chance.randrange(1, 60)) for _ in range(100)]
+    for content in spoilt:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a.ckpt' (cannot be read as a checkpoint|is no checkpoint)") as raised:
+            read_checkpoint(path)
+        assert "\n" not in str(raised.value)

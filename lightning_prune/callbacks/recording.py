@@ -66,7 +66,7 @@ class Recorder:
         if self.history is None or not self.trainer.is_global_zero:
             return
         self.history.add_prune(self.graph, plan, step, self.trainer.current_epoch, self._measure())
-        self._write()
+        self._write(self.history)
         log_prune(self.trainer, self.history, scores)
 
     def add_validation(self) -> None:
@@ -77,7 +77,7 @@ class Recorder:
         if not self.history.prunes:
             self.history.before.metrics = found
         self.history.add_epoch(self.trainer.current_epoch + 1, self.kept, found)
-        self._write()
+        self._write(self.history)
 
     def end(self) -> None:
         """Measure the network at the end of training, if it was pruned, and log it."""
@@ -85,7 +85,7 @@ class Recorder:
             return
         self.history.after = self._measure()
         self.history.after.metrics = metrics(self.trainer)
-        self._write()
+        self._write(self.history)
         log_end(self.trainer, self.history)
 
     def tell(self) -> None:
@@ -95,11 +95,10 @@ class Recorder:
         if self.history is not None and self.history.after is not None:
             say("\n".join(["", *summarize(self.history.before, self.history.after), "", *places]))
 
-    def _write(self) -> None:
+    def _write(self, history: History) -> None:
         """Write the history beside the logs; where that fails, say so once: training is worth more than its record."""
-        assert self.history is not None
         try:
-            log_history(self.trainer, self.history)
+            log_history(self.trainer, history)
             self._is_written = True
         except OSError as raised:
             self._is_written = False

@@ -28,7 +28,7 @@ def tell_what_holds(callback: "PruningCallback", recorder: Recorder) -> None:
         recorder: What records its run.
     """
     changed = changed_settings(callback)
-    if not changed:
+    if not changed or recorder.history is None:
         return
     former, new = _told(changed, "before"), _told(changed, "after")
     begin = f"{type(callback).__name__} goes on from a run with {former}, now with {new}: "
@@ -41,8 +41,7 @@ def tell_what_holds(callback: "PruningCallback", recorder: Recorder) -> None:
         )
         return
     callback.state, forgotten = without_what_depends_on(callback.state, changed)
-    assert callback.state.history is not None
-    callback.state.history.settings = settings_of(callback)
+    recorder.history.settings = settings_of(callback)
     learned = f"; what was learned under the former ones ({', '.join(forgotten)}) is forgotten" if forgotten else ""
     warn(
         f"{begin}the new settings hold for the prunes that are still to come ({callback.steps_done + 1} to "
