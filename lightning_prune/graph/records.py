@@ -210,8 +210,8 @@ class Known:
 
     Attributes:
         shrinking_axis: Which of the axes that one was split into becomes shorter; the last where nothing is known.
-        grouped: Names of the weights of grouped convolutions, or where they are read if they are computed; a
-            convolution of a single group looks like any other.
+        grouped: Names of the weights of grouped convolutions and normalisations, or where they are read if they are
+            computed; one of a single group looks like any other.
     """
 
     shrinking_axis: dict[SplitSite, int] = field(default_factory=dict)

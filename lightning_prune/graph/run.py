@@ -99,7 +99,10 @@ class Forward:
             vars(module)["forward"] = tracer.watched(self.names[id(original)], forward)
 
     def _mark_outputs(self, tracer: Tracer, output: Any) -> None:
-        for labels in tracer.labels_of(nested_tensors(output)):
+        outputs = list(nested_tensors(output))
+        for tensor in outputs:
+            tracer.mark_numbered(tensor)
+        for labels in tracer.labels_of(outputs):
             if int(labels.max()) > FIXED:
                 module = self.labelled.module_of(labels)
                 note = Note(labels, module, "is an output of the network")

@@ -52,7 +52,9 @@ def _sync_layer_norm(norm: Any) -> None:
 def _sync_group_norm(norm: Any) -> None:
     if norm.weight is not None:
         channels = norm.weight.shape[0]
-        norm.num_groups = norm.num_groups * channels // norm.num_channels
+        if norm.num_groups > 1 or _WAS_GROUPED in vars(norm):
+            vars(norm)[_WAS_GROUPED] = True
+            norm.num_groups = norm.num_groups * channels // norm.num_channels
         norm.num_channels = channels
 
 

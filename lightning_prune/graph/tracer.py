@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_prune.graph.frames import autograd_functions, first_on_stack
 from lightning_prune.graph.operators import Operator, OperatorTables, TracerRule
 from lightning_prune.graph.records import FIXED, Call, CallKey, Known, Labels, ModuleCall, numbers_in, tensors_in
+from lightning_prune.graph.sameness import Sameness, set_same_along
 from lightning_prune.graph.vocabulary import Vocabulary
+from lightning_prune.graph.writing import note_write
 
 __all__ = ["FIXED", "Call", "Labels", "Tracer", "ValueWatcher", "tensors_in"]  # and what else a rule is written with
 
@@ -148,12 +150,24 @@ class Tracer(Vocabulary, TorchDispatchMode):
         """Record what an operator says about channels and what it costs."""
         if operator.needs_values:
             self.unsure.add(self.where())
+        for tensor in inputs:
+            self.mark_numbered(tensor)
         if operator.takes_numbers or any(map(self.all_labels, inputs)):
             self._refuse_autograd_functions(inputs)
             self._note_step(operator, call)
             self._apply(operator.rule, call, inputs)
         if operator.cost is not None:  # also where no channel can be pruned
             operator.cost(self, call)
+        if operator.sameness is not None:
+            self._note_sameness(operator.sameness, call)
+        if operator.written is not None:
+            note_write(self, operator, call)
+
+    @staticmethod
+    def _note_sameness(sameness: Sameness, call: Call) -> None:
+        axes = sameness(call)
+        for output in call.outputs:
+            set_same_along(output, axes)
 
     def _refuse_autograd_functions(self, inputs: list[Tensor]) -> None:
         """Mark what an autograd function of somebody's own is given, if one runs."""

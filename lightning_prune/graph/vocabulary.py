@@ -23,7 +23,7 @@ class Vocabulary:
         modules: Names of the modules that run, outermost first.
         of_weights: Whether the operator that runs is given nothing but weights.
         in_attention: Whether it runs between the two matrix products of attention written as one operator.
-        grouped: Names of the weights of grouped convolutions.
+        grouped: Names of the weights of what works in groups.
         ties_of_splits: The places that split an axis, by the number of the tie that is due to each.
     """
 
@@ -71,6 +71,11 @@ class Vocabulary:
         return getattr(tensor, "_is_weight", False)
 
     @staticmethod
+    def numbered(tensor: Any) -> list[Labels]:
+        """Return the channels that a tensor holds numbers of, as those that were found to have the maximum."""
+        return getattr(tensor, "_numbered", [])
+
+    @staticmethod
     def shifts_zero(tensor: Any) -> bool:
         """Tell whether masking the weights that a tensor is made of does not mask the tensor."""
         return getattr(tensor, "_shifts_zero", False)
@@ -99,6 +104,12 @@ class Vocabulary:
         """Give a tensor its labels by axis; None for an axis whose positions cannot be pruned."""
         known = {axis: labels for axis, labels in axes.items() if labels is not None}
         tensor._channel_labels = known  # type: ignore[attr-defined]
+
+    @staticmethod
+    def set_numbered(tensor: Tensor, channels: list[Labels]) -> None:
+        """Say that a tensor holds numbers of channels, which are unprunable if anything uses them."""
+        if channels:
+            tensor._numbered = channels  # type: ignore[attr-defined]
 
     @staticmethod
     def shift_zero(tensor: Tensor) -> None:
@@ -144,6 +155,11 @@ class Vocabulary:
         """Say that channels cannot be pruned, with the reason; the name of the module that runs is put before it."""
         if labels is not None:
             self.record.unprunable.append(Note(labels, self.where(), why))
+
+    def mark_numbered(self, tensor: Any) -> None:
+        """Say that the channels which a tensor holds numbers of cannot be pruned, because these are used."""
+        for labels in self.numbered(tensor):
+            self.mark_unprunable(labels, "has its channels told apart by number")
 
     def mark_not_mask_exact(self, labels: Labels | None, why: str) -> None:
         """Say that pruning these channels is not the same as masking what is read from them."""

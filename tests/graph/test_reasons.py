@@ -94,7 +94,7 @@ def fixed_blur(net: Network, x: Tensor) -> Tensor:
 
 
 def class_token(x: Tensor) -> Tensor:
-    return torch.cat([torch.zeros(2, 1, 8, device=x.device), x], 1)
+    return torch.cat([torch.arange(8.0, device=x.device).expand(2, 1, 8), x], 1)
 
 
 def by_other_strides(x: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ UNPRUNABLE: dict[str, tuple[Network, Any, str, str]] = {
     ),
     "other strides": (around(by_other_strides), IMAGE, "stem", "is given strides by hand"),
     "another shape by strides": (around(first_half_by_strides, 4), IMAGE, "stem", "is given strides by hand"),
-    "beside zeros": (
+    "beside numbers": (
         Network(lambda net, x: net.head(class_token(net.stem(x))), stem=nn.Linear(3, 8), head=nn.Linear(8, 2)),
         TOKENS,
         "stem",
@@ -474,7 +474,7 @@ FREE: dict[str, tuple[nn.Module, Any, str, dict[str, dict[int, list[int]]]]] = {
         Network(
             lambda net, x: net.head(torch.bmm(net.stem(x).transpose(0, 1), net.matrices).mean(2).t()),
             stem=nn.Conv1d(3, 8, 1),
-            matrices=weight(8, 5, 4),
+            matrices=weight(8, 5, 1),
             head=nn.Linear(8, 2),
         ),
         torch.zeros(2, 3, 5),

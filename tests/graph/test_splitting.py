@@ -124,6 +124,11 @@ def test_groups_of_group_norm_are_pruned_as_one():
             "is normalised over its channels",
         ),
         (lambda x: x * x.sum(1, keepdim=True), "is summed over its channels"),
+        (lambda x: x * x.mean(1, keepdim=True), "takes mean over its channels"),
+        (lambda x: x * x.amax(1, keepdim=True), "takes amax over its channels"),
+        (lambda x: x * x.max(1, keepdim=True).values, "takes max over its channels"),
+        (lambda x: F.normalize(x), "takes linalg_vector_norm over its channels"),
+        (lambda x: F.group_norm(x, 1), "is normalised over its channels"),
     ],
 )
 def test_statistics_over_channels_are_not_mask_exact(between, why: str):
@@ -290,8 +295,11 @@ UNPRUNABLE = {
         lambda x: x * torch.full_like(x, x.shape[1]),
         "computes with the number of its channels",
     ),
-    "mean over channels": (lambda x: x * x.mean(1, keepdim=True), "takes mean over its channels"),
-    "maximum over channels": (lambda x: x * x.amax(1, keepdim=True), "takes amax over its channels"),
+    "number of the largest channel": (lambda x: x * x.argmax(1, keepdim=True), "takes argmax over its channels"),
+    "the number beside the largest": (
+        lambda x: x * x.max(1, keepdim=True).indices,
+        "has its channels told apart by number",
+    ),
     "softmax over channels": (lambda x: x.softmax(1), "runs softmax along its channels"),
     "one channel picked": (lambda x: x * x[:, 0].unsqueeze(1), "has its channels picked by select"),
     "a custom autograd function": (Doubling.apply, "runs the autograd function Doubling"),

@@ -11,6 +11,7 @@ from lightning_prune.graph.tracer import Call, Tracer
 
 __all__: list[str] = []
 
+_RETURN_NUMBERS = frozenset({"aten.max", "aten.min", "aten.median", "aten.nanmedian"})
 _LOCAL_RESPONSE_NORM = F.local_response_norm.__code__
 
 
@@ -69,13 +70,30 @@ def _resize(tracer: Tracer, call: Call, spatial_axes: int) -> None:
 
 @rule(
     "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.max", "aten.min", "aten.prod", "aten.median",
-    "aten.any", "aten.all", "aten.argmax", "aten.argmin", "aten.logsumexp", "aten.var_mean", "aten.std_mean",
-    "aten.aminmax",
+    "aten.any", "aten.all", "aten.logsumexp", "aten.var_mean", "aten.std_mean", "aten.aminmax", "aten.nanmedian",
 )  # fmt: skip
 def reduction(tracer: Tracer, call: Call) -> None:
-    """Make the channels along the axes that are reduced unprunable; the others are kept."""
+    """Reduce channels, which is not mask-exact: of fewer of them there is another mean, maximum ...
+
+    An operator that also returns the numbers of what it found makes channels unprunable where these are used.
+    """
     dim = call.argument(1, "dim")
     _reduce(tracer, call, dim)
+    for output in call.outputs:
+        if not output.is_floating_point() and call.name in _RETURN_NUMBERS:
+            labels_by_axis = tracer.all_labels(call.args[0])
+            numbered = [labels_by_axis[axis] for axis in _axes(call.args[0], dim) if axis in labels_by_axis]
+            tracer.set_numbered(output, numbered)
+
+
+@rule("aten.argmax", "aten.argmin")
+def number_of_channel(tracer: Tracer, call: Call) -> None:
+    """Make the channels along the axes unprunable, since what is returned is the number of one."""
+    x = call.args[0]
+    reduced = _axes(x, call.argument(1, "dim"))
+    for axis in reduced:
+        tracer.mark_unprunable(tracer.labels(x, axis), f"takes {plain_name(call)} over its channels")
+    _label_without(tracer, call, reduced)
 
 
 @rule("aten.linalg_vector_norm", "aten.norm")
@@ -91,7 +109,7 @@ def _reduce(tracer: Tracer, call: Call, dim: Any) -> None:
     reduced = _axes(x, dim)
     for axis in reduced:
         labels = tracer.labels(x, axis)
-        tracer.mark_unprunable(labels, why)
+        tracer.mark_not_mask_exact(labels, why)
     _label_without(tracer, call, reduced)
 
 

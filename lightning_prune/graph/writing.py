@@ -1,0 +1,75 @@
+"""Writing in place: what is written into a view is then in the tensor that it is a view of."""
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.operators import Operator
+from lightning_prune.graph.records import Call, Labels
+from lightning_prune.graph.sameness import clear_sameness, same_along, set_same_along
+from lightning_prune.graph.vocabulary import Vocabulary
+
+__all__ = ["note_write"]
+
+_INTO_SOME = "is written into some positions of a tensor"
+
+
+def note_write(tracer: Vocabulary, operator: Operator, call: Call) -> None:
+    """Label a tensor by what an operator wrote into a view of it, and forget along which axes it was the same.
+
+    Args:
+        tracer: What is said goes there.
+        operator: The operator, which works in place.
+        call: Its call, once its rule has been followed.
+    """
+    for tensor in operator.written_among(call):
+        if not operator.tells_sameness:
+            clear_sameness(tensor)
+        if tensor._base is not None:
+            _Write(tracer, tensor, tensor._base).pass_on()
+
+
+class _Write:
+    """What was written into a view of a tensor.
+
+    Args:
+        tracer: What is said goes there.
+        view: The view, with the labels of what was written.
+        whole: The tensor.
+    """
+
+    def __init__(self, tracer: Vocabulary, view: Tensor, whole: Tensor) -> None:
+        self.tracer = tracer
+        self.view = view
+        self.whole = whole
+        self.axes = _axes_of_view(view, whole)
+
+    def pass_on(self) -> None:
+        """Label the tensor by what is in the view."""
+        labels_of_whole = dict(self.tracer.all_labels(self.whole))
+        labels_of_view = self.tracer.all_labels(self.view)
+        for axis, labels in labels_of_view.items():
+            whole_axis = self.axes.get(axis)
+            before = labels_of_whole.get(whole_axis)
+            if whole_axis is not None and before is None:
+                labels_of_whole[whole_axis] = labels
+            elif whole_axis is not None:
+                self.tracer.tie(before, labels, _INTO_SOME)
+            elif not self._are_from_whole(labels):
+                self.tracer.mark_unprunable(labels, _INTO_SOME)
+        self.tracer.set_labels(self.whole, labels_of_whole)
+        still_same = {self.axes[axis] for axis in same_along(self.view) if axis in self.axes}
+        set_same_along(self.whole, same_along(self.whole) & still_same)
+
+    def _are_from_whole(self, labels: Labels) -> bool:
+        """Tell whether the view had its labels from the tensor."""
+        of_whole = self.tracer.labels_of([self.whole])
+        return any(bool(torch.isin(labels, along).all()) for along in of_whole)
+
+
+def _axes_of_view(view: Tensor, whole: Tensor) -> dict[int, int]:
+    """Return which axis of a tensor each axis of a view of it is, of those that the view has all positions of."""
+    extents = zip(whole.shape, whole.stride(), strict=True)
+    whole_axes = {extent: axis for axis, extent in enumerate(extents)}
+    extents_of_view = zip(view.shape, view.stride(), strict=True)
+    found = {axis: whole_axes.get(extent) for axis, extent in enumerate(extents_of_view)}
+    return {axis: whole_axis for axis, whole_axis in found.items() if whole_axis is not None}
