@@ -64,9 +64,19 @@ class Forward:
         parameters = map(id, self.submodule.parameters())
         buffers = map(id, self.submodule.buffers())
         reached = {*parameters, *buffers}
+        kernels = self._kernels()
         for name, tensor in self.tensors.items():
             if id(tensor) in reached:
-                yield name, self.shapes[name]
+                shape = self.shapes[name]
+                yield name, _without_kernel_size(shape) if id(tensor) in kernels else shape
+
+    def _kernels(self) -> set[int]:
+        """Return the ``id`` of all weights of convolutions, or what these are computed from."""
+        kernels = set()
+        for module in self.submodule.modules():
+            if isinstance(module, nn.modules.conv._ConvNd):
+                kernels |= {id(parameter) for parameter in module.parameters()}
+        return kernels
 
     def run(self, tracer: Tracer, kept: KeptPositions, training: bool) -> None:
         """Run with only some positions of some tensors; the tracer's record tells what that showed.
@@ -210,6 +220,11 @@ def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[
     for axis, positions in kept.items():
         kept_labels[axis] = labels[axis][positions]
     return kept_labels
+
+
+def _without_kernel_size(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape whose axes behind the channels have a single position, since they cannot be pruned."""
+    return shape[:2] + (1,) * len(shape[2:])
 
 
 def _original_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

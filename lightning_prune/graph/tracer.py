@@ -8,7 +8,7 @@ only be pruned together. What happens to the labels at each operator is said in 
 `lightning_prune.graph.rules`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_prune.graph.counts import counted_shape
 from lightning_prune.graph.frames import autograd_functions, first_on_stack
 from lightning_prune.graph.operators import Operator, OperatorTables, TracerRule
 from lightning_prune.graph.records import FIXED, Call, CallKey, Known, Labels, ModuleCall, numbers_in, tensors_in
@@ -28,6 +29,8 @@ from lightning_prune.graph.writing import note_write
 __all__ = ["FIXED", "Call", "Labels", "Tracer", "ValueWatcher", "tensors_in"]  # and what else a rule is written with
 
 _MAKES_CONSTANTS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+_GIVES_SHAPES_OF_OTHERS = (Tensor.view_as, Tensor.reshape_as)
+_GIVES_SHAPES = (Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_SHAPES_OF_OTHERS)
 _READS_VALUES = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 
@@ -245,4 +248,27 @@ class ValueWatcher(TorchFunctionMode):
             tracer.constant = numbers if len(numbers) == 1 else []
         elif func in _READS_VALUES and tracer.all_labels(args[0]):
             tracer.unsure.add(tracer.where())
-        return func(*args, **kwargs)
+        elif func in _GIVES_SHAPES:
+            tracer.sizes_written = self._sizes_written(func, *args, **kwargs)
+        try:
+            output = func(*args, **kwargs)
+        finally:
+            tracer.sizes_written = ()
+        is_size = isinstance(output, torch.Size) or func is Tensor.size
+        return self._counted(output, *args, **kwargs) if is_size else output
+
+    def _counted(self, size: Any, tensor: Any = None, dim: int | None = None) -> Any:
+        """Return the size of a tensor, all of it or that of one axis, as counts of channels."""
+        labels_by_axis = self.tracer.all_labels(tensor)
+        if not labels_by_axis:
+            return size
+        shape = counted_shape(tensor.shape, labels_by_axis, self.tracer.record)
+        return shape if dim is None else shape[dim]
+
+    def _sizes_written(self, func: Any, tensor: Tensor, *sizes: Any, **named: Any) -> Sequence[int]:
+        """Return the shape that a function is to give a tensor, as the code has it."""
+        given = tree_leaves((sizes, named))
+        if func in _GIVES_SHAPES_OF_OTHERS:
+            [other] = given
+            return self._counted(other.shape, other)
+        return [size for size in given if isinstance(size, int)]

@@ -49,10 +49,8 @@ class _Write:
         labels_of_view = self.tracer.all_labels(self.view)
         for axis, labels in labels_of_view.items():
             whole_axis = self.axes.get(axis)
-            before = labels_of_whole.get(whole_axis)
-            if whole_axis is not None and before is None:
-                labels_of_whole[whole_axis] = labels
-            elif whole_axis is not None:
+            if whole_axis is not None:
+                before = labels_of_whole.setdefault(whole_axis, labels)
                 self.tracer.tie(before, labels, _INTO_SOME)
             elif not self._are_from_whole(labels):
                 self.tracer.mark_unprunable(labels, _INTO_SOME)

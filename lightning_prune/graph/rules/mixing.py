@@ -173,10 +173,11 @@ def matrix_vector_product(tracer: Tracer, call: Call) -> None:
 
 @rule("aten.dot", "aten.vdot")
 def dot(tracer: Tracer, call: Call) -> None:
-    """Make both vectors unprunable: the number that they are summed up to depends on all channels."""
-    for vector in call.args[:2]:
-        labels = tracer.labels(vector, 0)
-        tracer.mark_unprunable(labels, "is summed up to one number")
+    """Tie both vectors, which is not mask-exact: the number that they are summed up to depends on all channels."""
+    first, second = call.args[:2]
+    labels = tracer.labels(first, 0)
+    tracer.tie(labels, tracer.labels(second, 0), "multiplies a vector of fixed size")
+    tracer.mark_not_mask_exact(labels, "is summed up to one number")
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
