@@ -29,7 +29,9 @@ class ChannelCount(int):
 
     def __floordiv__(self, other: Any) -> Any:
         result = super().__floordiv__(other)
-        return _count(result, self.labels, self.record) if isinstance(result, int) else result
+        if not isinstance(result, int):
+            return result
+        return _count(result, self.labels, self.record)
 
 
 def _count(number: int, labels: Labels, record: Record) -> ChannelCount:
@@ -63,6 +65,12 @@ def find_computed(sizes: Sequence[int], record: Record) -> int | None:
         sizes: The sizes as they were written, -1 for the one that is left out; nothing where that is not known.
         record: What the pass shows.
     """
-    counts = [place for place, size in enumerate(sizes) if channels_counted(size, record) is not None]
-    computed = counts or [place for place, size in enumerate(sizes) if size == -1]
+    counts = []
+    left_out = []
+    for place, size in enumerate(sizes):
+        if channels_counted(size, record) is not None:
+            counts.append(place)
+        if size == -1:
+            left_out.append(place)
+    computed = counts or left_out
     return computed[0] if len(computed) == 1 else None

@@ -15,9 +15,7 @@ __all__ = ["Operator", "OperatorTables", "TracerRule"]
 
 TracerRule = Callable[[Any, Call], None]  # is given the tracer and the call
 
-_NEEDS_VALUES = frozenset({
-    "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.masked_select",
-})  # fmt: skip
+_NEEDS_VALUES = frozenset({"aten._local_scalar_dense", "aten.is_nonzero", "aten.equal"})
 _TAKES_NUMBERS = frozenset({
     "aten.lift_fresh", "aten.scalar_tensor", "aten.full", "aten.full_like", "aten.new_full",
 })  # fmt: skip

@@ -72,10 +72,11 @@ class Forward:
 
     def _kernels(self) -> set[int]:
         """Return the ``id`` of all weights of convolutions, or what these are computed from."""
-        kernels = set()
+        kernels: set[int] = set()
         for module in self.submodule.modules():
             if isinstance(module, nn.modules.conv._ConvNd):
-                kernels |= {id(parameter) for parameter in module.parameters()}
+                parameters = module.parameters()
+                kernels.update(map(id, parameters))
         return kernels
 
     def run(self, tracer: Tracer, kept: KeptPositions, training: bool) -> None:
@@ -144,7 +145,9 @@ class Forward:
                 return tracer
         tracer = make_tracer()
         self._run_on_data(tracer, training)
+        needs_values -= tracer.sure
         needs_values |= tracer.unsure
+        needs_values |= {name for name in tracer.sure if self._has_more(tracer, name)}
         for name in sorted(needs_values - {""}):
             self._mark_module_unprunable(tracer, name)
         tracer.record.module_calls.clear()  # outputs take memory
@@ -161,6 +164,16 @@ class Forward:
                 f"The example inputs {shapes} do not fit the forward pass of {network}: {raised}"
             ) from raised
 
+    def _has_more(self, tracer: Tracer, name: str) -> bool:
+        """Tell whether a module has weights that no operator used, as it may for other values."""
+        tensors = set(self.labelled.by_tensor)
+        unused = tensors - tracer.record.used
+        return any(self._is_in(tensor, name) for tensor in unused)
+
+    def _is_in(self, tensor: str, module: str) -> bool:
+        is_everything = module == self.names[id(self.submodule)]
+        return is_everything or tensor.startswith(module + ".")
+
     def _mark_module_unprunable(self, tracer: Tracer, name: str) -> None:
         """Mark all that a module produces, consumes and is given: for other values it may do something else."""
         why = "looks at values, and may do something else for others"
@@ -169,9 +182,8 @@ class Forward:
             if key.module == name:
                 tensors = nested_tensors((call.inputs, call.output))
                 touched.extend(tracer.labels_of(tensors))
-        is_everything = name == self.names[id(self.submodule)]
         for tensor, labels_by_axis in self.labelled.by_tensor.items():
-            if is_everything or tensor.startswith(name + "."):
+            if self._is_in(tensor, name):
                 touched.extend(labels_by_axis.values())
         for labels in touched:
             tracer.record.unprunable.append(Note(labels, name, why))
@@ -205,6 +217,8 @@ class Forward:
                 stand_in = stand_in.index_select(axis, positions.to(stand_in.device))
         if isinstance(tensor, nn.Parameter):
             stand_in._is_weight = True  # type: ignore[attr-defined]
+        if isinstance(tensor, nn.Parameter) or tensor.is_floating_point():  # others are numbers of positions, or counts
+            stand_in._is_of_network = True  # type: ignore[attr-defined]
         stand_in._dotted_name = name  # type: ignore[attr-defined]
         return stand_in
 
@@ -224,7 +238,9 @@ def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[
 
 def _without_kernel_size(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape whose axes behind the channels have a single position, since they cannot be pruned."""
-    return shape[:2] + (1,) * len(shape[2:])
+    channels = shape[:2]
+    kernel = shape[2:]
+    return channels + (1,) * len(kernel)
 
 
 def _original_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -78,7 +78,14 @@ _SYNC_BY_CLASS: dict[type[nn.Module], Sync] = {
     nn.Embedding: _sync_embedding,
 }
 
-_SYNC_BY_CLASS_NAME: dict[str, Sync] = {}  # of users' classes
+
+def _sync_deformable(convolution: Any) -> None:
+    convolution.out_channels = convolution.weight.shape[0]
+    convolution.in_channels = convolution.weight.shape[1] * convolution.groups
+
+
+# By full name: what would take long to import, and users' own.
+_SYNC_BY_CLASS_NAME: dict[str, Sync] = {"torchvision.ops.deform_conv.DeformConv2d": _sync_deformable}
 
 
 def size_attributes(*classes: str) -> Callable[[Sync], Sync]:

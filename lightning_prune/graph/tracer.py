@@ -8,7 +8,7 @@ only be pruned together. What happens to the labels at each operator is said in 
 `lightning_prune.graph.rules`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
     Attributes:
         calls_of: How often each module has been called.
         failed_in: Name of the innermost module that raised.
-        unsure: Names of the modules that looked at values.
+        unsure: Names of the modules that looked at values of the network.
+        sure: Names of those that looked at values which depend on the inputs alone.
         constant: The number that a tensor is being made of.
         running_inputs: What the operator that runs was given; after an exception, what the one that failed was given.
         muted: Whether a module that has a rule of its own runs.
@@ -58,6 +59,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.calls_of: dict[str, int] = {}
         self.failed_in = ""
         self.unsure: set[str] = set()
+        self.sure: set[str] = set()
         self.constant: list[float] = []
         self.running_inputs: list[Tensor] = []
         self.muted = False
@@ -144,6 +146,9 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if self.of_weights:
             for made in tensors_in(output):
                 made._is_weight = True  # type: ignore[attr-defined]
+        if any(map(self.is_of_network, inputs)):
+            for made in tensors_in(output):
+                made._is_of_network = True  # type: ignore[attr-defined]
         if not self.muted:
             self._follow(operator, Call(func, args, kwargs, output), inputs)
             self.running_inputs = []
@@ -152,7 +157,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
     def _follow(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
         """Record what an operator says about channels and what it costs."""
         if operator.needs_values:
-            self.unsure.add(self.where())
+            self.note_look(inputs)
         for tensor in inputs:
             self.mark_numbered(tensor)
         if operator.takes_numbers or any(map(self.all_labels, inputs)):
@@ -171,6 +176,12 @@ class Tracer(Vocabulary, TorchDispatchMode):
         axes = sameness(call)
         for output in call.outputs:
             set_same_along(output, axes)
+
+    def note_look(self, tensors: Iterable[Tensor]) -> None:
+        """Note that the module which runs looks at the values of tensors."""
+        looks_at_network = any(map(self.is_of_network, tensors))
+        modules = self.unsure if looks_at_network else self.sure
+        modules.add(self.where())
 
     def _refuse_autograd_functions(self, inputs: list[Tensor]) -> None:
         """Mark what an autograd function of somebody's own is given, if one runs."""
@@ -246,8 +257,8 @@ class ValueWatcher(TorchFunctionMode):
         if func in _MAKES_CONSTANTS and not tracer.muted:
             numbers = numbers_in(tree_leaves((args, kwargs)))
             tracer.constant = numbers if len(numbers) == 1 else []
-        elif func in _READS_VALUES and tracer.all_labels(args[0]):
-            tracer.unsure.add(tracer.where())
+        elif func in _READS_VALUES:
+            tracer.note_look(args[:1])
         elif func in _GIVES_SHAPES:
             tracer.sizes_written = self._sizes_written(func, *args, **kwargs)
         try:

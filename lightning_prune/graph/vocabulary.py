@@ -74,6 +74,11 @@ class Vocabulary:
         return getattr(tensor, "_is_weight", False)
 
     @staticmethod
+    def is_of_network(tensor: Any) -> bool:
+        """Tell whether the values of a tensor depend on weights or statistics of the network."""
+        return getattr(tensor, "_is_of_network", False)
+
+    @staticmethod
     def numbered(tensor: Any) -> list[Labels]:
         """Return the channels that a tensor holds numbers of, as those that were found to have the maximum."""
         return getattr(tensor, "_numbered", [])

@@ -55,19 +55,42 @@ class _Write:
             elif not self._are_from_whole(labels):
                 self.tracer.mark_unprunable(labels, _INTO_SOME)
         self.tracer.set_labels(self.whole, labels_of_whole)
-        still_same = {self.axes[axis] for axis in same_along(self.view) if axis in self.axes}
-        set_same_along(self.whole, same_along(self.whole) & still_same)
+        self._keep_sameness()
+
+    def _keep_sameness(self) -> None:
+        """Let the tensor be the same along the axes along which it was, and what was written is."""
+        same_in_view = same_along(self.view)
+        still_same = set()
+        for axis, whole_axis in self.axes.items():
+            if axis in same_in_view:
+                still_same.add(whole_axis)
+        before = same_along(self.whole)
+        set_same_along(self.whole, before & still_same)
 
     def _are_from_whole(self, labels: Labels) -> bool:
         """Tell whether the view had its labels from the tensor."""
-        of_whole = self.tracer.labels_of([self.whole])
-        return any(bool(torch.isin(labels, along).all()) for along in of_whole)
+        for along in self.tracer.labels_of([self.whole]):
+            is_from_there = torch.isin(labels, along)
+            if is_from_there.all():
+                return True
+        return False
 
 
 def _axes_of_view(view: Tensor, whole: Tensor) -> dict[int, int]:
     """Return which axis of a tensor each axis of a view of it is, of those that the view has all positions of."""
-    extents = zip(whole.shape, whole.stride(), strict=True)
-    whole_axes = {extent: axis for axis, extent in enumerate(extents)}
-    extents_of_view = zip(view.shape, view.stride(), strict=True)
-    found = {axis: whole_axes.get(extent) for axis, extent in enumerate(extents_of_view)}
-    return {axis: whole_axis for axis, whole_axis in found.items() if whole_axis is not None}
+    extents = _extents(whole)
+    axes = {}
+    for axis, extent in enumerate(_extents(view)):
+        if extent in extents:
+            axes[axis] = extents.index(extent)
+    return axes
+
+
+def _extents(tensor: Tensor) -> list[tuple[int, int]]:
+    """Return the size and the stride of each axis."""
+    sizes_and_strides = zip(
+        tensor.shape,
+        tensor.stride(),
+        strict=True,
+    )
+    return list(sizes_and_strides)

@@ -79,11 +79,20 @@ def reduction(tracer: Tracer, call: Call) -> None:
     """
     dim = call.argument(1, "dim")
     _reduce(tracer, call, dim)
-    for output in call.outputs:
-        if not output.is_floating_point() and call.name in _RETURN_NUMBERS:
-            labels_by_axis = tracer.all_labels(call.args[0])
-            numbered = [labels_by_axis[axis] for axis in _axes(call.args[0], dim) if axis in labels_by_axis]
-            tracer.set_numbered(output, numbered)
+    if call.name in _RETURN_NUMBERS:
+        _number(tracer, call, dim)
+
+
+def _number(tracer: Tracer, call: Call, dim: Any) -> None:
+    """Say of which channels the second output holds numbers, if there is one."""
+    x = call.args[0]
+    numbered = []
+    for axis in _axes(x, dim):
+        labels = tracer.labels(x, axis)
+        if labels is not None:
+            numbered.append(labels)
+    for numbers in call.outputs[1:]:
+        tracer.set_numbered(numbers, numbered)
 
 
 @rule("aten.argmax", "aten.argmin")
@@ -92,7 +101,8 @@ def number_of_channel(tracer: Tracer, call: Call) -> None:
     x = call.args[0]
     reduced = _axes(x, call.argument(1, "dim"))
     for axis in reduced:
-        tracer.mark_unprunable(tracer.labels(x, axis), f"takes {plain_name(call)} over its channels")
+        labels = tracer.labels(x, axis)
+        tracer.mark_unprunable(labels, f"takes {plain_name(call)} over its channels")
     _label_without(tracer, call, reduced)
 
 
