@@ -36,7 +36,7 @@ from lightning_prune.graph.numbering import Numbering, number_labels
 from lightning_prune.graph.records import FIXED, CostTerm, Labels, Note, Record, Tie
 from lightning_prune.graph.slices import slices_of
 from lightning_prune.graph.slots import Slot, SlotTable, module_of
-from lightning_prune.graph.ties import TiedPairs, components, notes_on_half_fixed
+from lightning_prune.graph.ties import TiedPairs, components, notes_on_half_fixed, with_same_widths
 from lightning_prune.pruning_plan import Slice, width_in
 
 __all__ = ["Grouping", "Reasons", "UnprunableChannels", "form_groups", "marked"]
@@ -183,10 +183,11 @@ def form_groups(table: SlotTable, record: Record) -> Grouping:
         table: The labels of all tensors.
         record: What the forward pass showed.
     """
-    pairs = TiedPairs.of(record.ties)
+    ties = with_same_widths(table.count, record)
+    pairs = TiedPairs.of(ties)
     component_of = components(table.count, pairs)
     sides = _sides(table.count, record)
-    unprunable = [*notes_on_half_fixed(record.ties, pairs), *record.unprunable]
+    unprunable = [*notes_on_half_fixed(ties, pairs), *record.unprunable]
     not_mask_exact = [*record.not_mask_exact, *_not_masked_alone(table, record.ties, sides)]
     why_unprunable = _reasons(component_of, unprunable)
     why_not_mask_exact = _reasons(component_of, not_mask_exact)

@@ -7,16 +7,15 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_prune.graph.records import Call
+from lightning_prune.graph.records import Call, tensors_in
+from lightning_prune.graph.sameness import SAMENESS, Sameness
 from lightning_prune.graph.shapes import SHAPES
 
 __all__ = ["Operator", "OperatorTables", "TracerRule"]
 
 TracerRule = Callable[[Any, Call], None]  # is given the tracer and the call
 
-_NEEDS_VALUES = frozenset({
-    "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.masked_select",
-})  # fmt: skip
+_NEEDS_VALUES = frozenset({"aten._local_scalar_dense", "aten.is_nonzero", "aten.equal"})
 _TAKES_NUMBERS = frozenset({
     "aten.lift_fresh", "aten.scalar_tensor", "aten.full", "aten.full_like", "aten.new_full",
 })  # fmt: skip
@@ -33,6 +32,8 @@ class Operator:
         shape: Finds the shape of its output faster than PyTorch does; None if nothing does.
         takes_numbers: Whether the numbers that it is given change what it computes.
         needs_values: Whether it looks at the values of tensors.
+        sameness: Tells along which axes all positions of its output are the same; None where a rule does.
+        written: Number of the argument that it changes in place; None if it changes none.
     """
 
     function: Any
@@ -41,6 +42,19 @@ class Operator:
     shape: Callable[..., Any] | None
     takes_numbers: bool
     needs_values: bool
+    sameness: Sameness | None
+    written: int | None
+
+    @property
+    def tells_sameness(self) -> bool:
+        """Whether it is known along which axes all positions of its output are the same."""
+        return self.sameness is not None or self.takes_numbers
+
+    def written_among(self, call: Call) -> list[Tensor]:
+        """Return the tensors among its arguments that it has changed in place."""
+        if self.written is None or self.written >= len(call.args):
+            return []
+        return tensors_in(call.args[self.written])
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         """Return the output.
@@ -67,6 +81,13 @@ class Operator:
         """Tell whether tensors with and without data meet, and no data would be written to."""
         writes_data = self.function._schema.is_mutable and not tensors[0].is_meta
         return not writes_data and len({tensor.is_meta for tensor in tensors}) == 2
+
+
+def _written_argument(function: Any) -> int | None:
+    for number, argument in enumerate(function._schema.arguments):
+        if argument.is_write:
+            return number
+    return None
 
 
 def _without_data(tensor: Tensor) -> Tensor:
@@ -104,6 +125,8 @@ class OperatorTables:
             shape=SHAPES.get(name),
             takes_numbers=rule is self.rules["pointwise"] or name in _TAKES_NUMBERS,
             needs_values=name in _NEEDS_VALUES,
+            sameness=SAMENESS.get(name),
+            written=_written_argument(function),
         )
 
     def _rule_of(self, name: str) -> TracerRule:

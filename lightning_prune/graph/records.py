@@ -167,6 +167,7 @@ class Record:
 
     Attributes:
         ties: Labels that can only be pruned together.
+        same_widths: Labels that are to be equally many, in whatever order.
         unprunable: Channels that cannot be pruned.
         not_mask_exact: Channels whose pruning is not the same as masking.
         out_slices: Axes of weights that produce channels.
@@ -181,6 +182,7 @@ class Record:
     """
 
     ties: list[Tie] = field(default_factory=list)
+    same_widths: list[Tie] = field(default_factory=list)
     unprunable: list[Note] = field(default_factory=list)
     not_mask_exact: list[Note] = field(default_factory=list)
     out_slices: list[Labels] = field(default_factory=list)
@@ -196,6 +198,7 @@ class Record:
     def extend(self, other: "Record") -> None:
         """Add what another pass showed about channels."""
         self.ties.extend(other.ties)
+        self.same_widths.extend(other.same_widths)
         self.unprunable.extend(other.unprunable)
         self.not_mask_exact.extend(other.not_mask_exact)
         self.out_slices.extend(other.out_slices)
@@ -210,8 +213,8 @@ class Known:
 
     Attributes:
         shrinking_axis: Which of the axes that one was split into becomes shorter; the last where nothing is known.
-        grouped: Names of the weights of grouped convolutions, or where they are read if they are computed; a
-            convolution of a single group looks like any other.
+        grouped: Names of the weights of grouped convolutions and normalisations, or where they are read if they are
+            computed; one of a single group looks like any other.
     """
 
     shrinking_axis: dict[SplitSite, int] = field(default_factory=dict)

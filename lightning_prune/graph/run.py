@@ -64,9 +64,20 @@ class Forward:
         parameters = map(id, self.submodule.parameters())
         buffers = map(id, self.submodule.buffers())
         reached = {*parameters, *buffers}
+        kernels = self._kernels()
         for name, tensor in self.tensors.items():
             if id(tensor) in reached:
-                yield name, self.shapes[name]
+                shape = self.shapes[name]
+                yield name, _without_kernel_size(shape) if id(tensor) in kernels else shape
+
+    def _kernels(self) -> set[int]:
+        """Return the ``id`` of all weights of convolutions, or what these are computed from."""
+        kernels: set[int] = set()
+        for module in self.submodule.modules():
+            if isinstance(module, nn.modules.conv._ConvNd):
+                parameters = module.parameters()
+                kernels.update(map(id, parameters))
+        return kernels
 
     def run(self, tracer: Tracer, kept: KeptPositions, training: bool) -> None:
         """Run with only some positions of some tensors; the tracer's record tells what that showed.
@@ -99,7 +110,10 @@ class Forward:
             vars(module)["forward"] = tracer.watched(self.names[id(original)], forward)
 
     def _mark_outputs(self, tracer: Tracer, output: Any) -> None:
-        for labels in tracer.labels_of(nested_tensors(output)):
+        outputs = list(nested_tensors(output))
+        for tensor in outputs:
+            tracer.mark_numbered(tensor)
+        for labels in tracer.labels_of(outputs):
             if int(labels.max()) > FIXED:
                 module = self.labelled.module_of(labels)
                 note = Note(labels, module, "is an output of the network")
@@ -131,7 +145,9 @@ class Forward:
                 return tracer
         tracer = make_tracer()
         self._run_on_data(tracer, training)
+        needs_values -= tracer.sure
         needs_values |= tracer.unsure
+        needs_values |= {name for name in tracer.sure if self._has_more(tracer, name)}
         for name in sorted(needs_values - {""}):
             self._mark_module_unprunable(tracer, name)
         tracer.record.module_calls.clear()  # outputs take memory
@@ -148,6 +164,16 @@ class Forward:
                 f"The example inputs {shapes} do not fit the forward pass of {network}: {raised}"
             ) from raised
 
+    def _has_more(self, tracer: Tracer, name: str) -> bool:
+        """Tell whether a module has weights that no operator used, as it may for other values."""
+        tensors = set(self.labelled.by_tensor)
+        unused = tensors - tracer.record.used
+        return any(self._is_in(tensor, name) for tensor in unused)
+
+    def _is_in(self, tensor: str, module: str) -> bool:
+        is_everything = module == self.names[id(self.submodule)]
+        return is_everything or tensor.startswith(module + ".")
+
     def _mark_module_unprunable(self, tracer: Tracer, name: str) -> None:
         """Mark all that a module produces, consumes and is given: for other values it may do something else."""
         why = "looks at values, and may do something else for others"
@@ -156,9 +182,8 @@ class Forward:
             if key.module == name:
                 tensors = nested_tensors((call.inputs, call.output))
                 touched.extend(tracer.labels_of(tensors))
-        is_everything = name == self.names[id(self.submodule)]
         for tensor, labels_by_axis in self.labelled.by_tensor.items():
-            if is_everything or tensor.startswith(name + "."):
+            if self._is_in(tensor, name):
                 touched.extend(labels_by_axis.values())
         for labels in touched:
             tracer.record.unprunable.append(Note(labels, name, why))
@@ -192,6 +217,8 @@ class Forward:
                 stand_in = stand_in.index_select(axis, positions.to(stand_in.device))
         if isinstance(tensor, nn.Parameter):
             stand_in._is_weight = True  # type: ignore[attr-defined]
+        if isinstance(tensor, nn.Parameter) or tensor.is_floating_point():  # others are numbers of positions, or counts
+            stand_in._is_of_network = True  # type: ignore[attr-defined]
         stand_in._dotted_name = name  # type: ignore[attr-defined]
         return stand_in
 
@@ -207,6 +234,13 @@ def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[
     for axis, positions in kept.items():
         kept_labels[axis] = labels[axis][positions]
     return kept_labels
+
+
+def _without_kernel_size(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape whose axes behind the channels have a single position, since they cannot be pruned."""
+    channels = shape[:2]
+    kernel = shape[2:]
+    return channels + (1,) * len(kernel)
 
 
 def _original_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -52,7 +52,9 @@ def _sync_layer_norm(norm: Any) -> None:
 def _sync_group_norm(norm: Any) -> None:
     if norm.weight is not None:
         channels = norm.weight.shape[0]
-        norm.num_groups = norm.num_groups * channels // norm.num_channels
+        if norm.num_groups > 1 or _WAS_GROUPED in vars(norm):
+            vars(norm)[_WAS_GROUPED] = True
+            norm.num_groups = norm.num_groups * channels // norm.num_channels
         norm.num_channels = channels
 
 
@@ -76,7 +78,14 @@ _SYNC_BY_CLASS: dict[type[nn.Module], Sync] = {
     nn.Embedding: _sync_embedding,
 }
 
-_SYNC_BY_CLASS_NAME: dict[str, Sync] = {}  # of users' classes
+
+def _sync_deformable(convolution: Any) -> None:
+    convolution.out_channels = convolution.weight.shape[0]
+    convolution.in_channels = convolution.weight.shape[1] * convolution.groups
+
+
+# By full name: what would take long to import, and users' own.
+_SYNC_BY_CLASS_NAME: dict[str, Sync] = {"torchvision.ops.deform_conv.DeformConv2d": _sync_deformable}
 
 
 def size_attributes(*classes: str) -> Callable[[Sync], Sync]:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from lightning_prune.graph.records import FIXED, Labels, Note, Tie
+from lightning_prune.graph.records import FIXED, Labels, Note, Record, Tie
 
-__all__ = ["TiedPairs", "components", "is_among", "notes_on_half_fixed"]
+__all__ = ["TiedPairs", "components", "is_among", "notes_on_half_fixed", "with_same_widths"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,26 @@ def _shortened(root: ndarray) -> ndarray:
         if (further == root).all():
             return root
         root = further
+
+
+def with_same_widths(count: int, record: Record) -> list[Tie]:
+    """Return the ties of a record, and those that let channels be as many as others that shape them.
+
+    Channels that are among those others already, perhaps in another order, need no tie.
+
+    Args:
+        count: Number of labels.
+        record: What the forward pass showed.
+    """
+    ties = list(record.ties)
+    component_of = components(count, TiedPairs.of(ties))
+    for tie in record.same_widths:
+        first = component_of[tie.first.numpy()]
+        second = component_of[tie.second.numpy()]
+        if not np.isin(first, second).any():
+            ties.append(tie)
+            component_of = components(count, TiedPairs.of(ties))
+    return ties
 
 
 def notes_on_half_fixed(ties: Sequence[Tie], pairs: TiedPairs) -> list[Note]:

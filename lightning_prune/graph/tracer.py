@@ -8,7 +8,7 @@ only be pruned together. What happens to the labels at each operator is said in 
 `lightning_prune.graph.rules`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_prune.graph.counts import counted_shape
 from lightning_prune.graph.frames import autograd_functions, first_on_stack
 from lightning_prune.graph.operators import Operator, OperatorTables, TracerRule
 from lightning_prune.graph.records import FIXED, Call, CallKey, Known, Labels, ModuleCall, numbers_in, tensors_in
+from lightning_prune.graph.sameness import Sameness, set_same_along
 from lightning_prune.graph.vocabulary import Vocabulary
+from lightning_prune.graph.writing import note_write
 
 __all__ = ["FIXED", "Call", "Labels", "Tracer", "ValueWatcher", "tensors_in"]  # and what else a rule is written with
 
 _MAKES_CONSTANTS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+_GIVES_SHAPES_OF_OTHERS = (Tensor.view_as, Tensor.reshape_as)
+_GIVES_SHAPES = (Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_SHAPES_OF_OTHERS)
 _READS_VALUES = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 
@@ -41,7 +46,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
     Attributes:
         calls_of: How often each module has been called.
         failed_in: Name of the innermost module that raised.
-        unsure: Names of the modules that looked at values.
+        unsure: Names of the modules that looked at values of the network.
+        sure: Names of those that looked at values which depend on the inputs alone.
         constant: The number that a tensor is being made of.
         running_inputs: What the operator that runs was given; after an exception, what the one that failed was given.
         muted: Whether a module that has a rule of its own runs.
@@ -53,6 +59,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.calls_of: dict[str, int] = {}
         self.failed_in = ""
         self.unsure: set[str] = set()
+        self.sure: set[str] = set()
         self.constant: list[float] = []
         self.running_inputs: list[Tensor] = []
         self.muted = False
@@ -139,6 +146,9 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if self.of_weights:
             for made in tensors_in(output):
                 made._is_weight = True  # type: ignore[attr-defined]
+        if any(map(self.is_of_network, inputs)):
+            for made in tensors_in(output):
+                made._is_of_network = True  # type: ignore[attr-defined]
         if not self.muted:
             self._follow(operator, Call(func, args, kwargs, output), inputs)
             self.running_inputs = []
@@ -147,13 +157,31 @@ class Tracer(Vocabulary, TorchDispatchMode):
     def _follow(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
         """Record what an operator says about channels and what it costs."""
         if operator.needs_values:
-            self.unsure.add(self.where())
+            self.note_look(inputs)
+        for tensor in inputs:
+            self.mark_numbered(tensor)
         if operator.takes_numbers or any(map(self.all_labels, inputs)):
             self._refuse_autograd_functions(inputs)
             self._note_step(operator, call)
             self._apply(operator.rule, call, inputs)
         if operator.cost is not None:  # also where no channel can be pruned
             operator.cost(self, call)
+        if operator.sameness is not None:
+            self._note_sameness(operator.sameness, call)
+        if operator.written is not None:
+            note_write(self, operator, call)
+
+    @staticmethod
+    def _note_sameness(sameness: Sameness, call: Call) -> None:
+        axes = sameness(call)
+        for output in call.outputs:
+            set_same_along(output, axes)
+
+    def note_look(self, tensors: Iterable[Tensor]) -> None:
+        """Note that the module which runs looks at the values of tensors."""
+        looks_at_network = any(map(self.is_of_network, tensors))
+        modules = self.unsure if looks_at_network else self.sure
+        modules.add(self.where())
 
     def _refuse_autograd_functions(self, inputs: list[Tensor]) -> None:
         """Mark what an autograd function of somebody's own is given, if one runs."""
@@ -229,6 +257,29 @@ class ValueWatcher(TorchFunctionMode):
         if func in _MAKES_CONSTANTS and not tracer.muted:
             numbers = numbers_in(tree_leaves((args, kwargs)))
             tracer.constant = numbers if len(numbers) == 1 else []
-        elif func in _READS_VALUES and tracer.all_labels(args[0]):
-            tracer.unsure.add(tracer.where())
-        return func(*args, **kwargs)
+        elif func in _READS_VALUES:
+            tracer.note_look(args[:1])
+        elif func in _GIVES_SHAPES:
+            tracer.sizes_written = self._sizes_written(func, *args, **kwargs)
+        try:
+            output = func(*args, **kwargs)
+        finally:
+            tracer.sizes_written = ()
+        is_size = isinstance(output, torch.Size) or func is Tensor.size
+        return self._counted(output, *args, **kwargs) if is_size else output
+
+    def _counted(self, size: Any, tensor: Any = None, dim: int | None = None) -> Any:
+        """Return the size of a tensor, all of it or that of one axis, as counts of channels."""
+        labels_by_axis = self.tracer.all_labels(tensor)
+        if not labels_by_axis:
+            return size
+        shape = counted_shape(tensor.shape, labels_by_axis, self.tracer.record)
+        return shape if dim is None else shape[dim]
+
+    def _sizes_written(self, func: Any, tensor: Tensor, *sizes: Any, **named: Any) -> Sequence[int]:
+        """Return the shape that a function is to give a tensor, as the code has it."""
+        given = tree_leaves((sizes, named))
+        if func in _GIVES_SHAPES_OF_OTHERS:
+            [other] = given
+            return self._counted(other.shape, other)
+        return [size for size in given if isinstance(size, int)]

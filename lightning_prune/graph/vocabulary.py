@@ -1,11 +1,12 @@
 """Vocabulary of the rules: what a rule can ask about tensors, and what it can say about channels."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import CodeType
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_prune.graph.counts import channels_counted, find_computed
 from lightning_prune.graph.frames import is_on_stack, running_line
 from lightning_prune.graph.records import CostTerm, Known, Labels, Note, Record, SplitSite, Tie
 
@@ -22,8 +23,9 @@ class Vocabulary:
         record: What this pass has shown so far.
         modules: Names of the modules that run, outermost first.
         of_weights: Whether the operator that runs is given nothing but weights.
+        sizes_written: The shape that a tensor is given now, as the code has it.
         in_attention: Whether it runs between the two matrix products of attention written as one operator.
-        grouped: Names of the weights of grouped convolutions.
+        grouped: Names of the weights of what works in groups.
         ties_of_splits: The places that split an axis, by the number of the tie that is due to each.
     """
 
@@ -36,6 +38,7 @@ class Vocabulary:
         self.modules: list[str] = []
         self.of_weights = False
         self.in_attention = False
+        self.sizes_written: Sequence[int] = ()
         self.grouped = set(known.grouped)
         self.ties_of_splits: dict[int, SplitSite] = {}
 
@@ -71,6 +74,16 @@ class Vocabulary:
         return getattr(tensor, "_is_weight", False)
 
     @staticmethod
+    def is_of_network(tensor: Any) -> bool:
+        """Tell whether the values of a tensor depend on weights or statistics of the network."""
+        return getattr(tensor, "_is_of_network", False)
+
+    @staticmethod
+    def numbered(tensor: Any) -> list[Labels]:
+        """Return the channels that a tensor holds numbers of, as those that were found to have the maximum."""
+        return getattr(tensor, "_numbered", [])
+
+    @staticmethod
     def shifts_zero(tensor: Any) -> bool:
         """Tell whether masking the weights that a tensor is made of does not mask the tensor."""
         return getattr(tensor, "_shifts_zero", False)
@@ -101,6 +114,12 @@ class Vocabulary:
         tensor._channel_labels = known  # type: ignore[attr-defined]
 
     @staticmethod
+    def set_numbered(tensor: Tensor, channels: list[Labels]) -> None:
+        """Say that a tensor holds numbers of channels, which are unprunable if anything uses them."""
+        if channels:
+            tensor._numbered = channels  # type: ignore[attr-defined]
+
+    @staticmethod
     def shift_zero(tensor: Tensor) -> None:
         """Say that a tensor, and what is computed from it, is not zero where the weights are that it is made of."""
         tensor._shifts_zero = True  # type: ignore[attr-defined]
@@ -126,24 +145,45 @@ class Vocabulary:
         for other in others:
             self.tie(first, other, "is split into parts")
 
-    def split_axis(self, sizes: tuple[int, ...]) -> int:
+    def split_axis(self, sizes: tuple[int, ...], written: Sequence[int] = ()) -> int:
         """Say that an axis is split into several; returns the one that becomes shorter when channels are pruned.
 
         Code that splits channels writes one size down and computes the other; which is which shows only when the
-        channels become fewer. The last one is taken to be computed, until a trial has shown otherwise.
+        channels become fewer. Where the code does not tell, the last one is taken to be computed, until a trial has
+        shown otherwise.
 
         Args:
             sizes: The sizes of the axes, outermost first.
+            written: The same as the code has them; nothing where that is not known.
         """
         site = SplitSite(running_line(), len(sizes))
         number_of_tie = len(self.record.ties)  # of the one that the rule is about to make
         self.ties_of_splits[number_of_tie] = site
-        return self.known.shrinking_axis.get(site, len(sizes) - 1)
+        computed = find_computed(written, self.record)
+        default = len(sizes) - 1 if computed is None else computed
+        return self.known.shrinking_axis.get(site, default)
+
+    def written_sizes(self, output: Tensor) -> Sequence[int]:
+        """Return the shape of an output as the code has it that runs now, in plain numbers where that is not known."""
+        return self.sizes_written if len(self.sizes_written) == output.dim() else output.shape
+
+    def require_same_width(self, labels: Labels, sizes: Iterable[int]) -> None:
+        """Say that channels are shaped by sizes; those of others, if there are as many, are to stay as many."""
+        for size in sizes:
+            counted = channels_counted(size, self.record)
+            if counted is not None and counted is not labels and len(counted) == len(labels):
+                tie = Tie(labels, counted, self.where(), "is shaped by the number of others")
+                self.record.same_widths.append(tie)
 
     def mark_unprunable(self, labels: Labels | None, why: str) -> None:
         """Say that channels cannot be pruned, with the reason; the name of the module that runs is put before it."""
         if labels is not None:
             self.record.unprunable.append(Note(labels, self.where(), why))
+
+    def mark_numbered(self, tensor: Any) -> None:
+        """Say that the channels which a tensor holds numbers of cannot be pruned, because these are used."""
+        for labels in self.numbered(tensor):
+            self.mark_unprunable(labels, "has its channels told apart by number")
 
     def mark_not_mask_exact(self, labels: Labels | None, why: str) -> None:
         """Say that pruning these channels is not the same as masking what is read from them."""

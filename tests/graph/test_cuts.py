@@ -72,7 +72,7 @@ UNPRUNABLE = {
     "first three doubled": (changed(lambda x: x[:, :3].mul_(2)), 8),
     "last three doubled": (changed(lambda x: x[:, -3:].mul_(2)), 8),
     "first of equal parts of four": (changed(lambda x: x.split(4, 1)[0].neg_()), 8),
-    "first of rows of four": (changed(lambda x: x.view(2, -1, 4, 8, 8)[:, 0].neg_()), 8),
+    "first of two rows of four": (changed(lambda x: x.view(2, 2, 4, 8, 8)[:, 0].neg_()), 8),
 }
 
 
@@ -158,11 +158,46 @@ class Heads(nn.Module):
         return self.out(heads.sigmoid().flatten(1, 2))
 
 
-def test_heads_of_the_width_of_another_layer_are_unprunable():
+def test_heads_of_the_width_of_another_layer_are_pruned_with_it():
     graph = lp.trace(Heads(), IMAGE)
-    assert list(graph.groups) == ["middle"]
-    assert graph.unprunable["value"].reason.startswith("Heads: relies on the number of its channels (test_cuts.py:")
+    assert list(graph.groups) == ["stem", "middle"]
+    assert graph.groups["stem"].size == 4, "channels at the same place in both heads"
+    assert {one.tensor for one in graph.groups["stem"].out_slices} == {"stem.weight", "value.weight"}
     assert_masked_equals_pruned(Heads())
+
+
+class OfOneWidth(nn.Module):
+    """A reduction whose output is reshaped by the width of the stream, as attention over fewer pixels has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fewer, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 2, 2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        batch, channels = x.shape[:2]
+        fewer = self.fewer(x.relu()).reshape(batch, channels, -1).transpose(1, 2)
+        return self.out(x.flatten(2).mean(2) + fewer.sigmoid().mean(1)) + self.out(fewer.mean(1))
+
+
+class Shuffled(Around):
+    """Reshapes channels by their own number, in another order."""
+
+    def __init__(self) -> None:
+        super().__init__(shuffled)
+
+
+def shuffled(x: Tensor) -> Tensor:
+    batch, channels, *pixels = x.shape
+    by_pairs = x.relu().view(batch, 2, channels // 2, *pixels).transpose(1, 2)
+    return by_pairs.reshape(batch, channels, *pixels)
+
+
+@pytest.mark.parametrize(("model", "name", "size"), [(OfOneWidth(), "stem", 8), (Shuffled(), "stem", 4)])
+def test_two_of_one_width_are_tied_and_one_by_its_own_is_not(model: nn.Module, name: str, size: int):
+    graph = lp.trace(model, IMAGE)
+    assert graph.groups[name].size == size
+    assert_masked_equals_pruned(model)
 
 
 class InTraining(Around):

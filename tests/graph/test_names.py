@@ -138,7 +138,7 @@ CASES: dict[str, tuple[nn.Module, Any, dict[str, tuple[int, str]]]] = {
         {"0": (8, "1: is normalised by its neighbouring channels")},
     ),
     "pruned as a whole alone": (
-        nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.Conv2d(8, 2, 1)),
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.GLU(1), nn.Conv2d(4, 2, 1)),
         IMAGE,
         {"0": (8, "0: all its channels can only be pruned together")},
     ),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from engine import assert_pruned, difference, random_plan, randomised
 from torch import Tensor, nn
+from torchvision.ops import DeformConv2d, roi_align
 
 import lightning_prune as lp
 
@@ -94,7 +95,7 @@ def fixed_blur(net: Network, x: Tensor) -> Tensor:
 
 
 def class_token(x: Tensor) -> Tensor:
-    return torch.cat([torch.zeros(2, 1, 8, device=x.device), x], 1)
+    return torch.cat([torch.arange(8.0, device=x.device).expand(2, 1, 8), x], 1)
 
 
 def by_other_strides(x: Tensor) -> Tensor:
@@ -107,6 +108,11 @@ def first_half_by_strides(x: Tensor) -> Tensor:
 
 def surplus(x: Tensor) -> Tensor:
     return torch.cat([x, x[:, 8:]], 1)
+
+
+def added_by_number(x: Tensor) -> Tensor:
+    numbers = torch.tensor([1, 0, 3, 1, 1], device=x.device)
+    return x.new_zeros(4, x.shape[1]).index_add(0, numbers, x)
 
 
 def at_points(x: Tensor) -> Tensor:
@@ -202,12 +208,6 @@ UNPRUNABLE: dict[str, tuple[Network, Any, str, str]] = {
         "stem",
         "is a batch of matrices of fixed number",
     ),
-    "one number of all channels": (
-        Network(lambda net, x: torch.dot(net.stem(x)[0], net.stem(x)[1]), stem=nn.Linear(3, 8)),
-        ROWS,
-        "stem",
-        "is summed up to one number",
-    ),
     "width of attention": (
         attending(lambda x: x.unsqueeze(1)),
         TOKENS,
@@ -232,7 +232,7 @@ UNPRUNABLE: dict[str, tuple[Network, Any, str, str]] = {
     ),
     "other strides": (around(by_other_strides), IMAGE, "stem", "is given strides by hand"),
     "another shape by strides": (around(first_half_by_strides, 4), IMAGE, "stem", "is given strides by hand"),
-    "beside zeros": (
+    "beside numbers": (
         Network(lambda net, x: net.head(class_token(net.stem(x))), stem=nn.Linear(3, 8), head=nn.Linear(8, 2)),
         TOKENS,
         "stem",
@@ -314,6 +314,20 @@ def test_the_other_channels_are_free_when_one_is_unprunable():
 TWO_ACTIVATIONS = "Network: sums over the product of two activations"
 NOT_ALONE = "reads channels by a weight that cannot be masked alone"
 INEXACT: dict[str, tuple[Network, Any, str, str, dict[str, int]]] = {
+    "distances": (
+        Network(lambda net, x: torch.cdist(net.q(x), net.k(x)), q=nn.Linear(3, 8), k=nn.Linear(3, 8)),
+        TOKENS,
+        "q",
+        "Network: takes distances over its channels",
+        {"q.weight": 0, "q.bias": 0, "k.weight": 0, "k.bias": 0},
+    ),
+    "one number of all channels": (
+        Network(lambda net, x: torch.dot(net.stem(x)[0], net.stem(x)[1]), stem=nn.Linear(3, 8)),
+        ROWS,
+        "stem",
+        "Network: is summed up to one number",
+        {"stem.weight": 0, "stem.bias": 0},
+    ),
     "queries times keys": (
         Network(lambda net, x: net.q(x) @ net.k(x).transpose(1, 2), q=nn.Linear(3, 8), k=nn.Linear(3, 8)),
         TOKENS,
@@ -470,11 +484,75 @@ FREE: dict[str, tuple[nn.Module, Any, str, dict[str, dict[int, list[int]]]]] = {
         {f"0.parametrizations.weight.original{i}": {0: [1, 4]} for i in (0, 1)}
         | {"0.bias": {0: [1, 4]}, "2.weight": {1: [1, 4]}},
     ),
+    "patches": (
+        Network(lambda net, x: net.head(F.unfold(net.stem(x), 2)), stem=nn.Conv2d(3, 8, 1), head=nn.Conv1d(32, 2, 1)),
+        IMAGE,
+        "stem",
+        STEM | {"head.weight": {1: [4, 5, 6, 7, 16, 17, 18, 19]}},
+    ),
+    "put together from patches": (
+        Network(
+            lambda net, x: net.head(F.fold(net.stem(x), (4, 4), 2)),
+            stem=nn.Conv1d(3, 32, 1),
+            head=nn.Conv2d(8, 2, 1),
+        ),
+        torch.zeros(2, 3, 9),
+        "stem",
+        {
+            "stem.weight": {0: [4, 5, 6, 7, 16, 17, 18, 19]},
+            "stem.bias": {0: [4, 5, 6, 7, 16, 17, 18, 19]},
+            "head.weight": {1: [1, 4]},
+        },
+    ),
+    "regions": (
+        Network(
+            lambda net, x: net.head(roi_align(net.stem(x), net.regions, 2)),
+            stem=nn.Conv2d(3, 8, 1),
+            head=nn.Conv2d(8, 2, 1),
+            regions=nn.Parameter(torch.tensor([[0.0, 1, 1, 5, 5], [1, 0, 0, 3, 4]]), requires_grad=False),
+        ),
+        IMAGE,
+        "stem",
+        STEM | {"head.weight": {1: [1, 4]}},
+    ),
+    "added by number": (
+        Network(
+            lambda net, x: net.head(added_by_number(net.stem(x))),
+            stem=nn.Linear(3, 8),
+            head=nn.Linear(8, 2),
+        ),
+        ROWS,
+        "stem",
+        STEM | {"head.weight": {1: [1, 4]}},
+    ),
+    "looked at by a deformable convolution": (
+        Network(
+            lambda net, x: net.head(net.deformable(net.stem(x), net.places(x))),
+            stem=nn.Conv2d(3, 8, 1),
+            places=nn.Conv2d(3, 18, 1),
+            deformable=DeformConv2d(8, 6, 3, padding=1),
+            head=nn.Conv2d(6, 2, 1),
+        ),
+        IMAGE,
+        "stem",
+        STEM | {"deformable.weight": {1: [1, 4]}},
+    ),
+    "made by a deformable convolution": (
+        Network(
+            lambda net, x: net.head(net.stem(x, net.places(x))),
+            places=nn.Conv2d(3, 18, 1),
+            stem=DeformConv2d(3, 8, 3, padding=1),
+            head=nn.Conv2d(8, 2, 1),
+        ),
+        IMAGE,
+        "stem",
+        STEM | {"head.weight": {1: [1, 4]}},
+    ),
     "one matrix a channel": (
         Network(
             lambda net, x: net.head(torch.bmm(net.stem(x).transpose(0, 1), net.matrices).mean(2).t()),
             stem=nn.Conv1d(3, 8, 1),
-            matrices=weight(8, 5, 4),
+            matrices=weight(8, 5, 1),
             head=nn.Linear(8, 2),
         ),
         torch.zeros(2, 3, 5),

@@ -1,5 +1,6 @@
 """Networks that take channels apart, shuffle them or gate them: prunable where exact, unprunable where not."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -124,6 +125,11 @@ def test_groups_of_group_norm_are_pruned_as_one():
             "is normalised over its channels",
         ),
         (lambda x: x * x.sum(1, keepdim=True), "is summed over its channels"),
+        (lambda x: x * x.mean(1, keepdim=True), "takes mean over its channels"),
+        (lambda x: x * x.amax(1, keepdim=True), "takes amax over its channels"),
+        (lambda x: x * x.max(1, keepdim=True).values, "takes max over its channels"),
+        (lambda x: F.normalize(x), "takes linalg_vector_norm over its channels"),
+        (lambda x: F.group_norm(x, 1), "is normalised over its channels"),
     ],
 )
 def test_statistics_over_channels_are_not_mask_exact(between, why: str):
@@ -290,8 +296,11 @@ UNPRUNABLE = {
         lambda x: x * torch.full_like(x, x.shape[1]),
         "computes with the number of its channels",
     ),
-    "mean over channels": (lambda x: x * x.mean(1, keepdim=True), "takes mean over its channels"),
-    "maximum over channels": (lambda x: x * x.amax(1, keepdim=True), "takes amax over its channels"),
+    "number of the largest channel": (lambda x: x * x.argmax(1, keepdim=True), "takes argmax over its channels"),
+    "the number beside the largest": (
+        lambda x: x * x.max(1, keepdim=True).indices,
+        "has its channels told apart by number",
+    ),
     "softmax over channels": (lambda x: x.softmax(1), "runs softmax along its channels"),
     "one channel picked": (lambda x: x * x[:, 0].unsqueeze(1), "has its channels picked by select"),
     "a custom autograd function": (Doubling.apply, "runs the autograd function Doubling"),
@@ -406,6 +415,86 @@ def test_control_flow_on_values_makes_unprunable_the_module_and_what_it_is_given
     graph = lp.trace(model, torch.ones(2, 3, 8, 8))
     assert list(graph.groups) == ["0", "3"]
     assert graph.unprunable["1"].reason == "2: looks at values, and may do something else for others"
+
+
+class Masked(nn.Module):
+    """Looks at a mask that it is given; does without it where it is of no use."""
+
+    def __init__(self, look: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.look, self.stem, self.head = look, nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.head(x if self.look(mask) else x * mask[..., None])
+
+
+LOOKS = {
+    "a condition": lambda mask: mask.all(),
+    "a number": lambda mask: int(mask.sum(1).max()) == mask.shape[1],
+    "a list": lambda mask: min(mask.flatten().tolist()) == 1,
+    "an array": lambda mask: mask.cpu().numpy().min() == 1,
+}
+
+
+@pytest.mark.parametrize("case", LOOKS)
+@pytest.mark.parametrize("of_use", [False, True])
+def test_looking_at_values_of_the_inputs_alone_holds_nothing(case: str, of_use: bool):
+    model = randomised(Masked(LOOKS[case]).double()).eval()
+    mask = torch.ones(2, 5, dtype=torch.float64)
+    mask[0, 3:] = 0 if of_use else 1
+    inputs = torch.randn(2, 5, 8, dtype=torch.float64), mask
+    graph = lp.trace(model, inputs)
+    assert graph.groups["stem"].mask_exact
+    for given in (inputs, (inputs[0], torch.ones(2, 5, dtype=torch.float64))):
+        assert difference(model, graph, random_plan(graph), given) <= 1e-9
+
+
+class CarefulOfInputs(Careful):
+    """Uses another layer for other inputs."""
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        return self.one(x) if given.sum() > 0 else self.other(x)
+
+
+class Given(nn.Module):
+    """Gives its input on, beside what a layer makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.careful, self.head = nn.Conv2d(8, 8, 1), CarefulOfInputs(), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.careful(self.stem(x), x))
+
+
+def test_a_layer_for_other_values_of_the_inputs_keeps_the_module_whole():
+    graph = lp.trace(Given(), torch.ones(2, 8, 8, 8))
+    assert not graph.groups
+    assert graph.unprunable["stem"].reason == "careful: looks at values, and may do something else for others"
+
+
+class Picking(nn.Module):
+    """Picks rows by their scores, as detectors do; how many there are depends on the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.score, self.head = nn.Linear(8, 6), nn.Linear(6, 1), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        rows = torch.where(self.score(x)[:, 0] > 0)[0]
+        return self.head(x[rows])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_are_picked_by_their_values_hold_no_channels(seed: int):
+    torch.manual_seed(seed)
+    model = randomised(Picking().double()).eval()
+    x = torch.randn(7, 8, dtype=torch.float64)
+    graph = lp.trace(model, x)
+    assert graph.groups["stem"].mask_exact
+    assert difference(model, graph, random_plan(graph), x) <= 1e-9
 
 
 @dataclass

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_prune.graph.rules.table import rule
+from lightning_prune.graph.sameness import same_along, set_same_along
 from lightning_prune.graph.tracer import Call, Labels, Tracer, tensors_in
 
 __all__ = ["ELEMENTWISE", "combine", "same_shape"]
@@ -76,15 +77,17 @@ class _CombinedAxes:
         self.output = output
         self.sizes = output.shape
         self.labels: dict[int, Labels] = {}  # by axis of the output
-        self.fixed: set[int] = set()  # axes of the output along which some tensor has positions without labels
+        self.fixed: set[int] = set()  # axes of the output along which positions of some tensor differ without labels
 
     def add(self, tensor: Tensor) -> None:
         """Add a tensor that the operator was given."""
         labels_by_axis = self.tracer.all_labels(tensor)
+        same = same_along(tensor)
         output_axis = len(self.sizes) - tensor.dim()  # broadcasting adds axes in front
         for axis, size in enumerate(tensor.shape):
             labels = labels_by_axis.get(axis)
-            self._add_axis(output_axis, size, labels)
+            if labels is not None or axis not in same:
+                self._add_axis(output_axis, size, labels)
             output_axis += 1
 
     def _add_axis(self, axis: int, size: int, labels: Labels | None) -> None:
@@ -105,6 +108,8 @@ class _CombinedAxes:
             labels = self.labels[axis]
             self.tracer.mark_unprunable(labels, _FIXED_SIZE)
         self.tracer.set_labels(self.output, self.labels)
+        same = set(range(len(self.sizes))) - self.fixed - labelled
+        set_same_along(self.output, frozenset(axis for axis in same if self.sizes[axis] > 1))
 
 
 @rule("pointwise", "aten.copy_", *(f"aten.{name}" for name in ELEMENTWISE))

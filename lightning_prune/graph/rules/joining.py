@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.rules.table import rule
+from lightning_prune.graph.sameness import same_along
 from lightning_prune.graph.tracer import FIXED, Call, Labels, Tracer
 
 __all__: list[str] = []
@@ -59,11 +60,15 @@ def _labels_or_fixed(tracer: Tracer, tensor: Tensor, axis: int) -> Labels:
 
 def _tie_along(tracer: Tracer, tensors: Sequence[Tensor], axis: int) -> Labels:
     """Tie the labels of tensors along an axis that they share, and return those of the first that has any."""
-    labels_of_each = [tracer.labels(tensor, axis) for tensor in tensors]
+    labels_of_each = [tracer.labels(tensor, axis) for tensor in tensors if not _is_same_along(tracer, tensor, axis)]
     shared = next(labels for labels in labels_of_each if labels is not None)
     for labels in labels_of_each:
         tracer.tie(shared, labels, "is put beside a tensor of fixed size")
     return shared
+
+
+def _is_same_along(tracer: Tracer, tensor: Tensor, axis: int) -> bool:
+    return tracer.labels(tensor, axis) is None and axis in same_along(tensor)
 
 
 @rule("aten.constant_pad_nd")

@@ -108,6 +108,34 @@ def _convolve_in_groups(tracer: Tracer, conv: Convolution) -> Labels | None:
     return one_per_group.expand(-1, out_per_group).reshape(-1)
 
 
+@rule("torchvision.deform_conv2d")
+def deformable_convolution(tracer: Tracer, call: Call) -> None:
+    """Follow a convolution whose weight is at places of its own, which cannot be pruned."""
+    x, weight, offset, mask, bias = call.args[:5]
+    groups, offset_groups = call.args[11:13]
+    for places in (offset, mask):
+        labels = tracer.labels(places, 1)
+        tracer.mark_unprunable(labels, "says where a convolution looks")
+    for tensor in (x, weight):
+        for axis in (2, 3):
+            labels = tracer.labels(tensor, axis)
+            tracer.mark_unprunable(labels, "is a spatial axis of a convolution")
+    in_channels = tracer.labels(x, 1)
+    in_slice = tracer.labels(weight, 1)
+    out_channels = tracer.labels(weight, 0)
+    if groups > 1 or offset_groups > 1:
+        for labels in (in_channels, in_slice, out_channels):
+            tracer.mark_unprunable(labels, "is a deformable convolution in groups")
+    else:
+        tracer.tie(in_channels, in_slice, "consumes an input of fixed size")
+        _mark_in_slice(tracer, weight, 1)
+    tracer.mark_out_slice(out_channels)
+    in_bias = tracer.labels(bias, 0)
+    tracer.tie(out_channels, in_bias, "has a bias of fixed size")
+    batch = tracer.labels(x, 0)
+    tracer.set_labels(call.output, {0: batch, 1: out_channels})
+
+
 # -- matrix products ---------------------------------------------------------------------------------------------------
 
 
@@ -173,10 +201,33 @@ def matrix_vector_product(tracer: Tracer, call: Call) -> None:
 
 @rule("aten.dot", "aten.vdot")
 def dot(tracer: Tracer, call: Call) -> None:
-    """Make both vectors unprunable: the number that they are summed up to depends on all channels."""
-    for vector in call.args[:2]:
-        labels = tracer.labels(vector, 0)
-        tracer.mark_unprunable(labels, "is summed up to one number")
+    """Tie both vectors, which is not mask-exact: the number that they are summed up to depends on all channels."""
+    first, second = call.args[:2]
+    labels = tracer.labels(first, 0)
+    tracer.tie(labels, tracer.labels(second, 0), "multiplies a vector of fixed size")
+    tracer.mark_not_mask_exact(labels, "is summed up to one number")
+
+
+@rule("aten._cdist_forward")
+def distances(tracer: Tracer, call: Call) -> None:
+    """Tie the channels that distances of rows are taken over, which is not mask-exact: a zero is at a distance, too."""
+    left, right = call.args[:2]
+    channels = tracer.labels(left, -1)
+    tracer.tie(channels, tracer.labels(right, -1), "is compared with rows of fixed size")
+    tracer.mark_not_mask_exact(channels, "takes distances over its channels")
+    output = call.output
+    output_axis = output.dim() - 2
+    output_labels = {}
+    for tensor in (left, right):
+        rows = tracer.labels(tensor, -2)
+        if tracer.is_weight(tensor):
+            tracer.mark_out_slice(rows)
+        output_labels[output_axis] = rows
+        output_axis += 1
+        for axis in range(tensor.dim() - 2):
+            batch = tracer.labels(tensor, axis)
+            tracer.mark_unprunable(batch, "is a batch of rows that are compared")
+    tracer.set_labels(output, output_labels)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

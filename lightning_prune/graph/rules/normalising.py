@@ -92,7 +92,8 @@ def _combine_affine(tracer: Tracer, x: Tensor, affine: Iterable[Any], output: Te
 def group_norm(tracer: Tracer, call: Call) -> None:
     """Tie the channels of a normalisation group: its statistics do not depend on the other groups.
 
-    Channels along the axes behind are averaged over, and not mask-exact.
+    Where there is one group, its channels are not mask-exact, as are those along the axes behind, which are averaged
+    over.
     """
     x, *weight_and_bias = call.args[:3]
     groups = call.args[6]
@@ -100,13 +101,26 @@ def group_norm(tracer: Tracer, call: Call) -> None:
     _tie_per_channel(tracer, x, weight_and_bias, "is normalised by parameters of fixed number")
     if x.shape[1] == groups:
         _require_two_values(tracer, x, range(2, x.dim()))
+    elif groups == 1:
+        _require_two_values(tracer, x, range(1, x.dim()))
     channels = tracer.labels(x, 1)
-    if channels is not None:
+    if not _is_in_groups(tracer, call):
+        _mark_statistics(tracer, x, axes=[1])
+    elif channels is not None:
         by_group = channels.view(groups, -1)  # (groups, channels of a group)
         same_in_group = by_group[:, :1].expand_as(by_group)
         tracer.tie(channels, same_in_group.reshape(-1), "is normalised in groups")
         tracer.computes_with(by_group.shape[1])
     _keep_labels(tracer, x, call)
+
+
+def _is_in_groups(tracer: Tracer, call: Call) -> bool:
+    """Tell whether there are several groups, or were before all but one of them were pruned."""
+    weight = call.args[1]
+    name = tracer.name_of(weight) or tracer.where() + tracer.line()
+    if call.args[6] > 1:
+        tracer.grouped.add(name)
+    return name in tracer.grouped
 
 
 @rule("aten._weight_norm_interface")

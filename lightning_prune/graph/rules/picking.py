@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_prune.graph.rules.elementwise import same_shape
 from lightning_prune.graph.rules.table import plain_name, rule
+from lightning_prune.graph.sameness import same_along
 from lightning_prune.graph.tracer import Call, Labels, Tracer
 
 __all__: list[str] = []
@@ -103,3 +104,31 @@ def _indexed_axes(indices: list[Tensor | None]) -> set[int]:
         indexed.update(range(axis, axis + axes))
         axis += axes
     return indexed
+
+
+@rule("torchvision.roi_align", "torchvision.roi_pool")
+def regions(tracer: Tracer, call: Call) -> None:
+    """Keep the channels of (batch, channels, height, width), of which regions are pooled: (regions, channels, ...)."""
+    other_labels = _mark_picked(tracer, call, [0, 2, 3])
+    for output in call.outputs[:1]:
+        tracer.set_labels(output, other_labels)
+
+
+@rule("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_")
+def index_add(tracer: Tracer, call: Call) -> None:
+    """Tie the channels of both tensors along all axes but the one along which the second is added by number."""
+    x = call.args[0]
+    numbered_axis = _axis_argument(call)
+    source = call.argument(3, "source")
+    output_labels = _mark_picked(tracer, call, [numbered_axis])
+    for axis, labels in tracer.all_labels(source).items():
+        if axis == numbered_axis:
+            tracer.mark_unprunable(labels, f"has its channels picked by {plain_name(call)}")
+        elif axis in output_labels or axis not in same_along(x):
+            tracer.tie(output_labels.get(axis), labels, "is added to a tensor of fixed size")
+        output_labels.setdefault(axis, labels)
+    output_labels.pop(numbered_axis, None)
+    for axis, labels in output_labels.items():
+        if axis not in tracer.all_labels(source) and axis not in same_along(source):
+            tracer.mark_unprunable(labels, "has a tensor of fixed size added")
+    tracer.set_labels(call.output, output_labels)

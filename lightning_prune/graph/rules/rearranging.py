@@ -58,7 +58,7 @@ def _labels_along(spread: Tensor, axis: int) -> Labels:
     return spread[tuple(position)].contiguous()
 
 
-def _find_axis(tracer: Tracer, spread: Tensor) -> _LabelledAxis | None:
+def _find_axis(tracer: Tracer, spread: Tensor, written: Sequence[int] = ()) -> _LabelledAxis | None:
     """Find the axis that has the labels, after a move; None where they are along no axis.
 
     Where channels were split into several axes, such as (heads, width of a head), one axis keeps its number of
@@ -73,7 +73,7 @@ def _find_axis(tracer: Tracer, spread: Tensor) -> _LabelledAxis | None:
     axis = varying[0]
     if len(varying) > 1:
         sizes = tuple(spread.shape[axis] for axis in varying)
-        shorter = tracer.split_axis(sizes)
+        shorter = tracer.split_axis(sizes, [written[axis] for axis in varying] if written else ())
         axis = varying[shorter]
     labels = _labels_along(spread, axis)
     if len(varying) > 1:
@@ -189,6 +189,9 @@ def reshape(tracer: Tracer, call: Call) -> None:
             found = _through_block(tracer, x, axis, block, output)
             if found is not None:
                 _add_labels(tracer, output, found)
+    written = tracer.written_sizes(output)
+    for axis, labels in tracer.all_labels(output).items():
+        tracer.require_same_width(labels, [written[axis]])
 
 
 def _through_block(tracer: Tracer, x: Tensor, axis: int, block: _Block, output: Tensor) -> _LabelledAxis | None:
@@ -197,6 +200,9 @@ def _through_block(tracer: Tracer, x: Tensor, axis: int, block: _Block, output: 
     if labels is None:
         return None
     first_output_axis = block.output_axes[0]
+    all_written = tracer.written_sizes(output)
+    written = [all_written[other] for other in block.output_axes]
+    tracer.require_same_width(labels, written)
     if len(block.axes) == len(block.output_axes) == 1:
         return _LabelledAxis(first_output_axis, labels)
     sizes = [x.shape[other] for other in block.axes]
@@ -204,19 +210,19 @@ def _through_block(tracer: Tracer, x: Tensor, axis: int, block: _Block, output: 
     axis_in_block = block.axes.index(axis)
     spread = _spread(labels, axis_in_block, sizes)
     reshaped = spread.reshape(output_sizes)
-    found = _find_reshaped_axis(tracer, reshaped)
+    found = _find_reshaped_axis(tracer, reshaped, written)
     if found is None:
         return None
     return _LabelledAxis(first_output_axis + found.axis, found.labels)
 
 
-def _find_reshaped_axis(tracer: Tracer, spread: Tensor) -> _LabelledAxis | None:
+def _find_reshaped_axis(tracer: Tracer, spread: Tensor, written: Sequence[int]) -> _LabelledAxis | None:
     """Find the axis that has the labels; those of a single channel go along an axis of size one, or the only one."""
     candidates = [axis for axis, size in enumerate(spread.shape) if size == 1]
     if spread.dim() == 1:
         candidates = [0]
     if not candidates or _varying_axes(spread):
-        return _find_axis(tracer, spread)
+        return _find_axis(tracer, spread, written)
     labels = _labels_along(spread, candidates[0])
     return _LabelledAxis(candidates[0], labels)
 

@@ -11,6 +11,7 @@ from lightning_prune.graph.tracer import Call, Tracer
 
 __all__: list[str] = []
 
+_RETURN_NUMBERS = frozenset({"aten.max", "aten.min", "aten.median", "aten.nanmedian"})
 _LOCAL_RESPONSE_NORM = F.local_response_norm.__code__
 
 
@@ -69,13 +70,40 @@ def _resize(tracer: Tracer, call: Call, spatial_axes: int) -> None:
 
 @rule(
     "aten.mean", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.max", "aten.min", "aten.prod", "aten.median",
-    "aten.any", "aten.all", "aten.argmax", "aten.argmin", "aten.logsumexp", "aten.var_mean", "aten.std_mean",
-    "aten.aminmax",
+    "aten.any", "aten.all", "aten.logsumexp", "aten.var_mean", "aten.std_mean", "aten.aminmax", "aten.nanmedian",
 )  # fmt: skip
 def reduction(tracer: Tracer, call: Call) -> None:
-    """Make the channels along the axes that are reduced unprunable; the others are kept."""
+    """Reduce channels, which is not mask-exact: of fewer of them there is another mean, maximum ...
+
+    An operator that also returns the numbers of what it found makes channels unprunable where these are used.
+    """
     dim = call.argument(1, "dim")
     _reduce(tracer, call, dim)
+    if call.name in _RETURN_NUMBERS:
+        _number(tracer, call, dim)
+
+
+def _number(tracer: Tracer, call: Call, dim: Any) -> None:
+    """Say of which channels the second output holds numbers, if there is one."""
+    x = call.args[0]
+    numbered = []
+    for axis in _axes(x, dim):
+        labels = tracer.labels(x, axis)
+        if labels is not None:
+            numbered.append(labels)
+    for numbers in call.outputs[1:]:
+        tracer.set_numbered(numbers, numbered)
+
+
+@rule("aten.argmax", "aten.argmin")
+def number_of_channel(tracer: Tracer, call: Call) -> None:
+    """Make the channels along the axes unprunable, since what is returned is the number of one."""
+    x = call.args[0]
+    reduced = _axes(x, call.argument(1, "dim"))
+    for axis in reduced:
+        labels = tracer.labels(x, axis)
+        tracer.mark_unprunable(labels, f"takes {plain_name(call)} over its channels")
+    _label_without(tracer, call, reduced)
 
 
 @rule("aten.linalg_vector_norm", "aten.norm")
@@ -91,7 +119,7 @@ def _reduce(tracer: Tracer, call: Call, dim: Any) -> None:
     reduced = _axes(x, dim)
     for axis in reduced:
         labels = tracer.labels(x, axis)
-        tracer.mark_unprunable(labels, why)
+        tracer.mark_not_mask_exact(labels, why)
     _label_without(tracer, call, reduced)
 
 
