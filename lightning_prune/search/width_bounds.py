@@ -136,9 +136,10 @@ class WidthBounds:
 def _equal_scores(graph: ChannelGraph) -> dict[str, torch.Tensor]:
     """Return scores that tell nothing but which channels are still there: 0 for those, else ``-inf``."""
     scores = {}
+    now = graph.snapshot({})
     for name, group in graph.groups.items():
         scores[name] = torch.full((group.size,), -torch.inf)
-        scores[name][graph.kept(name)] = 0
+        scores[name][now.kept(name)] = 0
     return scores
 
 
