@@ -23,9 +23,9 @@ import lightning_prune as lp
 
 NETWORKS = [
     "resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "alexnet", "densenet121", "inception_v3", "efficientnet_v2_s",
-    "convnext_tiny", "regnet_y_16gf",
+    "convnext_tiny", "regnet_y_16gf", "vit_b_16", "shufflenet_v2_x1_0", "swin_t",
 ]  # fmt: skip
-LIMIT, MEAN_LIMIT, ITERATIVE_LIMIT = 0.8, 0.3, 0.1
+LIMIT, MEAN_LIMIT, ITERATIVE_LIMIT = 0.8, 0.2, 0.1
 
 
 def ours(model: nn.Module, x: torch.Tensor, steps: int) -> None:

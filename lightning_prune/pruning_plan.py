@@ -262,6 +262,10 @@ class PruningPlan:
         """Return the original positions that are kept, by tensor name and axis, for the axes that get shorter."""
         return {tensor: dict(axes) for tensor, axes in self._index.items()}
 
+    def kept_along(self, tensor: str) -> dict[int, Tensor]:
+        """Return the original positions of one tensor that are kept, by axis, for the axes that get shorter."""
+        return dict(self._index.get(tensor, {}))
+
     @cached_property
     def _index(self) -> Index:
         index: Index = defaultdict(dict)
@@ -490,20 +494,23 @@ def _within(network: str, name: str) -> str:
 
 def _connected(plan: PruningPlan) -> list[dict[str, PlannedGroup]]:
     """Divide the groups of a plan into those that share tensors, directly or by way of others."""
-    parts: list[tuple[set[str], dict[str, PlannedGroup]]] = []
+    leader_of: dict[str, str] = {}  # by tensor: another one that is in the same part, itself for one of each part
+
+    def leader(tensor: str) -> str:
+        while leader_of[tensor] != tensor:
+            leader_of[tensor] = leader_of[leader_of[tensor]]
+            tensor = leader_of[tensor]
+        return tensor
+
+    for group in plan.groups.values():
+        for one in group.slices:
+            leader_of.setdefault(one.tensor, one.tensor)
+            leader_of[leader(one.tensor)] = leader(group.slices[0].tensor)
+    parts: dict[str, dict[str, PlannedGroup]] = {}
     for name, group in plan.groups.items():
-        tensors = {one.tensor for one in group.slices}
-        groups: dict[str, PlannedGroup] = {}
-        apart = []
-        for part in parts:
-            if tensors.isdisjoint(part[0]):
-                apart.append(part)
-            else:
-                tensors = tensors | part[0]
-                groups.update(part[1])
-        groups[name] = group
-        parts = [*apart, (tensors, groups)]
-    return [groups for _, groups in parts] or [{}]
+        key = leader(group.slices[0].tensor) if group.slices else ""
+        parts.setdefault(key, {})[name] = group
+    return list(parts.values()) or [{}]
 
 
 def _least_module(tensors: Iterable[str]) -> str:

@@ -205,7 +205,8 @@ class LearnToPruneCallback(PruningCallback):
         bounds = WidthBounds(graph, cost, self.keep, int(self.round_to), self.min_channels, self.cap)
         self.run.validation = ValidationBatches(trainer, self.limit_batches, type(self).__name__)
         names = list(graph.groups)
-        widths = np.array([len(graph.kept(name)) for name in names])  # (groups,)
+        now = graph.snapshot({})
+        widths = np.array([len(now.kept(name)) for name in names])  # (groups,)
         kept: dict[str, Tensor] = {}
         for name in self.layers(names, self.steps_done, self.run.step):
             search = FilterSearch(graph, name, bounds, widths, self.seed, samples=self.samples, **self.agent_settings)

@@ -37,7 +37,7 @@ def batch_norm_scale(graph: ChannelGraph) -> Scores:
         >>> batch_norm_scale(trace(model, torch.zeros(1, 1, 4, 4)))["0"]
         tensor([0.5000, 2.0000])
     """
-    tensors = graph.tensors()
+    now = graph.snapshot()
     scales = _names_of_scales(graph.model)
     means = {}
     for name, group in graph.groups.items():
@@ -47,7 +47,7 @@ def batch_norm_scale(graph: ChannelGraph) -> Scores:
                 f"Group {name!r} passes no batch normalisation with scales; add {name!r} to ignore, or use another "
                 "criterion."
             )
-        rows = [graph.rows(name, place, tensors) for place in places]
+        rows = [now.rows(name, place) for place in places]
         means[name] = torch.cat(rows, dim=1).abs().mean(1)  # (kept channels,)
     return to_original_channels(graph, means)
 

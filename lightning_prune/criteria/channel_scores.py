@@ -29,9 +29,10 @@ def to_original_channels(graph: ChannelGraph, scores_of_kept: Mapping[str, Tenso
         ValueError: If a score is not finite, but for ``inf`` of the only channel of a group, which cannot be pruned.
     """
     scores = {}
+    now = graph.snapshot({})
     for name, values in scores_of_kept.items():
         size = graph.groups[name].size
-        kept = graph.kept(name)
+        kept = now.kept(name)
         if not bool(values.isfinite().all()) and (len(values) > 1 or bool(values.isnan())):
             raise not_rankable(graph.model, name)
         original = torch.full((size,), -math.inf, dtype=values.dtype)

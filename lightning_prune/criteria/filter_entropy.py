@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.channel_graph import ChannelGraph, Snapshot
 from lightning_prune.graph.finite import REMEDY, not_finite_in
 from lightning_prune.pruning_plan import Slice
 
@@ -114,13 +114,13 @@ def _rounding(matrix: Tensor) -> float:
 
 def _by_group(graph: ChannelGraph, flatten: bool, entropy: Entropy) -> dict[str, float]:
     """Return the mean of an entropy, per filter, over the layers that produce each group."""
-    tensors = graph.tensors()
+    now = graph.snapshot()
     means: dict[str, float] = {}
     for name, group in graph.groups.items():
         entropies = []
         for place in group.out_slices:
-            weight = tensors[place.tensor]
-            matrix = _matrix(graph, name, place, weight, flatten)
+            weight = now.tensors[place.tensor]
+            matrix = _matrix(now, name, place, weight, flatten)
             if min(matrix.shape) > 1:
                 entropies.append(entropy(matrix) / len(matrix))
         if entropies:
@@ -133,10 +133,10 @@ def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values)
 
 
-def _matrix(graph: ChannelGraph, group: str, place: Slice, weight: Tensor, flatten: bool) -> Tensor:
+def _matrix(now: Snapshot, group: str, place: Slice, weight: Tensor, flatten: bool) -> Tensor:
     """Return the weights of a layer that produce the channels of a group: (filters, inputs)."""
-    kept = graph.kept(group)
-    positions = graph.positions_now(place, kept)
+    kept = now.kept(group)
+    positions = now.positions(place, kept)
     positions = positions.to(weight.device)
     filters = weight.detach().index_select(place.axis, positions)
     filters = filters.movedim(place.axis, 0)  # (filters, inputs, ...)

@@ -159,8 +159,9 @@ def _flops_per_channel(graph: ChannelGraph) -> dict[str, float]:
     plan = plan_in_force(graph.model) or PruningPlan()
     now = cost(plan.widths)
     saved = {}
+    snapshot = graph.snapshot({})
     for name in graph.groups:
-        one_less = len(graph.kept(name)) - 1
+        one_less = len(snapshot.kept(name)) - 1
         saved[name] = now - cost({**plan.widths, name: one_less})
     total = max(sum(saved.values()), 1)
     return {name: flops / total for name, flops in saved.items()}

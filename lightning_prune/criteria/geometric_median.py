@@ -36,10 +36,10 @@ def fpgm(graph: ChannelGraph) -> Scores:
         >>> distances.argsort().tolist()
         [2, 0, 1]
     """
-    tensors = graph.tensors()
+    now = graph.snapshot()
     sums = {}
     for name, group in graph.groups.items():
-        rows = [graph.rows(name, place, tensors).to("cpu", torch.float64) for place in group.out_slices]
+        rows = [now.rows(name, place).to("cpu", torch.float64) for place in group.out_slices]
         filters = torch.cat(rows, dim=1)  # (kept channels, weights of a channel)
         distances = torch.cdist(filters, filters)
         distances.fill_diagonal_(0.0)  # which rounding may have made more

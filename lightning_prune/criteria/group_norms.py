@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_prune.criteria.channel_scores import Scores, to_original_channels
 from lightning_prune.criteria.registry import register
-from lightning_prune.graph.channel_graph import ChannelGraph, Group, values_of
+from lightning_prune.graph.channel_graph import ChannelGraph, Group, Snapshot, values_of
 
 __all__ = ["group_magnitude"]
 
@@ -118,13 +118,13 @@ class _CoupledNorms:
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
-        sizes = {name: len(graph.kept(name)) for name in graph.groups}
+        now = graph.snapshot()
+        sizes = {name: len(now.kept(name)) for name in graph.groups}
         self.of_kept = {name: np.zeros(size) for name, size in sizes.items()}
-        tensors = graph.tensors()
-        places = _places_by_tensor(graph, tensors)
+        places = _places_by_tensor(now)
         squares = {}
         for name in places:
-            squares[name] = _squares_along(places[name], values_of(tensors, name))
+            squares[name] = _squares_along(places[name], values_of(now.tensors, name))
             for place in places[name]:
                 self.of_kept[place.group] += _sums_of_channels(squares[name], place)
         self._crossings: defaultdict[str, list[_Crossing]] = defaultdict(list)  # by group
@@ -155,15 +155,15 @@ class _CoupledNorms:
         return changed
 
 
-def _places_by_tensor(graph: ChannelGraph, tensors: Mapping[str, Tensor]) -> dict[str, list[_Place]]:
+def _places_by_tensor(now: Snapshot) -> dict[str, list[_Place]]:
     """Return where the channels of all groups lie in matrices and filters."""
     places: defaultdict[str, list[_Place]] = defaultdict(list)
-    for name, group in graph.groups.items():
-        kept = graph.kept(name)
+    for name, group in now.groups.items():
+        kept = now.kept(name)
         for where in group.slices:
-            if tensors[where.tensor].dim() == 1:  # a bias, or a scale of normalisation
+            if now.tensors[where.tensor].dim() == 1:  # a bias, or a scale of normalisation
                 continue
-            positions = graph.positions_now(where, kept).reshape(len(kept), -1)
+            positions = now.positions(where, kept).reshape(len(kept), -1)
             place = _Place(name, where.axis, positions.numpy())
             places[where.tensor].append(place)
     return places

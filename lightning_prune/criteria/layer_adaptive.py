@@ -36,12 +36,12 @@ def lamp(graph: ChannelGraph) -> Scores:
         >>> lamp(trace(model, torch.zeros(1, 2)))["0"]  # 1 / (1 + 4 + 9), 4 / (4 + 9), 9 / 9
         tensor([0.0714, 0.3077, 1.0000], dtype=torch.float64)
     """
-    tensors = graph.tensors()
+    now = graph.snapshot()
     shares = {}
     for name, group in graph.groups.items():
         squares = torch.zeros((), dtype=torch.float64)
         for place in group.out_slices:
-            rows = graph.rows(name, place, tensors).to("cpu", torch.float64)
+            rows = now.rows(name, place).to("cpu", torch.float64)
             squares = squares + rows.square().sum(1)  # (kept channels,)
         shares[name] = _share_of_no_smaller(squares)
     return to_original_channels(graph, shares)

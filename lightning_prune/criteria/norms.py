@@ -44,10 +44,10 @@ def magnitude(graph: ChannelGraph, p: float = 1.0) -> Scores:
     """
     if not p > 0:
         raise ValueError(f"p must be the order of a norm, above 0; got {p!r}.")
-    tensors = graph.tensors()
+    now = graph.snapshot()
     norms = {}
     for name, group in graph.groups.items():
-        by_layer = [_norms(graph.rows(name, place, tensors), p).cpu() for place in group.out_slices]
+        by_layer = [_norms(now.rows(name, place), p).cpu() for place in group.out_slices]
         norms[name] = by_layer[0] if len(by_layer) == 1 else _norms(torch.stack(by_layer, dim=1), p)
     return to_original_channels(graph, divide_by_mean(norms))
 

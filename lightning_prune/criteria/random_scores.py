@@ -31,7 +31,8 @@ def random(graph: ChannelGraph, seed: int = 0) -> Scores:
     """
     generator = torch.Generator().manual_seed(seed)
     scores = {}
+    now = graph.snapshot({})
     for name, group in graph.groups.items():
         drawn = torch.rand(group.size, generator=generator)  # (channels,) of the original group
-        scores[name] = drawn[graph.kept(name)]
+        scores[name] = drawn[now.kept(name)]
     return to_original_channels(graph, scores)

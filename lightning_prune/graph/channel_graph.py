@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PlannedGroup, PruningPlan, Slice, plan_in_force, width_in
 
-__all__ = ["Axis", "ChannelGraph", "Group", "Term", "Unprunable", "values_of"]
+__all__ = ["Axis", "ChannelGraph", "Group", "Snapshot", "Term", "Unprunable", "values_of"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,45 @@ class Term:
     module: str
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a model has at a moment: worked out once for all groups, valid until it is pruned or its tensors change.
+
+    Attributes:
+        groups: The groups of its graph, by name.
+        tensors: Its parameters and buffers, or what is read instead of them, by name.
+        plan: The plan in force, with no groups if there is none.
+    """
+
+    groups: Mapping[str, Group]
+    tensors: Mapping[str, Tensor]
+    plan: PruningPlan
+
+    def kept(self, name: str) -> Tensor:
+        """Return the channels of a group that the model still has; see `ChannelGraph.kept`."""
+        if name not in self.plan.groups:
+            return torch.arange(self.groups[name].size)
+        return self.plan.groups[name].channels
+
+    def positions(self, of_group: Slice, channels: Tensor) -> Tensor:
+        """Return where channels lie in a tensor; see `ChannelGraph.positions_now`."""
+        positions = of_group.positions(channels)
+        kept_by_axis = self.plan.kept_along(of_group.tensor)
+        if of_group.axis not in kept_by_axis:
+            return positions
+        return torch.searchsorted(kept_by_axis[of_group.axis], positions)
+
+    def rows(self, name: str, of_group: Slice) -> Tensor:
+        """Return what one slice has of each channel that the model still has; see `ChannelGraph.rows`."""
+        tensor = values_of(self.tensors, of_group.tensor)
+        channels = self.kept(name)
+        if not _fills_axis(of_group, len(channels), tensor):
+            positions = self.positions(of_group, channels)
+            tensor = tensor.index_select(of_group.axis, positions.to(tensor.device))
+        channels_first = tensor.movedim(of_group.axis, 0)  # (kept channels * positions of a channel, other axes ...)
+        return channels_first.reshape(len(channels), -1)
+
+
 @dataclass
 class ChannelGraph:
     """Which channels of a model can only be pruned together, which cannot, and why; about the original model.
@@ -171,10 +210,7 @@ class ChannelGraph:
         Args:
             name: Name of the group.
         """
-        plan = plan_in_force(self.model)
-        if plan is None or name not in plan.groups:
-            return torch.arange(self.groups[name].size)
-        return plan.groups[name].channels
+        return self.snapshot({}).kept(name)
 
     def positions_now(self, of_group: Slice, channels: Tensor) -> Tensor:
         """Return where channels lie in a tensor as the model has it now, channel by channel.
@@ -186,14 +222,7 @@ class ChannelGraph:
         Returns:
             (n * positions of a channel,) int64.
         """
-        positions = of_group.positions(channels)
-        plan = plan_in_force(self.model)
-        if plan is None:
-            return positions
-        kept_by_axis = plan.index().get(of_group.tensor, {})
-        if of_group.axis not in kept_by_axis:
-            return positions
-        return torch.searchsorted(kept_by_axis[of_group.axis], positions)
+        return self.snapshot({}).positions(of_group, channels)
 
     def rows(self, name: str, of_group: Slice, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return what one slice has of each channel that the model still has.
@@ -209,15 +238,21 @@ class ChannelGraph:
         Raises:
             ValueError: If the tensor has no data.
         """
+        return self.snapshot(values).rows(name, of_group)
+
+    def snapshot(self, values: Mapping[str, Tensor] | None = None) -> Snapshot:
+        """Return what the model has now, for those who ask about many groups: each question walks the model otherwise.
+
+        Args:
+            values: Tensors to read instead of the model's own, by the same names and of the same shapes.
+
+        Raises:
+            ValueError: If the model's own tensors are read, and the graph is stale.
+        """
+        plan = plan_in_force(self.model) or PruningPlan()
         if values is None:
-            values = self.tensors()
-        tensor = values_of(values, of_group.tensor)
-        channels = self.kept(name)
-        if not _fills_axis(of_group, len(channels), tensor):
-            positions = self.positions_now(of_group, channels)
-            tensor = tensor.index_select(of_group.axis, positions.to(tensor.device))
-        channels_first = tensor.movedim(of_group.axis, 0)  # (kept channels * positions of a channel, other axes ...)
-        return channels_first.reshape(len(channels), -1)
+            values = self._checked_tensors(plan)
+        return Snapshot(self.groups, values, plan)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parameters and buffers of the model as they are now, by name.
@@ -225,8 +260,11 @@ class ChannelGraph:
         Raises:
             ValueError: If the graph is stale: a tensor of its groups is not what is left of the one that was traced.
         """
+        return self._checked_tensors(plan_in_force(self.model) or PruningPlan())
+
+    def _checked_tensors(self, plan: PruningPlan) -> dict[str, Tensor]:
+        """Return the parameters and buffers, after a look at those of groups; the plan is the one in force."""
         tensors = named_tensors(self.model)
-        plan = plan_in_force(self.model) or PruningPlan()
         now = plan.pruned_shapes()
         for group in self.groups.values():
             for one in group.slices:

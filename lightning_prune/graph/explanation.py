@@ -10,12 +10,13 @@ from lightning_prune.graph.comparison import Expectations
 from lightning_prune.graph.frames import raising_line
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.records import CallKey, Note, OperatorStep, SplitSite
-from lightning_prune.graph.trial import Entries, Failure, Trial, TrialRunner
+from lightning_prune.graph.trial import Entries, Failure, Trial, TrialRunner, unlike_subsets
 
 __all__ = ["Explanation", "Finding"]
 
 _RELIES = "relies on the number of its channels"
 _COMPUTES = "computes with the number of its channels"
+_NEARBY = 20  # operators, about those of an attention
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,19 @@ class Explanation:
         if unprunable is not None:
             return [self._explain_unprunable(unprunable)]
         if self.record.operator_trace != self.full.operator_trace:
-            return [self._explain_other_operators()]
+            return self._explain_other_operators()
         shifted = self.trial.first_shift(0, len(self.full.operator_trace))
         if shifted is not None:
             return [self._explain_shift(shifted)]
         return []
+
+    def is_needed(self) -> bool:
+        """Tell whether anything went wrong, without a search for the cause."""
+        if self.trial.failures or not self.expectations.are_met(self.record):
+            return True
+        if self.record.operator_trace != self.full.operator_trace:
+            return True
+        return self.trial.first_shift(0, len(self.full.operator_trace)) is not None
 
     def _failures_before(self, new_tie: int | None, unprunable: int | None) -> list[Failure]:
         """Return the failures that may not only be due to channels having met others than their own before."""
@@ -105,10 +114,9 @@ class Explanation:
     ) -> Finding:
         """Name the first operator that gives channels a wrong place or, if none does, where an entry was made."""
         shifted = self.trial.first_shift(0, len(self.record.operator_trace))
-        if shifted is None:
-            place = self.runner.locate(entries, number, self.trial)
-        else:
-            place = self.runner.locate(Entries.OPERATORS, shifted, self.trial)
+        if shifted is not None:
+            entries, number = Entries.OPERATORS, shifted
+        place = self.trial.place(entries, number)
         return Finding(groups, place.module, f"{_RELIES}{place.line}", site)
 
     def _explain_shift(self, shifted: int) -> Finding:
@@ -117,12 +125,55 @@ class Explanation:
         def still_shifts(trial: Trial) -> bool:
             return trial.first_shift(0, shifted + 1) is not None
 
-        place = self.runner.locate(Entries.OPERATORS, shifted, self.trial)
-        groups = self._groups_of(place.given) or self._culprits(still_shifts)
+        place = self.trial.place(Entries.OPERATORS, shifted)
+        groups = self._groups_of(place.given) or self._culprits(still_shifts, shifted)
         return Finding(groups, place.module, f"{_RELIES}{place.line}")
 
-    def _explain_other_operators(self) -> Finding:
+    def _explain_other_operators(self) -> list[Finding]:
         """Find the groups whose size changes what the network does, or a number that it computes with."""
+        numbers = self._numbers_of_groups()
+        if not numbers:
+            return [self._explain_first_other_operator()]
+        findings = []
+        for group, number in numbers.items():
+            place = self.trial.place(Entries.OPERATORS, number)
+            findings.append(Finding(frozenset([group]), place.module, f"{_COMPUTES}{place.line}"))
+        return findings
+
+    def _numbers_of_groups(self) -> dict[int, int]:
+        """Return, by group, the first operator that computes with the size of what it is given, and of nothing else.
+
+        Each group is smaller in other trials than each other one: what differs just there is due to it alone.
+        """
+        likely: dict[int, int] = {}
+        for number in self._operators_with_other_numbers(self.trial) or ():
+            groups = self._groups_of(self.trial.place(Entries.OPERATORS, number).given)
+            if len(groups) == 1:
+                (group,) = groups
+                likely.setdefault(group, number)
+        for smaller in unlike_subsets(sorted(likely)) or [list(likely)]:
+            if not likely:
+                break
+            differing = self._operators_with_other_numbers(self._try(smaller)) or set()
+            likely = {group: number for group, number in likely.items() if (number in differing) == (group in smaller)}
+        return likely
+
+    def _operators_with_other_numbers(self, trial: Trial) -> set[int] | None:
+        """Return the operators that compute with other numbers; None if there are others, or more."""
+        expected = self.full.operator_trace
+        found = trial.record.operator_trace
+        if len(found) != len(expected):
+            return None
+        differing = set()
+        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+            if one[0] is not other[0]:
+                return None
+            if one != other:
+                differing.add(number)
+        return differing
+
+    def _explain_first_other_operator(self) -> Finding:
+        """Find the groups that make the first operator another one."""
         expected = self.full.operator_trace
         found = self.record.operator_trace
 
@@ -130,8 +181,8 @@ class Explanation:
             return trial.record.operator_trace != expected
 
         number = _first_difference(expected, found)
-        place = self.runner.locate(Entries.OPERATORS, number, self.trial)
-        groups = self._culprits(still_differs)
+        place = self.trial.place(Entries.OPERATORS, number)
+        groups = self._culprits(still_differs, number)
         return Finding(groups, place.module, f"{_COMPUTES}{place.line}")
 
     # -- failures --------------------------------------------------------------------------------------------------
@@ -179,13 +230,16 @@ class Explanation:
         def still_fails(trial: Trial) -> bool:
             return bool(trial.failures)
 
-        return _finding_of_failure(failure, self._culprits(still_fails))
+        return _finding_of_failure(failure, self._culprits(still_fails, failure.at))
 
     # -- more trials -----------------------------------------------------------------------------------------------
 
-    def _culprits(self, goes_wrong: Callable[[Trial], bool]) -> frozenset[int]:
-        """Narrow down the groups that must be small for something to go wrong, by halves."""
+    def _culprits(self, goes_wrong: Callable[[Trial], bool], number: int) -> frozenset[int]:
+        """Narrow down the groups that must be small for something to go wrong at some operator, by halves."""
         suspects = self.trial.shrinking.groups
+        nearby = self._groups_before(number)
+        if nearby and goes_wrong(self._try(nearby)):
+            suspects = nearby
         while len(suspects) > 1:
             middle = len(suspects) // 2
             if goes_wrong(self._try(suspects[:middle])):
@@ -195,6 +249,12 @@ class Explanation:
             else:
                 break  # it takes some of both
         return frozenset(suspects)
+
+    def _groups_before(self, number: int) -> list[int]:
+        """Return the groups that the last operators before some operator gave their outputs."""
+        outputs = self.full.output_labels[max(number - _NEARBY, 0) : number]
+        groups = self._groups_of([labels for output in outputs for labels in output.values()])
+        return sorted(groups.intersection(self.trial.shrinking.groups))
 
     def _try(self, groups: Sequence[int]) -> Trial:
         """Run the same trial again with only some groups smaller."""

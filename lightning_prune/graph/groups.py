@@ -26,6 +26,7 @@ tensor        axis  labels
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -117,13 +118,17 @@ class Grouping:
     tied_codes: ndarray
     why_unprunable: Reasons = field(repr=False)
 
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of the groups, by number."""
+        return list(self.groups)
+
     def add_not_mask_exact(self, notes: Iterable[Note]) -> None:
         """Add why pruning is not the same as masking, for groups that no reason was known of."""
-        names = list(self.groups)
         for note in notes:
             numbers = np.unique(self.group_of[note.labels.numpy()])
             for number in numbers[numbers >= 0].tolist():
-                group = self.groups[names[number]]
+                group = self.groups[self.names[number]]
                 if group.mask_exact:
                     self.groups[group.name] = replace(group, not_mask_exact=str(note))
 
@@ -132,13 +137,12 @@ class Grouping:
         group_of = self.group_of[labels.numpy()]
         is_in_group = group_of >= 0
         fixed = int(np.count_nonzero(~is_in_group))
-        present = group_of[is_in_group]
-        positions_in_group = np.bincount(present, minlength=len(self.groups))
+        present, positions_in_group = np.unique(group_of[is_in_group], return_counts=True)
         per_channel = []
-        for group, positions in zip(self.groups.values(), positions_in_group.tolist(), strict=True):
-            if positions:
-                positions_per_channel = positions // group.size
-                per_channel.append((group.name, positions_per_channel))
+        for number, positions in zip(present.tolist(), positions_in_group.tolist(), strict=True):
+            name = self.names[number]
+            positions_per_channel = positions // self.groups[name].size
+            per_channel.append((name, positions_per_channel))
         return Axis(fixed, tuple(per_channel))
 
     def term(self, cost: CostTerm, known: dict[int, Axis]) -> Term:

@@ -53,7 +53,7 @@ def _convolution(
         if size < 1:
             return NotImplemented
         spatial.append(size)
-    return x.new_empty((x.shape[0], weight.shape[0], *spatial))
+    return _empty(x, (x.shape[0], weight.shape[0], *spatial))
 
 
 def _fits_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> bool:
@@ -93,13 +93,40 @@ def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor
     return _normalised(x)
 
 
+@_shape_of("aten.native_group_norm")
+def _group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *numbers: Any) -> Any:
+    if x.dim() < 2 or not _is_plain(x):
+        return NotImplemented
+    of_channels = x.shape[1:2]
+    for parameter in (weight, bias):
+        if parameter is not None and not _is_like(parameter, of_channels, x):
+            return NotImplemented
+    samples, channels, positions, groups, _ = numbers
+    if channels != x.shape[1] or channels % groups > 0:
+        return NotImplemented
+    covers_all = samples * channels * positions == x.numel()
+    return _normalised(x) if covers_all else NotImplemented
+
+
 def _is_like(tensor: Tensor, shape: torch.Size, x: Tensor) -> bool:
     return tensor.shape == shape and tensor.dtype == x.dtype
 
 
 def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return an output, and statistics that nothing looks at."""
-    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+    return _like(x), _empty(x, (0,)), _empty(x, (0,))
+
+
+def _like(x: Tensor) -> Tensor:
+    """Return another tensor of the same shape and layout; PyTorch's own function takes ten times longer."""
+    if not x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor of some shape, of the same type."""
+    return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
 @_shape_of(
@@ -108,7 +135,7 @@ def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 )  # fmt: skip
 def _activation(x: Tensor, *numbers: Any, **named: Any) -> Any:
     if x.is_meta and x.is_floating_point():
-        return torch.empty_like(x)
+        return _like(x)
     return NotImplemented
 
 
@@ -127,9 +154,9 @@ def _arithmetic(first: Tensor, second: Any, **named: Any) -> Any:
     if not first.is_meta or not first.is_floating_point() or "rounding_mode" in named:
         return NotImplemented
     if isinstance(second, Tensor) and _broadcasts(first, second):
-        return torch.empty_like(second)
+        return _like(second)
     if _broadcasts(second, first):
-        return torch.empty_like(first)
+        return _like(first)
     return NotImplemented
 
 
@@ -151,3 +178,121 @@ def _broadcasts(value: Any, to: Tensor) -> bool:
         return False
     sizes = zip(value.shape, to.shape, strict=True)
     return all(size in (1, broadcast_size) for size, broadcast_size in sizes)
+
+
+@_shape_of("aten.addmm")
+def _linear(bias: Tensor, rows: Tensor, weight: Tensor, **scales: Any) -> Any:
+    if scales or not _multiplies(rows, weight):
+        return NotImplemented
+    if not _is_like(bias, weight.shape[1:], rows):
+        return NotImplemented
+    return _matrix_product(rows, weight)
+
+
+@_shape_of("aten.mm")
+def _matrix_product(rows: Tensor, weight: Tensor) -> Any:
+    if not _multiplies(rows, weight):
+        return NotImplemented
+    shape = rows.shape[0], weight.shape[1]
+    return _empty(rows, shape)
+
+
+def _multiplies(rows: Tensor, weight: Tensor) -> bool:
+    """Tell whether two matrices without data can be multiplied."""
+    if not rows.is_meta or not weight.is_meta or rows.dtype != weight.dtype:
+        return False
+    are_matrices = rows.dim() == 2 and weight.dim() == 2
+    return are_matrices and rows.shape[1] == weight.shape[0]
+
+
+@_shape_of("aten.mean")
+def _mean(x: Tensor, axes: list[int] | None = None, keep_axes: bool = False, **named: Any) -> Any:
+    if not axes or named or not _is_plain(x):
+        return NotImplemented
+    reduced = _positive(axes, x)
+    if len(reduced) != len(axes):
+        return NotImplemented
+    shape = []
+    for axis, size in enumerate(x.shape):
+        if axis not in reduced:
+            shape.append(size)
+        elif keep_axes:
+            shape.append(1)
+    return _empty(x, shape)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Tell whether a tensor has no data, and its output the plain layout."""
+    return x.is_meta and x.is_contiguous() and x.is_floating_point()
+
+
+def _positive(axes: Sequence[int], x: Tensor) -> set[int]:
+    """Return those of some axes that a tensor has, counted from the front."""
+    dimensions = x.dim()
+    return {axis % dimensions for axis in axes if -dimensions <= axis < dimensions}
+
+
+@_shape_of("aten.roll")
+def _roll(x: Tensor, shifts: list[int], axes: Sequence[int] = ()) -> Any:
+    rolled = _positive(axes, x)
+    as_many = len(shifts) == len(axes) == len(rolled)
+    return _like(x) if as_many and _is_plain(x) else NotImplemented
+
+
+@_shape_of("aten.cat")
+def _cat(tensors: list[Tensor], axis: int = 0) -> Any:
+    first = tensors[0]
+    if not _positive([axis], first):
+        return NotImplemented
+    shape = list(first.shape)
+    shape[axis] = 0
+    for tensor in tensors:
+        if not _is_plain(tensor) or tensor.dtype != first.dtype:
+            return NotImplemented
+        if not _differ_along(tensor.shape, first.shape, axis):
+            return NotImplemented
+        shape[axis] += tensor.shape[axis]
+    return _empty(first, shape)
+
+
+def _differ_along(shape: Sequence[int], other: Sequence[int], axis: int) -> bool:
+    """Tell whether two shapes are equal but for one axis."""
+    if len(shape) != len(other):
+        return False
+    changed = list(shape)
+    changed[axis] = other[axis]
+    return changed == list(other)
+
+
+@_shape_of(
+    "aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_nearest3d", "aten.upsample_linear1d",
+    "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten.upsample_bicubic2d",
+)  # fmt: skip
+def _upsample(x: Tensor, size: list[int] | None, *settings: Any) -> Any:
+    """Return an output of a size; where a scale is given instead, PyTorch does the rounding."""
+    if size is None or len(size) != x.dim() - 2:
+        return NotImplemented
+    if min(size) < 1 or 0 in x.shape or not _is_plain(x):
+        return NotImplemented
+    shape = *x.shape[:2], *size
+    return _empty(x, shape)
+
+
+@_shape_of("aten._softmax", "aten._log_softmax", "aten._safe_softmax")
+def _softmax(x: Tensor, axis: int, to_float: bool = False, **named: Any) -> Any:
+    if to_float or named or not _positive([axis], x):
+        return NotImplemented
+    return _like(x) if _is_plain(x) else NotImplemented
+
+
+@_shape_of("aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def _grid_sampler(x: Tensor, grid: Tensor, *settings: Any) -> Any:
+    spatial = grid.shape[1:-1]
+    if x.dim() != grid.dim() or len(spatial) != grid.shape[-1]:
+        return NotImplemented
+    if x.shape[0] != grid.shape[0] or x.dtype != grid.dtype:
+        return NotImplemented
+    if 0 in x.shape or not _is_plain(x):
+        return NotImplemented
+    shape = *x.shape[:2], *spatial
+    return _empty(x, shape)

@@ -2,7 +2,6 @@
 
 import fnmatch
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
@@ -146,7 +145,7 @@ class _Search:
 
     def settle(self) -> tuple[Grouping, list[CostTerm]]:
         """Return the groups that work, and the operations of the full network in evaluation mode."""
-        observed = self._observe_evaluation()
+        observed = _Observed(self._observe_evaluation(), None)
         while True:
             grouping = self._form_groups(observed)
             verdict = self._verify(grouping, observed)
@@ -154,16 +153,12 @@ class _Search:
                 grouping.add_not_mask_exact(verdict.not_mask_exact)
                 name_the_rest(self.forward, grouping, observed.joined())
                 return grouping, observed.evaluation.costs
-            if self._asks_for_another_look(verdict):
-                observed = self._observe_both_modes()
+            if self.training_mode is _TrainingMode.NOT_OBSERVED:  # perhaps training mode only does more
+                observed = replace(observed, training=self._observe_training())
+            elif self._learn_which_axes_shrink(verdict.findings):  # the groups may be right
+                observed = _Observed(self._observe_evaluation(), self._observe_training())
             else:
                 self.found_unprunable.extend(finding.note(grouping) for finding in verdict.findings)
-
-    def _asks_for_another_look(self, verdict: _Verdict) -> bool:
-        """Tell whether the trouble may be with what is known of the full network, and not with the groups."""
-        if self.training_mode is _TrainingMode.NOT_OBSERVED:  # perhaps training mode only does more
-            return True
-        return self._learn_which_axes_shrink(verdict.findings)
 
     def _learn_which_axes_shrink(self, findings: Sequence[Finding]) -> bool:
         """Let the outermost axis of a split become shorter where the innermost one did not work.
@@ -179,23 +174,22 @@ class _Search:
 
     # -- observing the full network --------------------------------------------------------------------------------
 
-    def _observe_evaluation(self) -> _Observed:
-        evaluation = self.forward.observe(self._make_tracer, training=False)
-        self.known = replace(self.known, grouped=frozenset(evaluation.grouped))
-        return _Observed(evaluation.record, None)
+    def _observe_evaluation(self) -> Record:
+        return self._learn_from(self.forward.observe(self._make_tracer, training=False))
 
-    def _observe_both_modes(self) -> _Observed:
-        evaluation = self.forward.observe(self._make_tracer, training=False)
-        training: Tracer | None = None
-        with suppress(ValueError):
+    def _observe_training(self) -> Record | None:
+        try:
             training = self.forward.observe(self._make_tracer, training=True)
-        if training is None:
+        except ValueError:
             self.training_mode = _TrainingMode.UNTRACEABLE
-            self.known = replace(self.known, grouped=frozenset(evaluation.grouped))
-            return _Observed(evaluation.record, None)
+            return None
         self.training_mode = _TrainingMode.OBSERVED
-        self.known = replace(self.known, grouped=frozenset(evaluation.grouped | training.grouped))
-        return _Observed(evaluation.record, training.record)
+        return self._learn_from(training)
+
+    def _learn_from(self, tracer: Tracer) -> Record:
+        """Take note of the grouped convolutions of a full network, and return what else it showed."""
+        self.known = replace(self.known, grouped=self.known.grouped | tracer.grouped)
+        return tracer.record
 
     def _make_tracer(self) -> Tracer:
         return Tracer(self.tables, self.known)
@@ -252,8 +246,8 @@ class _Search:
         # Where channels are cut is compared with what the full network does in the same mode.
         if not verifier.cuts(evaluation) and trial.covers(evaluation):
             return _Verdict(works=True, not_mask_exact=trial.record.not_mask_exact)
-        verdict = self._verify_in_evaluation(verifier, evaluation)
-        return replace(verdict, not_mask_exact=trial.record.not_mask_exact)
+        in_evaluation = verifier.first_trial(training=False, full=evaluation)
+        return _Verdict(verifier.works(in_evaluation), not_mask_exact=trial.record.not_mask_exact)
 
     def _verify_in_evaluation(self, verifier: Verifier, evaluation: Record) -> _Verdict:
         trial = verifier.first_trial(training=False, full=evaluation)

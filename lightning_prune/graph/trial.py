@@ -1,7 +1,8 @@
 """Trial: a run of a network in which some groups have fewer channels, past modules that fail."""
 
+import itertools
+import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.graph.comparison import KeptLabels, covers, first_shift
+from lightning_prune.graph.frames import SourceLine, running_line
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.operators import OperatorTables, TracerRule
 from lightning_prune.graph.records import Call, CallKey, Known, Labels, ModuleCall, Record
@@ -19,7 +21,10 @@ from lightning_prune.graph.run import Forward, KeptPositions
 from lightning_prune.graph.tracer import Tracer
 from lightning_prune.pruning_plan import PlannedGroup, PruningPlan
 
-__all__ = ["Entries", "Failure", "Place", "Pruned", "Shrinking", "Trial", "TrialRunner"]
+__all__ = ["Entries", "Failure", "Place", "Pruned", "Shrinking", "Trial", "TrialRunner", "unlike_subsets"]
+
+
+_NOWHERE = SourceLine()
 
 
 class Pruned(Enum):
@@ -43,6 +48,28 @@ class Shrinking:
     groups: Sequence[int]
     pruned: Pruned
     training: bool
+
+
+def unlike_subsets(groups: Sequence[int]) -> list[list[int]]:
+    """Return subsets such that all groups are in equally many of them, and no two in the same.
+
+    Example:
+        >>> unlike_subsets(range(6))
+        [[0, 1, 2], [0, 3, 4], [1, 3, 5], [2, 4, 5]]
+        >>> unlike_subsets([0])
+        []
+    """
+    if len(groups) < 2:
+        return []
+    count = 2
+    while math.comb(count, count // 2) < len(groups):
+        count += 1
+    subsets: list[list[int]] = [[] for _ in range(count)]
+    memberships = itertools.combinations(subsets, count // 2)
+    for group, subsets_of_group in zip(groups, memberships, strict=False):
+        for subset in subsets_of_group:
+            subset.append(group)
+    return subsets
 
 
 def _kept_channels(number: int, size: int, pruned: Pruned) -> Tensor:
@@ -87,6 +114,29 @@ class Failure:
     unprunable: int
 
 
+class Entries(Enum):
+    """A list of a record."""
+
+    TIES = "ties"
+    UNPRUNABLE = "unprunable"
+    OPERATORS = "operator_trace"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an entry of a record was made.
+
+    Attributes:
+        module: Name of the module that ran.
+        line: The line of code.
+        given: The labels that the operator there was given.
+    """
+
+    module: str = "the model"
+    line: SourceLine = _NOWHERE
+    given: Sequence[Labels] = ()
+
+
 class Trial(Tracer):
     """Follow a smaller network; modules that fail return what they did in the full network, less what is pruned.
 
@@ -109,6 +159,41 @@ class Trial(Tracer):
         self.shrinking = shrinking
         self.kept = kept
         self.failures: list[Failure] = []
+        self._places: dict[Entries, dict[int, Place]] = {entries: {} for entries in Entries}  # by number of the entry
+        self._given: list[Labels] = []
+
+    def place(self, entries: Entries, number: int) -> Place:
+        """Return where an entry of the record was made or, if a module that failed has not made it, the next one.
+
+        Args:
+            entries: The list of the record.
+            number: Number of the entry.
+        """
+        places = self._places[entries]
+        made = [entry for entry in places if entry >= number]
+        return places[min(made)] if made else Place()
+
+    def tie(self, first: Labels | None, second: Labels | None, why: str) -> None:
+        """Tie as any tracer does, and note where."""
+        super().tie(first, second, why)
+        self._note_place(Entries.TIES)
+
+    def mark_unprunable(self, labels: Labels | None, why: str) -> None:
+        """Mark as any tracer does, and note where."""
+        super().mark_unprunable(labels, why)
+        self._note_place(Entries.UNPRUNABLE)
+
+    def _apply(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
+        self._given = self.labels_of(inputs)
+        self._note_place(Entries.OPERATORS)
+        super()._apply(rule, call, inputs)
+
+    def _note_place(self, entries: Entries) -> None:
+        """Note where the last entry of a list was made, unless that is known."""
+        number = len(getattr(self.record, entries.value)) - 1
+        places = self._places[entries]
+        if number not in places:
+            places[number] = Place(self.where(), running_line(), self._given)
 
     def tie_parts(self, labels: Labels, size: int) -> None:
         """Tie nothing: parts of equal size may be so by chance, and it shows elsewhere if they are the wrong ones."""
@@ -193,74 +278,6 @@ def _is_without_data(output: Any) -> bool:
     )
 
 
-# -- places ------------------------------------------------------------------------------------------------------------
-
-
-class Entries(Enum):
-    """A list of a record."""
-
-    TIES = "ties"
-    UNPRUNABLE = "unprunable"
-    OPERATORS = "operator_trace"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an entry of a record was made.
-
-    Attributes:
-        module: Name of the module that ran.
-        line: The line of code, as `` (file.py:12)``.
-        given: The labels that the operator there was given.
-    """
-
-    module: str = "the model"
-    line: str = ""
-    given: Sequence[Labels] = ()
-
-
-class _Found(BaseException):
-    """The place that was looked for has been reached."""
-
-
-class _Locator(Trial):
-    """Run until an entry of the record is made, to see where that is.
-
-    Args:
-        entries: The list of the record.
-        number: Number of the entry.
-        settings: Those of a trial.
-    """
-
-    def __init__(self, entries: Entries, number: int, *settings: Any) -> None:
-        super().__init__(*settings)
-        self.entries = entries
-        self.number = number
-        self.place = Place()
-        self.given: list[Labels] = []
-        self.found = False
-
-    def tie(self, first: Labels | None, second: Labels | None, why: str) -> None:
-        super().tie(first, second, why)
-        self._look()
-
-    def mark_unprunable(self, labels: Labels | None, why: str) -> None:
-        super().mark_unprunable(labels, why)
-        self._look()
-
-    def _apply(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
-        self.given = self.labels_of(inputs)
-        super()._apply(rule, call, inputs)
-        self._look()
-
-    def _look(self) -> None:
-        entries = getattr(self.record, self.entries.value)
-        if not self.found and len(entries) > self.number:
-            self.found = True
-            self.place = Place(self.where(), self.line(), self.given)
-            raise _Found
-
-
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
@@ -295,21 +312,6 @@ class TrialRunner:
             if not trial.failures:  # a hook of the whole model failed, which is no module's forward
                 trial.note_failure(CallKey(trial.where(), 0), (), raised)
         return trial
-
-    def locate(self, entries: Entries, number: int, trial: Trial) -> Place:
-        """Run a trial once more, to see where an entry of its record was made.
-
-        Args:
-            entries: The list of the record.
-            number: Number of the entry.
-            trial: The trial.
-        """
-        kept = self._kept_positions(trial.shrinking)
-        settings = self.tables, self.known, trial.full, trial.shrinking, self._kept_labels(kept)
-        locator = _Locator(entries, number, *settings)
-        with suppress(_Found, Exception):
-            self.forward.run(locator, kept, trial.shrinking.training)
-        return locator.place
 
     def _kept_positions(self, shrinking: Shrinking) -> KeptPositions:
         groups = list(self.grouping.groups.values())

@@ -1,7 +1,5 @@
 """Verification of groups on smaller networks, before anyone relies on them."""
 
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 
 from lightning_prune.graph.comparison import Expectations
@@ -10,7 +8,7 @@ from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.operators import OperatorTables
 from lightning_prune.graph.records import Known, Record
 from lightning_prune.graph.run import Forward
-from lightning_prune.graph.trial import Pruned, Shrinking, Trial, TrialRunner
+from lightning_prune.graph.trial import Pruned, Shrinking, Trial, TrialRunner, unlike_subsets
 
 __all__ = ["Verifier"]
 
@@ -49,50 +47,33 @@ class Verifier:
 
         A wrong place can be right by chance: a quarter of one half is one half of a quarter.
         """
-        found = self._explain(trial)
-        if found or not self.cuts(trial.full):
-            return found
-        for shrinking in _more_shrinkings(self.groups, trial.shrinking.training):
-            another = self.runner.run(shrinking, trial.full)
-            found = self._explain(another)
+        for each in self._trials(trial):
+            found = self._explanation(each).findings()
             if found:
                 return found
         return []
+
+    def works(self, trial: Trial) -> bool:
+        """Tell whether `findings` would find nothing, without a search for causes."""
+        return not any(self._explanation(each).is_needed() for each in self._trials(trial))
+
+    def _trials(self, first: Trial) -> Iterator[Trial]:
+        yield first
+        if self.cuts(first.full):
+            for shrinking in _more_shrinkings(self.groups, first.shrinking.training):
+                yield self.runner.run(shrinking, first.full)
 
     def cuts(self, full: Record) -> bool:
         """Tell whether channels of groups are cut somewhere."""
         return self.expectations.any_prunable(full.cut)
 
-    def _explain(self, trial: Trial) -> list[Finding]:
-        explanation = Explanation(self.runner, self.expectations, trial)
-        return explanation.findings()
+    def _explanation(self, trial: Trial) -> Explanation:
+        return Explanation(self.runner, self.expectations, trial)
 
 
 def _more_shrinkings(groups: Sequence[int], training: bool) -> Iterator[Shrinking]:
     """Prune either end of all groups, then some groups so that each has fewer channels where another has not."""
     yield Shrinking(groups, Pruned.FIRST, training)
     yield Shrinking(groups, Pruned.LAST, training)
-    for some in _unlike_subsets(groups):
+    for some in unlike_subsets(groups):
         yield Shrinking(some, Pruned.FIRST, training)
-
-
-def _unlike_subsets(groups: Sequence[int]) -> list[list[int]]:
-    """Return subsets such that all groups are in equally many of them, and no two in the same.
-
-    Example:
-        >>> _unlike_subsets(range(6))
-        [[0, 1, 2], [0, 3, 4], [1, 3, 5], [2, 4, 5]]
-        >>> _unlike_subsets([0])
-        []
-    """
-    if len(groups) < 2:
-        return []
-    count = 2
-    while math.comb(count, count // 2) < len(groups):
-        count += 1
-    subsets: list[list[int]] = [[] for _ in range(count)]
-    memberships = itertools.combinations(subsets, count // 2)
-    for group, subsets_of_group in zip(groups, memberships, strict=False):
-        for subset in subsets_of_group:
-            subset.append(group)
-    return subsets

@@ -141,9 +141,9 @@ class Vocabulary:
 
     def tie_parts(self, labels: Labels, size: int) -> None:
         """Cut an axis into parts of some size; say that channels at equal places can only be pruned together."""
-        first, *others = labels.split(size)
-        for other in others:
-            self.tie(first, other, "is split into parts")
+        first, others = labels[:size], labels[size:]
+        if len(others):  # all parts at once: an image that is flattened with its channels has a hundred thousand
+            self.tie(first.repeat(len(others) // size), others, "is split into parts")
 
     def split_axis(self, sizes: tuple[int, ...], written: Sequence[int] = ()) -> int:
         """Say that an axis is split into several; returns the one that becomes shorter when channels are pruned.

@@ -1,5 +1,6 @@
 """The cost of a network as a function of the widths of its groups, without building the network."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
@@ -64,8 +65,34 @@ class CostModel:
         Args:
             widths: (groups,) int64 channels that are kept, in the order of ``self.groups``.
         """
-        costs = self._coefficients * self._products.of(widths)  # (terms,)
-        return costs.sum().item()
+        return self.of_terms(widths).sum().item()
+
+    def of_terms(self, widths: np.ndarray) -> np.ndarray:
+        """Return what each term costs at some widths: (..., terms).
+
+        Args:
+            widths: (..., groups) int64 channels that are kept, in the order of ``self.groups``.
+        """
+        return self._coefficients * self._products.of(widths)
+
+    def terms_of(self, group: int) -> np.ndarray:
+        """Return the numbers of the terms that depend on the width of a group.
+
+        Args:
+            group: Its number.
+        """
+        return self._products.of_group(group)
+
+    def only(self, terms: np.ndarray) -> "CostModel":
+        """Return the cost of some terms alone.
+
+        Args:
+            terms: (n,) their numbers.
+        """
+        some = copy.copy(self)
+        some._coefficients = self._coefficients[terms]
+        some._products = self._products.only(terms)
+        return some
 
     def fraction(self, widths: np.ndarray) -> float:
         """Return the cost at some widths as a fraction of the original cost; 1 where there is none to save.
@@ -106,13 +133,27 @@ class Products:
         """Return the products at some widths.
 
         Args:
-            widths: (groups,) int64 channels that are kept.
+            widths: (..., groups) int64 channels that are kept.
 
         Returns:
-            (products,) int64.
+            (..., products) int64.
         """
-        lengths = self._fixed + self._per_channel @ widths  # (axes,)
-        return lengths[self._factors].prod(axis=1)
+        lengths = self._fixed + widths @ self._per_channel.T  # (..., axes)
+        return lengths[..., self._factors].prod(axis=-1)
+
+    def of_group(self, group: int) -> np.ndarray:
+        """Return the numbers of the products that have an axis of a group, given by number: (n,)."""
+        is_longer = self._per_channel[:, group] > 0  # (axes,)
+        return np.flatnonzero(is_longer[self._factors].any(axis=1))
+
+    def only(self, numbers: np.ndarray) -> "Products":
+        """Return some of the products, given by number."""
+        axes, factors = np.unique(self._factors[numbers], return_inverse=True)
+        some = copy.copy(self)
+        some._fixed = self._fixed[axes]
+        some._per_channel = self._per_channel[axes]
+        some._factors = factors.reshape(len(numbers), -1)
+        return some
 
 
 def integers(numbers: Iterable[int]) -> np.ndarray:

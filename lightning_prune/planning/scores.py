@@ -35,10 +35,13 @@ def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[st
     """
     for name in scores:
         graph.group(name)
-    return {
-        name: _checked(graph, group, scores[name]) if scores.get(name) is not None else _keeping_all(graph, group)
-        for name, group in graph.groups.items()
-    }
+    now = graph.snapshot({})
+    checked = {}
+    for name, group in graph.groups.items():
+        given = scores.get(name)
+        kept = now.kept(name)
+        checked[name] = _keeping_all(group, kept) if given is None else _checked(graph.model, group, kept, given)
+    return checked
 
 
 def best_channels(scores: Tensor, width: int) -> Tensor:
@@ -67,19 +70,18 @@ def not_rankable(model: nn.Module, group: str) -> ValueError:
     return ValueError(f"The scores of group {group!r} are not finite, {reason}; {REMEDY}.")
 
 
-def _checked(graph: ChannelGraph, group: Group, scores: Tensor) -> Tensor:
+def _checked(model: nn.Module, group: Group, kept: Tensor, scores: Tensor) -> Tensor:
     if scores.shape != (group.size,):
         shape = tuple(scores.shape)
         raise ValueError(f"Group {group.name!r} has {group.size} channels, but its scores have shape {shape}.")
-    kept = graph.kept(group.name).to(scores.device)
-    has_infinite = bool(scores[kept].isinf().any())  # which may be meant: keep it, whatever it costs
-    if bool(scores.isnan().any()) or (has_infinite and cause_in(graph.model)):
-        raise not_rankable(graph.model, group.name)
+    has_infinite = bool(scores[kept.to(scores.device)].isinf().any())  # which may be meant: keep it, whatever it costs
+    if bool(scores.isnan().any()) or (has_infinite and cause_in(model)):
+        raise not_rankable(model, group.name)
     return scores.detach().to("cpu", torch.float64)
 
 
-def _keeping_all(graph: ChannelGraph, group: Group) -> Tensor:
+def _keeping_all(group: Group, kept: Tensor) -> Tensor:
     """Return scores that keep all channels that the model still has."""
     scores = torch.full((group.size,), -math.inf, dtype=torch.float64)
-    scores[graph.kept(group.name)] = math.inf
+    scores[kept] = math.inf
     return scores

@@ -62,11 +62,9 @@ class PruningEpisodes:
         """
         group = self.position
         size = self.problem.sizes[group]
-        fractions_to_keep = (1 - actions.flatten()).tolist()
-        for episode, fraction in enumerate(fractions_to_keep):
-            narrowest, widest = self._ranges[episode]
-            width = self.problem.bounds.nearest(group, fraction * size, narrowest, widest)
-            self.widths[episode, group] = width
+        fractions_to_keep = (1 - actions.flatten()).double().cpu().numpy()
+        wished = fractions_to_keep * size
+        self.widths[:, group] = self.problem.bounds.nearest_of_each(group, wished, *self._ranges)
         kept = torch.from_numpy(self.widths[:, group] / size).float()
         self.actions = 1 - kept[:, None]
         self.position += 1
@@ -80,9 +78,10 @@ class PruningEpisodes:
             no_bounds = torch.zeros_like(self.actions), torch.ones_like(self.actions)
             self.view = View(observation, *no_bounds)
             return
-        self._ranges = [self.problem.bounds.after(widths) for widths in decided]
-        low = self._pruned_fraction([allowed.widest for allowed in self._ranges])
-        high = self._pruned_fraction([allowed.narrowest for allowed in self._ranges])
+        self._ranges = self.problem.bounds.after_each(decided)
+        narrowest, widest = self._ranges
+        low = self._pruned_fraction(widest)
+        high = self._pruned_fraction(narrowest)
         self.view = View(observation, low, high)
 
     def _observation(self, decided: np.ndarray) -> Tensor:
@@ -92,33 +91,36 @@ class PruningEpisodes:
             decided: (n, groups so far) widths.
         """
         features = self.problem.features[self.position]
-        costs = [self._spent_and_open(widths) for widths in decided]
         columns = [
             features.expand(len(decided), -1),  # (n, 6)
-            torch.tensor(costs, dtype=torch.float32),  # (n, 2)
+            self._spent_and_open(decided),  # (n, 2)
             self.actions,  # (n, 1)
         ]
         return torch.cat(columns, dim=1)
 
-    def _pruned_fraction(self, widths: list[int]) -> Tensor:
+    def _pruned_fraction(self, widths: np.ndarray) -> Tensor:
         """Return the fraction of the next group that is pruned at each of n widths: (n, 1)."""
         size = int(self.problem.sizes[self.position])
-        kept = torch.tensor(widths) / size
+        kept = torch.from_numpy(widths) / size
         return 1 - kept[:, None]
 
-    def _spent_and_open(self, decided: np.ndarray) -> list[float]:
-        """Return the cost spent at least, and what may come on top of it, as fractions of the original.
+    def _spent_and_open(self, decided: np.ndarray) -> Tensor:
+        """Return the cost spent at least, and what may come on top of it, as fractions of the original: (n, 2).
 
         Args:
-            decided: (groups so far,) widths.
+            decided: (n, groups so far) widths.
         """
-        cost = self.problem.cost
         bounds = self.problem.bounds
-        narrowest = np.concatenate([decided, bounds.least[self.position :]])
-        widest = np.concatenate([decided, bounds.most[self.position :]])
-        spent = cost.fraction(narrowest)
-        most = cost.fraction(widest)
-        return [spent, most - spent]
+        spent = self._fractions(bounds.completed(decided, bounds.least))
+        most = self._fractions(bounds.completed(decided, bounds.most))
+        columns = np.stack([spent, most - spent], axis=1)
+        return torch.from_numpy(columns).float()
+
+    def _fractions(self, widths: np.ndarray) -> np.ndarray:
+        """Return the costs at some (n, groups) widths as fractions of the original: (n,)."""
+        original = self.problem.cost.original
+        costs = self.problem.cost.of_terms(widths).sum(axis=1)
+        return costs / original if original else np.ones(len(widths))
 
 
 def play(

@@ -91,10 +91,11 @@ class BestEpisode:
         rows = self.layout.pack(transition)
         while len(self._running) < len(rows):
             self._running.append([])
-        for row, running in zip(rows, self._running, strict=False):
+        steps = self.layout.unpack(rows)
+        ended = (steps.terminated + steps.truncated).tolist()  # those of all environments at once
+        for row, running, has_ended in zip(rows, self._running, ended, strict=False):
             running.append(row)
-            step = self.layout.unpack(row)
-            if step.terminated or step.truncated:
+            if has_ended:
                 self._offer(torch.stack(running))
                 running.clear()
 

@@ -1,6 +1,5 @@
 """How wide each group may be, one after the other, for a budget to stay within reach."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,9 +80,31 @@ class WidthBounds:
         Args:
             decided: Widths of the groups before it, each within its own bounds.
         """
-        narrowest = self._widest(decided, later=self.most)
-        widest = self._widest(decided, later=self.least)
-        return WidthRange(narrowest, widest)
+        narrowest, widest = self.after_each(np.array([decided], dtype=np.int64))
+        return WidthRange(int(narrowest[0]), int(widest[0]))
+
+    def after_each(self, decided: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the narrowest and the widest that the next group may be in each of n episodes: (n,) each.
+
+        Args:
+            decided: (n, groups so far) int64 widths of the groups before it, each within its own bounds.
+        """
+        group = decided.shape[1]
+        most = self.completed(decided, self.most)
+        least = self.completed(decided, self.least)
+        return self._widest(most, group), self._widest(least, group)
+
+    @staticmethod
+    def completed(decided: np.ndarray, later: np.ndarray) -> np.ndarray:
+        """Return the widths that n episodes would end with: (n, groups).
+
+        Args:
+            decided: (n, groups so far) widths.
+            later: (groups,) those that all others are to have.
+        """
+        widths = np.tile(later, (len(decided), 1))
+        widths[:, : decided.shape[1]] = decided
+        return widths
 
     def nearest(self, group: int, width: float, narrowest: int, widest: int) -> int:
         """Return the allowed width that is nearest to one that is wished for, the narrower one of two.
@@ -94,12 +115,30 @@ class WidthBounds:
             narrowest: Least width.
             widest: Greatest width.
         """
+        ranges = np.array([narrowest]), np.array([widest])
+        return int(self.nearest_of_each(group, np.array([width]), *ranges)[0])
 
-        def distance(allowed: int) -> float:
-            return abs(allowed - width)
+    def nearest_of_each(self, group: int, wished: np.ndarray, narrowest: np.ndarray, widest: np.ndarray) -> np.ndarray:
+        """Return what `nearest` would in each of n episodes, all at once.
 
-        within = [allowed for allowed in self.allowed[group] if narrowest <= allowed <= widest]
-        return min(within, key=distance)
+        Args:
+            group: Number of the group.
+            wished: (n,) float64 wishes.
+            narrowest: (n,) least widths, each of them allowed.
+            widest: (n,) greatest widths, each of them allowed.
+
+        Returns:
+            (n,) int64 widths.
+        """
+        allowed = np.array(self.allowed[group])
+        within = np.clip(wished, narrowest, widest)
+        above = np.searchsorted(allowed, within)  # the least width that is no narrower
+        below = np.maximum(above - 1, 0)
+        narrower, wider = allowed[below], allowed[above]
+        to_narrower = np.abs(narrower - wished)
+        to_wider = np.abs(wider - wished)
+        is_narrower = (to_narrower <= to_wider) & (narrower >= narrowest)
+        return np.where(is_narrower, narrower, wider)
 
     def report(self, widths: np.ndarray) -> dict[str, Any]:
         """Return what plans tell of their budget.
@@ -118,27 +157,43 @@ class WidthBounds:
             "round_to": self.round_to,
         }
 
-    def _widest(self, decided: Sequence[int] | np.ndarray, later: np.ndarray) -> int:
-        """Return the widest that fits with later groups as given; the least allowed width if none fits."""
-        group = len(decided)
-        widths = later.copy()
-        widths[:group] = decided
+    def _widest(self, widths: np.ndarray, group: int) -> np.ndarray:
+        """Return the widest that a group may be, the least allowed width if none fits: (n,).
 
-        def misses_budget(width: int) -> bool:
-            widths[group] = width
-            return self.cost.of(widths) > self.budget
-
-        # The allowed widths ascend, and so do their costs.
-        first_that_misses = bisect_left(self.allowed[group], True, key=misses_budget)
-        return self.allowed[group][max(first_that_misses - 1, 0)]
+        Args:
+            widths: (n, groups) those of all other groups.
+            group: Number of the group.
+        """
+        allowed = np.array(self.allowed[group])
+        varying = self.cost.terms_of(group)
+        cost = self.cost.only(varying)
+        costs = self.cost.of_terms(widths)  # (n, terms)
+        # The allowed widths ascend, and so do their costs: halve the range of the first that misses the budget.
+        last = len(allowed) - 1
+        first = np.zeros(len(widths), dtype=np.int64)
+        stop = first + len(allowed)
+        while True:
+            is_open = first < stop
+            if not is_open.any():
+                break
+            middle = (first + stop) // 2
+            within = np.minimum(middle, last)
+            widths[:, group] = allowed[within]
+            costs[:, varying] = cost.of_terms(widths)
+            misses = costs.sum(axis=1) > self.budget
+            stop = np.where(is_open & misses, middle, stop)
+            first = np.where(is_open & ~misses, middle + 1, first)
+        before = np.maximum(first - 1, 0)
+        return allowed[before]
 
 
 def _equal_scores(graph: ChannelGraph) -> dict[str, torch.Tensor]:
     """Return scores that tell nothing but which channels are still there: 0 for those, else ``-inf``."""
     scores = {}
+    now = graph.snapshot({})
     for name, group in graph.groups.items():
         scores[name] = torch.full((group.size,), -torch.inf)
-        scores[name][graph.kept(name)] = 0
+        scores[name][now.kept(name)] = 0
     return scores
 
 

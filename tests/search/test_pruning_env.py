@@ -128,6 +128,30 @@ def test_bounds_are_the_tightest(name: str) -> None:
                 assert width <= narrowest or dearest > bounds.budget or width > widest
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_many_episodes_have_the_bounds_of_each(name: str) -> None:
+    """By brute force, width by width: the widest that fits, and the allowed width that is nearest to a wish."""
+    generator = torch.Generator().manual_seed(1)
+    problem = PruningProblem(traced(name), keep=0.5, round_to=2)
+    cost, bounds = problem.cost, problem.bounds
+    played = np.array(sequences(problem, 7, generator))
+    for group in range(len(problem)):
+        narrowest, widest = bounds.after_each(played[:, :group])
+        wished = torch.rand(7, generator=generator, dtype=torch.float64).numpy() * problem.sizes[group]
+        nearest = bounds.nearest_of_each(group, wished, narrowest, widest)
+        for episode, widths in enumerate(played):
+            for found, later in ((narrowest, bounds.most), (widest, bounds.least)):
+                decided = [*widths[:group]]
+                fitting = [
+                    width
+                    for width in bounds.allowed[group]
+                    if cost.of(np.array([*decided, width, *later[group + 1 :]])) <= bounds.budget
+                ]
+                assert found[episode] == max(fitting, default=bounds.allowed[group][0])
+            within = [one for one in bounds.allowed[group] if narrowest[episode] <= one <= widest[episode]]
+            assert nearest[episode] == min(within, key=lambda one: (abs(one - wished[episode]), one))
+
+
 def test_plans_cost_what_is_counted_on_the_pruned_network() -> None:
     graph = traced("residual")
     problem = PruningProblem(graph, keep=0.4)

@@ -1,0 +1,122 @@
+"""How often the search runs a network: what it costs to trace one, whatever machine it is on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.graph import ChannelGraph, trace
+from lightning_prune.graph.operators import OperatorTables
+from lightning_prune.graph.records import Known
+from lightning_prune.graph.rules import RULES
+from lightning_prune.graph.run import Forward
+from lightning_prune.graph.tracer import Tracer
+
+
+@contextmanager
+def _counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Note the kind of tracer of each forward pass."""
+    passes: list[str] = []
+    run = Forward.run
+
+    def counting(forward: Forward, tracer: object, *arguments: object) -> None:
+        passes.append(type(tracer).__name__)
+        run(forward, tracer, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Forward, "run", counting)
+        yield passes
+
+
+class _Scaled(nn.Module):
+    """A block that divides by the root of the number of its channels, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 12)
+        self.outer = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return x + self.outer(y * y.shape[-1] ** -0.5)
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)).relu()
+
+
+def _stack(block: Callable[[], nn.Module], depth: int) -> nn.Sequential:
+    return nn.Sequential(*(block() for _ in range(depth)))
+
+
+def _scaled(depth: int) -> ChannelGraph:
+    model = nn.Sequential(nn.Linear(3, 8), *_stack(_Scaled, depth), nn.Linear(8, 2))
+    return trace(model, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("depth", [1, 12])
+def test_network_without_findings_is_observed_once_and_tried_once(monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *_stack(_Residual, depth), nn.Flatten(), nn.Linear(4 * 16, 2))
+    with _counted(monkeypatch) as passes:
+        trace(model, torch.zeros(2, 3, 6, 6))
+    assert passes == ["Tracer", "Trial"]
+
+
+def test_all_blocks_that_compute_with_their_size_are_found_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {}
+    for depth in (2, 6, 20):
+        with _counted(monkeypatch) as passes:
+            graph = _scaled(depth)
+        counts[depth] = len(passes)
+        assert list(graph.groups) == ["0"]
+        reasons = {name: graph.unprunable[name].reason for name in graph.unprunable if name.endswith("inner")}
+        assert len(reasons) == depth
+        for name, reason in reasons.items():  # each names its own block
+            assert reason.startswith(f"{name.removesuffix('.inner')}: computes with the number of its channels")
+    assert counts[6] - counts[2] <= 2  # of as many blocks, two trials tell twice as many apart
+    assert counts[20] - counts[6] <= 2
+
+
+class _Shared(nn.Module):
+    """Two layers that are multiplied by a number that the width of the first alone gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 8)
+        self.second = nn.Linear(3, 6)
+        self.head = nn.Linear(8, 2)
+        self.tail = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.first(x), self.second(x)
+        scale = 1 / first.shape[-1]
+        return self.head(first * scale) + self.tail(second * scale)
+
+
+def test_group_that_is_given_a_number_of_another_one_stays_prunable() -> None:
+    graph = trace(_Shared(), torch.zeros(2, 3))
+    assert list(graph.groups) == ["second"]
+    assert "computes with the number of its channels" in graph.unprunable["first"].reason
+
+
+class _Parts(nn.Module):
+    """Adds one tie for each part of a flattened image: as many as it has positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, rest = x.flatten(1).tensor_split((64,), 1)
+        return torch.cat([first, rest], 1)
+
+
+def test_equal_parts_are_one_tie() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), _Parts(), nn.Linear(4 * 64 * 64, 2))
+    forward = Forward(model, "", torch.zeros(1, 1, 64, 64))
+    tracer = forward.observe(lambda: Tracer(OperatorTables(RULES, {}), Known()), training=False)
+    assert 0 < len(tracer.record.ties) < 10
