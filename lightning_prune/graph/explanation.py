@@ -137,7 +137,8 @@ class Explanation:
         findings = []
         for group, number in numbers.items():
             place = self.trial.place(Entries.OPERATORS, number)
-            findings.append(Finding(frozenset([group]), place.module, f"{_COMPUTES}{place.line}"))
+            what = f"{_COMPUTES}{place.line}"
+            findings.append(Finding(frozenset([group]), place.module, what))
         return findings
 
     def _numbers_of_groups(self) -> dict[int, int]:
@@ -155,7 +156,9 @@ class Explanation:
             if not likely:
                 break
             differing = self._operators_with_other_numbers(self._try(smaller)) or set()
-            likely = {group: number for group, number in likely.items() if (number in differing) == (group in smaller)}
+            for group, number in list(likely.items()):
+                if (number in differing) != (group in smaller):
+                    del likely[group]
         return likely
 
     def _operators_with_other_numbers(self, trial: Trial) -> set[int] | None:

@@ -39,7 +39,8 @@ def _content(value: Any) -> list[Any]:
         return list(value.values())
     if isinstance(value, tuple | list | set | frozenset):
         return list(value)
-    in_slots = [getattr(value, name) for name in _slot_names(type(value)) if hasattr(value, name)]
+    slots = _slot_names(type(value))
+    in_slots = [getattr(value, name) for name in slots if hasattr(value, name)]
     in_dictionary = getattr(value, "__dict__", {}).values()
     return [*in_slots, *in_dictionary]
 

@@ -36,11 +36,14 @@ def preserving_random_state(model: nn.Module) -> Iterator[None]:
     Args:
         model: What is run.
     """
-    gpus = sorted({tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
+    gpus = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_cuda:
+            gpus.add(tensor.device.index)
     of_python = random.getstate()
     of_numpy = np.random.get_state()
     try:
-        with torch.random.fork_rng(gpus):
+        with torch.random.fork_rng(sorted(gpus)):
             yield
     finally:
         random.setstate(of_python)

@@ -167,7 +167,8 @@ class _Search:
             Whether there was such a split that has not been learnt about before.
         """
         known = self.known.shrinking_axis
-        sites = {finding.site for finding in findings if finding.site is not None and finding.site not in known}
+        found = [finding.site for finding in findings]
+        sites = {site for site in found if site is not None and site not in known}
         if sites:
             self.known = replace(self.known, shrinking_axis={**known, **dict.fromkeys(sites, 0)})
         return bool(sites)

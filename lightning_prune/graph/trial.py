@@ -262,8 +262,11 @@ class Trial(Tracer):
         """Return a tensor of the full network without the channels that are pruned."""
         if not isinstance(leaf, Tensor):
             return leaf
-        kept = {axis: self.kept.among(labels) for axis, labels in self.all_labels(leaf).items()}
-        shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(leaf.shape)]
+        kept = {}
+        shape = list(leaf.shape)
+        for axis, labels in self.all_labels(leaf).items():
+            kept[axis] = self.kept.among(labels)
+            shape[axis] = len(kept[axis])
         shrunk = torch.empty(shape, dtype=leaf.dtype, device="meta")
         shrunk._is_weight = self.is_weight(leaf)  # type: ignore[attr-defined]
         self.set_labels(shrunk, kept)

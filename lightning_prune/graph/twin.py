@@ -139,7 +139,9 @@ def _counterpart(value: Any, twin: Twin) -> Any:
     if _is_shared(value):
         return value
     blank = _blank(type(value))
-    return value if blank is None else twin.note(value, blank, partial(_fill_object, value, blank, twin))
+    if blank is None:
+        return value
+    return twin.note(value, blank, partial(_fill_object, value, blank, twin))
 
 
 def _blank(kind: Any) -> Any:
@@ -247,14 +249,21 @@ def _of_sequence(values: Any, twin: Twin) -> Any:
 @_counterpart.register
 def _of_set(values: set, twin: Twin) -> Any:
     blank = type(values).__new__(type(values))
-    return twin.note(values, blank, lambda: blank.update([_of_key(value, twin) for value in values]))
+
+    def fill() -> None:
+        for value in values:
+            blank.add(_of_key(value, twin))
+
+    return twin.note(values, blank, fill)
 
 
 @_counterpart.register
 def _of_tuple(values: tuple, twin: Twin) -> Any:
     counterparts = [twin.counterpart(value) for value in values]
-    changed = any(one is not other for one, other in zip(values, counterparts, strict=True))
-    return twin.note(values, tuple.__new__(type(values), counterparts)) if changed else values
+    pairs = zip(values, counterparts, strict=True)
+    if all(one is other for one, other in pairs):
+        return values
+    return twin.note(values, tuple.__new__(type(values), counterparts))
 
 
 @_counterpart.register
@@ -309,7 +318,9 @@ def _of_builtin_method(method: BuiltinMethodType, twin: Twin) -> Any:
 
 @_counterpart.register
 def _of_partial(bound: partial, twin: Twin) -> Any:
-    function, args, named = (twin.counterpart(value) for value in (bound.func, bound.args, bound.keywords))
+    function = twin.counterpart(bound.func)
+    args = twin.counterpart(bound.args)
+    named = twin.counterpart(bound.keywords)
     made = type(bound)(function, *args)
     made.keywords.update(named)  # which may be filled later
     return twin.note(bound, made, lambda: made.keywords.update(named))

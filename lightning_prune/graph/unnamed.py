@@ -50,7 +50,11 @@ def _first_reason(forward: Forward, grouping: Grouping, tensor: str, is_in: ndar
     module = module_of(tensor)
     shape = forward.shapes[tensor]
     labels_by_axis = forward.labelled.labels(tensor)
-    in_axes = [axis for axis, labels in labels_by_axis.items() if is_in[labels.numpy()].all()]
+    in_axes = []
+    for axis, labels in labels_by_axis.items():
+        consumes = is_in[labels.numpy()]
+        if consumes.all():
+            in_axes.append(axis)
     other_axes = [axis for axis in range(len(shape)) if axis not in in_axes]
     first = (other_axes + in_axes)[0]
     if 0 in shape:

@@ -137,7 +137,8 @@ class Vocabulary:
         if first is None or second is None:
             self.mark_unprunable(second if first is None else first, why)
             return
-        self.record.ties.append(Tie(first, second, self.where(), why, self.of_weights))
+        tie = Tie(first, second, self.where(), why, self.of_weights)
+        self.record.ties.append(tie)
 
     def tie_parts(self, labels: Labels, size: int) -> None:
         """Cut an axis into parts of some size; say that channels at equal places can only be pruned together."""

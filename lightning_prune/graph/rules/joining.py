@@ -60,7 +60,8 @@ def _labels_or_fixed(tracer: Tracer, tensor: Tensor, axis: int) -> Labels:
 
 def _tie_along(tracer: Tracer, tensors: Sequence[Tensor], axis: int) -> Labels:
     """Tie the labels of tensors along an axis that they share, and return those of the first that has any."""
-    labels_of_each = [tracer.labels(tensor, axis) for tensor in tensors if not _is_same_along(tracer, tensor, axis)]
+    different = [tensor for tensor in tensors if not _is_same_along(tracer, tensor, axis)]
+    labels_of_each = [tracer.labels(tensor, axis) for tensor in different]
     shared = next(labels for labels in labels_of_each if labels is not None)
     for labels in labels_of_each:
         tracer.tie(shared, labels, "is put beside a tensor of fixed size")
