@@ -31,7 +31,10 @@ class SourceLine(NamedTuple):
     number: int = 0
 
     def __str__(self) -> str:
-        return f" ({os.path.basename(self.file)}:{self.number})" if self.file else ""
+        if not self.file:
+            return ""
+        name = os.path.basename(self.file)
+        return f" ({name}:{self.number})"
 
     def __format__(self, specification: str) -> str:
         return format(str(self), specification)

@@ -322,7 +322,8 @@ class TrialRunner:
         for number in shrinking.groups:
             group = groups[number]
             kept = _kept_channels(number, group.size, shrinking.pruned)
-            planned[group.name] = PlannedGroup(group.size, tuple(kept.tolist()), group.slices)
+            positions = tuple(kept.tolist())
+            planned[group.name] = PlannedGroup(group.size, positions, group.slices)
         return PruningPlan(planned, self.forward.shapes).index()
 
     def _kept_labels(self, kept: KeptPositions) -> KeptLabels:

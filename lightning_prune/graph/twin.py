@@ -180,7 +180,8 @@ def _slots(kind: type) -> list[str]:
 
 @_counterpart.register
 def _of_tensor(tensor: Tensor, twin: Twin) -> Any:
-    copied = copy.deepcopy(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+    is_parameter = isinstance(tensor, nn.Parameter)
+    copied = copy.deepcopy(tensor) if is_parameter else tensor.detach().clone()
     vars(copied).update(vars(tensor))
     return twin.note(tensor, copied)
 
