@@ -1,7 +1,8 @@
 """Surgery: the only room that replaces tensors, those of a model and those of its optimizers."""
 
 from lightning_prune.surgery.batch_norm import recalibrate
+from lightning_prune.surgery.compensation import prune
 from lightning_prune.surgery.masks import mask
-from lightning_prune.surgery.pruning import PruneReport, check, prune, pruned_tensors, reshape
+from lightning_prune.surgery.pruning import PruneReport, check, pruned_tensors, reshape
 
 __all__ = ["PruneReport", "check", "mask", "prune", "pruned_tensors", "recalibrate", "reshape"]
