@@ -15,10 +15,10 @@ from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.run import as_call
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.surgery.compensation.copies import copy_on
-from lightning_prune.surgery.compensation.folding import inputs_of, rows_of
 from lightning_prune.surgery.compensation.least_squares import Moments
 from lightning_prune.surgery.compensation.operators import Linear, Step
 from lightning_prune.surgery.compensation.runs import Watch
+from lightning_prune.surgery.compensation.sampling import at_places, places_in
 from lightning_prune.surgery.compensation.survey import names_of
 
 __all__ = ["Sensitivity", "sensitivities"]
@@ -50,20 +50,26 @@ class Sensitivity:
 
     def add_inputs(self, x: Tensor, number: int) -> None:
         """Add what the layer is given: (samples, in_channels, *spatial)."""
-        [chosen] = inputs_of([x], share=1, seed=number)
+        places = places_in(x, numbers=x.shape[1], share=1, seed=number)
+        chosen = at_places(x, places)
         means = x.flatten(2).mean(2) if x.dim() > 2 else x
         for group, positions in self._places.items():
-            _add(self._inputs, group, rows_of(chosen, positions))
-            _add(self._means, group, means[:, positions].mean(2))
+            rows = chosen[:, positions.T]
+            _add(self._inputs, group, rows.flatten(0, 1))
+            rows = means[:, positions]
+            _add(self._means, group, rows.mean(2))
 
     def add_gradients(self, gradients: Tensor) -> None:
         """Add gradients at the output: (samples, out_channels, *spatial)."""
-        by_position = gradients.flatten(2) if gradients.dim() > 2 else gradients[:, :, None]
-        mean = by_position.mean(2, keepdim=True)
-        varying = (by_position - mean).square().sum(2, dtype=torch.float64)
+        if gradients.dim() == 2:
+            gradients = gradients[:, :, None]
+        by_position = gradients.flatten(2)
+        positions = by_position.shape[2]
+        squares = by_position.square().sum(2, dtype=torch.float64)
         uniform = by_position.sum(2, dtype=torch.float64).square()
+        varying = squares - uniform / positions
         self._samples += len(by_position)
-        self._varying = self._varying + varying.sum(0)
+        self._varying = self._varying + varying.clamp_min(0).sum(0)
         self._uniform = self._uniform + uniform.sum(0)
 
     @property
@@ -93,7 +99,7 @@ def _add(moments: dict[str, Moments], group: str, rows: Tensor) -> None:
 
 
 def _covariance(moments: Moments) -> Tensor:
-    covariance, _, _ = moments.about(moments.mean_x, moments.mean_y)
+    covariance, _, _ = moments.second(centred=True)
     return covariance
 
 
@@ -132,7 +138,9 @@ class _Watched:
     """
 
     def __init__(self, graph: ChannelGraph, places: Mapping[str, Mapping[str, Tensor]]) -> None:
-        tensors = {name: _trained(tensor) for name, tensor in named_tensors(graph.model).items()}
+        tensors = {}
+        for name, tensor in named_tensors(graph.model).items():
+            tensors[name] = _trained(tensor)
         self.found: dict[str, Sensitivity] = {}
         self._places = places
         self._names = names_of(tensors)
@@ -155,10 +163,10 @@ class _Watched:
             else:
                 args, kwargs = as_call(batch)
                 self._copied(*args, **kwargs)
-        projected = torch.stack([self._projected(output) for output in self._outputs]).sum()
-        edges = [edge for _, edge in self._edges]
+        projected = [self._projected(output) for output in self._outputs]
+        names, edges = zip(*self._edges, strict=True)
         gradients = torch.autograd.grad(projected, edges, allow_unused=True)
-        for (name, _), gradient in zip(self._edges, gradients, strict=True):
+        for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 self.found[name].add_gradients(gradient)
 
@@ -167,14 +175,17 @@ class _Watched:
         return (output * weights.to(output)).sum()
 
     def _note_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        self._outputs += [leaf for leaf in leaves if leaf.requires_grad]
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self._outputs.append(leaf)
 
     def _note_step(self, name: str, step: Step, proceed: Callable[[], Any]) -> Any:
         output = proceed()
         if name in self._places and isinstance(step, Linear):
-            sensitivity = self.found.setdefault(name, Sensitivity(step, self._places[name]))
-            sensitivity.add_inputs(step.x.detach(), self._number)
+            if name not in self.found:
+                self.found[name] = Sensitivity(step, self._places[name])
+            inputs = step.x.detach()
+            self.found[name].add_inputs(inputs, self._number)
             # The place in the backward pass: what is changed in place afterwards has another.
             self._edges.append((name, get_gradient_edge(output)))
         return output

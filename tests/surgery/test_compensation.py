@@ -17,6 +17,7 @@ import lightning_prune as lp
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery.compensation.operators import READ_CALL, as_matrix, from_matrix
+from lightning_prune.surgery.compensation.sampling import Places
 
 METHODS = ["fold", "refit"]
 
@@ -85,7 +86,8 @@ NETWORKS = {
     "geometry": (
         lambda: sequential(
             nn.Conv2d(3, 8, 3, padding="same", dilation=2), nn.LeakyReLU(0.3),
-            nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Tanh(), nn.Conv2d(8, 8, 3, groups=4), nn.LeakyReLU(0.3),
+            nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Tanh(),
+            nn.Conv2d(8, 8, 3, groups=4), nn.LeakyReLU(0.3),
             nn.ConvTranspose2d(8, 6, 3, stride=2, output_padding=1), nn.SiLU(), nn.Conv2d(6, 6, 3, stride=2),
             nn.Flatten(), nn.Linear(6 * 100, 4),
         ),
@@ -93,14 +95,16 @@ NETWORKS = {
     ),
     "one axis": (
         lambda: sequential(
-            nn.Conv1d(3, 8, 3, padding=1), nn.LeakyReLU(0.3), nn.Conv1d(8, 6, 5, stride=2, bias=False), nn.LeakyReLU(0.3),
+            nn.Conv1d(3, 8, 3, padding=1), nn.LeakyReLU(0.3), nn.Conv1d(8, 6, 5, stride=2, bias=False),
+            nn.LeakyReLU(0.3),
             nn.Conv1d(6, 4, 1, bias=False), nn.Flatten(), nn.Linear(4 * 8, 2),
         ),
         (3, 20),
     ),
     "three axes": (
         lambda: sequential(
-            nn.Conv3d(2, 6, 3, padding=1), nn.LeakyReLU(0.3), nn.Conv3d(6, 6, 3, dilation=2, padding=(1, 0, 2)), nn.LeakyReLU(0.3),
+            nn.Conv3d(2, 6, 3, padding=1), nn.LeakyReLU(0.3), nn.Conv3d(6, 6, 3, dilation=2, padding=(1, 0, 2)),
+            nn.LeakyReLU(0.3),
             nn.ConvTranspose3d(6, 4, 2, stride=2), nn.LeakyReLU(0.3), nn.Conv3d(4, 2, 3),
         ),
         (2, 6, 6, 6),
@@ -300,7 +304,7 @@ def test_windows_times_the_weight_are_the_output(layer: Any):
     output = call.shaped(layer(x).detach())
     positions = output.shape[2:].numel()
     index = torch.arange(3 * positions)
-    windows = call.windows(index // positions, index % positions, output.shape[2:])
+    windows = call.windows(Places(index // positions, index % positions), output.shape[2:])
     matrix = as_matrix(layer.weight.detach(), call.groups, call.transposed)
     by_group = windows.unflatten(2, (call.groups, -1)).permute(2, 0, 1, 3).flatten(2)
     found = torch.bmm(by_group, matrix.mT).transpose(0, 1).flatten(1)

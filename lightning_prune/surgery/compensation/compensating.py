@@ -14,9 +14,10 @@ from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery.compensation.copies import copy_on, kept_positions, stand_ins
 from lightning_prune.surgery.compensation.folding import fold
-from lightning_prune.surgery.compensation.layers import adapt_statistics, measure, refit
 from lightning_prune.surgery.compensation.lockstep import Lockstep, Meeting, Run
+from lightning_prune.surgery.compensation.normalisation import adapt_statistics
 from lightning_prune.surgery.compensation.survey import survey, uses_of
+from lightning_prune.surgery.compensation.weights import measure, refit
 from lightning_prune.surgery.compensation.work import Work
 from lightning_prune.surgery.compensation_report import CompensationReport
 from lightning_prune.surgery.pruning import pruned_tensors
@@ -123,9 +124,11 @@ def _handlers(work: Work, method: str) -> dict[str, Handler]:
 
 def _step_through(work: Work, handlers: Mapping[str, Handler], batches: Iterable[Any], run: Run) -> None:
     """Carry both networks forward, and let each layer be handled in turn."""
+    streams = work.survey.added_to
     lanes = work.survey.lanes()
-    both = Lockstep(work.model, work.tensors, batches, run)
-    for name, meetings in both.meetings({name: lanes[name] for name in handlers}):
+    lanes_at = {name: lanes[name] for name in handlers}
+    both = Lockstep(work.model, work.tensors, batches, run, streams)
+    for name, meetings in both.meetings(lanes_at):
         alike = [meeting for meeting in meetings if _comparable(meeting)]
         _check_finite(name, alike)
         consumes_pruned = work.consumes_pruned(name)
@@ -146,16 +149,16 @@ def _comparable(meeting: Meeting) -> bool:
 
 def _drifted(work: Work, name: str, meetings: Sequence[Meeting]) -> bool:
     """Tell whether a layer is given other numbers in the pruned network than before, by more than rounding."""
-    kept = None if name in work.survey.in_axis else work.kept.get(name, {}).get(0)
     for meeting in meetings:
         before = meeting.whole.x
-        if kept is not None:  # of what is normalised
-            before = before.index_select(1, kept.to(before.device))
         now = meeting.pruned.x
+        if name in work.survey.norms:
+            before = work.kept_inputs(name, before)
         if before.shape != now.shape:  # convolution groups are pruned
             return True
-        rounding = _ROUNDING * torch.finfo(now.dtype).eps * before.abs().amax()
-        if (now - before).abs().amax() > rounding:
+        rounding = _ROUNDING * torch.finfo(now.dtype).eps
+        apart = (now - before).abs().amax()
+        if apart > rounding * before.abs().amax():
             return True
     return False
 

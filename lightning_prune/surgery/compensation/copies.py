@@ -1,6 +1,7 @@
 """Copies of the modules of a model that share tensors, and the positions that a plan keeps of these."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -20,11 +21,12 @@ def copy_on(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         model: The model.
         tensors: What the copy has in place of each parameter and buffer, by name; these are not copied.
     """
-    own = named_tensors(model)
-    memo: dict[int, object] = {id(tensor): tensors[name] for name, tensor in own.items()}
+    memo: dict[int, object] = {}
+    for name, tensor in named_tensors(model).items():
+        memo[id(tensor)] = tensors[name]
     for module in model.modules():
-        for value in vars(module).values():  # such as the weight that an old weight norm computes
-            if isinstance(value, Tensor) and not value.is_leaf:
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # such as the weight that an old weight norm computes
                 memo[id(value)] = value.detach()
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
@@ -42,8 +44,9 @@ def stand_ins(model: nn.Module, smaller: Mapping[str, Tensor]) -> dict[str, Tens
     """
     made: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model).items():
-        data = smaller[name] if name in smaller else tensor.detach().clone()
-        made[name] = nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
+        made[name] = smaller[name] if name in smaller else tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            made[name] = nn.Parameter(made[name], requires_grad=False)
     return made
 
 
@@ -56,12 +59,13 @@ def kept_positions(model: nn.Module, plan: PruningPlan) -> Index:
     """
     earlier = plan_in_force(model)
     before = earlier.index() if earlier else {}
-    positions: Index = {}
+    positions: Index = defaultdict(dict)
     for name, axes in plan.after(earlier).index().items():
+        axes_before = before.get(name, {})
         for axis, kept in axes.items():
-            now = before.get(name, {}).get(axis)
+            now = axes_before.get(axis)
             if now is None:
-                positions.setdefault(name, {})[axis] = kept
+                positions[name][axis] = kept
             elif len(now) != len(kept):
-                positions.setdefault(name, {})[axis] = torch.searchsorted(now, kept)
-    return positions
+                positions[name][axis] = torch.searchsorted(now, kept)
+    return dict(positions)

@@ -9,6 +9,7 @@ __all__ = ["Moments", "fit_moments", "fit_samples"]
 
 RIDGE = 1e-2  # of the mean variance of the inputs, where they explain nothing of the outputs
 _FLOOR = 1e-12
+_ATTEMPTS = 13  # to make a matrix positive, up to a ridge of ten times its mean diagonal
 _BLOCK = 2**22  # numbers in double precision at a time
 
 
@@ -39,11 +40,20 @@ class Moments:
     @classmethod
     def like(cls, inputs: Tensor, outputs: Tensor) -> "Moments":
         """Return moments of nothing yet, to which blocks like these can be added."""
-        x = inputs.double().mean(0)
-        y = outputs.double().mean(0)
-        xx = x.new_zeros(len(x), len(x))
-        yx = x.new_zeros(len(y), len(x))
-        return cls(0, x, y, torch.zeros_like(x), torch.zeros_like(y), xx, yx, torch.zeros_like(y))
+        shift_x = inputs.double().mean(0)
+        shift_y = outputs.double().mean(0)
+        xx = shift_x.new_zeros(len(shift_x), len(shift_x))
+        yx = shift_x.new_zeros(len(shift_y), len(shift_x))
+        return cls(
+            count=0,
+            shift_x=shift_x,
+            shift_y=shift_y,
+            x=torch.zeros_like(shift_x),
+            y=torch.zeros_like(shift_y),
+            xx=xx,
+            yx=yx,
+            yy=torch.zeros_like(shift_y),
+        )
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add samples.
@@ -52,8 +62,10 @@ class Moments:
             inputs: (n, inputs).
             outputs: (n, outputs).
         """
-        rows = max(1, _BLOCK // max(len(self.x), len(self.y)))
-        for some_inputs, some_outputs in zip(inputs.split(rows), outputs.split(rows), strict=True):
+        widest = max(len(self.x), len(self.y))
+        rows = max(1, _BLOCK // widest)
+        blocks = zip(inputs.split(rows), outputs.split(rows), strict=True)
+        for some_inputs, some_outputs in blocks:
             x = some_inputs.double() - self.shift_x
             y = some_outputs.double() - self.shift_y
             self.count += len(x)
@@ -73,16 +85,22 @@ class Moments:
         """(outputs,) mean."""
         return self.shift_y + self.y / self.count
 
-    def about(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the second moments about two points: of inputs, of outputs with inputs, of outputs alone."""
-        from_x = self.mean_x - x
-        from_y = self.mean_y - y
-        x_mean = self.x / self.count
-        y_mean = self.y / self.count
-        xx = self.xx / self.count - torch.outer(x_mean, x_mean) + torch.outer(from_x, from_x)
-        yx = self.yx / self.count - torch.outer(y_mean, x_mean) + torch.outer(from_y, from_x)
-        yy = self.yy / self.count - y_mean.square() + from_y.square()
-        return xx, yx, yy
+    def second(self, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the second moments: of inputs, of outputs with inputs, of outputs alone.
+
+        Args:
+            centred: About the means; else about zero.
+        """
+        x = self.x / self.count
+        y = self.y / self.count
+        xx = self.xx / self.count - torch.outer(x, x)
+        yx = self.yx / self.count - torch.outer(y, x)
+        yy = self.yy / self.count - y.square()
+        if centred:
+            return xx, yx, yy
+        xx = xx + torch.outer(self.mean_x, self.mean_x)
+        yx = yx + torch.outer(self.mean_y, self.mean_x)
+        return xx, yx, yy + self.mean_y.square()
 
 
 def fit_moments(moments: Moments, prior: Tensor, intercept: bool) -> Tensor:
@@ -99,26 +117,27 @@ def fit_moments(moments: Moments, prior: Tensor, intercept: bool) -> Tensor:
     Returns:
         (outputs, inputs) float64.
     """
-    x, y = moments.mean_x, moments.mean_y
-    if not intercept:
-        x, y = torch.zeros_like(x), torch.zeros_like(y)
-    xx, yx, yy = moments.about(x, y)
+    xx, yx, yy = moments.second(centred=intercept)
     scale = xx.diagonal().mean()
     if not scale > 0:
         return prior
     rest = yx - prior @ xx
-    first = prior + _solved(xx, rest, _FLOOR * scale)
-    unexplained = (yy - 2 * (first * yx).sum(1) + (first @ xx * first).sum(1)).sum() / yy.sum()
-    share = 1.0
-    if moments.count > len(x):
-        share = min(1.0, max(0.0, float(unexplained)) * moments.count / (moments.count - len(x)))
-    ridge = max(RIDGE * share, _FLOOR)
+    closest = prior + _solved(xx, rest, _FLOOR * scale)
+    inputs = len(xx)
+    unexplained = 1.0
+    if moments.count > inputs:
+        product = closest @ xx - 2 * yx
+        error = yy.sum() + (closest * product).sum()
+        degrees = 1 - inputs / moments.count
+        share = float(error / yy.sum())
+        unexplained = min(1.0, max(0.0, share / degrees))
+    ridge = max(RIDGE * unexplained, _FLOOR)
     return prior + _solved(xx, rest, ridge * scale)
 
 
 def _solved(matrix: Tensor, rest: Tensor, ridge: Tensor) -> Tensor:
     """Return ``rest`` times the inverse of a matrix with a ridge, which grows until the matrix is positive."""
-    for _ in range(12):
+    for _ in range(_ATTEMPTS):
         regular = matrix.clone()
         regular.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(regular)
@@ -127,7 +146,8 @@ def _solved(matrix: Tensor, rest: Tensor, ridge: Tensor) -> Tensor:
         ridge = ridge * 10
     found = torch.cholesky_solve(rest.T, factor).T
     # Once more for what the ridge has kept from being fitted: directions that are known are then exact.
-    return found + torch.cholesky_solve((rest - found @ matrix).T, factor).T
+    missing = rest - found @ matrix
+    return found + torch.cholesky_solve(missing.T, factor).T
 
 
 def fit_samples(inputs: Tensor, outputs: Tensor, prior: Tensor, intercept: bool) -> Tensor:
@@ -143,14 +163,17 @@ def fit_samples(inputs: Tensor, outputs: Tensor, prior: Tensor, intercept: bool)
         moments = Moments.like(inputs, outputs)
         moments.add(inputs, outputs)
         return fit_moments(moments, prior, intercept)
-    x, y = inputs.double(), outputs.double()
+    x = inputs.double()
+    y = outputs.double()
     if intercept:
         x = x - x.mean(0)
         y = y - y.mean(0)
-    products = x @ x.T
+    products = x @ x.T  # (n, n)
     scale = products.diagonal().sum() / x.shape[1]
     if not scale > 0:
         return prior
     products.diagonal().add_(RIDGE * scale)
     rest = y - x @ prior.T
-    return prior + torch.cholesky_solve(rest, torch.linalg.cholesky(products)).T @ x
+    factor = torch.linalg.cholesky(products)
+    by_sample = torch.cholesky_solve(rest, factor)  # (n, outputs)
+    return prior + by_sample.T @ x

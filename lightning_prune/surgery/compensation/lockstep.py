@@ -26,11 +26,14 @@ class Meeting:
         whole: The call in the network before the prune.
         output: What it returned there.
         pruned: The call in the pruned network, before it runs.
+        stream: What the output is added to, in the network before the prune and in the pruned one; None if nothing is
+            known of it.
     """
 
     whole: Step
     output: Tensor
     pruned: Step
+    stream: tuple[Tensor, Tensor] | None = None
 
 
 class _Lane:
@@ -49,7 +52,11 @@ class _Lane:
         whole, output, pruned = self.whole.step, self.whole.output, self.pruned.step
         if self.whole.name != name or whole is None or output is None or pruned is None:
             return None
-        return Meeting(whole, output, pruned)
+        streams = self.whole.noted.get(name), self.pruned.noted.get(name)
+        stream = None
+        if streams[0] is not None and streams[1] is not None:
+            stream = streams[0], streams[1]
+        return Meeting(whole, output, pruned, stream)
 
     def stop(self) -> None:
         self.whole.stop()
@@ -68,12 +75,21 @@ class Lockstep:
         tensors: The tensors of the pruned network, by name.
         batches: The batches.
         run: Runs a model on a batch.
+        streams: The layer whose input the output of another is added to, by the names of their tensors.
 
     Attributes:
         batches_seen: How many batches have joined.
     """
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[Any], run: Run) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Mapping[str, Tensor],
+        batches: Iterable[Any],
+        run: Run,
+        streams: Mapping[str, str],
+    ) -> None:
+        self._streams = streams
         self.batches_seen = 0
         self._model = model
         self._tensors = tensors
@@ -114,4 +130,4 @@ class Lockstep:
 
     def _paused_run(self, tensors: Mapping[str, Tensor], batch: Any, before: bool) -> PausedRun:
         copied = copy_on(self._model, tensors)
-        return PausedRun(lambda: self._run(copied, batch), names_of(tensors), self._pending, before)
+        return PausedRun(lambda: self._run(copied, batch), names_of(tensors), self._pending, before, self._streams)

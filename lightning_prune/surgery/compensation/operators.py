@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_prune.surgery.compensation.sampling import Places
+
 __all__ = ["READ_CALL", "Linear", "Normalisation", "Step", "as_matrix", "from_matrix"]
 
 
@@ -25,6 +27,7 @@ class Linear:
         groups: Number of convolution groups.
         transposed: Whether it is a transposed convolution.
         shaped: Brings an output into the form (samples, out_channels, *spatial).
+        given: The input as it was given.
     """
 
     x: Tensor
@@ -36,6 +39,7 @@ class Linear:
     groups: int = 1
     transposed: bool = False
     shaped: Callable[[Tensor], Tensor] = torch.detach
+    given: Tensor | None = None
 
     @property
     def state(self) -> Tensor:
@@ -52,43 +56,52 @@ class Linear:
         """Whether each convolution group has a single input, with nothing to be computed from."""
         return self.groups > 1 and self.x.shape[1] == self.groups
 
-    def windows(self, sample: Tensor, positions: Tensor, out_shape: Sequence[int]) -> Tensor:
-        """Return what the layer multiplies its weight by at some positions of its output, zeros of padding included.
+    @property
+    def taps(self) -> int:
+        """Number of taps of the kernel; 1 of a linear layer."""
+        return self.weight.shape[2:].numel()
+
+    def windows(self, places: Places, out_shape: Sequence[int]) -> Tensor:
+        """Return what the layer multiplies its weight by at some places of its output, zeros of padding included.
 
         Args:
-            sample: (n,) int64 samples.
-            positions: (n,) int64 positions of the output, counted through all of its spatial axes.
-            out_shape: Lengths of these axes.
+            places: The places.
+            out_shape: Lengths of the spatial axes of the output.
 
         Returns:
-            (n, taps of the kernel, in_channels).
+            (n, taps, in_channels).
         """
-        sizes = self.x.shape[2:]
-        kernel = self.weight.shape[2:] if len(sizes) == self.weight.dim() - 2 else [1] * len(sizes)
-        index = sample[:, None]  # (n, taps) into samples and spatial axes together
-        inside = torch.ones_like(index, dtype=torch.bool)
-        along_axes = torch.unravel_index(positions, tuple(out_shape)) if len(sizes) else ()
-        for axis, (size, taps) in enumerate(zip(sizes, kernel, strict=True)):
-            place, is_inside = self._places(axis, along_axes[axis], taps)
-            is_inside &= (place >= 0) & (place < size)
-            index = index[:, :, None] * size + place.clamp(0, size - 1)[:, None]
+        by_place = self.x.movedim(1, -1).flatten(0, -2)  # (samples * positions, in_channels)
+        index = places.sample[:, None]
+        if self.x.dim() == 2:
+            return by_place[index]
+        is_inside = torch.ones_like(index, dtype=torch.bool)  # (n, taps of the axes so far)
+        for axis, outputs in enumerate(torch.unravel_index(places.position, tuple(out_shape))):
+            size = self.x.shape[axis + 2]
+            inputs, is_input = self._inputs_along(axis, outputs)
+            is_input &= (inputs >= 0) & (inputs < size)
+            inputs = inputs.clamp(0, size - 1)
+            index = index[:, :, None] * size + inputs[:, None]
             index = index.flatten(1)
-            inside = (inside[:, :, None] & is_inside[:, None]).flatten(1)
-        rows = self.x.movedim(1, -1).flatten(0, -2)  # (samples * positions, in_channels)
-        found = rows[index]
-        return found.mul_(inside[:, :, None]) if len(sizes) else found
+            is_inside = is_inside[:, :, None] & is_input[:, None]
+            is_inside = is_inside.flatten(1)
+        return by_place[index].mul_(is_inside[:, :, None])
 
-    def _places(self, axis: int, outputs: Tensor, taps: int) -> tuple[Tensor, Tensor]:
-        """Return where along an axis each tap lies for some outputs, and whether it lies on a position: (n, taps)."""
-        if not self.stride:
-            return outputs[:, None], torch.ones_like(outputs, dtype=torch.bool)[:, None]
-        step, before, apart = self.stride[axis], self.padding[axis], self.dilation[axis]
-        offsets = torch.arange(taps, device=outputs.device) * apart
+    def _inputs_along(self, axis: int, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where along an axis each tap lies for some outputs, and whether it lies on an input: (n, taps)."""
+        if not self.stride:  # a linear layer, which has no kernel
+            inputs = outputs[:, None]
+            return inputs, torch.ones_like(inputs, dtype=torch.bool)
+        stride = self.stride[axis]
+        padding = self.padding[axis]
+        taps = self.weight.shape[axis + 2]
+        offsets = torch.arange(taps, device=outputs.device) * self.dilation[axis]
         if not self.transposed:
-            place = outputs[:, None] * step - before + offsets
-            return place, torch.ones_like(place, dtype=torch.bool)
-        scaled = outputs[:, None] + before - offsets
-        return scaled.div(step, rounding_mode="floor"), scaled % step == 0
+            inputs = outputs[:, None] * stride - padding + offsets
+            return inputs, torch.ones_like(inputs, dtype=torch.bool)
+        scaled = outputs[:, None] + padding - offsets
+        inputs = scaled.div(stride, rounding_mode="floor")
+        return inputs, scaled % stride == 0
 
 
 @dataclass(frozen=True)
@@ -100,12 +113,19 @@ class Normalisation:
         mean: (channels,) running mean.
         variance: (channels,) running variance.
         eps: What is added to the variance.
+        scale: (channels,) affine weight, or None.
     """
 
     x: Tensor
     mean: Tensor
     variance: Tensor
     eps: float
+    scale: Tensor | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """The input as it was given."""
+        return self.x
 
     @property
     def state(self) -> Tensor:
@@ -157,9 +177,18 @@ def _convolution(
     elif padding == "same":
         spans = zip(weight.shape[2:], dilation, strict=True)
         padding = [apart * (taps - 1) // 2 for taps, apart in spans]
-    padding = _by_axis(padding, rank)
     shaped = _shaped_as_convolution(rank)
-    return Linear(shaped(x), weight, bias, _by_axis(stride, rank), padding, dilation, groups, False, shaped)
+    return Linear(
+        x=shaped(x),
+        weight=weight,
+        bias=bias,
+        stride=_by_axis(stride, rank),
+        padding=_by_axis(padding, rank),
+        dilation=dilation,
+        groups=groups,
+        shaped=shaped,
+        given=x,
+    )
 
 
 def _transposed_convolution(
@@ -173,13 +202,29 @@ def _transposed_convolution(
     dilation: Any = 1,
 ) -> Linear:
     rank = weight.dim() - 2
-    by_axis = [_by_axis(value, rank) for value in (stride, padding, dilation)]
     shaped = _shaped_as_convolution(rank)
-    return Linear(shaped(x), weight, bias, *by_axis, groups, True, shaped)
+    return Linear(
+        x=shaped(x),
+        weight=weight,
+        bias=bias,
+        stride=_by_axis(stride, rank),
+        padding=_by_axis(padding, rank),
+        dilation=_by_axis(dilation, rank),
+        groups=groups,
+        transposed=True,
+        shaped=shaped,
+        given=x,
+    )
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Linear:
-    return Linear(_channels_second(input), weight, bias, shaped=_channels_second)
+    return Linear(
+        x=_channels_second(input),
+        weight=weight,
+        bias=bias,
+        shaped=_channels_second,
+        given=input,
+    )
 
 
 def _batch_norm(
@@ -195,7 +240,13 @@ def _batch_norm(
 ) -> Normalisation | None:
     if training or running_mean is None or running_var is None:
         return None
-    return Normalisation(input, running_mean, running_var, eps)
+    return Normalisation(
+        x=input,
+        mean=running_mean,
+        variance=running_var,
+        eps=eps,
+        scale=weight,
+    )
 
 
 def _by_axis(value: Any, rank: int) -> list[int]:

@@ -54,16 +54,25 @@ class PausedRun:
         names: The name of each of its tensors by ``id``.
         pause_at: The tensors at whose layers to pause; may change while the run is paused.
         before: Whether to pause before a layer runs, or after it.
+        streams: The layer whose input is to be noted for another layer, by the names of their tensors.
 
     Attributes:
         name: The tensor at whose layer the run is paused; None before the start and at the end.
         step: The call.
         output: What it returned, if the pause is after it.
+        noted: The inputs of earlier layers that are noted for later ones, by the tensors of these.
     """
 
     def __init__(
-        self, forward: Callable[[], Any], names: Mapping[int, str], pause_at: Container[str], before: bool
+        self,
+        forward: Callable[[], Any],
+        names: Mapping[int, str],
+        pause_at: Container[str],
+        before: bool,
+        streams: Mapping[str, str],
     ) -> None:
+        self.noted: dict[str, Tensor] = {}
+        self._streams = streams
         self.name: str | None = None
         self.step: Step | None = None
         self.output: Tensor | None = None
@@ -114,13 +123,18 @@ class PausedRun:
             self._paused.put(None)
 
     def _on_step(self, name: str, step: Step, proceed: Callable[[], Any]) -> Any:
+        for later, earlier in self._streams.items():
+            if earlier == name:
+                self.noted[later] = step.x
         if name not in self._pause_at:
-            return proceed()
-        if self._before:
+            output = proceed()
+        elif self._before:
             self._pause(name, step, None)
-            return proceed()
-        output = proceed()
-        self._pause(name, step, output)
+            output = proceed()
+        else:
+            output = proceed()
+            self._pause(name, step, output)
+        self.noted.pop(name, None)
         return output
 
     def _pause(self, name: str, step: Step, output: Tensor | None) -> None:

@@ -1,36 +1,61 @@
-"""Samples of what layers are given: some positions of each image, the same in every run."""
+"""Sampling: some positions of each image, the same in every run."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["positions_of"]
+__all__ = ["Places", "at_places", "places_in"]
 
 _POSITIONS = 49  # of an image; neighbours tell little more
 _FEW = 2**22  # numbers that are looked at in any case
 _MOST = 2**26  # numbers that the samples of one layer may consist of
 
 
-def positions_of(
-    samples: int, positions: int, numbers: int, share: int, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return which positions of which samples to look at, all if they are few: two of (n,) int64.
+class Places(NamedTuple):
+    """Positions of samples.
+
+    Attributes:
+        sample: (n,) int64.
+        position: (n,) int64, counted through all spatial axes.
+    """
+
+    sample: Tensor
+    position: Tensor
+
+
+def places_in(x: Tensor, numbers: int, share: int, seed: int) -> Places:
+    """Choose which positions of which samples to look at, all if they are few.
 
     Args:
-        samples: Number of samples of a batch, such as images.
-        positions: Number of positions of each.
-        numbers: How many numbers there are at a position.
+        x: (samples, channels, *spatial).
+        numbers: How many numbers there are to look at in each place.
         share: Among how many batches the memory is shared.
         seed: What the choice is drawn with.
-        device: Where to return them.
     """
-    every = samples * positions
+    samples = len(x)
+    positions = x.shape[2:].numel()
     few = _FEW // share // numbers
     most = _MOST // share // numbers
-    most = min(most, max(few, samples * _POSITIONS))
-    if every <= most:
-        index = torch.arange(every)
-        return (index // positions).to(device), (index % positions).to(device)
+    wanted = max(few, samples * _POSITIONS)
+    count = max(1, min(most, wanted))
+    every = samples * positions
+    if every <= count:
+        index = torch.arange(every, device=x.device)
+        return Places(index // positions, index % positions)
+    sample = torch.arange(count)
+    sample = sample % samples
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.arange(max(1, most)) % samples
-    position = torch.randint(positions, sample.shape, generator=generator)
-    return sample.to(device), position.to(device)
+    position = torch.randint(positions, (count,), generator=generator)
+    return Places(sample.to(x.device), position.to(x.device))
+
+
+def at_places(x: Tensor, places: Places) -> Tensor:
+    """Return what there is in some places: (n, channels).
+
+    Args:
+        x: (samples, channels, *spatial).
+        places: The places.
+    """
+    by_position = x.flatten(2) if x.dim() > 2 else x[:, :, None]
+    return by_position[places.sample, :, places.position]

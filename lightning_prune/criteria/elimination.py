@@ -53,8 +53,9 @@ def coherent_obs(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None 
         >>> x = torch.randn(50, 2)
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
         >>> _ = model[0].bias.data.zero_()
-        >>> coherent_obs(trace(model, x), [x])["0"].argmax().item()  # the others repeat each other
-        0
+        >>> _ = model[2].weight.data.fill_(1.0)
+        >>> coherent_obs(trace(model, x), [x])["0"].argmin().item()  # which another channel repeats, larger
+        1
     """
     found = sensitivities(graph, batches, loss, _places(graph))
     flops = flops_per_channel(graph)
@@ -85,14 +86,22 @@ class _Terms:
     def costs(self) -> Tensor:
         """(channels,) what each channel costs if it is pruned next."""
         inverse = self.inverse.diagonal()
-        varying = self.varying.diagonal() / inverse
-        uniform = self.uniform.diagonal() * self.means.diagonal() / inverse.square()
+        varying = self.varying.diagonal()
+        uniform = self.uniform.diagonal()
+        means = self.means.diagonal()
+        varying = varying / inverse
+        uniform = uniform * means / inverse.square()
         return varying + uniform
 
     def of(self, channels: Tensor) -> "_Terms":
         """Return the terms of some channels alone, as long as none is pruned."""
-        every = (self.inverse, self.varying, self.uniform, self.means)
-        return _Terms(*(matrix[channels[:, None], channels] for matrix in every))
+        rows = channels[:, None]
+        return _Terms(
+            inverse=self.inverse[rows, channels],
+            varying=self.varying[rows, channels],
+            uniform=self.uniform[rows, channels],
+            means=self.means[rows, channels],
+        )
 
     def without(self, pruned: Tensor, kept: Tensor) -> "_Terms":
         """Return the terms of the kept channels once others are pruned and compensated for.
@@ -101,16 +110,25 @@ class _Terms:
             pruned: (n,) int64.
             kept: (m,) int64.
         """
-        inner = self.inverse[pruned[:, None], pruned]
-        outer = self.inverse[pruned[:, None], kept]
+        rows_of_pruned = pruned[:, None]
+        rows_of_kept = kept[:, None]
+        inner = self.inverse[rows_of_pruned, pruned]
+        outer = self.inverse[rows_of_pruned, kept]
         shares = -torch.linalg.solve(inner, outer)  # of each pruned channel that goes to each kept one
 
         def joined(matrix: Tensor) -> Tensor:
-            across = matrix[kept[:, None], pruned] @ shares
-            within = shares.T @ matrix[pruned[:, None], pruned] @ shares
-            return matrix[kept[:, None], kept] + across + across.T + within
+            across = matrix[rows_of_kept, pruned] @ shares
+            within = matrix[rows_of_pruned, pruned] @ shares
+            within = shares.T @ within
+            of_kept = matrix[rows_of_kept, kept]
+            return of_kept + across + across.T + within
 
-        return _Terms(joined(self.inverse), joined(self.varying), joined(self.uniform), joined(self.means))
+        return _Terms(
+            inverse=joined(self.inverse),
+            varying=joined(self.varying),
+            uniform=joined(self.uniform),
+            means=joined(self.means),
+        )
 
 
 def _places(graph: ChannelGraph) -> dict[str, dict[str, Tensor]]:
@@ -121,8 +139,9 @@ def _places(graph: ChannelGraph) -> dict[str, dict[str, Tensor]]:
         for one in group.in_slices:
             positions = graph.positions_now(one, channels).view(len(channels), -1)
             of_weight = places.setdefault(one.tensor, {})
-            before = [of_weight[name]] if name in of_weight else []
-            of_weight[name] = torch.cat([*before, positions], 1)
+            if name in of_weight:
+                positions = torch.cat([of_weight[name], positions], 1)
+            of_weight[name] = positions
     return places
 
 
@@ -131,9 +150,13 @@ def _terms(graph: ChannelGraph, group: str, found: Mapping[str, Sensitivity]) ->
     tensors = named_tensors(graph.model)
     terms = []
     for name, of_weight in _places(graph).items():
-        if group in of_weight and name in found:
-            weight = tensors[name].detach().movedim(found[name].in_axis, 1).double()
-            terms.append(_terms_at(found[name], group, weight[:, of_weight[group]]))
+        if group not in of_weight or name not in found:
+            continue
+        layer = found[name]
+        positions = of_weight[group]
+        weight = tensors[name].detach()
+        weight = weight.movedim(layer.in_axis, 1).double()
+        terms.append(_terms_at(layer, group, weight[:, positions]))
     if not terms:
         raise ValueError(
             f"Nothing that consumes group {group!r} is a convolution or linear layer that was run on the batches; "
@@ -151,25 +174,30 @@ def _terms_at(layer: Sensitivity, group: str, weight: Tensor) -> _Terms:
         weight: (out_channels, channels, positions of a channel, *taps).
     """
     covariance = layer.covariance(group)
-    scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
-    regular = covariance.clone()
-    regular.diagonal().add_(_RIDGE * scale)
-    inverse = torch.linalg.inv(regular)
+    diagonal = covariance.diagonal()
+    tiny = torch.finfo(covariance.dtype).tiny
+    scale = diagonal.mean().clamp_min(tiny)
+    diagonal.add_(_RIDGE * scale)
+    inverse = torch.linalg.inv(covariance)
     inverse = (inverse + inverse.T) / 2
-    means = inverse @ layer.covariance_of_means(group) @ inverse
+    means = layer.covariance_of_means(group)
+    means = inverse @ means @ inverse
     if weight.shape[2] > 1:  # each position has a weight of its own: errors do not add up
         varying = _squared(weight, layer.varying + layer.uniform)
         return _Terms(inverse, varying, torch.zeros_like(varying), means)
+    varying = _squared(weight, layer.varying)
     summed = weight.flatten(2).sum(2, keepdim=True)
-    return _Terms(inverse, _squared(weight, layer.varying), _squared(summed, layer.uniform), means)
+    uniform = _squared(summed, layer.uniform)
+    return _Terms(inverse, varying, uniform, means)
 
 
 def _squared(weight: Tensor, sensitivity: Tensor) -> Tensor:
     """Return the products of channels over outputs and taps, weighted by outputs: (channels, channels)."""
-    rows = weight.flatten(2).transpose(1, 2)  # (out_channels, taps, channels)
-    weighted = rows * sensitivity.sqrt()[:, None, None]
-    flat = weighted.flatten(0, 1)
-    return flat.T @ flat
+    taps = weight.flatten(2)  # (out_channels, channels, taps)
+    factor = sensitivity.sqrt()
+    weighted = taps * factor[:, None, None]
+    rows = weighted.transpose(1, 2).flatten(0, 1)
+    return rows.T @ rows
 
 
 def _costs_of_elimination(terms: list[_Terms]) -> Tensor:
@@ -180,31 +208,41 @@ def _costs_of_elimination(terms: list[_Terms]) -> Tensor:
     greatest = 0.0
     while len(channels):
         block = max(1, len(channels) // _BLOCKS)
-        total = torch.stack([one.costs for one in terms]).sum(0)
-        pool = total.argsort(stable=True)[: _POOL * block]
-        chosen = []
-        for place, cost in _cheapest([one.of(pool) for one in terms], block):
+        cheapest_first = _total(terms).argsort(stable=True)
+        pool = cheapest_first[: _POOL * block]
+        in_pool = [one.of(pool) for one in terms]
+        places, costs_of_block = _cheapest(in_pool, block)
+        pruned = pool[places]
+        for channel, cost in zip(channels[pruned].tolist(), costs_of_block, strict=True):
             greatest = max(greatest, cost)
-            costs[channels[pool[place]]] = greatest
-            chosen.append(int(pool[place]))
-        pruned = torch.tensor(chosen)
+            costs[channel] = greatest
         is_kept = torch.ones(len(channels), dtype=torch.bool)
         is_kept[pruned] = False
-        kept = is_kept.nonzero()[:, 0]
+        [kept] = is_kept.nonzero(as_tuple=True)
         terms = [one.without(pruned, kept) for one in terms]
         channels = channels[kept]
     return costs
 
 
-def _cheapest(terms: Sequence[_Terms], number: int) -> list[tuple[int, float]]:
+def _cheapest(terms: Sequence[_Terms], number: int) -> tuple[list[int], list[float]]:
     """Return the places and costs of channels that go one after the other, each the cheapest by then."""
-    chosen: list[tuple[int, float]] = []
+    chosen: list[int] = []
+    costs: list[float] = []
     places = torch.arange(len(terms[0].inverse))
     for _ in range(number):
-        total = torch.stack([one.costs for one in terms]).sum(0)
-        cheapest = int(total.argmin())
-        chosen.append((int(places[cheapest]), float(total[cheapest])))
-        others = torch.cat([torch.arange(cheapest), torch.arange(cheapest + 1, len(places))])
-        terms = [one.without(torch.tensor([cheapest]), others) for one in terms]
+        total = _total(terms)
+        cheapest = total.argmin()
+        chosen.append(int(places[cheapest]))
+        costs.append(float(total[cheapest]))
+        is_other = torch.ones(len(places), dtype=torch.bool)
+        is_other[cheapest] = False
+        [others] = is_other.nonzero(as_tuple=True)
+        terms = [one.without(cheapest[None], others) for one in terms]
         places = places[others]
-    return chosen
+    return chosen, costs
+
+
+def _total(terms: Sequence[_Terms]) -> Tensor:
+    """Return what each channel costs at all layers together if it is pruned next: (channels,)."""
+    costs = [one.costs for one in terms]
+    return torch.stack(costs).sum(0)
