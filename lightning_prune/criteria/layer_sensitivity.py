@@ -163,6 +163,8 @@ class _Watched:
             else:
                 args, kwargs = as_call(batch)
                 self._copied(*args, **kwargs)
+        if not self._edges:
+            return
         projected = [self._projected(output) for output in self._outputs]
         names, edges = zip(*self._edges, strict=True)
         gradients = torch.autograd.grad(projected, edges, allow_unused=True)
