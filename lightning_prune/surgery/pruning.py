@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_prune.graph.sizes import sync_attributes
 from lightning_prune.graph.substitution import named_tensors, owning_modules
 from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force, record_plan
+from lightning_prune.surgery.compensation_report import CompensationReport
 from lightning_prune.surgery.optimizer_checks import check_state
 from lightning_prune.surgery.optimizer_state import check_optimizers, sliced_state
 from lightning_prune.surgery.replacing import Replacement, in_place, of_attributes, of_slices, of_tensor
@@ -35,16 +36,20 @@ class PruneReport:
     Attributes:
         widths: Channels before and after, by group name, for the groups that lose some.
         params: Number of parameters before and after.
+        compensation: What was done to the weights that are kept.
     """
 
     widths: dict[str, Change]
     params: Change
+    compensation: CompensationReport = field(default_factory=CompensationReport)
 
     def __str__(self) -> str:
         lines = [f"{name}: {width.before} -> {width.after} channels" for name, width in self.widths.items()]
         before, after = self.params
         share = after / max(before, 1)
         lines.append(f"parameters: {before:,} -> {after:,} ({share:.1%})")
+        if self.compensation.method != "none":
+            lines.append(str(self.compensation))
         return "\n".join(lines)
 
 
