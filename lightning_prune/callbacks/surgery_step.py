@@ -12,7 +12,10 @@ __all__ = ["prune_in_training"]
 
 
 def prune_in_training(trainer: "pl.Trainer", plan: PruningPlan) -> PruneReport:
-    """Prune the module of a trainer, with its optimizers, averaged copies, distributed wrapper and compiled code; all of them, or none.
+    """Prune the module of a trainer and what goes with it, or nothing of it.
+
+    Its optimizers and averaged copies are pruned with it, it is wrapped for distributed training anew, and compiled
+    code is forgotten.
 
     Args:
         trainer: The trainer.

@@ -90,6 +90,7 @@ def replace_tensors(module: nn.Module, stand_ins: Mapping[int, Tensor]) -> None:
         stand_ins: What replaces each tensor, by the ``id`` of the tensor; tensors that are absent are not replaced.
 
     Example:
+        >>> import torch
         >>> linear = nn.Linear(3, 4, bias=False)
         >>> replace_tensors(linear, {id(linear.weight): nn.Parameter(torch.zeros(2, 3))})
         >>> linear

@@ -13,6 +13,7 @@ import copy
 import random
 import sys
 import threading
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -396,6 +397,9 @@ def refusing_calls(model: nn.Module) -> Iterator[None]:
 
     handle = register_module_forward_pre_hook(refuse)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Of a compiled module: such a hook is called twice, which does not matter here.
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+            yield
     finally:
         handle.remove()

@@ -117,7 +117,7 @@ def test_channels_that_are_pruned_are_not_kept():
 
 
 def test_nan_scores_name_the_group():
-    with pytest.raises(ValueError, match="The scores of group 'one' contain NaN"):
+    with pytest.raises(ValueError, match="The scores of group 'one' are not finite"):
         lp.plan(GRAPH, {"one": torch.full((16,), math.nan)})
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from lightning_prune.plain import made
 from lightning_prune.reporting.flops import count_flops, flop_table
 from lightning_prune.reporting.history import History
 from lightning_prune.reporting.inspect import describe
@@ -128,7 +129,7 @@ def test_what_fvcore_leaves_out_is_counted_and_told() -> None:
     assert describe(lp.trace(Steps(), steps)).splitlines()[1] == f"FLOPs: {expected}"
     measured = measure(Steps(), steps, cost_model_flops=9440, latency_ms=1.0)
     assert (measured.flops, measured.flops_remark) == (9440, expected)
-    assert Measurement.from_json(measured.to_json()) == measured
+    assert made(Measurement, measured.to_json()) == measured
     assert f"FLOPs before: {expected}" in summarize(measured, Measurement(1, 100, 1.0))
 
 

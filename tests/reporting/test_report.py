@@ -161,6 +161,7 @@ def test_half_characters_can_be_written(tmp_path: Path) -> None:
     assert "\\ud800: 8 of 8 channels" in write_report(tmp_path).read_text("utf-8")
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # matplotlib's, at 1e308
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308])
 def test_runs_with_metrics_that_are_not_finite_are_drawn(value: float, tmp_path: Path) -> None:
     odd = Measurement(60, 600, value, {"val/acc": value})
