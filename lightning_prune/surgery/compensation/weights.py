@@ -17,6 +17,7 @@ from lightning_prune.surgery.compensation_report import LayerError
 
 __all__ = ["measure", "refit"]
 
+_ENOUGH = 4  # samples for each input of a layer that consumes flattened maps
 _TOLD = 1024  # windows that the error of a layer is measured on
 
 
@@ -72,7 +73,8 @@ def _fitted(work: Work, name: str, meetings: Sequence[Meeting], samples: Samples
     is_wide = any(block.is_wide for block in blocks)
     if blocks and (is_wide or layer.taps > 1):
         weight = _folded(work, name, meetings, blocks)
-    if is_wide:  # too many inputs to be told apart by some hundred samples
+    inputs = layer.x.shape[1]
+    if is_wide and len(samples.windows) < _ENOUGH * inputs:  # too many inputs to be told apart
         return weight
     prior = as_matrix(weight, layer.groups, layer.transposed)
     fitted = _fit_by_group(samples, prior, work.takes_up_means(name))
