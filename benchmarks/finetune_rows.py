@@ -231,6 +231,5 @@ ROWS: dict[str, Ours | TorchPruning] = {
     "Taylor gate for each FLOP": Ours(partial(per_flop, GATE)),
     "Taylor gate for each FLOP, inside blocks": Ours(partial(per_flop, GATE), inside_blocks=True),
     "coherent OBS": Ours(partial(by_score, "coherent_obs")),
-    "coherent OBS, costs renewed": Ours(partial(per_flop, "coherent_obs")),
     f"Taylor gate, inside blocks, {STEPS} steps": Ours(partial(by_score, GATE), STEPS, inside_blocks=True),
 }

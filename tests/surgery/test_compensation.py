@@ -417,6 +417,16 @@ def test_the_report_tells_errors_and_what_is_not_compensated():
     assert "product: not compensated, because" in str(report)
 
 
+def test_computed_weights_that_consume_pruned_channels_are_told():
+    norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(norm(nn.Linear(6, 16)), nn.ReLU(), norm(nn.Linear(16, 8)), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(64, 6)
+    graph = lp.trace(model, x)
+    report = lp.prune(model, halved(graph), compensate="refit", batches=[x]).compensation
+    assert set(report.not_compensated) == {"2.parametrizations.weight.original1"}
+    assert set(report.errors) == {"4.weight"}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_errors_are_relative_to_the_variance_of_outputs(method: str):
     model = randomised(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)).double()).eval()
@@ -490,6 +500,25 @@ def test_a_network_can_be_pruned_and_compensated_twice(method: str):
     twice = pruned(once, again, method, x)
     plain = pruned(once, again, "none", x)
     assert error(twice, once, x) < error(plain, once, x)
+
+
+def test_layers_make_up_for_what_is_missing_in_their_stream(monkeypatch: pytest.MonkeyPatch):
+    from lightning_prune.surgery.compensation import survey
+
+    blocks = [Block(12, 12, 1) for _ in range(3)]
+    model = randomised(nn.Sequential(nn.Conv2d(3, 12, 3), nn.LeakyReLU(), *blocks, nn.Conv2d(12, 4, 3)).double())
+    x = torch.randn(96, 3, 10, 10, dtype=torch.float64)
+    plan = halved(lp.trace(model, x[:1]))
+    kept = plan.groups["0"].channels
+    with torch.no_grad():
+        wanted = model.eval()[:5](x)[:, kept]
+
+        def missing() -> float:
+            return float((pruned(model, plan, "refit", x)[:5](x) - wanted).square().mean())
+
+        aware = missing()
+        monkeypatch.setattr(survey, "_SUMS", set())
+        assert aware < 0.95 * missing()
 
 
 def test_batches_join_when_there_is_room(monkeypatch: pytest.MonkeyPatch):

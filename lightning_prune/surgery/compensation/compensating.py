@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.neutral import neutral_state
@@ -173,11 +174,24 @@ def _check_finite(name: str, meetings: Sequence[Meeting]) -> None:
 
 
 def _tell_unseen(work: Work) -> None:
-    """Note the weights with pruned channels that nothing is known of."""
-    embeddings = [module.weight for module in work.model.modules() if isinstance(module, nn.Embedding)]
-    embedding_ids = set(map(id, embeddings))
+    """Note the weights that may consume pruned channels and that nothing is known of."""
     own = named_tensors(work.model)
-    for name in work.kept:
-        tensor = own[name]
-        if tensor.dim() > 1 and name not in work.survey.calls and id(tensor) not in embedding_ids:
+    for name, axes in work.kept.items():
+        if own[name].dim() == 1 or name in work.survey.calls:
+            continue
+        if _consumed_along(work.model, name) & axes.keys():
             work.report.not_compensated[name] = "no convolution or linear layer was seen to work with it"
+
+
+def _consumed_along(model: nn.Module, name: str) -> set[int]:
+    """Return the axes along which a weight may consume channels, as far as its module tells."""
+    path, _, _ = name.partition(".parametrizations.")
+    if path == name:
+        path = name.rpartition(".")[0]
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Embedding):
+        return set()
+    if isinstance(module, nn.Linear | _ConvNd):
+        is_transposed = getattr(module, "transposed", False)
+        return {0} if is_transposed else {1}
+    return set(range(8))

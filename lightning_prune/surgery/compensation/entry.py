@@ -61,6 +61,7 @@ def prune(
         A plan alone does not make the weights of a network that was compensated: a checkpoint has them.
 
     Example:
+        >>> import torch
         >>> from lightning_prune import criteria, plan, trace
         >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> graph = trace(model, torch.zeros(1, 4))

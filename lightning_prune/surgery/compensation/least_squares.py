@@ -7,8 +7,9 @@ from torch import Tensor
 
 __all__ = ["Moments", "fit_moments", "fit_samples"]
 
-RIDGE = 1e-2  # of the mean variance of the inputs, where they explain nothing of the outputs
+RIDGE = 1e-3  # of the mean variance of the inputs, where they explain nothing of the outputs
 _FLOOR = 1e-12
+_EXACT = 1e-10  # a smaller ridge is that of a map that fits exactly
 _ATTEMPTS = 13  # to make a matrix positive, up to a ridge of ten times its mean diagonal
 _BLOCK = 2**22  # numbers in double precision at a time
 
@@ -121,22 +122,30 @@ def fit_moments(moments: Moments, prior: Tensor, intercept: bool) -> Tensor:
     scale = xx.diagonal().mean()
     if not scale > 0:
         return prior
-    rest = yx - prior @ xx
-    closest = prior + _solved(xx, rest, _FLOOR * scale)
-    inputs = len(xx)
+    product = prior @ xx
+    rest = yx - product
+    factor = _factor(xx, _FLOOR * scale)
     unexplained = 1.0
+    inputs = len(xx)
     if moments.count > inputs:
-        product = closest @ xx - 2 * yx
-        error = yy.sum() + (closest * product).sum()
+        of_prior = yy.sum() + (prior * (product - 2 * yx)).sum()
+        explained = torch.linalg.solve_triangular(factor, rest.T, upper=False)
+        error = of_prior - explained.square().sum()
         degrees = 1 - inputs / moments.count
         share = float(error / yy.sum())
         unexplained = min(1.0, max(0.0, share / degrees))
-    ridge = max(RIDGE * unexplained, _FLOOR)
-    return prior + _solved(xx, rest, ridge * scale)
+    ridge = RIDGE * unexplained
+    if ridge > _EXACT:
+        factor = _factor(xx, ridge * scale)
+        return prior + _solved(factor, rest)
+    change = _solved(factor, rest)
+    # Once more for what the floor has kept from being fitted: what can be exact is exact.
+    missing = rest - change @ xx
+    return prior + change + _solved(factor, missing)
 
 
-def _solved(matrix: Tensor, rest: Tensor, ridge: Tensor) -> Tensor:
-    """Return ``rest`` times the inverse of a matrix with a ridge, which grows until the matrix is positive."""
+def _factor(matrix: Tensor, ridge: Tensor) -> Tensor:
+    """Return the Cholesky factor of a matrix with a ridge, which grows until there is one."""
     for _ in range(_ATTEMPTS):
         regular = matrix.clone()
         regular.diagonal().add_(ridge)
@@ -144,10 +153,12 @@ def _solved(matrix: Tensor, rest: Tensor, ridge: Tensor) -> Tensor:
         if not failed:
             break
         ridge = ridge * 10
-    found = torch.cholesky_solve(rest.T, factor).T
-    # Once more for what the ridge has kept from being fitted: directions that are known are then exact.
-    missing = rest - found @ matrix
-    return found + torch.cholesky_solve(missing.T, factor).T
+    return factor
+
+
+def _solved(factor: Tensor, rest: Tensor) -> Tensor:
+    """Return ``rest`` times the inverse of the matrix that a Cholesky factor is of."""
+    return torch.cholesky_solve(rest.T, factor).T
 
 
 def fit_samples(inputs: Tensor, outputs: Tensor, prior: Tensor, intercept: bool) -> Tensor:

@@ -9,7 +9,7 @@ __all__ = ["Places", "at_places", "places_in"]
 
 _POSITIONS = 49  # of an image; neighbours tell little more
 _FEW = 2**22  # numbers that are looked at in any case
-_MOST = 2**26  # numbers that the samples of one layer may consist of
+_MOST = 2**24  # numbers that the samples of one layer may consist of
 
 
 class Places(NamedTuple):

@@ -14,7 +14,7 @@ from lightning_prune.surgery.compensation.runs import Watch
 
 __all__ = ["Survey", "names_of", "survey", "uses_of"]
 
-ACTIVATIONS = 2**29  # bytes that paused runs may keep
+ACTIVATIONS = 2**28  # bytes that paused runs may keep
 _SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 _PER_LANE = 3  # what two paused runs keep, as a multiple of the input and output of a layer: branches among that
 

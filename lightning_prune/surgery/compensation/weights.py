@@ -17,7 +17,8 @@ from lightning_prune.surgery.compensation_report import LayerError
 
 __all__ = ["measure", "refit"]
 
-_TOLD = 2048  # windows that the error of a layer is measured on
+_ENOUGH = 4  # samples for each input of a layer that consumes flattened maps
+_TOLD = 1024  # windows that the error of a layer is measured on
 
 
 def refit(work: Work, name: str, meetings: Sequence[Meeting]) -> None:
@@ -68,11 +69,13 @@ def _fitted(work: Work, name: str, meetings: Sequence[Meeting], samples: Samples
     assert isinstance(layer, Linear)
     before = work.tensors[name].detach()
     weight = before.double()
-    if work.survey.in_axis[name] is not None:
-        blocks = work.blocks(name)
+    blocks = work.blocks(name) if work.survey.in_axis[name] is not None else []
+    is_wide = any(block.is_wide for block in blocks)
+    if blocks and (is_wide or layer.taps > 1):
         weight = _folded(work, name, meetings, blocks)
-        if blocks[0].is_wide:  # too many inputs to be told apart by some hundred samples
-            return weight
+    inputs = layer.x.shape[1]
+    if is_wide and len(samples.windows) < _ENOUGH * inputs:  # too many inputs to be told apart
+        return weight
     prior = as_matrix(weight, layer.groups, layer.transposed)
     fitted = _fit_by_group(samples, prior, work.takes_up_means(name))
     return from_matrix(fitted, before, layer.groups, layer.transposed)
