@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.compiled import as_written
 from lightning_prune.criteria.registry import Loss
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.run import as_call
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.surgery.compensation.copies import copy_on
+from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
 from lightning_prune.surgery.compensation.least_squares import Moments
 from lightning_prune.surgery.compensation.operators import Linear, Step
 from lightning_prune.surgery.compensation.runs import Watch
@@ -117,7 +115,7 @@ def sensitivities(
     Raises:
         ValueError: If there is no batch.
     """
-    with neutral_state(), as_written(), torch.enable_grad():
+    with undisturbed(graph.model), torch.enable_grad():
         watched = _Watched(graph, places)
         for number, batch in enumerate(batches):
             watched.add(batch, loss, number)
@@ -144,7 +142,7 @@ class _Watched:
         self.found: dict[str, Sensitivity] = {}
         self._places = places
         self._names = names_of(tensors)
-        self._copied = copy_on(graph.model, tensors)
+        self._copied = shared_twin(graph.model, tensors)
         self._traced = self._copied.get_submodule(graph.module)
         self._outputs: list[Tensor] = []
         self._edges: list[tuple[str, Any]] = []

@@ -19,7 +19,17 @@ from lightning_prune.surgery.optimizer_state import check_optimizers, sliced_sta
 from lightning_prune.surgery.replacing import Replacement, in_place, of_attributes, of_slices, of_tensor
 from lightning_prune.surgery.slicing import take
 
-__all__ = ["Change", "PruneReport", "check", "check_plan", "prune", "pruned", "pruned_tensors", "reshape"]
+__all__ = [
+    "Change",
+    "PruneReport",
+    "check",
+    "check_plan",
+    "kept_positions",
+    "prune",
+    "pruned",
+    "pruned_tensors",
+    "reshape",
+]
 
 
 class Change(NamedTuple):
@@ -245,7 +255,7 @@ class _Cut:
         joined = plan.after(earlier)
         tensors = named_tensors(model)
         _check_shapes(tensors, joined, earlier)
-        kept = _kept_now(joined, earlier)
+        kept = kept_positions(joined, earlier)
         return cls(
             model=model,
             plan=joined,
@@ -264,8 +274,16 @@ class _Cut:
         yield _of_record(self.model, self.plan, self.tensors.values())
 
 
-def _kept_now(plan: PruningPlan, earlier: PruningPlan) -> Index:
-    """Return the positions to keep of the tensors as an earlier plan has made them, by tensor name and axis."""
+def kept_positions(plan: PruningPlan, earlier: PruningPlan) -> Index:
+    """Return the positions to keep of the tensors as an earlier plan has made them, for the axes that get shorter.
+
+    Args:
+        plan: The channels to keep, about the original model.
+        earlier: The plan in force.
+
+    Returns:
+        Positions by tensor name and axis.
+    """
     index_before = earlier.index()
     search = cache(torch.searchsorted)  # most axes of a group share one tensor of positions
     positions: Index = defaultdict(dict)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine import leaves, randomised
+from engine import randomised
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import lightning_prune as lp
 from lightning_prune.graph import ChannelGraph
@@ -151,7 +152,7 @@ def with_repeated_channels(graph: ChannelGraph) -> PruningPlan:
 @torch.no_grad()
 def error(model: nn.Module, other: nn.Module, x: Any) -> float:
     """Return the greatest difference of outputs, relative to the greatest output."""
-    pairs = zip(leaves(model(x)), leaves(other(x)), strict=True)
+    pairs = zip(tree_leaves(model(x)), tree_leaves(other(x)), strict=True)
     return max(float((left - right).abs().max() / right.abs().max()) for left, right in pairs)
 
 
@@ -562,6 +563,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_wide_classifier_makes_no_matrix_of_its_width(method: str):

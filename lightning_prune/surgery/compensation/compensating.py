@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_prune.compiled import as_written
-from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.run import as_call
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.pruning_plan import PruningPlan
-from lightning_prune.surgery.compensation.copies import copy_on, kept_positions, stand_ins
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
+from lightning_prune.surgery.compensation.copies import shared_twin, stand_ins, undisturbed
 from lightning_prune.surgery.compensation.folding import fold
 from lightning_prune.surgery.compensation.lockstep import Lockstep, Meeting, Run
 from lightning_prune.surgery.compensation.normalisation import adapt_statistics
@@ -21,7 +19,8 @@ from lightning_prune.surgery.compensation.survey import survey, uses_of
 from lightning_prune.surgery.compensation.weights import measure, refit
 from lightning_prune.surgery.compensation.work import Work
 from lightning_prune.surgery.compensation_report import CompensationReport
-from lightning_prune.surgery.pruning import pruned_tensors
+from lightning_prune.surgery.pruning import kept_positions, pruned_tensors
+from lightning_prune.surgery.replacing import Replacement, of_tensor
 
 __all__ = ["METHODS", "Compensation", "check_method", "compensation", "run_on"]
 
@@ -44,6 +43,15 @@ class Compensation:
 
     tensors: dict[str, Tensor]
     report: CompensationReport
+
+    def replacements(self, model: nn.Module) -> list[Replacement]:
+        """Return what puts the tensors into the model once it is pruned.
+
+        Args:
+            model: The model that was pruned.
+        """
+        own = named_tensors(model)
+        return [of_tensor(own[name], values, own[name].grad) for name, values in self.tensors.items()]
 
 
 def check_method(method: str, batches: Iterable[Any] | None) -> None:
@@ -84,17 +92,18 @@ def compensation(
         ValueError: If there is no batch, or what layers are given is not finite.
     """
     report = CompensationReport(method)
-    kept = kept_positions(model, plan)
+    earlier = plan_in_force(model) or PruningPlan()
+    kept = kept_positions(plan.after(earlier), earlier)
     if not kept:
         return Compensation({}, report)
     if iter(batches) is batches:  # which gives its batches only once
         batches = list(batches)
-    with neutral_state(), as_written():
+    with undisturbed(model):
         tensors = stand_ins(model, pruned_tensors(model, plan))
         first = next(iter(batches), None)
         if first is None:
             raise ValueError(f"There are no batches to compensate by {method!r} with.")
-        found = survey(copy_on(model, named_tensors(model)), lambda copied: run(copied, first))
+        found = survey(shared_twin(model, named_tensors(model)), lambda copied: run(copied, first))
         work = Work(model, plan, kept, tensors, found, report)
         handlers = _handlers(work, method)
         folded = [name for name, handler in handlers.items() if handler is measure]

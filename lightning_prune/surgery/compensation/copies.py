@@ -1,38 +1,44 @@
-"""Copies of the modules of a model that share tensors, and the positions that a plan keeps of these."""
+"""Twins of a model that share tensors, and the state that they run in."""
 
-import copy
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.graph.sizes import sync_attributes
+from lightning_prune.compiled import as_written
+from lightning_prune.graph.neutral import preserving_random_state, unfused_attention
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force
+from lightning_prune.graph.twin import Twin, set_mode
 
-__all__ = ["copy_on", "kept_positions", "stand_ins"]
+__all__ = ["shared_twin", "stand_ins", "undisturbed"]
 
 
-def copy_on(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Copy the modules of a model, and whatever they write down, in evaluation mode and on given tensors.
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run twins of a model without gradients, as written and in plain operators; give the random state back.
 
     Args:
         model: The model.
-        tensors: What the copy has in place of each parameter and buffer, by name; these are not copied.
     """
-    memo: dict[int, object] = {}
-    for name, tensor in named_tensors(model).items():
-        memo[id(tensor)] = tensors[name]
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # such as the weight that an old weight norm computes
-                memo[id(value)] = value.detach()
-    copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        vars(module)["training"] = False
-        sync_attributes(module)
-    return copied
+    with ExitStack() as stack:
+        for state in (torch.inference_mode(False), torch.no_grad(), preserving_random_state(model), as_written()):
+            stack.enter_context(state)
+        stack.enter_context(unfused_attention())
+        yield
+
+
+def shared_twin(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a twin of a model in evaluation mode that works with given tensors.
+
+    Args:
+        model: The model.
+        tensors: What the twin has in place of each parameter and buffer, by name; these are not copied.
+    """
+    replaced = {id(tensor): tensors[name] for name, tensor in named_tensors(model).items()}
+    twin = Twin(model, replaced).model
+    set_mode(twin, training=False)
+    return twin
 
 
 def stand_ins(model: nn.Module, smaller: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,24 +54,3 @@ def stand_ins(model: nn.Module, smaller: Mapping[str, Tensor]) -> dict[str, Tens
         if isinstance(tensor, nn.Parameter):
             made[name] = nn.Parameter(made[name], requires_grad=False)
     return made
-
-
-def kept_positions(model: nn.Module, plan: PruningPlan) -> Index:
-    """Return the positions to keep of the tensors as they are now, by name and axis, for the axes that get shorter.
-
-    Args:
-        model: The model, pruned already or not.
-        plan: The channels to keep, about the original model.
-    """
-    earlier = plan_in_force(model)
-    before = earlier.index() if earlier else {}
-    positions: Index = defaultdict(dict)
-    for name, axes in plan.after(earlier).index().items():
-        axes_before = before.get(name, {})
-        for axis, kept in axes.items():
-            now = axes_before.get(axis)
-            if now is None:
-                positions[name][axis] = kept
-            elif len(now) != len(kept):
-                positions[name][axis] = torch.searchsorted(now, kept)
-    return dict(positions)

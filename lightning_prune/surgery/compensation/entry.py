@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery import pruning
 from lightning_prune.surgery.compensation.compensating import check_method, compensation, run_on
 from lightning_prune.surgery.compensation.lockstep import Run
 from lightning_prune.surgery.pruning import PruneReport
+from lightning_prune.surgery.replacing import in_place
 
 __all__ = ["prune"]
 
@@ -77,13 +77,12 @@ def prune(
         True
     """
     check_method(compensate, batches)
-    optimizers = pruning.check(model, optimizers)
+    optimizers = list(optimizers)
+    pruning.check(model, optimizers)
     if compensate == "none" or batches is None:
         return pruning.prune(model, plan, optimizers)
     with progress(f"Compensating {type(model).__name__}"):
         found = compensation(model, plan, compensate, batches, run or run_on)
-    report = pruning.prune(model, plan, optimizers)
-    tensors = named_tensors(model)
-    for name, values in found.tensors.items():
-        tensors[name].data.copy_(values)
+    with pruning.pruned(model, plan, optimizers) as report, in_place(found.replacements(model)):
+        pass
     return replace(report, compensation=found.report)

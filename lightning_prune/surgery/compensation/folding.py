@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.surgery.compensation.copies import copy_on
+from lightning_prune.surgery.compensation.copies import shared_twin
 from lightning_prune.surgery.compensation.inputs import Block
 from lightning_prune.surgery.compensation.least_squares import Moments, fit_moments
 from lightning_prune.surgery.compensation.lockstep import Run
@@ -36,7 +36,7 @@ def fold(work: Work, names: Sequence[str], batches: Iterable[Any], run: Run) -> 
     if not names:
         return
     blocks = {name: work.blocks(name) for name in names}
-    copied = copy_on(work.model, named_tensors(work.model))
+    copied = shared_twin(work.model, named_tensors(work.model))
     moments = _input_moments(copied, batches, run, blocks)
     for name in names:
         _fold_weight(work, name, blocks[name], moments[name])

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.surgery.compensation.copies import copy_on
+from lightning_prune.surgery.compensation.copies import shared_twin
 from lightning_prune.surgery.compensation.operators import Step
 from lightning_prune.surgery.compensation.runs import PausedRun
 from lightning_prune.surgery.compensation.survey import names_of
@@ -129,5 +129,5 @@ class Lockstep:
             self._lanes.append(_Lane(whole, pruned))
 
     def _paused_run(self, tensors: Mapping[str, Tensor], batch: Any, before: bool) -> PausedRun:
-        copied = copy_on(self._model, tensors)
+        copied = shared_twin(self._model, tensors)
         return PausedRun(lambda: self._run(copied, batch), names_of(tensors), self._pending, before, self._streams)
