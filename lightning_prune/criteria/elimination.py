@@ -1,6 +1,6 @@
 """Criterion on what pruning a channel costs once the weights that are kept make up for it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ __all__ = ["coherent_obs"]
 
 _RIDGE = 1e-3  # of the mean variance of the channels
 _BLOCKS = 32  # a block is this share of the channels that are kept so far
+_TINY = torch.finfo(torch.float64).tiny
 _POOL = 4  # channels that a block is chosen from, as a multiple of it
 
 
@@ -61,8 +62,10 @@ def coherent_obs(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None 
     flops = flops_per_channel(graph)
     scores = {}
     for name in graph.groups:
-        costs = _costs_of_elimination(_terms(graph, name, found))
-        scores[name] = costs / max(flops[name], torch.finfo(costs.dtype).tiny)
+        terms = _terms(graph, name, found)
+        costs = _costs_of_elimination(terms)
+        per_channel = max(flops[name], _TINY)
+        scores[name] = costs / per_channel
     return to_original_channels(graph, scores)
 
 
@@ -90,18 +93,14 @@ class _Terms:
         uniform = self.uniform.diagonal()
         means = self.means.diagonal()
         varying = varying / inverse
-        uniform = uniform * means / inverse.square()
+        uniform = uniform * means
+        uniform = uniform / inverse.square()
         return varying + uniform
 
     def of(self, channels: Tensor) -> "_Terms":
         """Return the terms of some channels alone, as long as none is pruned."""
         rows = channels[:, None]
-        return _Terms(
-            inverse=self.inverse[rows, channels],
-            varying=self.varying[rows, channels],
-            uniform=self.uniform[rows, channels],
-            means=self.means[rows, channels],
-        )
+        return self._each(lambda matrix: matrix[rows, channels])
 
     def without(self, pruned: Tensor, kept: Tensor) -> "_Terms":
         """Return the terms of the kept channels once others are pruned and compensated for.
@@ -117,17 +116,23 @@ class _Terms:
         shares = -torch.linalg.solve(inner, outer)  # of each pruned channel that goes to each kept one
 
         def joined(matrix: Tensor) -> Tensor:
-            across = matrix[rows_of_kept, pruned] @ shares
-            within = matrix[rows_of_pruned, pruned] @ shares
-            within = shares.T @ within
-            of_kept = matrix[rows_of_kept, kept]
-            return of_kept + across + across.T + within
+            across = matrix[rows_of_kept, pruned]
+            across = across @ shares
+            within = matrix[rows_of_pruned, pruned]
+            within = within @ shares
+            total = matrix[rows_of_kept, kept]
+            total = total + across
+            total = total + across.T
+            return total + shares.T @ within
 
+        return self._each(joined)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "_Terms":
         return _Terms(
-            inverse=joined(self.inverse),
-            varying=joined(self.varying),
-            uniform=joined(self.uniform),
-            means=joined(self.means),
+            inverse=change(self.inverse),
+            varying=change(self.varying),
+            uniform=change(self.uniform),
+            means=change(self.means),
         )
 
 
@@ -137,7 +142,8 @@ def _places(graph: ChannelGraph) -> dict[str, dict[str, Tensor]]:
     for name, group in graph.groups.items():
         channels = graph.kept(name)
         for one in group.in_slices:
-            positions = graph.positions_now(one, channels).view(len(channels), -1)
+            positions = graph.positions_now(one, channels)
+            positions = positions.view(len(channels), -1)
             of_weight = places.setdefault(one.tensor, {})
             if name in of_weight:
                 positions = torch.cat([of_weight[name], positions], 1)
@@ -155,8 +161,10 @@ def _terms(graph: ChannelGraph, group: str, found: Mapping[str, Sensitivity]) ->
         layer = found[name]
         positions = of_weight[group]
         weight = tensors[name].detach()
-        weight = weight.movedim(layer.in_axis, 1).double()
-        terms.append(_terms_at(layer, group, weight[:, positions]))
+        weight = weight.movedim(layer.in_axis, 1)
+        weight = weight[:, positions]
+        at_layer = _terms_at(layer, group, weight.double())
+        terms.append(at_layer)
     if not terms:
         raise ValueError(
             f"Nothing that consumes group {group!r} is a convolution or linear layer that was run on the batches; "
@@ -175,18 +183,22 @@ def _terms_at(layer: Sensitivity, group: str, weight: Tensor) -> _Terms:
     """
     covariance = layer.covariance(group)
     diagonal = covariance.diagonal()
-    tiny = torch.finfo(covariance.dtype).tiny
-    scale = diagonal.mean().clamp_min(tiny)
+    scale = diagonal.mean()
+    scale = scale.clamp_min(_TINY)
     diagonal.add_(_RIDGE * scale)
     inverse = torch.linalg.inv(covariance)
-    inverse = (inverse + inverse.T) / 2
+    inverse = inverse + inverse.T
+    inverse = inverse / 2
     means = layer.covariance_of_means(group)
     means = inverse @ means @ inverse
     if weight.shape[2] > 1:  # each position has a weight of its own: errors do not add up
-        varying = _squared(weight, layer.varying + layer.uniform)
-        return _Terms(inverse, varying, torch.zeros_like(varying), means)
+        sensitivity = layer.varying + layer.uniform
+        varying = _squared(weight, sensitivity)
+        none = torch.zeros_like(varying)
+        return _Terms(inverse, varying, none, means)
     varying = _squared(weight, layer.varying)
-    summed = weight.flatten(2).sum(2, keepdim=True)
+    taps = weight.flatten(2)
+    summed = taps.sum(2, keepdim=True)
     uniform = _squared(summed, layer.uniform)
     return _Terms(inverse, varying, uniform, means)
 
@@ -196,7 +208,8 @@ def _squared(weight: Tensor, sensitivity: Tensor) -> Tensor:
     taps = weight.flatten(2)  # (out_channels, channels, taps)
     factor = sensitivity.sqrt()
     weighted = taps * factor[:, None, None]
-    rows = weighted.transpose(1, 2).flatten(0, 1)
+    weighted = weighted.transpose(1, 2)
+    rows = weighted.flatten(0, 1)
     return rows.T @ rows
 
 
@@ -208,17 +221,17 @@ def _costs_of_elimination(terms: list[_Terms]) -> Tensor:
     greatest = 0.0
     while len(channels):
         block = max(1, len(channels) // _BLOCKS)
-        cheapest_first = _total(terms).argsort(stable=True)
+        total = _total(terms)
+        cheapest_first = total.argsort(stable=True)
         pool = cheapest_first[: _POOL * block]
         in_pool = [one.of(pool) for one in terms]
         places, costs_of_block = _cheapest(in_pool, block)
         pruned = pool[places]
-        for channel, cost in zip(channels[pruned].tolist(), costs_of_block, strict=True):
+        numbers = channels[pruned]
+        for channel, cost in zip(numbers.tolist(), costs_of_block, strict=True):
             greatest = max(greatest, cost)
             costs[channel] = greatest
-        is_kept = torch.ones(len(channels), dtype=torch.bool)
-        is_kept[pruned] = False
-        [kept] = is_kept.nonzero(as_tuple=True)
+        kept = _others(len(channels), pruned)
         terms = [one.without(pruned, kept) for one in terms]
         channels = channels[kept]
     return costs
@@ -228,21 +241,31 @@ def _cheapest(terms: Sequence[_Terms], number: int) -> tuple[list[int], list[flo
     """Return the places and costs of channels that go one after the other, each the cheapest by then."""
     chosen: list[int] = []
     costs: list[float] = []
-    places = torch.arange(len(terms[0].inverse))
+    size = len(terms[0].inverse)
+    places = torch.arange(size)
     for _ in range(number):
         total = _total(terms)
         cheapest = total.argmin()
-        chosen.append(int(places[cheapest]))
-        costs.append(float(total[cheapest]))
-        is_other = torch.ones(len(places), dtype=torch.bool)
-        is_other[cheapest] = False
-        [others] = is_other.nonzero(as_tuple=True)
+        place = places[cheapest]
+        cost = total[cheapest]
+        chosen.append(int(place))
+        costs.append(float(cost))
+        others = _others(len(places), cheapest)
         terms = [one.without(cheapest[None], others) for one in terms]
         places = places[others]
     return chosen, costs
 
 
+def _others(number: int, chosen: Tensor) -> Tensor:
+    """Return those of a number of positions that are not among the chosen ones."""
+    is_other = torch.ones(number, dtype=torch.bool)
+    is_other[chosen] = False
+    [others] = is_other.nonzero(as_tuple=True)
+    return others
+
+
 def _total(terms: Sequence[_Terms]) -> Tensor:
     """Return what each channel costs at all layers together if it is pruned next: (channels,)."""
     costs = [one.costs for one in terms]
-    return torch.stack(costs).sum(0)
+    by_layer = torch.stack(costs)
+    return by_layer.sum(0)

@@ -48,14 +48,20 @@ class Sensitivity:
 
     def add_inputs(self, x: Tensor, number: int) -> None:
         """Add what the layer is given: (samples, in_channels, *spatial)."""
-        places = places_in(x, numbers=x.shape[1], share=1, seed=number)
+        channels = x.shape[1]
+        places = places_in(x, numbers=channels, share=1, seed=number)
         chosen = at_places(x, places)
-        means = x.flatten(2).mean(2) if x.dim() > 2 else x
+        means = x
+        if x.dim() > 2:
+            by_position = x.flatten(2)
+            means = by_position.mean(2)
         for group, positions in self._places.items():
-            rows = chosen[:, positions.T]
-            _add(self._inputs, group, rows.flatten(0, 1))
-            rows = means[:, positions]
-            _add(self._means, group, rows.mean(2))
+            inputs = chosen[:, positions.T]
+            inputs = inputs.flatten(0, 1)
+            _add(self._inputs, group, inputs)
+            of_group = means[:, positions]
+            of_group = of_group.mean(2)
+            _add(self._means, group, of_group)
 
     def add_gradients(self, gradients: Tensor) -> None:
         """Add gradients at the output: (samples, out_channels, *spatial)."""
@@ -64,10 +70,12 @@ class Sensitivity:
         by_position = gradients.flatten(2)
         positions = by_position.shape[2]
         squares = by_position.square().sum(2, dtype=torch.float64)
-        uniform = by_position.sum(2, dtype=torch.float64).square()
+        sums = by_position.sum(2, dtype=torch.float64)
+        uniform = sums.square()
         varying = squares - uniform / positions
+        varying = varying.clamp_min(0)
         self._samples += len(by_position)
-        self._varying = self._varying + varying.clamp_min(0).sum(0)
+        self._varying = self._varying + varying.sum(0)
         self._uniform = self._uniform + uniform.sum(0)
 
     @property
@@ -136,9 +144,8 @@ class _Watched:
     """
 
     def __init__(self, graph: ChannelGraph, places: Mapping[str, Mapping[str, Tensor]]) -> None:
-        tensors = {}
-        for name, tensor in named_tensors(graph.model).items():
-            tensors[name] = _trained(tensor)
+        own = named_tensors(graph.model)
+        tensors = {name: _trained(tensor) for name, tensor in own.items()}
         self.found: dict[str, Sensitivity] = {}
         self._places = places
         self._names = names_of(tensors)
@@ -163,7 +170,7 @@ class _Watched:
                 self._copied(*args, **kwargs)
         if not self._edges:
             return
-        projected = [self._projected(output) for output in self._outputs]
+        projected = list(map(self._projected, self._outputs))
         names, edges = zip(*self._edges, strict=True)
         gradients = torch.autograd.grad(projected, edges, allow_unused=True)
         for name, gradient in zip(names, gradients, strict=True):
@@ -172,7 +179,9 @@ class _Watched:
 
     def _projected(self, output: Tensor) -> Tensor:
         weights = torch.randn(output.shape, generator=self._generator)
-        return (output * weights.to(output)).sum()
+        weights = weights.to(output)
+        projected = output * weights
+        return projected.sum()
 
     def _note_output(self, module: nn.Module, args: Any, output: Any) -> None:
         for leaf in tree_leaves(output):
@@ -184,10 +193,12 @@ class _Watched:
         if name in self._places and isinstance(step, Linear):
             if name not in self.found:
                 self.found[name] = Sensitivity(step, self._places[name])
+            layer = self.found[name]
             inputs = step.x.detach()
-            self.found[name].add_inputs(inputs, self._number)
+            layer.add_inputs(inputs, self._number)
             # The place in the backward pass: what is changed in place afterwards has another.
-            self._edges.append((name, get_gradient_edge(output)))
+            edge = get_gradient_edge(output)
+            self._edges.append((name, edge))
         return output
 
 
@@ -195,4 +206,5 @@ def _trained(tensor: Tensor) -> Tensor:
     """Return a stand-in that gradients flow through."""
     if not isinstance(tensor, nn.Parameter):
         return tensor.clone()
-    return nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
+    has_gradient = tensor.is_floating_point()
+    return nn.Parameter(tensor.detach(), requires_grad=has_gradient)
