@@ -1,12 +1,13 @@
 """Compensation: what the pruned network has to have in place of some tensors, worked out before anything is pruned."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
 
 from lightning_prune.graph.run import as_call
 from lightning_prune.graph.substitution import named_tensors
@@ -19,10 +20,11 @@ from lightning_prune.surgery.compensation.survey import survey, uses_of
 from lightning_prune.surgery.compensation.weights import measure, refit
 from lightning_prune.surgery.compensation.work import Work
 from lightning_prune.surgery.compensation_report import CompensationReport
+from lightning_prune.surgery.optimizer_state import momentum_to_zero
 from lightning_prune.surgery.pruning import kept_positions, pruned_tensors
 from lightning_prune.surgery.replacing import Replacement, of_tensor
 
-__all__ = ["METHODS", "Compensation", "check_method", "compensation", "run_on"]
+__all__ = ["METHODS", "Compensation", "check_batches", "check_method", "compensation", "run_on"]
 
 METHODS = ("none", "statistics", "fold", "refit")
 
@@ -44,25 +46,33 @@ class Compensation:
     tensors: dict[str, Tensor]
     report: CompensationReport
 
-    def replacements(self, model: nn.Module) -> list[Replacement]:
-        """Return what puts the tensors into the model once it is pruned.
+    def replacements(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[Replacement]:
+        """Make what puts the tensors into a model that has just been pruned, and sets their momentum to zero.
 
         Args:
-            model: The model that was pruned.
+            model: The model, of which this is the compensation.
+            optimizers: The optimizers that train it, as `lightning_prune.surgery.check` returns them.
         """
         own = named_tensors(model)
-        return [of_tensor(own[name], values, own[name].grad) for name, values in self.tensors.items()]
+        for name, values in self.tensors.items():
+            tensor = own[name]
+            yield of_tensor(tensor, values.to(tensor.device), tensor.grad)
+            yield from momentum_to_zero(optimizers, tensor)
 
 
-def check_method(method: str, batches: Iterable[Any] | None) -> None:
-    """Raise a ValueError unless there is such a method, and the batches that it needs.
+def check_method(method: str) -> None:
+    """Raise a ValueError unless there is such a method."""
+    if method not in METHODS:
+        raise ValueError(f"compensate must be one of {', '.join(METHODS)}; got {method!r}.")
+
+
+def check_batches(method: str, batches: Iterable[Any] | None) -> None:
+    """Raise a ValueError unless a method has the batches that it needs.
 
     Args:
         method: One of `METHODS`.
         batches: The batches, or None.
     """
-    if method not in METHODS:
-        raise ValueError(f"compensate must be one of {', '.join(METHODS)}; got {method!r}.")
     if method != "none" and batches is None:
         raise ValueError(
             f"compensate={method!r} looks at data: give `batches`, some hundred samples without labels, or "
@@ -148,6 +158,7 @@ def _step_through(work: Work, handlers: Mapping[str, Handler], batches: Iterable
             handlers[name](work, name, alike)
         del meetings, alike  # which keep activations
     work.report.batches = both.batches_seen
+    work.report.samples = both.samples_seen
 
 
 def _comparable(meeting: Meeting) -> bool:

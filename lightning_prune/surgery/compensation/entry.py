@@ -9,7 +9,7 @@ from torch import nn
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery import pruning
-from lightning_prune.surgery.compensation.compensating import check_method, compensation, run_on
+from lightning_prune.surgery.compensation.compensating import check_batches, check_method, compensation, run_on
 from lightning_prune.surgery.compensation.lockstep import Run
 from lightning_prune.surgery.pruning import PruneReport
 from lightning_prune.surgery.replacing import in_place
@@ -76,13 +76,14 @@ def prune(
         >>> report.compensation.errors["2.weight"].after < report.compensation.errors["2.weight"].before
         True
     """
-    check_method(compensate, batches)
+    check_method(compensate)
+    check_batches(compensate, batches)
     optimizers = list(optimizers)
-    pruning.check(model, optimizers)
+    unwrapped = pruning.check(model, optimizers)
     if compensate == "none" or batches is None:
         return pruning.prune(model, plan, optimizers)
     with progress(f"Compensating {type(model).__name__}"):
         found = compensation(model, plan, compensate, batches, run or run_on)
-    with pruning.pruned(model, plan, optimizers) as report, in_place(found.replacements(model)):
+    with pruning.pruned(model, plan, optimizers) as report, in_place(found.replacements(model, unwrapped)):
         pass
     return replace(report, compensation=found.report)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.surgery.compensation.copies import shared_twin
@@ -79,6 +80,7 @@ class Lockstep:
 
     Attributes:
         batches_seen: How many batches have joined.
+        samples_seen: How many samples these had, by the first tensor of each.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Lockstep:
     ) -> None:
         self._streams = streams
         self.batches_seen = 0
+        self.samples_seen = 0
         self._model = model
         self._tensors = tensors
         self._batches = iter(batches)
@@ -124,6 +127,7 @@ class Lockstep:
             except StopIteration:
                 return
             self.batches_seen += 1
+            self.samples_seen += _samples_of(batch)
             whole = self._paused_run(named_tensors(self._model), batch, before=False)
             pruned = self._paused_run(self._tensors, batch, before=True)
             self._lanes.append(_Lane(whole, pruned))
@@ -131,3 +135,11 @@ class Lockstep:
     def _paused_run(self, tensors: Mapping[str, Tensor], batch: Any, before: bool) -> PausedRun:
         copied = shared_twin(self._model, tensors)
         return PausedRun(lambda: self._run(copied, batch), names_of(tensors), self._pending, before, self._streams)
+
+
+def _samples_of(batch: Any) -> int:
+    """Return the length of the first tensor of a batch."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return len(leaf)
+    return 0
