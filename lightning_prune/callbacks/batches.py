@@ -20,6 +20,8 @@ __all__ = ["ValidationBatches", "check_limit", "first_loaders_share", "gives_sam
 
 _USUAL_BATCH_SIZE = 128  # where a loader makes its batches in a way of its own, and the most that is taken at once
 
+_WHO = "The callback, since no data set behind the training loader can be asked for samples,"
+
 
 def check_limit(limit_batches: int | None) -> None:
     """Raise a ValueError unless a setting is a number of batches, or None."""
@@ -136,7 +138,7 @@ def training_batches(trainer: "pl.Trainer", count: int, seed: int, of_all_ranks:
     """
     loaders, structure = tree_flatten(trainer.train_dataloader)
     if not loaders or not all(gives_samples(loader) for loader in loaders):
-        return list(ValidationBatches(trainer, count, "The callback")) if count else []
+        return list(ValidationBatches(trainer, count, _WHO)) if count else []
     sizes = [loader.batch_size or _USUAL_BATCH_SIZE for loader in loaders]
     if of_all_ranks:
         sizes = [min(size * trainer.world_size, _USUAL_BATCH_SIZE) for size in sizes]

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback, compensation_step, surgery_step
@@ -199,7 +199,56 @@ def test_works_with_other_settings_of_the_trainer(settings: dict[str, Any], tmp_
     assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
 
 
-class Held(nn.Module):
+class Wrapping(L.LightningModule):
+    """Has a part that is pruned, and a layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.behind = nn.Linear(8 * 16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.behind(self.part(images).flatten(1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Stream(IterableDataset[Any]):
+    """Has no samples that can be asked for."""
+
+    def __iter__(self) -> Any:
+        return iter(battery.images(96))
+
+
+def quiet_trainer(root: Path, *callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
+        callbacks=list(callbacks), max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=root, num_sanity_val_steps=0,
+    )  # fmt: skip
+
+
+def test_what_is_behind_a_pruned_submodule_makes_up_too(tmp_path: Path) -> None:
+    callback = PruningCallback(**ONE_PRUNE, compensate="refit", module="part", example_inputs=[1, 1, 8, 8])
+    quiet_trainer(tmp_path, callback).fit(Wrapping(), DataLoader(battery.images(96), 16))
+    errors = callback.history.prunes[0].compensation.errors
+    assert errors.keys() == {"part.2.weight", "behind.weight"}
+
+
+def test_validation_batches_stand_in_for_a_stream(tmp_path: Path) -> None:
+    stream = DataLoader(Stream(), 16)
+    callback = PruningCallback(**ONE_PRUNE, compensate="fold")
+    quiet_trainer(tmp_path, callback).fit(battery.ResidualClassifier(), stream, DataLoader(battery.images(64), 32))
+    assert callback.history.prunes[0].compensation.samples == 64
+    callback = PruningCallback(**ONE_PRUNE, compensate="fold")
+    with pytest.raises(ValueError, match=r"no data set .* can be asked for samples, measures on the validation split"):
+        quiet_trainer(tmp_path, callback).fit(battery.ResidualClassifier(), stream)
+
+
+class Echo(nn.Module):
     def forward(self, x: Tensor, y: Any = None) -> list[Any]:
         return [x, y]
 
@@ -222,7 +271,7 @@ ONE, TWO, LABELS = torch.ones(2), torch.zeros(2), torch.arange(2)
     ids=str,
 )
 def test_forward_is_given_the_inputs_of_a_batch(batch: Any, arguments: int, given: list[Any]) -> None:
-    found = run_forward(Held(), batch, arguments)
+    found = run_forward(Echo(), batch, arguments)
     assert all(one is other or one == other for one, other in zip(found, given, strict=True))
 
 
@@ -245,10 +294,7 @@ def test_batches_are_those_of_the_training_split(tmp_path: Path, monkeypatch: py
         return found
 
     monkeypatch.setattr(compensation_step, "compensation", watched)
-    trainer = L.Trainer(
-        callbacks=[PruningCallback(**ONE_PRUNE, compensate="fold")], max_epochs=2, accelerator="cpu", logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+    trainer = quiet_trainer(tmp_path, PruningCallback(**ONE_PRUNE, compensate="fold"))
     trainer.fit(battery.ResidualClassifier(), Counting(battery.images(96), 16), DataLoader(battery.images(64), 32))
     assert seen == [16, 16]
     assert len(started) == 2  # once an epoch

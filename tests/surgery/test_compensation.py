@@ -570,3 +570,30 @@ def test_a_wide_classifier_makes_no_matrix_of_its_width(method: str):
     program = PROGRAM.replace("METHOD", method)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert float(done.stdout) < 600  # MiB, where 25,088 squared in double precision is 4,800
+
+
+@pytest.mark.parametrize(("make", "momenta"), [
+    (lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9), {"momentum_buffer"}),
+    (lambda parameters: torch.optim.AdamW(parameters, 0.1), {"exp_avg"}),
+    (
+        lambda parameters: torch.optim.RMSprop(parameters, 0.1, momentum=0.9, centered=True),
+        {"momentum_buffer", "grad_avg"},
+    ),
+    (lambda parameters: torch.optim.Adadelta(parameters, 0.1), set()),
+    (lambda parameters: torch.optim.Rprop(parameters, 0.1), {"prev"}),
+])  # fmt: skip
+def test_momentum_of_changed_weights_is_zero(make: Any, momenta: set[str]):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.randn(64, 4)
+    optimizer = make(model.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    lp.prune(model, halved(lp.trace(model, x)), [optimizer], compensate="refit", batches=[x])
+    for parameter, is_changed in zip(model.parameters(), (False, False, True, True), strict=True):
+        for key, value in optimizer.state[parameter].items():
+            is_zero = isinstance(value, torch.Tensor) and not bool(value.any())
+            assert is_zero == (is_changed and key in momenta), key
+    optimizer.step()
