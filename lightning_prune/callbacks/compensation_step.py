@@ -14,6 +14,7 @@ from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.trainer_state import averaged_copies
 from lightning_prune.graph.run import as_call
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery.compensation import Compensation, compensation
 from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
@@ -89,7 +90,8 @@ class Compensator:
         def of_all() -> list[Compensation]:
             return [_on_cpu(compensation(model, plan, self.method, batches, self._run)) for model in models]
 
-        found: list[Compensation] = decided_by_first_rank(self.trainer, of_all)
+        with progress(f"Compensating {type(models[0]).__name__}"):
+            found: list[Compensation] = decided_by_first_rank(self.trainer, of_all)
         return found
 
     def _batches(self, count: int, seed: int) -> list[Any]:
