@@ -230,5 +230,6 @@ ROWS: dict[str, Ours | TorchPruning] = {
     "PPO-CIM agent, L1, inside blocks": Ours(partial(searched, "ppo-cim"), inside_blocks=True),
     "Taylor gate for each FLOP": Ours(partial(per_flop, GATE)),
     "Taylor gate for each FLOP, inside blocks": Ours(partial(per_flop, GATE), inside_blocks=True),
+    "coherent OBS": Ours(partial(by_score, "coherent_obs")),
     f"Taylor gate, inside blocks, {STEPS} steps": Ours(partial(by_score, GATE), STEPS, inside_blocks=True),
 }

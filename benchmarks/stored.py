@@ -20,7 +20,7 @@ import torch
 # Options that say where things lie or what is to be run, and not how.
 _NOT_SETTINGS = {
     "root", "work", "results", "weights",
-    "networks", "rows", "seeds", "table", "batch", "env", "agents", "sac_steps", "ppo_steps",
+    "networks", "rows", "methods", "seeds", "table", "batch", "env", "agents", "sac_steps", "ppo_steps",
     "callbacks", "moments", "worlds",
 }  # fmt: skip
 

@@ -7,11 +7,12 @@ from weakref import ref
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from typing_extensions import override
 
 from lightning_prune import criteria, planning
 from lightning_prune.callbacks import refusals
+from lightning_prune.callbacks.compensation_step import Compensator, arguments_of, run_forward
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
@@ -33,6 +34,7 @@ from lightning_prune.reporting.loggers import folder
 from lightning_prune.callbacks.bars import follow
 from lightning_prune.reporting.loggers import say, warn
 from lightning_prune.surgery import check, uninterrupted
+from lightning_prune.surgery.compensation import check_method
 
 __all__ = ["PruningCallback"]
 
@@ -66,6 +68,10 @@ class PruningCallback(Schedule, Callback):
             training batch.
         criterion: What scores the channels: a name in ``lightning_prune.criteria.CRITERIA`` or the import path of a
             function, with settings as a mapping such as ``{"name": "magnitude", "p": 2}``; one that needs no data.
+        compensate: What makes up for each prune before training goes on: ``"none"``, ``"statistics"``, ``"fold"`` or
+            ``"refit"``; see `lightning_prune.prune`.
+        compensate_batches: Number of training batches that this looks at, without their labels, each of as many samples
+            as all ranks take in a step, at most 128.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -101,6 +107,8 @@ class PruningCallback(Schedule, Callback):
         module: str = "",
         example_inputs: Any = None,
         criterion: str | dict[str, Any] = "l1",
+        compensate: str = "none",
+        compensate_batches: int = 8,
     ) -> None:
         planning.check_keep(keep)
         planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
@@ -108,6 +116,8 @@ class PruningCallback(Schedule, Callback):
         check_whole_number("every_n_epochs", every_n_epochs, 1)
         check_whole_number("steps", steps, 1)
         check_whole_number("min_channels", min_channels, 1)
+        check_whole_number("compensate_batches", compensate_batches, 1)
+        check_method(compensate)
         self.keep = keep
         self.metric = metric
         self.start_epoch = start_epoch
@@ -119,6 +129,8 @@ class PruningCallback(Schedule, Callback):
         self.module = module
         self.example_inputs = example_inputs
         self.criterion = criterion
+        self.compensate = compensate
+        self.compensate_batches = compensate_batches
         self.check_criterion()
         self.state = self.State()
         self._last_module: ref[pl.LightningModule] | None = None
@@ -176,6 +188,17 @@ class PruningCallback(Schedule, Callback):
         """
         return planning.plan(graph, scores, keep, self.metric, self.round_to, self.min_channels)
 
+    def run_on_batch(self, model: nn.Module, batch: Any) -> Any:
+        """Run the LightningModule on a training batch without its labels, for ``compensate``; by default ``forward``.
+
+        Args:
+            model: A copy of the LightningModule, or of an average of it, in evaluation mode.
+            batch: A batch as ``training_step`` gets it. Of a list or tuple, the first entry is taken, or as many as
+                there are example inputs; of a dictionary, what ``forward`` has a name for.
+        """
+        whole = self.run.graph.example_inputs if not self.module else ()
+        return run_forward(model, batch, arguments_of(whole))
+
     def check_criterion(self) -> None:
         """Raise a ValueError unless `scores` can be worked out by the criterion; called by the constructor."""
         if needs_data(find(self.criterion)):
@@ -229,6 +252,8 @@ class PruningCallback(Schedule, Callback):
             recorder.begin(self)
             self.state.history = recorder.history
             self.run = self.Run(trainer, graph, recorder)
+            if self.compensate != "none" and self.steps_done < self.steps:
+                self._compensator.check()
             self.prepare(trainer, graph)
 
     @override
@@ -327,6 +352,10 @@ class PruningCallback(Schedule, Callback):
     def _is_running(self) -> bool:
         return "run" in vars(self)
 
+    @property
+    def _compensator(self) -> Compensator:
+        return Compensator(self.run.trainer, self.compensate, self.compensate_batches, self.run_on_batch)
+
     def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> ChannelGraph:
         """Trace the model, and refuse what cannot be pruned."""
         check(pl_module, trainer.optimizers)
@@ -362,11 +391,12 @@ class PruningCallback(Schedule, Callback):
         with unlogged(pl_module), progress(doing):
             made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
             plan = agreed_plan(trainer, lambda: made)
+            compensations = self._compensator.compensations(plan, seed=step)
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
-            report = prune_in_training(trainer, plan)
+            report = prune_in_training(trainer, plan, compensations)
             self.state.steps_done = step
             self.run.untried = list(report.widths)
-            self.run.recorder.add_prune(plan, step, scores)
+            self.run.recorder.add_prune(plan, step, scores, report.compensation)
         if not report.widths:
             warn(
                 f"Prune {step} of {self.steps} has pruned nothing: the next smaller network in steps of "

@@ -18,7 +18,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 __all__ = ["ValidationBatches", "check_limit", "first_loaders_share", "gives_samples", "samples", "training_batches"]
 
-_USUAL_BATCH_SIZE = 128  # where a loader makes its batches in a way of its own
+_USUAL_BATCH_SIZE = 128  # where a loader makes its batches in a way of its own, and the most that is taken at once
+
+_WHO = "The callback, since no data set behind the training loader can be asked for samples,"
 
 
 def check_limit(limit_batches: int | None) -> None:
@@ -121,7 +123,7 @@ def _load_validation_split(trainer: "pl.Trainer") -> None:
 # -- the training split ------------------------------------------------------------------------------------------------
 
 
-def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
+def training_batches(trainer: "pl.Trainer", count: int, seed: int, of_all_ranks: bool = False) -> list[Any]:
     """Return some batches of the training split, the same ones on every rank and after a resume.
 
     They are drawn from the data set itself: a loader that knows its position would lose it. Where there is no data set
@@ -131,11 +133,16 @@ def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
         trainer: The trainer.
         count: Number of batches; fewer if there are not so many.
         seed: Decides which samples, and how they are augmented.
+        of_all_ranks: Make them of as many samples as all ranks take in a step, at most 128: those of a run on other
+            ranks that takes as many. Otherwise as many as one rank takes.
     """
     loaders, structure = tree_flatten(trainer.train_dataloader)
     if not loaders or not all(gives_samples(loader) for loader in loaders):
-        return list(ValidationBatches(trainer, count, "The callback")) if count else []
-    positions = [_batches_of_positions(loader, seed) for loader in loaders]
+        return list(ValidationBatches(trainer, count, _WHO)) if count else []
+    sizes = [loader.batch_size or _USUAL_BATCH_SIZE for loader in loaders]
+    if of_all_ranks:
+        sizes = [min(size * trainer.world_size, _USUAL_BATCH_SIZE) for size in sizes]
+    positions = [_batches_of_positions(loader, size, seed) for loader, size in zip(loaders, sizes, strict=True)]
     with isolate_rng():
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(seed)
@@ -149,11 +156,11 @@ def training_batches(trainer: "pl.Trainer", count: int, seed: int) -> list[Any]:
         return drawn
 
 
-def _batches_of_positions(loader: "DataLoader[Any]", seed: int) -> list[list[int]]:
+def _batches_of_positions(loader: "DataLoader[Any]", size: int, seed: int) -> list[list[int]]:
     """Deal out the samples of a loader to batches at random."""
     dataset: Any = loader.dataset
     available = len(dataset)
-    size = min(loader.batch_size or _USUAL_BATCH_SIZE, available)
+    size = min(size, available)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(available, generator=generator).tolist()
     starts = range(0, available - size + 1, size)

@@ -13,10 +13,12 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress
-from lightning_prune.reporting.history import History
+from lightning_prune.reporting.history import Compensation, History
 from lightning_prune.reporting.loggers import log_end, log_history, log_prune, run_folder, say, warn
 from lightning_prune.reporting.measurement import Measurement, measure
 from lightning_prune.reporting.summary import summarize, whereabouts
+
+from lightning_prune.surgery.compensation import CompensationReport
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks.base import PruningCallback
@@ -61,11 +63,12 @@ class Recorder:
                     model, type(callback).__name__, settings_of(callback), self.graph, self._measure()
                 )
 
-    def add_prune(self, plan: PruningPlan, step: int, scores: dict[str, Tensor]) -> None:
-        """Measure what a prune has left, and log it."""
+    def add_prune(self, plan: PruningPlan, step: int, scores: dict[str, Tensor], report: CompensationReport) -> None:
+        """Measure what a prune has left, and log it, with how the weights that are kept made up for it."""
         if self.history is None or not self.trainer.is_global_zero:
             return
         self.history.add_prune(self.graph, plan, step, self.trainer.current_epoch, self._measure())
+        self.history.prunes[-1].compensation = Compensation.of(report)
         self._write(self.history)
         log_prune(self.trainer, self.history, scores)
 

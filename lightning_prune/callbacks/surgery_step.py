@@ -1,17 +1,24 @@
 """One prune in the middle of training: the module, and everything that has to follow it."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import lightning.pytorch as pl
 
 from lightning_prune.callbacks.trainer_state import averaged_copies
 from lightning_prune.compiled import forget_compiled
 from lightning_prune.ddp import rewrap
 from lightning_prune.pruning_plan import PruningPlan
-from lightning_prune.surgery import PruneReport, pruned
+from lightning_prune.surgery import PruneReport, check, pruned
+from lightning_prune.surgery.compensation import Compensation
+from lightning_prune.surgery.replacing import Replacement, in_place
 
 __all__ = ["prune_in_training"]
 
 
-def prune_in_training(trainer: "pl.Trainer", plan: PruningPlan) -> PruneReport:
+def prune_in_training(
+    trainer: "pl.Trainer", plan: PruningPlan, compensations: Sequence[Compensation] = ()
+) -> PruneReport:
     """Prune the module of a trainer and what goes with it, or nothing of it.
 
     Its optimizers and averaged copies are pruned with it, it is wrapped for distributed training anew, and compiled
@@ -20,6 +27,8 @@ def prune_in_training(trainer: "pl.Trainer", plan: PruningPlan) -> PruneReport:
     Args:
         trainer: The trainer.
         plan: The channels that are kept, the same on every rank.
+        compensations: What the module, and each averaged copy after it, is to have in place of some tensors, the same
+            on every rank; none to keep the values as they are.
 
     Returns:
         What has changed.
@@ -28,7 +37,17 @@ def prune_in_training(trainer: "pl.Trainer", plan: PruningPlan) -> PruneReport:
         ValueError: If the plan is about another architecture, or keeps what was pruned before.
         TypeError: If an optimizer cannot be sliced.
     """
-    with pruned(trainer.lightning_module, plan, trainer.optimizers, averaged_copies(trainer)) as report:
-        rewrap(trainer)
+    module = trainer.lightning_module
+    copies = averaged_copies(trainer)
+    with pruned(module, plan, trainer.optimizers, copies) as report:
+        optimizers = check(module, trainer.optimizers)
+        models = [module, *copies] if compensations else []
+        replacements: list[Replacement] = []
+        for model, found in zip(models, compensations, strict=True):
+            replacements.extend(found.replacements(model, optimizers))
+        with in_place(replacements):
+            rewrap(trainer)
     forget_compiled()
+    if compensations:
+        return replace(report, compensation=compensations[0].report)
     return report

@@ -3,6 +3,7 @@
 from lightning_prune.criteria.activations import apoz, mean_activation
 from lightning_prune.criteria.batch_norm import batch_norm_scale
 from lightning_prune.criteria.damage import layer_scores, sensitiveness
+from lightning_prune.criteria.elimination import coherent_obs
 from lightning_prune.criteria.filter_entropy import afie, afie_of_shapes
 from lightning_prune.criteria.first_order import taylor
 from lightning_prune.criteria.geometric_median import fpgm
@@ -19,6 +20,7 @@ __all__ = [
     "afie_of_shapes",
     "apoz",
     "batch_norm_scale",
+    "coherent_obs",
     "fpgm",
     "group_magnitude",
     "l1",

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.scores import not_rankable
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
-__all__ = ["Scores", "divide_by_mean", "divide_by_norm", "to_original_channels"]
+__all__ = ["Scores", "divide_by_mean", "divide_by_norm", "flops_per_channel", "to_original_channels"]
 
 Scores = dict[str, Tensor]
 """The score of each channel, by group; higher is kept."""
@@ -49,6 +51,20 @@ def divide_by_norm(scores: Mapping[str, Tensor]) -> Scores:
 def divide_by_mean(scores: Mapping[str, Tensor]) -> Scores:
     """Divide the scores of each group by their mean."""
     return {name: _divide(values, values.mean()) for name, values in scores.items()}
+
+
+def flops_per_channel(graph: ChannelGraph) -> dict[str, float]:
+    """Return what one channel less in each group would save now, as fractions of their sum."""
+    cost = CostModel(graph, "flops")
+    plan = plan_in_force(graph.model) or PruningPlan()
+    now = cost(plan.widths)
+    saved = {}
+    snapshot = graph.snapshot({})
+    for name in graph.groups:
+        one_less = len(snapshot.kept(name)) - 1
+        saved[name] = now - cost({**plan.widths, name: one_less})
+    total = max(sum(saved.values()), 1)
+    return {name: flops / total for name, flops in saved.items()}
 
 
 def _divide(values: Tensor, divisor: Tensor) -> Tensor:

@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from lightning_prune.candidates.isolation import of_twin
 from lightning_prune.compiled import as_written
-from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, to_original_channels
+from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, flops_per_channel, to_original_channels
 from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, VARIANTS, Totals, make_collector
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.finite import REMEDY, cause_in
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import twin_in_evaluation
-from lightning_prune.planning.cost import CostModel
-from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 __all__ = ["check_settings", "finish", "taylor", "why_unseen"]
 
@@ -125,7 +123,7 @@ def finish(graph: ChannelGraph, totals: Totals, variant: str, normalize: bool | 
     if normalize:
         scores = divide_by_norm(scores)
     if flops_penalty:
-        flops = _flops_per_channel(graph)
+        flops = flops_per_channel(graph)
         scores = {name: values - flops_penalty * flops[name] for name, values in scores.items()}
     return to_original_channels(graph, scores)
 
@@ -151,20 +149,6 @@ def check_settings(variant: str, flops_penalty: float) -> None:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}.")
     if not 0 <= flops_penalty < float("inf"):
         raise ValueError(f"flops_penalty must be a number of at least 0; got {flops_penalty!r}.")
-
-
-def _flops_per_channel(graph: ChannelGraph) -> dict[str, float]:
-    """Return what one channel less in each group would save now, as fractions of their sum."""
-    cost = CostModel(graph, "flops")
-    plan = plan_in_force(graph.model) or PruningPlan()
-    now = cost(plan.widths)
-    saved = {}
-    snapshot = graph.snapshot({})
-    for name in graph.groups:
-        one_less = len(snapshot.kept(name)) - 1
-        saved[name] = now - cost({**plan.widths, name: one_less})
-    total = max(sum(saved.values()), 1)
-    return {name: flops / total for name, flops in saved.items()}
 
 
 def _gradients(value: Tensor, parameters: Parameters) -> dict[str, Tensor]:

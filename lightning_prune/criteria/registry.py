@@ -11,7 +11,7 @@ from lightning_prune.criteria.channel_scores import Scores
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.importing import imported
 
-__all__ = ["CRITERIA", "Criterion", "Loss", "find", "needs_data", "register", "score"]
+__all__ = ["CRITERIA", "Criterion", "Loss", "find", "needs_data", "needs_loss", "register", "score"]
 
 Criterion = Callable[..., Scores]
 """Given the graph, and for some also batches and a loss, returns scores."""
@@ -85,9 +85,11 @@ def score(
     function = find(criterion)
     if not needs_data(function):
         return function(graph)
-    if batches is None or loss is None:
-        name, _ = _name_and_settings(criterion)
+    name, _ = _name_and_settings(criterion)
+    if batches is None:
         raise ValueError(f"Criterion {name!r} needs data: give `batches` and `loss`.")
+    if loss is None and needs_loss(function):
+        raise ValueError(f"Criterion {name!r} needs a loss: give `loss`, which is called with the model and a batch.")
     return function(graph, batches, loss)
 
 
@@ -118,6 +120,12 @@ def find(criterion: Setting) -> Criterion:
 def needs_data(function: Criterion) -> bool:
     """Tell whether a criterion takes batches of data and a loss."""
     return "batches" in inspect.signature(function).parameters
+
+
+def needs_loss(function: Criterion) -> bool:
+    """Tell whether a criterion takes a loss and cannot do without."""
+    parameters = inspect.signature(function).parameters
+    return "loss" in parameters and parameters["loss"].default is not None
 
 
 def _name_and_settings(criterion: Setting) -> tuple[str, dict[str, Any]]:

@@ -17,10 +17,11 @@ from lightning_prune.plain import MisfitError, made
 from lightning_prune.planning.segments import time_by_layer
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.measurement import Measurement
+from lightning_prune.surgery.compensation_report import CompensationReport
 
-__all__ = ["History", "Layer", "Prune", "layers_at", "read_histories", "write_history"]
+__all__ = ["Compensation", "History", "Layer", "Prune", "layers_at", "read_histories", "write_history"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 2 had no compensation
 _FORMER_NAMES = {"held": "unprunable", "left": "after"}  # of version 1
 
 
@@ -42,6 +43,42 @@ class Layer:
 
 
 @dataclass
+class Compensation:
+    """How the weights that are kept made up for what was pruned.
+
+    Attributes:
+        method: ``"statistics"``, ``"fold"`` or ``"refit"``.
+        samples: Number of samples that it looked at.
+        errors: The squared error of each layer before and after it, as a share of the variance of what the layer
+            returned before the prune, by the name of the weight.
+        not_compensated: Why a weight that consumes pruned channels is as it was, by its name.
+        mean_error: The mean over layers of the error after it.
+        worst_error: The greatest of these.
+    """
+
+    method: str
+    samples: int
+    errors: dict[str, tuple[float, float]]
+    not_compensated: dict[str, str]
+    mean_error: float = 0.0
+    worst_error: float = 0.0
+
+    @classmethod
+    def of(cls, report: CompensationReport) -> "Compensation | None":
+        """Return what is written of a compensation; None if there was none."""
+        if report.method == "none":
+            return None
+        return cls(
+            method=report.method,
+            samples=report.samples,
+            errors={name: (error.before, error.after) for name, error in report.errors.items()},
+            not_compensated=report.not_compensated,
+            mean_error=report.mean_error,
+            worst_error=max((error.after for error in report.errors.values()), default=0.0),
+        )
+
+
+@dataclass
 class Prune:
     """One prune.
 
@@ -52,6 +89,7 @@ class Prune:
             `lightning_prune.pruning_plan`.
         widths: Channels that are kept, by group name.
         after: The network after it.
+        compensation: How the weights that are kept made up for it; None if they did not.
     """
 
     step: int
@@ -59,6 +97,7 @@ class Prune:
     budget: dict[str, Any]
     widths: dict[str, int]
     after: Measurement
+    compensation: Compensation | None = None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_prune.files import written_whole
 from lightning_prune.reporting.charts import LineChart, Mark, line_chart
-from lightning_prune.reporting.history import History, Layer, read_histories
+from lightning_prune.reporting.history import History, Layer, Prune, read_histories
 from lightning_prune.reporting.measurement import Measurement
 
 __all__ = ["render", "templates", "write_report"]
@@ -204,6 +204,11 @@ class Page:
         trained = [validation["epoch"] for validation in self.history.epochs]
         end = max([epoch, *trained])
         return [*corners, (end, kept)]
+
+    @property
+    def compensated(self) -> list[Prune]:
+        """The prunes that the weights which are kept made up for."""
+        return [prune for prune in self.history.prunes if prune.compensation is not None]
 
     @property
     def layers(self) -> list[LayerRow]:

@@ -11,9 +11,18 @@ from lightning_prune.surgery.optimizer_contents import larger_tensors, numbers_e
 from lightning_prune.surgery.replacing import Replacement, of_item
 from lightning_prune.surgery.slicing import KeptByAxis, take
 
-__all__ = ["REMEDY", "check_optimizers", "check_places", "check_shapes", "sliceable", "sliced_state"]
+__all__ = [
+    "REMEDY",
+    "check_optimizers",
+    "check_places",
+    "check_shapes",
+    "momentum_to_zero",
+    "sliceable",
+    "sliced_state",
+]
 
 REMEDY = "use another optimizer, such as SGD or AdamW"
+_MOMENTA = frozenset({"momentum_buffer", "exp_avg", "grad_avg", "prev"})  # means of gradients, as torch names them
 
 
 def check_optimizers(optimizers: Iterable[Any]) -> list[Optimizer]:
@@ -80,6 +89,23 @@ def sliced_state(optimizers: Iterable[Optimizer], tensor: Tensor, kept: KeptByAx
     for optimizer in optimizers:
         for key, value in sliceable(optimizer, tensor).items():
             yield of_item(optimizer.state[tensor], key, _sliced(value, tensor, kept))
+
+
+def momentum_to_zero(optimizers: Iterable[Optimizer], tensor: Tensor) -> Iterator[Replacement]:
+    """Set momentum, which is about earlier values of a parameter, to zero; second moments and counters are kept.
+
+    Args:
+        optimizers: What `check_optimizers` returned.
+        tensor: A parameter that has other values now.
+
+    Yields:
+        What is to be put in place.
+    """
+    for optimizer in optimizers:
+        for key, value in sliceable(optimizer, tensor).items():
+            if key in _MOMENTA:
+                zeros = torch.zeros_like(value)
+                yield of_item(optimizer.state[tensor], key, zeros)
 
 
 def sliceable(optimizer: Optimizer, tensor: Tensor) -> dict[Any, Tensor]:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -13,12 +13,23 @@ from torch import Tensor, nn
 from lightning_prune.graph.sizes import sync_attributes
 from lightning_prune.graph.substitution import named_tensors, owning_modules
 from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force, record_plan
+from lightning_prune.surgery.compensation_report import CompensationReport
 from lightning_prune.surgery.optimizer_checks import check_state
 from lightning_prune.surgery.optimizer_state import check_optimizers, sliced_state
 from lightning_prune.surgery.replacing import Replacement, in_place, of_attributes, of_slices, of_tensor
 from lightning_prune.surgery.slicing import take
 
-__all__ = ["Change", "PruneReport", "check", "check_plan", "prune", "pruned", "pruned_tensors", "reshape"]
+__all__ = [
+    "Change",
+    "PruneReport",
+    "check",
+    "check_plan",
+    "kept_positions",
+    "prune",
+    "pruned",
+    "pruned_tensors",
+    "reshape",
+]
 
 
 class Change(NamedTuple):
@@ -35,16 +46,20 @@ class PruneReport:
     Attributes:
         widths: Channels before and after, by group name, for the groups that lose some.
         params: Number of parameters before and after.
+        compensation: What was done to the weights that are kept.
     """
 
     widths: dict[str, Change]
     params: Change
+    compensation: CompensationReport = field(default_factory=CompensationReport)
 
     def __str__(self) -> str:
         lines = [f"{name}: {width.before} -> {width.after} channels" for name, width in self.widths.items()]
         before, after = self.params
         share = after / max(before, 1)
         lines.append(f"parameters: {before:,} -> {after:,} ({share:.1%})")
+        if self.compensation.method != "none":
+            lines.append(str(self.compensation))
         return "\n".join(lines)
 
 
@@ -240,7 +255,7 @@ class _Cut:
         joined = plan.after(earlier)
         tensors = named_tensors(model)
         _check_shapes(tensors, joined, earlier)
-        kept = _kept_now(joined, earlier)
+        kept = kept_positions(joined, earlier)
         return cls(
             model=model,
             plan=joined,
@@ -259,8 +274,16 @@ class _Cut:
         yield _of_record(self.model, self.plan, self.tensors.values())
 
 
-def _kept_now(plan: PruningPlan, earlier: PruningPlan) -> Index:
-    """Return the positions to keep of the tensors as an earlier plan has made them, by tensor name and axis."""
+def kept_positions(plan: PruningPlan, earlier: PruningPlan) -> Index:
+    """Return the positions to keep of the tensors as an earlier plan has made them, for the axes that get shorter.
+
+    Args:
+        plan: The channels to keep, about the original model.
+        earlier: The plan in force.
+
+    Returns:
+        Positions by tensor name and axis.
+    """
     index_before = earlier.index()
     search = cache(torch.searchsorted)  # most axes of a group share one tensor of positions
     positions: Index = defaultdict(dict)

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,14 +28,14 @@ class Replacement(NamedTuple):
 
 
 @contextmanager
-def in_place(replacements: Sequence[Replacement]) -> Iterator[None]:
+def in_place(replacements: Iterable[Replacement]) -> Iterator[None]:
     """Put replacements in place, for a block and for good; if anything is raised, there or here, undo all of them.
 
     Signals that Python code handles wait until the end of the block: a handler that saves the model would find half of
     it.
 
     Args:
-        replacements: What is put in place, in this order.
+        replacements: What is put in place, in this order; all of them are made before the first is put.
 
     Example:
         >>> sizes = {"width": 8}
@@ -46,10 +46,11 @@ def in_place(replacements: Sequence[Replacement]) -> Iterator[None]:
         >>> sizes
         {'width': 8}
     """
+    ready = list(replacements)
     begun = []
     with uninterrupted():
         try:
-            for replacement in replacements:
+            for replacement in ready:
                 begun.append(replacement)
                 replacement.put()
             yield

@@ -61,14 +61,14 @@ def test_the_history_is_kept_through_prunes(name: str, first: str, tmp_path: Pat
     assert battery.differences(module, loaded) == []  # Lightning saves the average for use
 
 
-@pytest.mark.parametrize("kind", AVERAGES)
-def test_resumes_to_the_same_bits(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "name"), [*((kind, "taylor") for kind in AVERAGES), ("exponential", "magnitude_refit")])
+def test_resumes_to_the_same_bits(kind: str, name: str, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
-    unbroken, _ = battery.train(tmp_path, battery.make_callback("taylor"), AVERAGES[kind](), saver)
+    unbroken, _ = battery.train(tmp_path, battery.make_callback(name), AVERAGES[kind](), saver)
     paths = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
     assert len(paths) == battery.EPOCHS * battery.BATCHES // 4
     for path in paths:
-        callbacks = [AVERAGES[kind](), battery.make_callback("taylor")]
+        callbacks = [AVERAGES[kind](), battery.make_callback(name)]
         resumed, _ = battery.train(tmp_path / path.stem, *callbacks, ckpt_path=path)
         assert battery.differences(unbroken, resumed) == [], path.name
 

@@ -37,6 +37,7 @@ def graph() -> lp.graph.ChannelGraph:
     [
         "apoz",
         "batch_norm_scale",
+        "coherent_obs",
         "fpgm",
         "group_magnitude",
         "l1",
@@ -87,7 +88,7 @@ def test_a_criterion_of_ones_own(graph: lp.graph.ChannelGraph) -> None:
 @pytest.mark.parametrize(
     ("criterion", "message"),
     [
-        ("l3", "There is no criterion 'l3'; those known are apoz, batch_norm_scale, fpgm, group_magnitude,"),
+        ("l3", "There is no criterion 'l3'; those known are apoz, batch_norm_scale, coherent_obs, fpgm,"),
         ("no.such.module", "There is no criterion 'no.such.module' (No module named 'no'): check the path"),
         ("math.pi", "There is no criterion 'math.pi'"),
         ({"name": "magnitude", "q": 2}, "Criterion 'magnitude' has no setting 'q'; it has p."),

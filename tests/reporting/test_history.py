@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning_prune import files
 from lightning_prune.callbacks import TaylorRankCallback
 from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.reporting.history import FORMAT_VERSION, History, Layer, Prune, read_histories
+from lightning_prune.reporting.history import FORMAT_VERSION, Compensation, History, Layer, Prune, read_histories
 from lightning_prune.reporting.loggers import log_history, run_folder
 from lightning_prune.reporting.measurement import Measurement
 from lightning_prune.reporting.report import render
@@ -259,7 +259,14 @@ def test_whatever_is_no_history_is_called_damaged(kind: str, tmp_path: Path) -> 
 def whole() -> dict[str, Any]:
     measured = Measurement(100, 1000, 2.0, {"val/acc": 0.5}, 1000)
     layers = [Layer("a", 800.0, 80.0, 1.0)]
-    prune = Prune(1, 1, {"metric": "flops", "asked": 0.5}, {"a": 4}, measured)
+    prune = Prune(
+        1,
+        1,
+        {"metric": "flops", "asked": 0.5},
+        {"a": 4},
+        measured,
+        Compensation("fold", 8, {"b": (0.5, 0.25)}, {"c": "d"}),
+    )
     epochs = [{"epoch": 1, "keep_flops": 0.5, "val/acc": 0.5}]
     history = History(
         "m.M", "C", {"keep": 0.5}, "", {"a": 8}, {"b": (4, "is an output")}, measured, layers, [prune], layers, epochs,

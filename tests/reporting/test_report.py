@@ -19,7 +19,7 @@ import lightning_prune
 from lightning_prune import files
 from lightning_prune.reporting.charts import HEIGHT, LEFT, WIDTH, LineChart, Mark, line_chart
 from lightning_prune.reporting.figures import metric_against_flops, widths
-from lightning_prune.reporting.history import History, Layer, Prune, read_histories, write_history
+from lightning_prune.reporting.history import Compensation, History, Layer, Prune, read_histories, write_history
 from lightning_prune.reporting.measurement import Measurement
 from lightning_prune.reporting.report import render, templates, write_report
 
@@ -53,6 +53,9 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
+COMPENSATION = Compensation("refit", 1024, {"b.weight": (0.5, 0.0625)}, {"c.weight": "others share it"}, 0.25, 0.0625)
+
+
 def history(**changes: object) -> History:
     """Return the history of a run with one prune."""
     layers = [Layer("a", 800.0, 80.0, 1.0), Layer("b", 200.0, 20.0, 0.5)], [Layer("a", 400.0, 40.0, 0.5)]
@@ -61,7 +64,7 @@ def history(**changes: object) -> History:
         "groups": {"a": 8, "b": 16}, "unprunable": {"head": (10, "is an output"), "neck": (4, "is an output")},
         "before": Measurement(100, 1000, 2.0, {"val/acc": 0.75}), "layers_before": layers[0],
         "prunes": [Prune(1, 2, {"metric": "flops", "asked": 0.5, "achieved": 0.484375}, {"a": 4, "b": 12},
-                         Measurement(60, 600, 1.25))],
+                         Measurement(60, 600, 1.25), COMPENSATION)],
         "layers_after": layers[1],
         "epochs": [{"epoch": 1, "keep_flops": 1.0, "val/acc": 0.75}, {"epoch": 3, "keep_flops": 0.6, "val/acc": 0.875}],
     }  # fmt: skip
@@ -103,6 +106,14 @@ def test_numbers_and_bars_by_hand() -> None:
         assert re.findall(r"width:([\d.]+)%", row[0]) == [outer, inner]
 
 
+def test_the_page_tells_of_compensation() -> None:
+    words = " ".join(" ".join(Page(render([history()], "runs/1")).text).split())
+    assert "greatest 1 refit 1,024 1 0.25 0.062" in words
+    assert "not compensated at prune 1 reason c.weight others share it" in words
+    plain = Prune(1, 2, {}, {"a": 4}, Measurement(60, 600, 1.25))
+    assert "Compensation" not in render([history(prunes=[plain])], "runs/1")
+
+
 def test_the_page_needs_no_network_and_no_script() -> None:
     text = render([history()], "runs/1", "a: 1")
     page = Page(text)
@@ -126,7 +137,7 @@ def test_names_are_text_and_never_markup() -> None:
     assert "<script" not in text
 
 
-KNOWN = {one.name for kind in (History, Layer, Prune, Measurement) for one in fields(kind)} | {
+KNOWN = {one.name for kind in (History, Layer, Prune, Measurement, Compensation) for one in fields(kind)} | {
     "version", "epoch", "keep_flops", "asked", "achieved", "metric",
 }  # fmt: skip
 

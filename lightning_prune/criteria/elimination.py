@@ -1,0 +1,271 @@
+"""Criterion on what pruning a channel costs once the weights that are kept make up for it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.criteria.channel_scores import Scores, flops_per_channel, to_original_channels
+from lightning_prune.criteria.layer_sensitivity import Sensitivity, sensitivities
+from lightning_prune.criteria.registry import Loss, register
+from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.substitution import named_tensors
+
+__all__ = ["coherent_obs"]
+
+_RIDGE = 1e-3  # of the mean variance of the channels
+_BLOCKS = 32  # a block is this share of the channels that are kept so far
+_TINY = torch.finfo(torch.float64).tiny
+_POOL = 4  # channels that a block is chosen from, as a multiple of it
+
+
+@register("coherent_obs")
+def coherent_obs(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None = None) -> Scores:
+    """Score channels by the damage to the outputs when they are pruned one after the other and the others make up.
+
+    Each time the channel goes whose pruning costs least, and what the layers behind it read is then read from the
+    others, as well as it can be. The cost has two terms: errors that differ from position to position, and errors that
+    are the same all over an image and add up under average pooling. Labels are not used.
+
+    Args:
+        graph: The traced model, run in evaluation mode.
+        batches: Batches of data; some hundred samples in all are enough.
+        loss: Given the model and a batch, runs the model; what it returns is not used. Default: the batch is what the
+            model is called with.
+
+    Returns:
+        (channels,) cost of each channel of each group for each FLOP that it takes, higher is kept; within a group never
+        below that of a channel that is pruned before. ``-inf`` for channels that have been pruned.
+
+    Raises:
+        ValueError: If there is no batch, or nothing is seen that consumes a group.
+
+    Note:
+        Backward elimination with compensation is Optimal Brain Surgeon (Hassibi and Stork, 1993) on whole channels.
+        Interpretations: the Hessian at a layer is that of the squared change of the outputs of the network, by random
+        projections; the term of errors that add up is this package's own. Channels go in blocks of a thirty-second.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> x = torch.randn(50, 2)
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
+        >>> _ = model[0].bias.data.zero_()
+        >>> _ = model[2].weight.data.fill_(1.0)
+        >>> coherent_obs(trace(model, x), [x])["0"].argmin().item()  # which another channel repeats, larger
+        1
+    """
+    found = sensitivities(graph, batches, loss, _places(graph))
+    flops = flops_per_channel(graph)
+    scores = {}
+    for name in graph.groups:
+        terms = _terms(graph, name, found)
+        costs = _costs_of_elimination(terms)
+        per_channel = max(flops[name], _TINY)
+        scores[name] = costs / per_channel
+    return to_original_channels(graph, scores)
+
+
+@dataclass
+class _Terms:
+    """What the channels of a group cost at one layer that consumes them: matrices of (channels, channels).
+
+    Attributes:
+        inverse: Inverse covariance of the channels.
+        varying: Sensitivity to errors that differ from position to position.
+        uniform: Sensitivity to errors that are the same all over a sample.
+        means: Covariance of the means over positions, between two of the inverse.
+    """
+
+    inverse: Tensor
+    varying: Tensor
+    uniform: Tensor
+    means: Tensor
+
+    @property
+    def costs(self) -> Tensor:
+        """(channels,) what each channel costs if it is pruned next."""
+        inverse = self.inverse.diagonal()
+        varying = self.varying.diagonal()
+        uniform = self.uniform.diagonal()
+        means = self.means.diagonal()
+        varying = varying / inverse
+        uniform = uniform * means
+        uniform = uniform / inverse.square()
+        return varying + uniform
+
+    def of(self, channels: Tensor) -> "_Terms":
+        """Return the terms of some channels alone, as long as none is pruned."""
+        rows = channels[:, None]
+        return self._each(lambda matrix: matrix[rows, channels])
+
+    def without(self, pruned: Tensor, kept: Tensor) -> "_Terms":
+        """Return the terms of the kept channels once others are pruned and compensated for.
+
+        Args:
+            pruned: (n,) int64.
+            kept: (m,) int64.
+        """
+        rows_of_pruned = pruned[:, None]
+        rows_of_kept = kept[:, None]
+        inner = self.inverse[rows_of_pruned, pruned]
+        outer = self.inverse[rows_of_pruned, kept]
+        shares = -torch.linalg.solve(inner, outer)  # of each pruned channel that goes to each kept one
+
+        def joined(matrix: Tensor) -> Tensor:
+            across = matrix[rows_of_kept, pruned]
+            across = across @ shares
+            within = matrix[rows_of_pruned, pruned]
+            within = within @ shares
+            total = matrix[rows_of_kept, kept]
+            total = total + across
+            total = total + across.T
+            return total + shares.T @ within
+
+        return self._each(joined)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "_Terms":
+        return _Terms(
+            inverse=change(self.inverse),
+            varying=change(self.varying),
+            uniform=change(self.uniform),
+            means=change(self.means),
+        )
+
+
+def _places(graph: ChannelGraph) -> dict[str, dict[str, Tensor]]:
+    """Return the (channels, positions of a channel) of groups in the weights that consume them, by weight and group."""
+    places: dict[str, dict[str, Tensor]] = {}
+    for name, group in graph.groups.items():
+        channels = graph.kept(name)
+        for one in group.in_slices:
+            positions = graph.positions_now(one, channels)
+            positions = positions.view(len(channels), -1)
+            of_weight = places.setdefault(one.tensor, {})
+            if name in of_weight:
+                positions = torch.cat([of_weight[name], positions], 1)
+            of_weight[name] = positions
+    return places
+
+
+def _terms(graph: ChannelGraph, group: str, found: Mapping[str, Sensitivity]) -> list[_Terms]:
+    """Return the terms of a group at each layer that consumes it."""
+    tensors = named_tensors(graph.model)
+    terms = []
+    for name, of_weight in _places(graph).items():
+        if group not in of_weight or name not in found:
+            continue
+        layer = found[name]
+        positions = of_weight[group]
+        weight = tensors[name].detach()
+        weight = weight.movedim(layer.in_axis, 1)
+        weight = weight[:, positions]
+        at_layer = _terms_at(layer, group, weight.double())
+        terms.append(at_layer)
+    if not terms:
+        raise ValueError(
+            f"Nothing that consumes group {group!r} is a convolution or linear layer that was run on the batches; "
+            f"add {group!r} to ignore, or use a criterion that needs no activations, such as 'l1'."
+        )
+    return terms
+
+
+def _terms_at(layer: Sensitivity, group: str, weight: Tensor) -> _Terms:
+    """Return the terms at one layer.
+
+    Args:
+        layer: What was seen there.
+        group: Name of the group.
+        weight: (out_channels, channels, positions of a channel, *taps).
+    """
+    covariance = layer.covariance(group)
+    diagonal = covariance.diagonal()
+    scale = diagonal.mean()
+    scale = scale.clamp_min(_TINY)
+    diagonal.add_(_RIDGE * scale)
+    inverse = torch.linalg.inv(covariance)
+    inverse = inverse + inverse.T
+    inverse = inverse / 2
+    means = layer.covariance_of_means(group)
+    means = inverse @ means @ inverse
+    if weight.shape[2] > 1:  # each position has a weight of its own: errors do not add up
+        sensitivity = layer.varying + layer.uniform
+        varying = _squared(weight, sensitivity)
+        none = torch.zeros_like(varying)
+        return _Terms(inverse, varying, none, means)
+    varying = _squared(weight, layer.varying)
+    taps = weight.flatten(2)
+    summed = taps.sum(2, keepdim=True)
+    uniform = _squared(summed, layer.uniform)
+    return _Terms(inverse, varying, uniform, means)
+
+
+def _squared(weight: Tensor, sensitivity: Tensor) -> Tensor:
+    """Return the products of channels over outputs and taps, weighted by outputs: (channels, channels)."""
+    taps = weight.flatten(2)  # (out_channels, channels, taps)
+    factor = sensitivity.sqrt()
+    weighted = taps * factor[:, None, None]
+    weighted = weighted.transpose(1, 2)
+    rows = weighted.flatten(0, 1)
+    return rows.T @ rows
+
+
+def _costs_of_elimination(terms: list[_Terms]) -> Tensor:
+    """Prune all channels of a group in the order of their costs: (channels,) the greatest cost up to each."""
+    size = len(terms[0].inverse)
+    costs = torch.zeros(size, dtype=torch.float64)
+    channels = torch.arange(size)  # that are kept so far
+    greatest = 0.0
+    while len(channels):
+        block = max(1, len(channels) // _BLOCKS)
+        total = _total(terms)
+        cheapest_first = total.argsort(stable=True)
+        pool = cheapest_first[: _POOL * block]
+        in_pool = [one.of(pool) for one in terms]
+        places, costs_of_block = _cheapest(in_pool, block)
+        pruned = pool[places]
+        numbers = channels[pruned]
+        for channel, cost in zip(numbers.tolist(), costs_of_block, strict=True):
+            greatest = max(greatest, cost)
+            costs[channel] = greatest
+        kept = _others(len(channels), pruned)
+        terms = [one.without(pruned, kept) for one in terms]
+        channels = channels[kept]
+    return costs
+
+
+def _cheapest(terms: Sequence[_Terms], number: int) -> tuple[list[int], list[float]]:
+    """Return the places and costs of channels that go one after the other, each the cheapest by then."""
+    chosen: list[int] = []
+    costs: list[float] = []
+    size = len(terms[0].inverse)
+    places = torch.arange(size)
+    for _ in range(number):
+        total = _total(terms)
+        cheapest = total.argmin()
+        place = places[cheapest]
+        cost = total[cheapest]
+        chosen.append(int(place))
+        costs.append(float(cost))
+        others = _others(len(places), cheapest)
+        terms = [one.without(cheapest[None], others) for one in terms]
+        places = places[others]
+    return chosen, costs
+
+
+def _others(number: int, chosen: Tensor) -> Tensor:
+    """Return those of a number of positions that are not among the chosen ones."""
+    is_other = torch.ones(number, dtype=torch.bool)
+    is_other[chosen] = False
+    [others] = is_other.nonzero(as_tuple=True)
+    return others
+
+
+def _total(terms: Sequence[_Terms]) -> Tensor:
+    """Return what each channel costs at all layers together if it is pruned next: (channels,)."""
+    costs = [one.costs for one in terms]
+    by_layer = torch.stack(costs)
+    return by_layer.sum(0)

@@ -1,0 +1,190 @@
+"""Least squares with a prior: the linear map that is nearest to another and fits what was seen."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "fit_moments", "fit_samples"]
+
+RIDGE = 1e-3  # of the mean variance of the inputs, where they explain nothing of the outputs
+_FLOOR = 1e-12
+_EXACT = 1e-10  # a smaller ridge is that of a map that fits exactly
+_ATTEMPTS = 13  # to make a matrix positive, up to a ridge of ten times its mean diagonal
+_BLOCK = 2**22  # numbers in double precision at a time
+
+
+@dataclass
+class Moments:
+    """Means and covariances of inputs and outputs, summed over blocks.
+
+    Attributes:
+        count: Number of samples.
+        shift_x: (inputs,) what is subtracted before summing: the mean of the first block, so that sums stay small.
+        shift_y: (outputs,) the same.
+        x: (inputs,) sums.
+        y: (outputs,) sums.
+        xx: (inputs, inputs) sums of products.
+        yx: (outputs, inputs) sums of products.
+        yy: (outputs,) sums of squares.
+    """
+
+    count: int
+    shift_x: Tensor
+    shift_y: Tensor
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    yx: Tensor
+    yy: Tensor
+
+    @classmethod
+    def like(cls, inputs: Tensor, outputs: Tensor) -> "Moments":
+        """Return moments of nothing yet, to which blocks like these can be added."""
+        shift_x = inputs.double().mean(0)
+        shift_y = outputs.double().mean(0)
+        xx = shift_x.new_zeros(len(shift_x), len(shift_x))
+        yx = shift_x.new_zeros(len(shift_y), len(shift_x))
+        return cls(
+            count=0,
+            shift_x=shift_x,
+            shift_y=shift_y,
+            x=torch.zeros_like(shift_x),
+            y=torch.zeros_like(shift_y),
+            xx=xx,
+            yx=yx,
+            yy=torch.zeros_like(shift_y),
+        )
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            inputs: (n, inputs).
+            outputs: (n, outputs).
+        """
+        widest = max(len(self.x), len(self.y))
+        rows = max(1, _BLOCK // widest)
+        blocks = zip(inputs.split(rows), outputs.split(rows), strict=True)
+        for some_inputs, some_outputs in blocks:
+            x = some_inputs.double() - self.shift_x
+            y = some_outputs.double() - self.shift_y
+            self.count += len(x)
+            self.x += x.sum(0)
+            self.y += y.sum(0)
+            self.xx.addmm_(x.T, x)
+            self.yx.addmm_(y.T, x)
+            self.yy += y.square().sum(0)
+
+    @property
+    def mean_x(self) -> Tensor:
+        """(inputs,) mean."""
+        return self.shift_x + self.x / self.count
+
+    @property
+    def mean_y(self) -> Tensor:
+        """(outputs,) mean."""
+        return self.shift_y + self.y / self.count
+
+    def second(self, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the second moments: of inputs, of outputs with inputs, of outputs alone.
+
+        Args:
+            centred: About the means; else about zero.
+        """
+        x = self.x / self.count
+        y = self.y / self.count
+        xx = self.xx / self.count - torch.outer(x, x)
+        yx = self.yx / self.count - torch.outer(y, x)
+        yy = self.yy / self.count - y.square()
+        if centred:
+            return xx, yx, yy
+        xx = xx + torch.outer(self.mean_x, self.mean_x)
+        yx = yx + torch.outer(self.mean_y, self.mean_x)
+        return xx, yx, yy + self.mean_y.square()
+
+
+def fit_moments(moments: Moments, prior: Tensor, intercept: bool) -> Tensor:
+    """Return the map from inputs to outputs that fits moments, where nothing is known like a prior one.
+
+    The ridge that draws it to the prior is in proportion to what inputs leave unexplained of the outputs: a map that
+    fits exactly is found exactly.
+
+    Args:
+        moments: What was seen.
+        prior: (outputs, inputs) float64.
+        intercept: Whether the map is to be about the deviations from the means, and the rest is for a bias.
+
+    Returns:
+        (outputs, inputs) float64.
+    """
+    xx, yx, yy = moments.second(centred=intercept)
+    scale = xx.diagonal().mean()
+    if not scale > 0:
+        return prior
+    product = prior @ xx
+    rest = yx - product
+    factor = _factor(xx, _FLOOR * scale)
+    unexplained = 1.0
+    inputs = len(xx)
+    if moments.count > inputs:
+        of_prior = yy.sum() + (prior * (product - 2 * yx)).sum()
+        explained = torch.linalg.solve_triangular(factor, rest.T, upper=False)
+        error = of_prior - explained.square().sum()
+        degrees = 1 - inputs / moments.count
+        share = float(error / yy.sum())
+        unexplained = min(1.0, max(0.0, share / degrees))
+    ridge = RIDGE * unexplained
+    if ridge > _EXACT:
+        factor = _factor(xx, ridge * scale)
+        return prior + _solved(factor, rest)
+    change = _solved(factor, rest)
+    # Once more for what the floor has kept from being fitted: what can be exact is exact.
+    missing = rest - change @ xx
+    return prior + change + _solved(factor, missing)
+
+
+def _factor(matrix: Tensor, ridge: Tensor) -> Tensor:
+    """Return the Cholesky factor of a matrix with a ridge, which grows until there is one."""
+    for _ in range(_ATTEMPTS):
+        regular = matrix.clone()
+        regular.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(regular)
+        if not failed:
+            break
+        ridge = ridge * 10
+    return factor
+
+
+def _solved(factor: Tensor, rest: Tensor) -> Tensor:
+    """Return ``rest`` times the inverse of the matrix that a Cholesky factor is of."""
+    return torch.cholesky_solve(rest.T, factor).T
+
+
+def fit_samples(inputs: Tensor, outputs: Tensor, prior: Tensor, intercept: bool) -> Tensor:
+    """Return the map that fits samples, as `fit_moments` does, at the cost of their number if that is smaller.
+
+    Args:
+        inputs: (n, inputs).
+        outputs: (n, outputs).
+        prior: (outputs, inputs) float64.
+        intercept: As in `fit_moments`.
+    """
+    if len(inputs) > inputs.shape[1]:
+        moments = Moments.like(inputs, outputs)
+        moments.add(inputs, outputs)
+        return fit_moments(moments, prior, intercept)
+    x = inputs.double()
+    y = outputs.double()
+    if intercept:
+        x = x - x.mean(0)
+        y = y - y.mean(0)
+    products = x @ x.T  # (n, n)
+    scale = products.diagonal().sum() / x.shape[1]
+    if not scale > 0:
+        return prior
+    products.diagonal().add_(RIDGE * scale)
+    rest = y - x @ prior.T
+    factor = torch.linalg.cholesky(products)
+    by_sample = torch.cholesky_solve(rest, factor)  # (n, outputs)
+    return prior + by_sample.T @ x

@@ -1,0 +1,170 @@
+"""Backward elimination with compensation, against one that solves each step anew."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from engine import randomised
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from lightning_prune.criteria import coherent_obs, score
+from lightning_prune.criteria.channel_scores import flops_per_channel
+
+X = torch.randn(24, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def network() -> nn.Sequential:
+    layers = [nn.Conv2d(3, 7, 3), nn.ReLU(), nn.Conv2d(7, 5, 3), nn.Tanh(), nn.Conv2d(5, 2, 3)]
+    return randomised(nn.Sequential(*layers).double()).eval()
+
+
+def second_layer_by_hand(model: nn.Sequential) -> dict[str, np.ndarray]:
+    """Return covariances and sensitivities at the second convolution, from explicit tensors."""
+    inputs = model[:2](X).detach()
+    outputs = model[2](inputs).detach().requires_grad_()
+    logits = model[3:](outputs)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    [gradient] = torch.autograd.grad((logits * weights.double()).sum(), outputs)
+    rows = inputs.movedim(1, -1).reshape(-1, 7).numpy()
+    means = inputs.mean((2, 3)).numpy()
+    apart = gradient - gradient.mean((2, 3), keepdim=True)
+    return {
+        "covariance": np.cov(rows.T, bias=True),
+        "means": np.cov(means.T, bias=True),
+        "varying": apart.square().sum((2, 3)).mean(0).numpy(),
+        "uniform": gradient.sum((2, 3)).square().mean(0).numpy(),
+        "weight": model[2].weight.detach().flatten(2).numpy(),
+    }
+
+
+def costs_by_hand(seen: dict[str, np.ndarray], kept: list[int]) -> np.ndarray:
+    """Return what each kept channel costs next, with all others folded into the kept ones in one step."""
+    covariance = seen["covariance"] + 1e-3 * np.diag(seen["covariance"]).mean() * np.eye(7)
+    pruned = [channel for channel in range(7) if channel not in kept]
+    inverse = np.linalg.inv(covariance[np.ix_(kept, kept)])
+    shares = covariance[np.ix_(pruned, kept)] @ inverse
+    # What is pruned counts in the means as well: that is what errors so far consist of.
+    whole = np.zeros((7, len(kept)))
+    whole[kept, range(len(kept))] = 1
+    weight = seen["weight"][:, kept] + np.einsum("ort,rk->okt", seen["weight"][:, pruned], shares)
+    costs = []
+    for place in range(len(kept)):
+        others = [each for each in range(len(kept)) if each != place]
+        left = [kept[each] for each in others]
+        regression = covariance[kept[place], left] @ np.linalg.inv(covariance[np.ix_(left, left)])
+        error = np.zeros(7)
+        error[kept[place]] = 1
+        error[left] = -regression
+        varying = (seen["varying"][:, None] * weight[:, place] ** 2).sum() * (error @ covariance @ error)
+        uniform = (seen["uniform"] * weight[:, place].sum(1) ** 2).sum() * (error @ seen["means"] @ error)
+        costs.append(varying + uniform)
+    return np.array(costs)
+
+
+def test_costs_are_those_of_solving_each_step_anew():
+    model = network()
+    graph = lp.trace(model, X[:1])
+    scores = coherent_obs(graph, [X])["0"].numpy() * flops_per_channel(graph)["0"]
+    seen = second_layer_by_hand(model)
+    kept, greatest = list(range(7)), 0.0
+    for _ in range(6):
+        costs = costs_by_hand(seen, kept)
+        greatest = max(greatest, costs.min())
+        cheapest = kept.pop(int(costs.argmin()))
+        assert scores[cheapest] == pytest.approx(greatest, rel=1e-9)
+    assert scores[kept[0]] >= greatest
+
+
+def test_channels_that_others_repeat_are_the_first_to_go():
+    model = network()
+    with torch.no_grad():
+        for pruned, kept in ((1, 4), (6, 0)):
+            model[0].weight[pruned] = 2 * model[0].weight[kept]
+            model[0].bias[pruned] = 2 * model[0].bias[kept]
+    scores = coherent_obs(lp.trace(model, X[:1]), X.split(8))["0"]
+    first, second = scores.argsort()[:2].tolist()
+    assert {first, second} in ({1, 6}, {1, 0}, {4, 6}, {4, 0})
+    assert scores.sort().values[2] > 20 * scores[second]
+
+
+def test_blocks_cost_little_more_than_single_channels(monkeypatch: pytest.MonkeyPatch):
+    from lightning_prune.criteria import elimination
+
+    model = randomised(nn.Sequential(nn.Linear(30, 160), nn.ReLU(), nn.Linear(160, 8)).double()).eval()
+    x = torch.randn(600, 30, dtype=torch.float64)
+    graph = lp.trace(model, x[:1])
+
+    def error(scores: Tensor) -> float:
+        pruned = copy.deepcopy(model)
+        plan = graph.plan({"0": scores.argsort()[80:]})
+        return lp.prune(pruned, plan, compensate="fold", batches=[x]).compensation.errors["2.weight"].after
+
+    in_blocks = error(coherent_obs(graph, [x])["0"])
+    monkeypatch.setattr(elimination, "_BLOCKS", 10**6)
+    one_by_one = error(coherent_obs(graph, [x])["0"])
+    assert in_blocks < 1.1 * one_by_one
+    assert one_by_one < 0.8 * error(lp.criteria.magnitude(graph)["0"])
+
+
+def test_flattened_maps_and_several_layers_behind_count():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 6, 3)
+            self.b = nn.Conv2d(6, 4, 1)
+            self.f = nn.Linear(6 * 36, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.a(x).relu()
+            return self.b(x), self.f(x.flatten(1))
+
+    model = randomised(Both().double()).eval()
+    graph = lp.trace(model, X[:1])
+    scores = coherent_obs(graph, [X])["a"]
+    with torch.no_grad():
+        model.b.weight[:, 2] = 0
+        model.f.weight[:, 2 * 36 : 3 * 36] = 0
+    unread = coherent_obs(graph, [X])["a"]
+    assert scores.argmin() != 2 or scores[2] > 0
+    assert unread.argmin() == 2
+    assert unread[2] < 1e-9 * unread.max()
+
+
+def test_nothing_changes_and_labels_are_not_needed():
+    model = network().train()
+    model[0].weight.requires_grad_(False)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    graph = lp.trace(model, X[:1])
+    scores = score(graph, "coherent_obs", X.split(8))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False] + [True] * 5
+    assert all(module.training for module in model.modules())
+    labelled = [(part, torch.zeros(8)) for part in X.split(8)]
+    again = score(graph, "coherent_obs", labelled, lambda model, batch: model(batch[0]).sum())
+    for name, values in scores.items():
+        assert torch.equal(values, again[name])
+    lp.prune(model, graph.plan({"0": torch.tensor([0, 2, 5])}))
+    assert coherent_obs(graph, [X])["0"].isinf().tolist() == [False, True, False, True, True, False, True]
+
+
+def test_what_cannot_be_scored_is_refused():
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 6)
+            self.w = nn.Parameter(torch.zeros(6, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x).relu() @ self.w
+
+    graph = lp.trace(randomised(Product()), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="no batch"):
+        coherent_obs(graph, [])
+    with pytest.raises(ValueError, match=r"no layer that consumes channels|Nothing that consumes group 'a'"):
+        coherent_obs(graph, [torch.randn(3, 4)])
+    with pytest.raises(ValueError, match="'taylor' needs a loss"):
+        score(graph, "taylor", [torch.randn(3, 4)])
