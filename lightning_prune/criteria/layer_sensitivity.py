@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.criteria.registry import Loss
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.finite import REMEDY, cause_in, not_finite_in
 from lightning_prune.graph.run import as_call
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
@@ -121,12 +122,15 @@ def sensitivities(
         places: Where each group lies along the axes of the weights that consume it, by name of the weight.
 
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If there is no batch, or the model returns NaN for one.
     """
     with undisturbed(graph.model), torch.enable_grad():
         watched = _Watched(graph, places)
         for number, batch in enumerate(batches):
             watched.add(batch, loss, number)
+            if watched.saw_nan:
+                cause = cause_in(graph.model, [batch], number) or f"the model returns NaN for batch {number}"
+                raise ValueError(f"Nothing can be ranked, as {cause}; {REMEDY}.")
     if not watched.found:
         raise ValueError("There is no batch, or no layer that consumes channels was run on it.")
     return watched.found
@@ -156,6 +160,11 @@ class _Watched:
         self._number = 0
         self._generator = torch.Generator().manual_seed(0)
         self._traced.register_forward_hook(self._note_output)
+
+    @property
+    def saw_nan(self) -> bool:
+        """Whether an output of the last batch holds NaN."""
+        return any(not_finite_in(output) == "NaN" for output in self._outputs)
 
     def add(self, batch: Any, loss: Loss | None, number: int) -> None:
         """Run one batch forward and, from a random projection of the outputs, backward."""
