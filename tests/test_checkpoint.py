@@ -282,6 +282,7 @@ def test_a_plan_of_shapes_that_no_machine_can_hold_is_refused(tmp_path: Path) ->
         widened(checkpoint, lp.checkpoint.saved_plan(checkpoint))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_whatever_is_no_checkpoint_is_refused_in_a_sentence(tmp_path: Path) -> None:
     chance, path = random.Random(0), save(pruned(), tmp_path / "a.ckpt")
     whole = path.read_bytes()

@@ -86,9 +86,9 @@ class Behind(Callback):
 def closed_while_pruning(window: Window, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     prune = base.prune_in_training
 
-    def close_and_prune(trainer: L.Trainer, plan: Any) -> Any:
+    def close_and_prune(trainer: L.Trainer, *how: Any) -> Any:
         window.open(trainer, trainer.lightning_module)  # closes it
-        report = prune(trainer, plan)
+        report = prune(trainer, *how)
         window.open(trainer, trainer.lightning_module)
         return report
 

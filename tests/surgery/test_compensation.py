@@ -272,6 +272,7 @@ def test_statistics_follow_what_is_normalised():
     torch.testing.assert_close(smaller[2].running_var, model[2].running_var * ratio, rtol=1e-4, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(
     "layer",
     [
