@@ -1,7 +1,7 @@
 """Operators that compensation knows: layers that read channels by a weight, and normalisation by running statistics."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -177,18 +177,7 @@ def _convolution(
     elif padding == "same":
         spans = zip(weight.shape[2:], dilation, strict=True)
         padding = [apart * (taps - 1) // 2 for taps, apart in spans]
-    shaped = _shaped_as_convolution(rank)
-    return Linear(
-        x=shaped(x),
-        weight=weight,
-        bias=bias,
-        stride=_by_axis(stride, rank),
-        padding=_by_axis(padding, rank),
-        dilation=dilation,
-        groups=groups,
-        shaped=shaped,
-        given=x,
-    )
+    return _over_windows(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
 def _transposed_convolution(
@@ -201,6 +190,14 @@ def _transposed_convolution(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Linear:
+    whole = _over_windows(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return replace(whole, transposed=True)
+
+
+def _over_windows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Linear:
+    """Return the call of a convolution, transposed or not."""
     rank = weight.dim() - 2
     shaped = _shaped_as_convolution(rank)
     return Linear(
@@ -211,7 +208,6 @@ def _transposed_convolution(
         padding=_by_axis(padding, rank),
         dilation=_by_axis(dilation, rank),
         groups=groups,
-        transposed=True,
         shaped=shaped,
         given=x,
     )
