@@ -61,7 +61,15 @@ def test_the_history_is_kept_through_prunes(name: str, first: str, tmp_path: Pat
     assert battery.differences(module, loaded) == []  # Lightning saves the average for use
 
 
-@pytest.mark.parametrize(("kind", "name"), [*((kind, "taylor") for kind in AVERAGES), ("exponential", "magnitude_refit")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("exponential", "taylor"),
+        ("exponential", "magnitude_refit"),
+        pytest.param("equal", "taylor", marks=pytest.mark.long),
+        pytest.param("parameters alone, every other step", "taylor", marks=pytest.mark.long),
+    ],
+)
 def test_resumes_to_the_same_bits(kind: str, name: str, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
     unbroken, _ = battery.train(tmp_path, battery.make_callback(name), AVERAGES[kind](), saver)

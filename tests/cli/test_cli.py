@@ -129,6 +129,7 @@ def test_torch_loads_the_checkpoint_of_the_command_line_safely(tmp_path: Path, m
     main(["fit", "--config", str(config), *SHORT, "--trainer.max_epochs=4", "--ckpt_path", str(path)])
 
 
+@pytest.mark.long
 def test_the_quickstart_halves_the_flops_and_keeps_its_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,8 @@ FAMILIES = {
     "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32, "swin_t": 64, "swin_v2_t": 64, "vit_b_32": 224,
     "lraspp_mobilenet_v3_large": 32,
 }  # fmt: skip
+# Seconds each, so in the long run, where the whole zoo is too.
+LARGE = ("convnext_tiny", "densenet121", "inception_v3", "resnext50_32x4d", "swin_t", "swin_v2_t", "vit_b_32")
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -55,7 +57,9 @@ def test_costs_are_those_of_the_pruned_network(traced):
     assert channels(plan.widths) == sum(tensors[name].shape[0] for name in produced)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LARGE else ()) for name in FAMILIES]
+)
 def test_one_network_of_every_family(name: str):
     model = torchvision_model(name)
     x = torch.randn(2, 3, FAMILIES[name], FAMILIES[name], dtype=torch.float64)

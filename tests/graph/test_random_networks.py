@@ -324,31 +324,31 @@ def check_computed(seed: int, blocks: int) -> int:
 _SEEDS = {"seed": st.integers(0, 2**32), "blocks": st.integers(1, 12)}
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(**_SEEDS)
 def test_random_networks(seed: int, blocks: int):
     check(seed, blocks)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(**_SEEDS)
 def test_random_networks_of_computed_weights(seed: int, blocks: int):
     check_computed(seed, blocks)
 
 
 @pytest.mark.long
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**_SEEDS)
 def test_many_random_networks(seed: int, blocks: int):
     check(seed, blocks)
 
 
 @pytest.mark.long
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**_SEEDS)
 def test_many_random_networks_of_computed_weights(seed: int, blocks: int):
     check_computed(seed, blocks)
 
 
 def test_most_random_networks_can_be_pruned():
-    assert sum(check(seed, 8) > 0 for seed in range(20)) >= 18
+    assert sum(check(seed, 8) > 0 for seed in range(10)) >= 9
