@@ -224,6 +224,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
     def _apply(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
         """Follow a rule, and note what became of the labels of the inputs."""
         given = self.labels_of(inputs)  # now, because a rule may give other labels to what is changed in place
+        self.splits = False
         try:
             rule(self, call)
         except Exception as raised:  # a rule that was not made for this: as good as none
@@ -234,6 +235,11 @@ class Tracer(Vocabulary, TorchDispatchMode):
             for output in outputs:
                 self.shift_zero(output)
         self.record.output_labels.append(self.all_labels(outputs[0]) if outputs else {})
+        if not self.splits:  # which ties each position to one that is passed on
+            self._note_cuts(outputs, given)
+
+    def _note_cuts(self, outputs: list[Tensor], given: list[Labels]) -> None:
+        """Note the labels of which outputs have only some."""
         for made in self.labels_of(outputs):
             passed_on = any(made is labels for labels in given)  # the most frequent case
             if given and not passed_on:

@@ -27,6 +27,7 @@ class Vocabulary:
         sizes_written: The shape that a tensor is given now, as the code has it.
         in_attention: Whether it runs between the two matrix products of attention written as one operator.
         grouped: Names of the weights of what works in groups.
+        splits: Whether the operator that runs splits an axis into several.
         ties_of_splits: The places that split an axis, by the number of the tie that is due to each.
     """
 
@@ -41,6 +42,7 @@ class Vocabulary:
         self.in_attention = False
         self.sizes_written: Sequence[int] = ()
         self.grouped = set(known.grouped)
+        self.splits = False
         self.ties_of_splits: dict[int, SplitSite] = {}
 
     # -- what a rule can ask ---------------------------------------------------------------------------------------
@@ -190,6 +192,7 @@ class Vocabulary:
             sizes: The sizes of the axes, outermost first.
             written: The same as the code has them; nothing where that is not known.
         """
+        self.splits = True
         site = SplitSite(running_line(), len(sizes))
         number_of_tie = len(self.record.ties)  # of the one that the rule is about to make
         self.ties_of_splits[number_of_tie] = site
