@@ -24,7 +24,8 @@ class Group:
         in_slices: Where weights consume the channels (columns of the layers behind, say).
         other_slices: What else is stored per channel: biases, normalisation.
         not_mask_exact: Why pruning a channel is not the same as masking it; empty if it is the same.
-        least: How many must be kept: two where an axis of one would be squeezed away, or has no statistics.
+        least: How many must be kept: two where an axis of one would be squeezed away, or has no statistics; more than
+            are behind the projection of an LSTM.
     """
 
     name: str
@@ -170,12 +171,14 @@ class ChannelGraph:
             kept: (n,) int64 channels, by group name; of groups that are absent all are kept.
 
         Raises:
-            ValueError: If a name is no group of this graph, or no channel of a group would be kept.
+            ValueError: If a name is no group of this graph, or fewer channels of a group are kept than it must have.
         """
         planned = {}
         for name, channels in kept.items():
             group = self.group(name)
             ascending = sorted(channels.tolist())
+            if 0 < len(ascending) < group.least:
+                raise ValueError(f"{name!r} has to keep {group.least} channels at least, not {len(ascending)}.")
             planned[name] = PlannedGroup(group.size, tuple(ascending), group.slices)
         return PruningPlan(planned, self._shapes_of(planned.values()))
 

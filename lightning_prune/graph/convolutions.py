@@ -11,7 +11,7 @@ __all__ = ["Convolution"]
 
 @dataclass(frozen=True)
 class Convolution:
-    """What a call of ``aten.convolution`` was given.
+    """What a call of ``aten.convolution`` or ``torchvision.deform_conv2d`` was given.
 
     Attributes:
         x: (batch, in_channels, *spatial), or without a batch axis.
@@ -20,6 +20,7 @@ class Convolution:
         bias: (out_channels,), or None.
         transposed: Whether it is a transposed convolution.
         groups: Number of convolution groups.
+        is_plain: Whether its kernel goes from each position to the next, without gaps.
     """
 
     x: Tensor
@@ -27,16 +28,23 @@ class Convolution:
     bias: Tensor | None
     transposed: bool
     groups: int
+    is_plain: bool
 
     @classmethod
     def of(cls, call: Call) -> "Convolution":
         """Read the arguments of a call."""
+        if call.name == "torchvision.deform_conv2d":
+            x, weight, _, _, bias = call.args[:5]
+            return cls(x, weight, bias, transposed=False, groups=call.args[11], is_plain=False)
+        transposed = call.argument(6, "transposed", False)
+        stride = call.argument(3, "stride", [1])
         return cls(
             x=call.args[0],
             weight=call.args[1],
             bias=call.argument(2, "bias"),
-            transposed=call.argument(6, "transposed", False),
+            transposed=transposed,
             groups=call.argument(8, "groups", 1),
+            is_plain=not transposed and set(stride) == {1},
         )
 
     @property

@@ -4,16 +4,18 @@ fvcore counts convolutions and matrix products by their multiply-adds, normalisa
 with affine parameters, four without; two and one by running statistics), adaptive average pooling by its input, and
 resizing and sampling on a grid by their output; other operators are free, products with a vector too. It is asked
 nothing about attention written as one operator, and counts it as free. What fvcore leaves out by mistake is counted
-here: convolutions whose padding is given by name, recurrent layers, and matrix products in which one matrix is
-repeated. `lightning_prune.reporting.flops` tells both counts.
+here: convolutions whose padding is given by name, recurrent, bilinear and deformable layers, and matrix products in
+which one matrix is repeated. `lightning_prune.reporting.flops` tells both counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 
 from lightning_prune.graph.convolutions import Convolution
-from lightning_prune.graph.tracer import Call, Tracer
+from lightning_prune.graph.products import AxisOf, shared_axes
+from lightning_prune.graph.recurrent import Recurrent
+from lightning_prune.graph.tracer import Call, Labels, Tracer
 
 __all__ = ["COSTS"]
 
@@ -38,15 +40,33 @@ def _cost(*operators: str) -> Callable[[Cost], Cost]:
 # -- multiply-adds -----------------------------------------------------------------------------------------------------
 
 
-@_cost("aten.convolution", "aten._convolution")
+@_cost("aten.convolution", "aten._convolution", "torchvision.deform_conv2d")
 def _convolution(tracer: Tracer, call: Call) -> None:
     conv = Convolution.of(call)
     slid_over = conv.x if conv.transposed else call.output
-    batch = slid_over.shape[: conv.channel_axis].numel()
-    positions = slid_over.shape[conv.channel_axis + 1 :].numel()
+    positions = tracer.axes(slid_over)
+    del positions[conv.channel_axis]
     kernel_size = conv.weight.shape[2:].numel()
     channels, other_channels, *_ = tracer.axes(conv.weight)
-    tracer.cost(batch * positions * kernel_size, channels, other_channels)
+    tracer.cost(kernel_size, *positions, channels, other_channels)
+
+
+@_cost("aten._trilinear")
+def _trilinear(tracer: Tracer, call: Call) -> None:
+    """Count every element of the product; tensors that share an axis are tied along it."""
+    axes = [_length(tracer, sharing) for sharing in shared_axes(call)]
+    tracer.cost(1, *axes)
+
+
+def _length(tracer: Tracer, sharing: Sequence[AxisOf]) -> Labels | int:
+    """Return the labels along an axis that tensors share, or its size where none has any."""
+    size = 1
+    for tensor, axis in sharing:
+        size = tensor.shape[axis]
+        labels = tracer.labels(tensor, axis)
+        if labels is not None:
+            return labels
+    return size
 
 
 @_cost("aten.mm", "aten.bmm", "aten.addmm")
@@ -57,6 +77,19 @@ def _matrix_product(tracer: Tracer, call: Call) -> None:
     left, right = call.args[-2:]  # a bias comes first
     *_, columns = tracer.axes(right)
     tracer.cost(1, *tracer.axes(left), columns)
+
+
+@_cost("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+def _recurrent(tracer: Tracer, call: Call) -> None:
+    """Count the products of all weights with the input and the state of each step."""
+    layers = Recurrent.of(call)
+    positions = layers.x.shape[:-1].numel()
+    for cells in layers.layers:
+        for cell in cells:
+            tracer.cost(positions, *tracer.axes(cell.of_input))
+            tracer.cost(positions, *tracer.axes(cell.of_state))
+            if cell.projection is not None:
+                tracer.cost(positions, *tracer.axes(cell.projection))
 
 
 @_cost("aten.baddbmm")

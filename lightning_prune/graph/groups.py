@@ -23,6 +23,7 @@ tensor        axis  labels
 6. *Name.* A group has the name of the module that produces its channels first: ``0``.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,7 @@ from numpy import ndarray
 
 from lightning_prune.graph.channel_graph import Axis, Group, Term, Unprunable
 from lightning_prune.graph.numbering import Numbering, number_labels
-from lightning_prune.graph.records import FIXED, CostTerm, Labels, Note, Record, Tie
+from lightning_prune.graph.records import FIXED, CostTerm, Labels, LeastRequired, Note, Record, Tie
 from lightning_prune.graph.slices import slices_of
 from lightning_prune.graph.slots import Slot, SlotTable, module_of
 from lightning_prune.graph.ties import TiedPairs, components, notes_on_half_fixed, with_same_widths
@@ -207,7 +208,7 @@ def form_groups(table: SlotTable, record: Record) -> Grouping:
         tied_codes=pairs.sorted_codes(table.count),
         why_unprunable=why_unprunable,
     )
-    _require_two_channels(grouping, record.two_required)
+    _require_channels(grouping, record.least_required)
     return grouping
 
 
@@ -388,13 +389,14 @@ def _why_too_small(group: Group) -> str:
     return f"{group.name}: has a channel that is unlike all others, and the only one of its group"
 
 
-def _require_two_channels(grouping: Grouping, two_required: Iterable[Labels]) -> None:
-    """Let groups keep two channels where an axis must not have a single one."""
-    for labels in two_required:
+def _require_channels(grouping: Grouping, required: Iterable[LeastRequired]) -> None:
+    """Let groups keep as many channels as an axis must have."""
+    for labels, channels in required:
         axis = grouping.axis(labels)
         if axis.fixed > 0 or len(axis.groups) != 1:
             continue
         [(name, positions_per_channel)] = axis.groups
-        if positions_per_channel == 1:
-            group = grouping.groups[name]
-            grouping.groups[name] = replace(group, least=2)
+        group = grouping.groups[name]
+        least = math.ceil(channels / positions_per_channel)
+        if least > group.least:
+            grouping.groups[name] = replace(group, least=least)

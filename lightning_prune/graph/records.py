@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_prune.graph.frames import SourceLine
 
 __all__ = [
-    "FIXED", "Call", "CallKey", "CostTerm", "Known", "Labels", "ModuleCall", "Note", "OperatorStep", "OutputLabels",
-    "Record", "SplitSite", "Tie", "numbers_in", "tensors_in",
+    "FIXED", "Call", "CallKey", "CostTerm", "Known", "Labels", "LeastRequired", "ModuleCall", "Note", "OperatorStep",
+    "OutputLabels", "Record", "SplitSite", "Tie", "numbers_in", "tensors_in",
 ]  # fmt: skip
 
 Labels = Tensor  # (size of the axis,) int64: the label of each position
@@ -130,6 +130,13 @@ class CostTerm:
     module: str
 
 
+class LeastRequired(NamedTuple):
+    """The channels along an axis, and how few there may be: a squeeze drops an axis of one, which has no variance."""
+
+    labels: Labels
+    channels: int
+
+
 class CallKey(NamedTuple):
     """A module, and how often it had been called before."""
 
@@ -172,7 +179,7 @@ class Record:
         not_mask_exact: Channels whose pruning is not the same as masking.
         out_slices: Axes of weights that produce channels.
         in_slices: Axes of weights that consume channels.
-        two_required: Axes that must not have a single channel: a squeeze would drop them, or they have no statistics.
+        least_required: Axes that must not have fewer channels than some number.
         costs: Operations.
         operator_trace: What each operator did; two passes of equal operator traces do the same thing.
         output_labels: The labels that each of these operators gave to its first output.
@@ -187,7 +194,7 @@ class Record:
     not_mask_exact: list[Note] = field(default_factory=list)
     out_slices: list[Labels] = field(default_factory=list)
     in_slices: list[Labels] = field(default_factory=list)
-    two_required: list[Labels] = field(default_factory=list)
+    least_required: list[LeastRequired] = field(default_factory=list)
     costs: list[CostTerm] = field(default_factory=list)
     operator_trace: list[OperatorStep] = field(default_factory=list)
     output_labels: list[OutputLabels] = field(default_factory=list)
@@ -203,7 +210,7 @@ class Record:
         self.not_mask_exact.extend(other.not_mask_exact)
         self.out_slices.extend(other.out_slices)
         self.in_slices.extend(other.in_slices)
-        self.two_required.extend(other.two_required)
+        self.least_required.extend(other.least_required)
         self.used |= other.used
 
 

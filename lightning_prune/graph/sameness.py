@@ -73,8 +73,9 @@ def _kept(call: Call) -> frozenset[int]:
 
 
 @_sameness_of(
-    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze", "expand", "slice", "select"
-)
+    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze", "expand", "slice", "select",
+    "unbind", "split", "split_with_sizes", "chunk",
+)  # fmt: skip
 def _viewed(call: Call) -> frozenset[int]:
     """What is the same everywhere is so in every view."""
     x = call.given[0]

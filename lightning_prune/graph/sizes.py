@@ -66,6 +66,26 @@ def _sync_embedding(embedding: Any) -> None:
     embedding.num_embeddings, embedding.embedding_dim = embedding.weight.shape
 
 
+def _sync_bilinear(bilinear: Any) -> None:
+    bilinear.out_features, bilinear.in1_features, bilinear.in2_features = bilinear.weight.shape
+
+
+_GATES = {"LSTM": 4, "GRU": 3}
+
+
+def _sync_recurrent(layers: Any) -> None:
+    gates = _GATES.get(layers.mode, 1)
+    layers.input_size = layers.weight_ih_l0.shape[1]
+    layers.hidden_size = layers.weight_hh_l0.shape[0] // gates
+    if layers.proj_size > 0:
+        layers.proj_size = layers.weight_hr_l0.shape[0]
+
+
+def _sync_recurrent_cell(cell: Any) -> None:
+    cell.input_size = cell.weight_ih.shape[1]
+    cell.hidden_size = cell.weight_hh.shape[1]
+
+
 # Subclasses are brought in step as their base class is.
 _SYNC_BY_CLASS: dict[type[nn.Module], Sync] = {
     nn.modules.conv._ConvNd: _sync_convolution,
@@ -76,6 +96,9 @@ _SYNC_BY_CLASS: dict[type[nn.Module], Sync] = {
     nn.GroupNorm: _sync_group_norm,
     nn.PReLU: _sync_prelu,
     nn.Embedding: _sync_embedding,
+    nn.Bilinear: _sync_bilinear,
+    nn.RNNBase: _sync_recurrent,
+    nn.RNNCellBase: _sync_recurrent_cell,
 }
 
 
@@ -84,8 +107,15 @@ def _sync_deformable(convolution: Any) -> None:
     convolution.in_channels = convolution.weight.shape[1] * convolution.groups
 
 
+def _sync_scale(scale: Any) -> None:
+    scale.shape = (scale.scale.shape[0], *scale.shape[1:])
+
+
 # By full name: what would take long to import, and users' own.
-_SYNC_BY_CLASS_NAME: dict[str, Sync] = {"torchvision.ops.deform_conv.DeformConv2d": _sync_deformable}
+_SYNC_BY_CLASS_NAME: dict[str, Sync] = {
+    "torchvision.ops.deform_conv.DeformConv2d": _sync_deformable,
+    "timm.models.metaformer.Scale": _sync_scale,
+}
 
 
 def size_attributes(*classes: str) -> Callable[[Sync], Sync]:

@@ -9,6 +9,7 @@ only be pruned together. What happens to the labels at each operator is said in 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from lightning_prune.graph.counts import counted_shape
 from lightning_prune.graph.frames import autograd_functions, first_on_stack
 from lightning_prune.graph.operators import Operator, OperatorTables, TracerRule
 from lightning_prune.graph.records import FIXED, Call, CallKey, Known, Labels, ModuleCall, numbers_in, tensors_in
+from lightning_prune.graph.recurrent import RECURRENT, run_one_step
 from lightning_prune.graph.sameness import Sameness, set_same_along
 from lightning_prune.graph.vocabulary import Vocabulary
 from lightning_prune.graph.writing import note_write
@@ -117,19 +119,35 @@ class Tracer(Vocabulary, TorchDispatchMode):
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.muted:
                 return forward(*args, **kwargs)
-            self.muted = True
-            try:
-                output = forward(*args, **kwargs)
-            finally:
-                self.muted = False
-            call = Call(module, args, kwargs, output)
+            call = self._run_muted(module, forward, args, kwargs)
             inputs = [*call.given, *module.parameters()]
-            self.of_weights = False
-            self.record.operator_trace.append((rule,))
-            self._apply(rule, call, inputs)
-            return output
+            self._note_whole(rule, call, inputs)
+            return call.output
 
         return run
+
+    def run_recurrent(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run a recurrent function as if it were one operator, not a dozen of them for each step."""
+        operator = self.tables.look_up(RECURRENT[function])
+        call = self._run_muted(operator.function, partial(run_one_step, function), args, {})
+        self._note_whole(operator.rule, call, call.given)
+        if operator.cost is not None:
+            operator.cost(self, call)
+        return call.output
+
+    def _run_muted(self, operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Call:
+        self.muted = True
+        try:
+            output = run(*args, **kwargs)
+        finally:
+            self.muted = False
+        return Call(operator, args, kwargs, output)
+
+    def _note_whole(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
+        """Follow the rule of what ran as one."""
+        self.of_weights = False
+        self.record.operator_trace.append((rule,))
+        self._apply(rule, call, inputs)
 
     # -- operators -------------------------------------------------------------------------------------------------
 
@@ -206,6 +224,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
     def _apply(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
         """Follow a rule, and note what became of the labels of the inputs."""
         given = self.labels_of(inputs)  # now, because a rule may give other labels to what is changed in place
+        self.splits = False
         try:
             rule(self, call)
         except Exception as raised:  # a rule that was not made for this: as good as none
@@ -216,6 +235,11 @@ class Tracer(Vocabulary, TorchDispatchMode):
             for output in outputs:
                 self.shift_zero(output)
         self.record.output_labels.append(self.all_labels(outputs[0]) if outputs else {})
+        if not self.splits:  # which ties each position to one that is passed on
+            self._note_cuts(outputs, given)
+
+    def _note_cuts(self, outputs: list[Tensor], given: list[Labels]) -> None:
+        """Note the labels of which outputs have only some."""
         for made in self.labels_of(outputs):
             passed_on = any(made is labels for labels in given)  # the most frequent case
             if given and not passed_on:
@@ -259,6 +283,8 @@ class ValueWatcher(TorchFunctionMode):
             tracer.constant = numbers if len(numbers) == 1 else []
         elif func in _READS_VALUES:
             tracer.note_look(args[:1])
+        elif func in RECURRENT and not kwargs and not tracer.muted:
+            return tracer.run_recurrent(func, args)
         elif func in _GIVES_SHAPES:
             tracer.sizes_written = self._sizes_written(func, *args, **kwargs)
         try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_prune.graph.channel_graph import Group
 from lightning_prune.graph.comparison import KeptLabels, covers, first_shift
 from lightning_prune.graph.frames import SourceLine, running_line
 from lightning_prune.graph.groups import Grouping
@@ -72,8 +73,16 @@ def unlike_subsets(groups: Sequence[int]) -> list[list[int]]:
     return subsets
 
 
-def _kept_channels(number: int, size: int, pruned: Pruned) -> Tensor:
-    """Return the channels that the group of some number keeps."""
+def _kept_channels(number: int, group: Group, pruned: Pruned) -> Tensor:
+    """Return the channels that the group of some number keeps, as many at least as it must."""
+    kept = _about_half(number, group.size, pruned)
+    if len(kept) >= group.least:
+        return kept
+    channels = torch.arange(group.size)
+    return channels[-group.least :] if pruned is Pruned.FIRST else channels[: group.least]
+
+
+def _about_half(number: int, size: int, pruned: Pruned) -> Tensor:
     channels = torch.arange(size)
     if pruned is Pruned.FIRST:
         return channels[size // 2 :]
@@ -321,7 +330,7 @@ class TrialRunner:
         planned = {}
         for number in shrinking.groups:
             group = groups[number]
-            kept = _kept_channels(number, group.size, shrinking.pruned)
+            kept = _kept_channels(number, group, shrinking.pruned)
             positions = tuple(kept.tolist())
             planned[group.name] = PlannedGroup(group.size, positions, group.slices)
         return PruningPlan(planned, self.forward.shapes).index()

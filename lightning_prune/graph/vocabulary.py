@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_prune.graph.counts import channels_counted, find_computed
 from lightning_prune.graph.frames import is_on_stack, running_line
-from lightning_prune.graph.records import CostTerm, Known, Labels, Note, Record, SplitSite, Tie
+from lightning_prune.graph.records import CostTerm, Known, Labels, LeastRequired, Note, Record, SplitSite, Tie
+from lightning_prune.graph.sameness import same_along
 
 __all__ = ["Vocabulary"]
 
@@ -26,6 +27,7 @@ class Vocabulary:
         sizes_written: The shape that a tensor is given now, as the code has it.
         in_attention: Whether it runs between the two matrix products of attention written as one operator.
         grouped: Names of the weights of what works in groups.
+        splits: Whether the operator that runs splits an axis into several.
         ties_of_splits: The places that split an axis, by the number of the tie that is due to each.
     """
 
@@ -40,6 +42,7 @@ class Vocabulary:
         self.in_attention = False
         self.sizes_written: Sequence[int] = ()
         self.grouped = set(known.grouped)
+        self.splits = False
         self.ties_of_splits: dict[int, SplitSite] = {}
 
     # -- what a rule can ask ---------------------------------------------------------------------------------------
@@ -124,6 +127,11 @@ class Vocabulary:
         """Say that a tensor, and what is computed from it, is not zero where the weights are that it is made of."""
         tensor._shifts_zero = True  # type: ignore[attr-defined]
 
+    @staticmethod
+    def set_of_inputs(tensor: Tensor) -> None:
+        """Say that the values of a tensor depend on the inputs of the network alone."""
+        tensor._is_of_network = False  # type: ignore[attr-defined]
+
     def tie(self, first: Labels | None, second: Labels | None, why: str) -> None:
         """Say that the positions of two axes can only be pruned together, each with the one at the same place.
 
@@ -139,6 +147,33 @@ class Vocabulary:
             return
         tie = Tie(first, second, self.where(), why, self.of_weights)
         self.record.ties.append(tie)
+
+    def tie_axes(self, first: Tensor, axis: int, second: Tensor, other_axis: int, why: str) -> Labels | None:
+        """Tie axes of two tensors, unless one has no labels because all of its positions are the same there.
+
+        Args:
+            first: A tensor.
+            axis: The axis of it.
+            second: Another.
+            other_axis: The axis of that, of equal size.
+            why: What to say when this keeps channels from being pruned.
+
+        Returns:
+            The labels of the first, or of the second where it has none.
+        """
+        labels = self.labels(first, axis)
+        other_labels = self.labels(second, other_axis)
+        if labels is None:
+            self.tie_to(other_labels, first, axis, why)
+            return other_labels
+        self.tie_to(labels, second, other_axis, why)
+        return labels
+
+    def tie_to(self, labels: Labels | None, tensor: Tensor, axis: int, why: str) -> None:
+        """Tie labels to those along an axis of a tensor, unless that has none because all positions are the same."""
+        other_labels = self.labels(tensor, axis)
+        if other_labels is not None or axis % tensor.dim() not in same_along(tensor):
+            self.tie(labels, other_labels, why)
 
     def tie_parts(self, labels: Labels, size: int) -> None:
         """Cut an axis into parts of some size; say that channels at equal places can only be pruned together."""
@@ -157,6 +192,7 @@ class Vocabulary:
             sizes: The sizes of the axes, outermost first.
             written: The same as the code has them; nothing where that is not known.
         """
+        self.splits = True
         site = SplitSite(running_line(), len(sizes))
         number_of_tie = len(self.record.ties)  # of the one that the rule is about to make
         self.ties_of_splits[number_of_tie] = site
@@ -201,10 +237,23 @@ class Vocabulary:
         if labels is not None:
             self.record.in_slices.append(labels)
 
+    def mark_consumed(self, weight: Tensor, axis: int) -> None:
+        """Mark the axis along which a weight consumes channels, and whether masking its parameters masks the weight."""
+        labels = self.labels(weight, axis)
+        self.mark_in_slice(labels)
+        if self.shifts_zero(weight):
+            why = "consumes channels by a weight that is not zero where its parameters are"
+            self.mark_not_mask_exact(labels, why)
+
     def require_two(self, labels: Labels | None) -> None:
         """Say that an axis of a single channel would be dropped, or would have no statistics."""
+        self.require_at_least(2, labels)
+
+    def require_at_least(self, channels: int, labels: Labels | None) -> None:
+        """Say that an axis must not have fewer channels than some number."""
         if labels is not None:
-            self.record.two_required.append(labels)
+            required = LeastRequired(labels, channels)
+            self.record.least_required.append(required)
 
     def computes_with(self, number: float) -> None:
         """Say that the operator computes with a number, which must be the same when channels are pruned."""

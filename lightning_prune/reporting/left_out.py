@@ -1,8 +1,8 @@
 """What fvcore leaves out though it is made of multiply-adds: handles that count it.
 
 fvcore knows convolutions by an operator that those whose padding is given by name (``padding="same"``) do not run as;
-it knows no recurrent layers; and it counts a product of matrices by the size of the first, which is too little where
-that is repeated for several second ones.
+it knows no recurrent, bilinear and deformable layers; and it counts a product of matrices by the size of the first,
+which is too little where that is repeated for several second ones.
 """
 
 from collections import Counter
@@ -15,6 +15,8 @@ __all__ = ["HANDLES", "left_out"]
 _CONVOLUTIONS = "convolutions with padding by name"
 _RECURRENT = "recurrent layers"
 _REPEATED = "products that repeat a matrix"
+_BILINEAR = "bilinear layers"
+_DEFORMABLE = "deformable convolutions"
 
 Handle = Callable[[list[Any], list[Any]], Counter[str]]  # is given what an operator takes and returns in TorchScript
 
@@ -30,7 +32,7 @@ def left_out(by_operator: Mapping[str, float]) -> dict[str, int]:
         {'recurrent layers': 20}
     """
     flops = {}
-    for what in (_CONVOLUTIONS, _RECURRENT, _REPEATED):
+    for what in (_CONVOLUTIONS, _RECURRENT, _REPEATED, _BILINEAR, _DEFORMABLE):
         counted = by_operator.get(what, 0)
         if counted:
             flops[what] = int(counted)
@@ -38,12 +40,27 @@ def left_out(by_operator: Mapping[str, float]) -> dict[str, int]:
 
 
 def _convolution(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    return Counter({_CONVOLUTIONS: _of_filters(inputs, outputs)})
+
+
+def _deformable(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    return Counter({_DEFORMABLE: _of_filters(inputs, outputs)})
+
+
+def _of_filters(inputs: list[Any], outputs: list[Any]) -> int:
     """Count the elements of the filters, once for each sample and position of the output."""
     weight = _shape(inputs[1])
     output = _shape(outputs[0])
     out_channels = weight[0]
     samples_and_positions = prod(output) // out_channels
-    return Counter({_CONVOLUTIONS: samples_and_positions * prod(weight)})
+    return samples_and_positions * prod(weight)
+
+
+def _bilinear(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Count the elements of the weight, once for each row."""
+    *rows, _ = _shape(inputs[0])
+    weight = _shape(inputs[2])
+    return Counter({_BILINEAR: prod(rows) * prod(weight)})
 
 
 def _recurrent(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
@@ -94,4 +111,6 @@ HANDLES: dict[str, Handle] = {
     "aten::gru": _recurrent,
     "aten::rnn_tanh": _recurrent,
     "aten::rnn_relu": _recurrent,
+    "aten::bilinear": _bilinear,
+    "torchvision::deform_conv2d": _deformable,
 }

@@ -78,10 +78,15 @@ CASES: dict[str, tuple[nn.Module, Any, dict[str, tuple[int, str]]]] = {
         },
     ),
     "orthogonal": (by(lambda w: torch.linalg.qr(w)[1]), ROWS, {"weight": (12, f"Net: {no_rule('linalg_qr')}")}),
-    "bilinear": (
-        Net(lambda net, x: net.head(net.both(x, x)), both=nn.Bilinear(8, 8, 7), head=nn.Linear(7, 3)),
+    "bilinear, of an input": (
+        Net(
+            lambda net, x: net.head(net.both(net.one(x), x)),
+            one=nn.Linear(8, 5),
+            both=nn.Bilinear(5, 8, 7),
+            head=nn.Linear(7, 3),
+        ),
         ROWS,
-        {"both": (7, f"both: {no_rule('_trilinear')}")},
+        {},
     ),
     "never used": (
         Net(lambda net, x: net.head(x), head=nn.Linear(8, 3), spare=nn.Conv2d(3, 5, 3), own=weight(4, 4)),

@@ -185,12 +185,21 @@ UNPRUNABLE: dict[str, tuple[Network, Any, str, str]] = {
         "stem",
         "is consumed by a grouped convolution of fixed size",
     ),
-    "a convolution over channels": (
+    "a convolution over channels, every other of them": (
         Network(
-            efficient_channel_attention,
+            lambda net, x: net.across(net.stem(x).mean((2, 3)).unsqueeze(1)),
             stem=nn.Conv2d(3, 8, 1),
-            across=nn.Conv1d(1, 1, 3, padding=1),
-            head=nn.Conv2d(8, 2, 1),
+            across=nn.Conv1d(1, 1, 3, stride=2, padding=1),
+        ),
+        IMAGE,
+        "stem",
+        "across: is a spatial axis of a convolution",
+    ),
+    "a convolution over an image of channels": (
+        Network(
+            lambda net, x: net.across(net.stem(x).mean((2, 3)).view(-1, 1, 1, net.stem(x).shape[1])).sum(),
+            stem=nn.Conv2d(3, 8, 1),
+            across=nn.Conv2d(1, 2, 3, padding=1),
         ),
         IMAGE,
         "stem",
@@ -314,6 +323,18 @@ def test_the_other_channels_are_free_when_one_is_unprunable():
 TWO_ACTIVATIONS = "Network: sums over the product of two activations"
 NOT_ALONE = "reads channels by a weight that cannot be masked alone"
 INEXACT: dict[str, tuple[Network, Any, str, str, dict[str, int]]] = {
+    "a convolution over channels": (
+        Network(
+            efficient_channel_attention,
+            stem=nn.Conv2d(3, 8, 1),
+            across=nn.Conv1d(1, 1, 3, padding=1),
+            head=nn.Conv2d(8, 2, 1),
+        ),
+        IMAGE,
+        "stem",
+        "across: is convolved with its neighbouring channels",
+        {"stem.weight": 0, "stem.bias": 0, "head.weight": 1},
+    ),
     "distances": (
         Network(lambda net, x: torch.cdist(net.q(x), net.k(x)), q=nn.Linear(3, 8), k=nn.Linear(3, 8)),
         TOKENS,
@@ -451,6 +472,32 @@ def test_not_mask_exact_for_exactly_this_reason(case: str):
 
 # -- free --------------------------------------------------------------------------------------------------------------
 
+
+def deformable(in_channels: int, out_channels: int, groups: int = 1, offset_groups: int = 1) -> Network:
+    return Network(
+        lambda net, x: net.head(net.deformable(net.stem(x), net.places(x))),
+        stem=nn.Conv2d(3, in_channels, 1),
+        places=nn.Conv2d(3, 18 * offset_groups, 1),
+        deformable=DeformConv2d(in_channels, out_channels, 3, padding=1, groups=groups),
+        head=nn.Conv2d(out_channels, 2, 1),
+    )
+
+
+def bilinear() -> Network:
+    return Network(
+        lambda net, x: net.head(net.both(net.stem(x), net.other(x)).relu()),
+        stem=nn.Linear(3, 8),
+        other=nn.Linear(3, 7),
+        both=nn.Bilinear(8, 7, 6),
+        head=nn.Linear(6, 2),
+    )
+
+
+def partly_convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    first, others = x.split([8, 12], dim=1)
+    return torch.cat((convolution(first), others), 1)
+
+
 STEM = {"stem.weight": {0: [1, 4]}, "stem.bias": {0: [1, 4]}}
 FREE: dict[str, tuple[nn.Module, Any, str, dict[str, dict[int, list[int]]]]] = {
     "columns of a table": (
@@ -547,6 +594,90 @@ FREE: dict[str, tuple[nn.Module, Any, str, dict[str, dict[int, list[int]]]]] = {
         IMAGE,
         "stem",
         STEM | {"head.weight": {1: [1, 4]}},
+    ),
+    "looked at by a deformable convolution with offsets in groups": (
+        deformable(20, 6, offset_groups=4),
+        IMAGE,
+        "stem",
+        {
+            "stem.weight": {0: [1, 4, 6, 9, 11, 14, 16, 19]},
+            "stem.bias": {0: [1, 4, 6, 9, 11, 14, 16, 19]},
+            "deformable.weight": {1: [1, 4, 6, 9, 11, 14, 16, 19]},
+        },
+    ),
+    "a deformable convolution in groups": (
+        deformable(16, 24, groups=8),
+        IMAGE,
+        "stem",
+        {
+            "stem.weight": {0: [2, 3, 8, 9]},
+            "stem.bias": {0: [2, 3, 8, 9]},
+            "deformable.weight": {0: [3, 4, 5, 12, 13, 14]},
+            "deformable.bias": {0: [3, 4, 5, 12, 13, 14]},
+            "head.weight": {1: [3, 4, 5, 12, 13, 14]},
+        },
+    ),
+    "mixed patch by patch": (
+        Network(
+            lambda net, x: net.head(net.mix(net.stem(x)).relu()),
+            stem=nn.Linear(3, 8),
+            mix=nn.Conv1d(5, 5, 1),
+            head=nn.Linear(8, 2),
+        ),
+        TOKENS,
+        "stem",
+        STEM | {"head.weight": {1: [1, 4]}},
+    ),
+    "one side of a bilinear layer": (bilinear(), ROWS, "stem", STEM | {"both.weight": {1: [1, 4]}}),
+    "the other side of a bilinear layer": (
+        bilinear(),
+        ROWS,
+        "other",
+        {"other.weight": {0: [1, 4]}, "other.bias": {0: [1, 4]}, "both.weight": {2: [1, 4]}},
+    ),
+    "made by a bilinear layer": (
+        bilinear(),
+        ROWS,
+        "both",
+        {"both.weight": {0: [1, 4]}, "both.bias": {0: [1, 4]}, "head.weight": {1: [1, 4]}},
+    ),
+    "repeated to be added": (
+        Network(
+            lambda net, x: net.head((net.wide(x) + net.stem(x).repeat(1, 2, 1, 1)).relu()),
+            wide=nn.Conv2d(3, 16, 1),
+            stem=nn.Conv2d(3, 8, 1),
+            head=nn.Conv2d(16, 2, 1),
+        ),
+        IMAGE,
+        "wide",
+        STEM
+        | {
+            "wide.weight": {0: [1, 4, 9, 12]},
+            "wide.bias": {0: [1, 4, 9, 12]},
+            "head.weight": {1: [1, 4, 9, 12]},
+        },
+    ),
+    "one channel repeated to be added": (
+        Network(
+            lambda net, x: net.head((net.stem(x) + net.one(x).repeat(1, net.stem.out_channels, 1, 1)).relu()),
+            stem=nn.Conv2d(3, 8, 1),
+            one=nn.Conv2d(3, 1, 1),
+            head=nn.Conv2d(8, 2, 1),
+        ),
+        IMAGE,
+        "stem",
+        STEM | {"head.weight": {1: [1, 4]}},
+    ),
+    "made by a convolution of some channels": (
+        Network(
+            lambda net, x: net.head(partly_convolved(net.stem, net.wide(x)).relu()),
+            wide=nn.Conv2d(3, 20, 1),
+            stem=nn.Conv2d(8, 8, 1),
+            head=nn.Conv2d(20, 2, 1),
+        ),
+        IMAGE,
+        "stem",
+        STEM | {"head.weight": {1: [1, 4, *range(8, 20)]}},
     ),
     "one matrix a channel": (
         Network(

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
 
 import lightning_prune as lp
 from lightning_prune.planning import CostModel, metric_named
@@ -104,6 +105,13 @@ def on_grid(x: Tensor) -> Tensor:
     return F.grid_sample(x, grid, align_corners=False)
 
 
+class FixedOutput(nn.Bilinear):
+    """A bilinear layer of whose output all channels are summed up by number."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return super().forward(first, second).cumsum(-1)
+
+
 IMAGE = torch.zeros(2, 3, 5, 5)
 STEPS = torch.zeros(7, 2, 3)  # (steps, samples, features)
 PIXELS = 2 * 5 * 5
@@ -140,6 +148,18 @@ COUNTED: dict[str, tuple[nn.Module, Tensor, Callable[[int], int]]] = {
         Between(lambda x: F.adaptive_avg_pool1d(x, 2), nn.Conv1d(3, 8, 1), nn.Conv1d(8, 2, 1)),
         torch.zeros(2, 3, 5),
         lambda n: 2 * (5 * 3 * n + 2 * n * 2),
+    ),
+    "a bilinear layer": (
+        Between(lambda x, layer: layer(x, torch.ones(7, 2, 4)), nn.Linear(3, 8), nn.Linear(6, 2), FixedOutput(8, 4, 6)),
+        STEPS,
+        lambda n: 14 * (3 * n + n * 4 * 6 + 6 * 2),
+    ),
+    "a deformable convolution in groups": (
+        convolutional(
+            lambda x, layer: layer(x, torch.zeros(2, 18, 5, 5)), DeformConv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        ),
+        IMAGE,
+        lambda n: PIXELS * (3 * n + 9 * n + n * 2),
     ),
     "a repeated matrix": (
         Between(lambda x: torch.ones(4, 7) @ x.transpose(0, 1), nn.Linear(3, 8), nn.Linear(8, 2)),

@@ -43,6 +43,7 @@ from lightning_prune.graph.rules import (  # noqa: F401  importing them fills th
     normalising,
     picking,
     rearranging,
+    recurring,
     reducing,
     shuffling,
     slicing,

@@ -1,23 +1,19 @@
 """Operators that mix channels: convolutions, matrix products and what is built from them."""
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from lightning_prune.graph.convolutions import Convolution
+from lightning_prune.graph.products import AxisOf, shared_axes
 from lightning_prune.graph.rules.elementwise import combine
 from lightning_prune.graph.rules.table import rule
 from lightning_prune.graph.tracer import Call, Labels, Tracer
 
 __all__: list[str] = []
 
+_TWO_WEIGHTS = "sums over the product of two weights"
 _TWO_ACTIVATIONS = "sums over the product of two activations"
-
-
-def _mark_in_slice(tracer: Tracer, weight: Tensor, axis: int) -> None:
-    """Mark the axis along which a weight consumes channels, and whether masking its parameters masks the weight."""
-    labels = tracer.labels(weight, axis)
-    tracer.mark_in_slice(labels)
-    if tracer.shifts_zero(weight):
-        tracer.mark_not_mask_exact(labels, "consumes channels by a weight that is not zero where its parameters are")
 
 
 # -- convolutions ------------------------------------------------------------------------------------------------------
@@ -27,30 +23,53 @@ def _mark_in_slice(tracer: Tracer, weight: Tensor, axis: int) -> None:
 def convolution(tracer: Tracer, call: Call) -> None:
     """Tie the input's channels to the in-channel slice of the weight; the output has those of its out-channel slice."""
     conv = Convolution.of(call)
-    _mark_spatial_axes(tracer, conv)
+    spatial = _follow_spatial_axes(tracer, conv, call.output)
+    _label_convolved(tracer, conv, call.output, spatial)
+
+
+def _label_convolved(tracer: Tracer, conv: Convolution, output: Tensor, spatial: Mapping[int, Labels]) -> None:
+    """Follow a convolution; what is along the spatial axes of its output is known."""
     convolve = _convolve_in_groups if _is_grouped(tracer, conv) else _convolve
     out_channels = convolve(tracer, conv)
     tracer.mark_out_slice(out_channels)
     if conv.bias is not None:
-        bias = tracer.labels(conv.bias, 0)
-        tracer.tie(out_channels, bias, "has a bias of fixed size")
-    output_labels = {conv.channel_axis: out_channels}
+        tracer.tie_to(out_channels, conv.bias, 0, "has a bias of fixed size")
+    output_labels = {conv.channel_axis: out_channels, **spatial}
     if conv.channel_axis > 0:
-        batch = tracer.labels(conv.x, 0)
-        output_labels = {0: batch, **output_labels}
-    tracer.set_labels(call.output, output_labels)
+        output_labels[0] = tracer.labels(conv.x, 0)
+    tracer.set_labels(output, output_labels)
 
 
-def _mark_spatial_axes(tracer: Tracer, conv: Convolution) -> None:
-    """Make unprunable what lies along the kernel of the weight and along the spatial axes of the input."""
-    weight = conv.weight
+def _follow_spatial_axes(tracer: Tracer, conv: Convolution, output: Tensor) -> dict[int, Labels]:
+    """Make unprunable what lies along the kernel, and along spatial axes unless each position has one of the output.
+
+    A kernel of a single position treats each channel there alone, as layers that mix patches do. A longer one along a
+    row of channels, which weights them by their neighbours (ECA), works on fewer of them too, but is not mask-exact.
+    """
+    _mark_kernel(tracer, conv.weight)
+    kept = {}
+    for axis, labels in tracer.all_labels(conv.x).items():
+        if axis <= conv.channel_axis:
+            continue
+        if not conv.is_plain or output.shape[axis] != len(labels):
+            tracer.mark_unprunable(labels, "is a spatial axis of a convolution")
+            continue
+        kernel_axis = axis - conv.channel_axis + 1
+        kernel_size = conv.weight.shape[kernel_axis]
+        if kernel_size == 1:
+            kept[axis] = labels
+        elif conv.weight.dim() == 3:
+            kept[axis] = labels
+            tracer.mark_not_mask_exact(labels, "is convolved with its neighbouring channels")
+        else:
+            tracer.mark_unprunable(labels, "is a spatial axis of a convolution")
+    return kept
+
+
+def _mark_kernel(tracer: Tracer, weight: Tensor) -> None:
     for axis in range(2, weight.dim()):
         labels = tracer.labels(weight, axis)
         tracer.mark_unprunable(labels, "is the kernel size of a convolution")
-    input_labels = tracer.all_labels(conv.x)
-    for axis, labels in input_labels.items():
-        if axis > conv.channel_axis:
-            tracer.mark_unprunable(labels, "is a spatial axis of a convolution")
 
 
 def _is_grouped(tracer: Tracer, conv: Convolution) -> bool:
@@ -74,7 +93,7 @@ def _convolve(tracer: Tracer, conv: Convolution) -> Labels | None:
     if in_slice is None:
         fixed = "is consumed by a weight that cannot lose channels"
     tracer.tie(in_channels, in_slice, fixed)
-    _mark_in_slice(tracer, conv.weight, conv.in_axis)
+    tracer.mark_consumed(conv.weight, conv.in_axis)
     return tracer.labels(conv.weight, conv.out_axis)
 
 
@@ -110,30 +129,24 @@ def _convolve_in_groups(tracer: Tracer, conv: Convolution) -> Labels | None:
 
 @rule("torchvision.deform_conv2d")
 def deformable_convolution(tracer: Tracer, call: Call) -> None:
-    """Follow a convolution whose weight is at places of its own, which cannot be pruned."""
-    x, weight, offset, mask, bias = call.args[:5]
-    groups, offset_groups = call.args[11:13]
-    for places in (offset, mask):
+    """Follow a convolution whose weight is at places of its own, which cannot be pruned.
+
+    Channels of the input that are at equal places in their offset groups are tied, so that these keep equal size.
+    """
+    conv = Convolution.of(call)
+    for places in call.args[2:4]:
         labels = tracer.labels(places, 1)
         tracer.mark_unprunable(labels, "says where a convolution looks")
-    for tensor in (x, weight):
-        for axis in (2, 3):
-            labels = tracer.labels(tensor, axis)
-            tracer.mark_unprunable(labels, "is a spatial axis of a convolution")
-    in_channels = tracer.labels(x, 1)
-    in_slice = tracer.labels(weight, 1)
-    out_channels = tracer.labels(weight, 0)
-    if groups > 1 or offset_groups > 1:
-        for labels in (in_channels, in_slice, out_channels):
-            tracer.mark_unprunable(labels, "is a deformable convolution in groups")
-    else:
-        tracer.tie(in_channels, in_slice, "consumes an input of fixed size")
-        _mark_in_slice(tracer, weight, 1)
-    tracer.mark_out_slice(out_channels)
-    in_bias = tracer.labels(bias, 0)
-    tracer.tie(out_channels, in_bias, "has a bias of fixed size")
-    batch = tracer.labels(x, 0)
-    tracer.set_labels(call.output, {0: batch, 1: out_channels})
+    _mark_kernel(tracer, conv.weight)
+    for axis in (2, 3):
+        labels = tracer.labels(conv.x, axis)
+        tracer.mark_unprunable(labels, "is a spatial axis of a convolution")
+    in_channels = tracer.labels(conv.x, 1)
+    offset_groups = call.args[12]
+    if in_channels is not None:
+        in_offset_group = len(in_channels) // offset_groups
+        tracer.tie_parts(in_channels, in_offset_group)
+    _label_convolved(tracer, conv, call.output, spatial={})
 
 
 # -- matrix products ---------------------------------------------------------------------------------------------------
@@ -159,15 +172,14 @@ def _multiply(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> No
     """Label the product of (rows, inner) and (inner, columns), or of as many such matrices as there are in a batch."""
     rows = tracer.labels(left, -2)
     columns = tracer.labels(right, -1)
-    inner = tracer.labels(left, -1)
-    tracer.tie(inner, tracer.labels(right, -2), "multiplies a matrix of fixed size")
+    inner = tracer.tie_axes(left, -1, right, -2, "multiplies a matrix of fixed size")
     left_is_weight = tracer.is_weight(left)
     right_is_weight = tracer.is_weight(right)
     if left_is_weight:
-        _mark_in_slice(tracer, left, -1)
+        tracer.mark_consumed(left, -1)
         tracer.mark_out_slice(rows)
     if right_is_weight:
-        _mark_in_slice(tracer, right, -2)
+        tracer.mark_consumed(right, -2)
         tracer.mark_out_slice(columns)
     if not left_is_weight and not right_is_weight:
         tracer.mark_not_mask_exact(inner, _TWO_ACTIVATIONS)
@@ -184,12 +196,13 @@ def matrix_vector_product(tracer: Tracer, call: Call) -> None:
     """Tie the columns of a matrix to a vector; whichever is a weight consumes these channels."""
     *bias, matrix, vector = call.args
     rows = tracer.labels(matrix, 0)
-    columns = tracer.labels(matrix, 1)
-    tracer.tie(columns, tracer.labels(vector, 0), "multiplies a vector of fixed size")
-    if tracer.is_weight(vector):
-        _mark_in_slice(tracer, vector, 0)
+    columns = tracer.tie_axes(matrix, 1, vector, 0, "multiplies a vector of fixed size")
+    if tracer.of_weights:  # a norm of a weight, as spectral normalisation takes it
+        tracer.mark_not_mask_exact(columns, _TWO_WEIGHTS)
+    elif tracer.is_weight(vector):
+        tracer.mark_consumed(vector, 0)
     elif tracer.is_weight(matrix):
-        _mark_in_slice(tracer, matrix, 1)
+        tracer.mark_consumed(matrix, 1)
         tracer.mark_out_slice(rows)
     else:
         tracer.mark_not_mask_exact(columns, _TWO_ACTIVATIONS)
@@ -203,8 +216,7 @@ def matrix_vector_product(tracer: Tracer, call: Call) -> None:
 def dot(tracer: Tracer, call: Call) -> None:
     """Tie both vectors, which is not mask-exact: the number that they are summed up to depends on all channels."""
     first, second = call.args[:2]
-    labels = tracer.labels(first, 0)
-    tracer.tie(labels, tracer.labels(second, 0), "multiplies a vector of fixed size")
+    labels = tracer.tie_axes(first, 0, second, 0, "multiplies a vector of fixed size")
     tracer.mark_not_mask_exact(labels, "is summed up to one number")
 
 
@@ -228,6 +240,45 @@ def distances(tracer: Tracer, call: Call) -> None:
             batch = tracer.labels(tensor, axis)
             tracer.mark_unprunable(batch, "is a batch of rows that are compared")
     tracer.set_labels(output, output_labels)
+
+
+@rule("aten._trilinear")
+def trilinear(tracer: Tracer, call: Call) -> None:
+    """Tie the axes that tensors share in a product; a weight consumes channels along those that are summed over."""
+    summed = call.args[6]
+    output_labels = []
+    for axis, sharing in enumerate(shared_axes(call)):
+        labels = _tie_all(tracer, sharing)
+        if axis in summed:
+            _sum_over(tracer, sharing, labels)
+            continue
+        output_labels.append(labels)
+        for tensor, own_axis in sharing:
+            if tracer.is_weight(tensor):
+                produced = tracer.labels(tensor, own_axis)
+                tracer.mark_out_slice(produced)
+    labels_by_axis = dict(enumerate(output_labels))
+    tracer.set_labels(call.output, labels_by_axis)
+
+
+def _tie_all(tracer: Tracer, sharing: Sequence[AxisOf]) -> Labels | None:
+    """Tie the labels along an axis that tensors share, and return them."""
+    first, *others = sharing
+    labels = tracer.labels(*first)
+    for other in others:
+        labels = tracer.tie_axes(*first, *other, "multiplies a tensor of fixed size")
+    return labels
+
+
+def _sum_over(tracer: Tracer, sharing: Sequence[AxisOf], labels: Labels | None) -> None:
+    """Let the weights among tensors consume the channels that they share; without one, a sum is not mask-exact."""
+    has_weight = False
+    for tensor, own_axis in sharing:
+        if tracer.is_weight(tensor):
+            has_weight = True
+            tracer.mark_consumed(tensor, own_axis)
+    if not has_weight:
+        tracer.mark_not_mask_exact(labels, _TWO_ACTIVATIONS)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

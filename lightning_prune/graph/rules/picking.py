@@ -132,3 +132,13 @@ def index_add(tracer: Tracer, call: Call) -> None:
         if axis not in tracer.all_labels(source) and axis not in same_along(source):
             tracer.mark_unprunable(labels, "has a tensor of fixed size added")
     tracer.set_labels(call.output, output_labels)
+
+
+@rule("aten._pack_padded_sequence")
+def pack(tracer: Tracer, call: Call) -> None:
+    """Keep the channels of padded sequences, (sequences, positions, *channels), that are packed into one row."""
+    other_labels = _mark_picked(tracer, call, [0, 1])
+    packed, sequences_by_position = call.outputs
+    output_labels = {axis - 1: labels for axis, labels in other_labels.items()}
+    tracer.set_labels(packed, output_labels)
+    tracer.set_of_inputs(sequences_by_position)

@@ -116,7 +116,10 @@ def repeat(tracer: Tracer, call: Call) -> None:
 _FIRST_STRIDE = 1000  # more than any tensor has axes
 
 
-@rule("aten.permute", "aten.transpose", "aten.t", "aten.squeeze", "aten.unsqueeze", "aten.numpy_T", "aten.movedim")
+@rule(
+    "aten.permute", "aten.transpose", "aten.transpose_", "aten.t", "aten.t_", "aten.numpy_T", "aten.movedim",
+    "aten.squeeze", "aten.unsqueeze",
+)  # fmt: skip
 def permute(tracer: Tracer, call: Call) -> None:
     """Label each axis of the output as the axis of the input that it was; one that is squeezed away is unprunable."""
     x = call.args[0]
