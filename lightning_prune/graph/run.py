@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from lightning_prune.graph.nested import nested_tensors
+from lightning_prune.graph.memory import what_is_kept
+from lightning_prune.graph.nested import nested_tensors, with_tensors
 from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
 from lightning_prune.graph.sizes import class_name
@@ -33,6 +34,8 @@ class Forward:
 
     Attributes:
         submodule: The submodule to run.
+        keeps_nothing: Whether the modules of the full network are after a pass as they were before, so that a pass in
+            which they are not run again shows the same.
         tensors: The parameters and buffers of the model, by name.
         shapes: Their shapes in the original model.
         module_names: The names of all submodules of the model.
@@ -58,6 +61,7 @@ class Forward:
         self.names[id(model)] = type(model).__name__
         self.labelled = SlotTable(self._shapes_to_label())
         self.real = False
+        self.keeps_nothing = False
 
     def _shapes_to_label(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Return the names and shapes of the tensors of the submodule."""
@@ -95,10 +99,16 @@ class Forward:
             twin = Twin(self.submodule, self._stand_ins(tracer, kept))
             set_mode(twin.model, training)
             self._watch(tracer, twin)
-            args, kwargs = tree_map(self._stand_in_of_input, (self.args, self.kwargs))
-            with ValueWatcher(tracer), tracer:
-                output = twin.model(*args, **kwargs)
+            before = what_is_kept(twin.model)
+            args, kwargs = with_tensors((self.args, self.kwargs), self._stand_in_of_input)
+            output = self._call(tracer, twin.model, args, kwargs)
+            self.keeps_nothing = before == what_is_kept(twin.model)
         self._mark_outputs(tracer, output)
+
+    def _call(self, tracer: Tracer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a twin."""
+        with ValueWatcher(tracer), tracer:
+            return model(*args, **kwargs)
 
     def _watch(self, tracer: Tracer, twin: Twin) -> None:
         """Let a tracer know which module of a twin runs."""
@@ -151,6 +161,7 @@ class Forward:
         for name in sorted(needs_values - {""}):
             self._mark_module_unprunable(tracer, name)
         tracer.record.module_calls.clear()  # outputs take memory
+        self.keeps_nothing = False
         return tracer
 
     def _run_on_data(self, tracer: Tracer, training: bool) -> None:
@@ -222,9 +233,7 @@ class Forward:
         stand_in._dotted_name = name  # type: ignore[attr-defined]
         return stand_in
 
-    def _stand_in_of_input(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
+    def _stand_in_of_input(self, leaf: Tensor) -> Tensor:
         return leaf.detach().clone() if self.real else torch.empty_like(leaf, device="meta")
 
 
