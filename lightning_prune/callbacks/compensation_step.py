@@ -12,7 +12,7 @@ from torch import nn
 from lightning_prune.callbacks.batches import training_batches
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.trainer_state import averaged_copies
-from lightning_prune.graph.run import as_call
+from lightning_prune.graph.entry import as_call
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_prune.graph.entry import as_call, let_in
 from lightning_prune.graph.memory import what_is_kept
 from lightning_prune.graph.nested import nested_tensors, with_tensors
 from lightning_prune.graph.neutral import neutral_state
@@ -19,7 +20,7 @@ from lightning_prune.graph.twin import NotATwinError, Twin, refusing_calls, set_
 from lightning_prune.progress import redraw
 from lightning_prune.pruning_plan import plan_in_force
 
-__all__ = ["Forward", "KeptPositions", "as_call"]
+__all__ = ["Forward", "KeptPositions"]
 
 KeptPositions = Mapping[str, Mapping[int, Tensor]]  # (kept,) int64 positions, by tensor and axis; absent: all are kept
 
@@ -53,6 +54,7 @@ class Forward:
         for name, submodule in modules.items():
             _refuse_untraceable(name, submodule)
         _refuse_several_devices(modules.values())
+        self.example_inputs = example_inputs
         self.args, self.kwargs = as_call(example_inputs)
         self.tensors = named_tensors(model)
         self.shapes = _original_shapes(model, self.tensors)
@@ -98,12 +100,16 @@ class Forward:
         with neutral_state(self.submodule):
             twin = Twin(self.submodule, self._stand_ins(tracer, kept))
             set_mode(twin.model, training)
+            self._let_in(twin.model)
             self._watch(tracer, twin)
             before = what_is_kept(twin.model)
             args, kwargs = with_tensors((self.args, self.kwargs), self._stand_in_of_input)
             output = self._call(tracer, twin.model, args, kwargs)
             self.keeps_nothing = before == what_is_kept(twin.model)
         self._mark_outputs(tracer, output)
+
+    def _let_in(self, model: nn.Module) -> None:
+        let_in(model, self.example_inputs)
 
     def _call(self, tracer: Tracer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a twin."""
@@ -262,15 +268,6 @@ def _original_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
         if name in shapes:
             shapes[name] = shape
     return shapes
-
-
-def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return example inputs as positional and named arguments: a dictionary names them, a tuple lists them."""
-    if isinstance(example_inputs, dict):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -1,41 +1,20 @@
 """Steps: other ways in which a network is run than its ``forward``, such as the method that trains it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_prune.graph.entry import Step
 from lightning_prune.graph.memory import Memory
+from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.run import Forward
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
-from lightning_prune.graph.twin import refusing_calls
+from lightning_prune.graph.twin import Twin, refusing_calls, set_mode
 
-__all__ = ["Step", "StepRun"]
-
-
-def _nothing(model: nn.Module) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Step:
-    """A method of a model that runs more than ``forward`` does, or what is inside it.
-
-    Attributes:
-        name: Name of the method.
-        args: What it is given.
-        training: The mode it runs in.
-        prepare: What is done to the twin of the model that runs in its place: a step may write to loggers and step
-            with optimizers, which are nobody else's.
-    """
-
-    name: str
-    args: tuple[Any, ...]
-    training: bool
-    prepare: Callable[[nn.Module], None] = field(default=_nothing, repr=False)
+__all__ = ["StepRun", "first_call"]
 
 
 class StepRun(Forward):
@@ -58,9 +37,11 @@ class StepRun(Forward):
         self.real = False
         self.memory: Memory | None = None
 
+    def _let_in(self, model: nn.Module) -> None:
+        """Let the step in later: it is no ``forward``."""
+
     def _call(self, tracer: Tracer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.step.prepare(model)
-        run = tracer.watched(self.step.name, getattr(model, self.step.name))
+        run = tracer.watched(self.step.name, self.step.ready(model))
         tracer.memory = self.memory if not self.real else None
         tracer.takes_numbers = False  # a loss may be a mean over fewer channels; what the network computes has been seen
         with _WithoutGradients(), ValueWatcher(tracer), tracer:
@@ -101,3 +82,44 @@ def _zeros_like(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[T
     """Return what stands in for gradients: something of the same shape and the same channels."""
     of_one = isinstance(inputs, Tensor)
     return tuple(tensor * 0 for tensor in ([inputs] if of_one else inputs))
+
+
+class _ReachedError(BaseException):
+    """A submodule is about to run; no code of anybody catches this."""
+
+    def __init__(self, *call: Any) -> None:
+        super().__init__()
+        self.call = call
+
+
+def first_call(model: nn.Module, modules: Sequence[str], step: Step) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return what the first of some submodules to run is given by a step; the step goes no further.
+
+    Args:
+        model: The model, of which a twin runs.
+        modules: Dotted names of the submodules; empty for the model itself.
+        step: The step, with data.
+
+    Returns:
+        The positional and the named arguments; None if none of them runs.
+
+    Raises:
+        Exception: Whatever the step raises before.
+    """
+    with neutral_state(model):
+        twin = Twin(model).model
+        set_mode(twin, step.training)
+        run = step.ready(twin)
+        for name in modules:
+            vars(twin.get_submodule(name))["forward"] = _reached
+        try:
+            with _WithoutGradients(), refusing_calls(model):
+                run(*step.args)
+        except _ReachedError as reached:
+            args, kwargs = reached.call
+            return args, kwargs
+    return None
+
+
+def _reached(*args: Any, **kwargs: Any) -> None:
+    raise _ReachedError(args, kwargs)

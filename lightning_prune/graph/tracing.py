@@ -12,22 +12,23 @@ from torch import nn
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph, Group
 from lightning_prune.graph.costs import COSTS
+from lightning_prune.graph.entry import Step
 from lightning_prune.graph.explanation import Finding
 from lightning_prune.graph.groups import Grouping, form_groups
 from lightning_prune.graph.memory import Memory
 from lightning_prune.graph.operators import OperatorTables
 from lightning_prune.graph.records import CostTerm, Known, Note, Record
 from lightning_prune.graph.rules import RULES
-from lightning_prune.graph.run import Forward, as_call
+from lightning_prune.graph.run import Forward
 from lightning_prune.graph.slots import module_of
-from lightning_prune.graph.steps import Step, StepRun
+from lightning_prune.graph.steps import StepRun
 from lightning_prune.graph.terms import cost_terms
 from lightning_prune.graph.tracer import Tracer
 from lightning_prune.graph.unnamed import name_the_rest
 from lightning_prune.graph.verification import Verifier
 from lightning_prune.progress import progress
 
-__all__ = ["Step", "as_call", "trace"]
+__all__ = ["trace"]
 
 _BESIDE = "is not run by forward, so that pruning it would save nothing there"
 _COMPLEX = "has complex numbers, which no criterion scores"
@@ -51,7 +52,7 @@ def trace(
     Args:
         model: Any module; a model that has been pruned before is traced in its original shape.
         example_inputs: What ``forward`` takes: a tensor, a tuple of positional arguments or a dictionary of named
-            ones. Costs are counted for these inputs.
+            ones; a `Step` where a model has no ``forward``. Costs are counted for these inputs.
         module: Dotted name of the submodule to trace, whose ``forward`` then takes the example inputs; default the
             model itself.
         ignore: Patterns (``"layer1.*"``) of names of modules whose channels are not to be pruned.

@@ -50,7 +50,7 @@ def _file_of(graph: ChannelGraph) -> Path:
 def _key(graph: ChannelGraph) -> list[Any]:
     """Return versions, machine, inputs and architecture as plain values."""
     first = next(graph.model.parameters())
-    inputs = [leaf for leaf in tree_leaves(graph.example_inputs) if isinstance(leaf, Tensor)]
+    inputs = list(nested_tensors(as_call(graph.example_inputs)))
     tensors = graph.tensors()
     layouts = {
         name: [list(shape), list(tensor.stride())]

@@ -130,6 +130,7 @@ class _FlatCall(nn.Module):
     def __init__(self, network: nn.Module, example_inputs: Any) -> None:
         super().__init__()
         self.name = type(network).__name__
+        let_in(network, example_inputs)
         self.add_module(self.name, network)
         self.leaves, self.structure = tree_flatten(placed(example_inputs, network))
 
