@@ -1,22 +1,28 @@
 """Rehearsal: the steps of a module, to be run on twins of it, where trainer, loggers and optimizers do not notice."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torchmetrics import Metric, MetricCollection
 
-from lightning_prune.graph.steps import Step
+from lightning_prune.callbacks.batches import gives_samples, load_validation_split, moved, samples, validating
+from lightning_prune.callbacks.descriptions import described, like
+from lightning_prune.graph.entry import Step
+from lightning_prune.graph.steps import run_step
 
-__all__ = ["TRAINING", "VALIDATION", "step_of"]
+__all__ = ["TRAINING", "VALIDATION", "Rehearsal"]
 
 TRAINING = "training_step"
 VALIDATION = "validation_step"
@@ -32,7 +38,117 @@ _DONE_BY_THE_TRAINER = (
 )
 
 
-def step_of(trainer: "pl.Trainer", pl_module: "pl.LightningModule", name: str, batch: Any) -> Step | None:
+class Rehearsal:
+    """The steps of a LightningModule on batches of a few samples, to be run on twins of it.
+
+    Drawing these makes no difference to training: they come from the data sets themselves, but where a loader has none
+    that can be asked for samples.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The LightningModule.
+        batch_like: What the training batch is like, if a run that is resumed must not draw one again.
+
+    Attributes:
+        batch_like: The same, for a run that is resumed from this one; None where it may draw one.
+    """
+
+    def __init__(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch_like: Any = None) -> None:
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self.batch_like = batch_like
+        self._loaders, self._structure = tree_flatten(trainer.train_dataloader)
+        self._can_choose = all(gives_samples(loader) for loader in self._loaders)
+        self._only_batch: Any = None
+
+    def sizes(self, first: int = 1) -> list[int]:
+        """Return numbers of samples to try, one after the other: losses may need two, or as many as there will be.
+
+        Args:
+            first: The one to begin with.
+        """
+        if not self._can_choose:
+            return [0]
+        whole = max((getattr(loader, "batch_size", None) or 1 for loader in self._loaders), default=1)
+        return list(dict.fromkeys([min(first, whole), min(2, whole), whole]))
+
+    def steps(self, size: int) -> list[Step]:
+        """Return the steps that the module has, on batches of some samples.
+
+        Args:
+            size: How many; a loader that cannot be asked for samples gives as many as it does.
+        """
+        found = [self._training(size), self._validation(size)]
+        return [step for step in found if step is not None]
+
+    def first_steps(self) -> Iterator[Step]:
+        """Yield steps on ever more samples, for those who look for one that works."""
+        for size in self.sizes():
+            yield from self.steps(size)
+
+    def entry(self) -> Step:
+        """Return the step by which a module without ``forward`` is entered: the one that measures it, if it has one.
+
+        Raises:
+            ValueError: If it has none.
+        """
+        for size in self.sizes():
+            for step in reversed(self.steps(size)):
+                if self._works(step):
+                    return replace(step, training=False)
+        raise ValueError(
+            f"No example input is to be had, as neither training_step nor validation_step of "
+            f"{type(self.pl_module).__name__} works on a copy of it by itself; set example_input_array on it, or "
+            "example_inputs on the callback."
+        )
+
+    def forward_takes(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+        """Tell whether the ``forward`` of the module can be called in some way, with data."""
+        args, kwargs = call
+        return self._works(Step("forward", args, False, partial(_prepare, self.trainer)), **kwargs)
+
+    def _works(self, step: Step, **named: Any) -> bool:
+        try:
+            run_step(self.pl_module, step, **named)
+        except Exception:
+            return False
+        return True
+
+    def _training(self, size: int) -> Step | None:
+        with isolate_rng():
+            batch = self._training_batch(size)
+        return None if batch is None else _step_of(self.trainer, self.pl_module, TRAINING, batch)
+
+    def _training_batch(self, size: int) -> Any:
+        if self._can_choose:
+            drawn = [samples(loader, _first(loader, size)) for loader in self._loaders]
+            return moved(self.trainer, tree_unflatten(drawn, self._structure))
+        if self._only_batch is None and self.batch_like is not None:
+            self._only_batch = move_data_to_device(like(self.batch_like), self.pl_module.device)
+        if self._only_batch is None:
+            drawn = [next(iter([] if loader is None else loader), None) for loader in self._loaders]
+            self._only_batch = moved(self.trainer, tree_unflatten(drawn, self._structure))
+            self.batch_like = described(self._only_batch)
+        return self._only_batch
+
+    def _validation(self, size: int) -> Step | None:
+        if not is_overridden(VALIDATION, self.pl_module):
+            return None
+        with validating(self.trainer):
+            load_validation_split(self.trainer)
+            loaders = tree_leaves(self.trainer.val_dataloaders)
+            if not loaders or not gives_samples(loaders[0]) or not len(loaders[0].dataset):
+                return None
+            batch = moved(self.trainer, samples(loaders[0], _first(loaders[0], max(size, 1))))
+        return _step_of(self.trainer, self.pl_module, VALIDATION, batch)
+
+
+def _first(loader: Any, size: int) -> list[int]:
+    """Return the positions of the first samples of a loader."""
+    return list(range(min(size, len(loader.dataset))))
+
+
+def _step_of(trainer: "pl.Trainer", pl_module: "pl.LightningModule", name: str, batch: Any) -> Step | None:
     """Return a step of a module on a batch; None if the module has no such step, or draws batches by itself.
 
     Args:

@@ -14,7 +14,7 @@ from lightning_prune.graph.run import Forward
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
 from lightning_prune.graph.twin import Twin, refusing_calls, set_mode
 
-__all__ = ["StepRun", "first_call"]
+__all__ = ["StepRun", "first_call", "run_step"]
 
 
 class StepRun(Forward):
@@ -106,19 +106,34 @@ def first_call(model: nn.Module, modules: Sequence[str], step: Step) -> tuple[tu
     Raises:
         Exception: Whatever the step raises before.
     """
+    try:
+        run_step(model, step, modules)
+    except _ReachedError as reached:
+        args, kwargs = reached.call
+        return args, kwargs
+    return None
+
+
+def run_step(model: nn.Module, step: Step, stop_at: Sequence[str] = (), **named: Any) -> Any:
+    """Run a step on a twin of a model, with data and without gradients, and return what it returns.
+
+    Args:
+        model: The model.
+        step: The step.
+        stop_at: Dotted names of submodules that are not to run any more.
+        named: Named arguments of the step.
+
+    Raises:
+        Exception: Whatever the step raises.
+    """
     with neutral_state(model):
         twin = Twin(model).model
         set_mode(twin, step.training)
         run = step.ready(twin)
-        for name in modules:
+        for name in stop_at:
             vars(twin.get_submodule(name))["forward"] = _reached
-        try:
-            with _WithoutGradients(), refusing_calls(model):
-                run(*step.args)
-        except _ReachedError as reached:
-            args, kwargs = reached.call
-            return args, kwargs
-    return None
+        with _WithoutGradients(), refusing_calls(model):
+            return run(*step.args, **named)
 
 
 def _reached(*args: Any, **kwargs: Any) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_prune.files import written_whole
 from lightning_prune.graph.channel_graph import Axis, ChannelGraph, Term
+from lightning_prune.graph.entry import as_call
+from lightning_prune.graph.nested import nested_tensors
 
 __all__ = ["load_terms", "store_terms"]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_prune.compiled import as_written
+from lightning_prune.graph.entry import let_in
 from lightning_prune.graph.neutral import unfused_attention
 from lightning_prune.graph.twin import twin_in_evaluation
 from lightning_prune.planning.timing import placed
