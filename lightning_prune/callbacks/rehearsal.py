@@ -1,7 +1,7 @@
 """Rehearsal: the steps of a module, to be run on twins of it, where trainer, loggers and optimizers do not notice."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,19 +13,23 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.callbacks.batches import gives_samples, load_validation_split, moved, samples, validating
 from lightning_prune.callbacks.descriptions import described, like
 from lightning_prune.graph.entry import Step
+from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.steps import run_step
+from lightning_prune.graph.twin import Twin, set_mode
 
-__all__ = ["TRAINING", "VALIDATION", "Rehearsal"]
+__all__ = ["TRAINING", "VALIDATION", "Backward", "Rehearsal"]
 
 TRAINING = "training_step"
 VALIDATION = "validation_step"
+
+Backward = Callable[..., None]
 
 _DONE_BY_THE_TRAINER = (
     "log",
@@ -48,13 +52,21 @@ class Rehearsal:
         trainer: The trainer.
         pl_module: The LightningModule.
         batch_like: What the training batch is like, if a run that is resumed must not draw one again.
+        epoch: The epoch that steps find themselves in; default the present one.
 
     Attributes:
         batch_like: The same, for a run that is resumed from this one; None where it may draw one.
     """
 
-    def __init__(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch_like: Any = None) -> None:
+    def __init__(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batch_like: Any = None,
+        epoch: int | None = None,
+    ) -> None:
         self.trainer = trainer
+        self.epoch = trainer.current_epoch if epoch is None else epoch
         self.pl_module = pl_module
         self.batch_like = batch_like
         self._loaders, self._structure = tree_flatten(trainer.train_dataloader)
@@ -105,7 +117,53 @@ class Rehearsal:
     def forward_takes(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
         """Tell whether the ``forward`` of the module can be called in some way, with data."""
         args, kwargs = call
-        return self._works(Step("forward", args, False, partial(_prepare, self.trainer)), **kwargs)
+        return self._works(Step("forward", args, False, self._prepare), **kwargs)
+
+    def gradients(self, watch: Callable[[nn.Module], Backward]) -> bool:
+        """Run the training step of a twin with all that its backward passes compute.
+
+        Args:
+            watch: Given the twin, returns what is to be called for each loss instead of ``loss.backward()``.
+
+        Returns:
+            Whether the step works on its own.
+        """
+        for size in self.sizes():
+            step = self._training(size)
+            if step is None:
+                return False
+            try:
+                self._run_with_gradients(step, watch)
+            except Exception:  # of a step that does not work on this batch
+                continue
+            return True
+        return False
+
+    def _run_with_gradients(self, step: Step, watch: Callable[[nn.Module], Backward]) -> None:
+        with torch.inference_mode(False), torch.enable_grad(), preserving_random_state(self.pl_module):
+            twin = Twin(self.pl_module).model
+            set_mode(twin, training=True)
+            run = step.ready(twin)
+            backward = watch(twin)
+            vars(twin)["manual_backward"] = backward
+            for number in (0, 1):  # of the batch, by which some take turns
+                returned = run(step.args[0], *[number][: len(step.args) - 1], *step.args[2:])
+                loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+                if isinstance(loss, Tensor) and self.pl_module.automatic_optimization:
+                    backward(loss)
+
+    def _prepare(self, model: nn.Module) -> None:
+        _prepare(self.trainer, self.epoch, model)
+
+    def _step(self, name: str, batch: Any) -> Step | None:
+        """Return a step on a batch; None if the module has no such step, or draws batches by itself."""
+        if not is_overridden(name, self.pl_module):
+            return None
+        parameters = inspect.signature(getattr(self.pl_module, name)).parameters
+        if "dataloader_iter" in parameters:
+            return None
+        args = _arguments(list(parameters.values()), batch)
+        return Step(name, args, name == TRAINING, self._prepare)
 
     def _works(self, step: Step, **named: Any) -> bool:
         try:
@@ -117,7 +175,7 @@ class Rehearsal:
     def _training(self, size: int) -> Step | None:
         with isolate_rng():
             batch = self._training_batch(size)
-        return None if batch is None else _step_of(self.trainer, self.pl_module, TRAINING, batch)
+        return None if batch is None else self._step(TRAINING, batch)
 
     def _training_batch(self, size: int) -> Any:
         if self._can_choose:
@@ -137,33 +195,17 @@ class Rehearsal:
         with validating(self.trainer):
             load_validation_split(self.trainer)
             loaders = tree_leaves(self.trainer.val_dataloaders)
-            if not loaders or not gives_samples(loaders[0]) or not len(loaders[0].dataset):
+            if not loaders or not gives_samples(loaders[0]) or not _first(loaders[0], 1):
                 return None
-            batch = moved(self.trainer, samples(loaders[0], _first(loaders[0], max(size, 1))))
-        return _step_of(self.trainer, self.pl_module, VALIDATION, batch)
+            positions = _first(loaders[0], max(size, 1))
+            batch = moved(self.trainer, samples(loaders[0], positions))
+        return self._step(VALIDATION, batch)
 
 
 def _first(loader: Any, size: int) -> list[int]:
     """Return the positions of the first samples of a loader."""
-    return list(range(min(size, len(loader.dataset))))
-
-
-def _step_of(trainer: "pl.Trainer", pl_module: "pl.LightningModule", name: str, batch: Any) -> Step | None:
-    """Return a step of a module on a batch; None if the module has no such step, or draws batches by itself.
-
-    Args:
-        trainer: The trainer.
-        pl_module: The LightningModule.
-        name: `TRAINING` or `VALIDATION`.
-        batch: The batch.
-    """
-    if not is_overridden(name, pl_module):
-        return None
-    parameters = inspect.signature(getattr(pl_module, name)).parameters
-    if "dataloader_iter" in parameters:
-        return None
-    args = _arguments(list(parameters.values()), batch)
-    return Step(name, args, name == TRAINING, partial(_prepare, trainer))
+    available = len(loader.dataset)
+    return list(range(min(size, available)))
 
 
 def _arguments(parameters: list[inspect.Parameter], batch: Any) -> tuple[Any, ...]:
@@ -175,9 +217,9 @@ def _arguments(parameters: list[inspect.Parameter], batch: Any) -> tuple[Any, ..
     return (batch, 0, 0)[: max(1, count)]
 
 
-def _prepare(trainer: "pl.Trainer", model: nn.Module) -> None:
+def _prepare(trainer: "pl.Trainer", epoch: int, model: nn.Module) -> None:
     """Give a twin of a LightningModule stand-ins of all that its steps may change beside the module."""
-    quiet = _QuietTrainer(trainer, model)
+    quiet = _QuietTrainer(trainer, epoch, model)
     for module in model.modules():
         attributes = vars(module)
         if isinstance(module, pl.LightningModule):
@@ -204,7 +246,7 @@ def _gathered(ranks: int, data: Any, group: Any = None, sync_grads: bool = False
     """Return what a rank gathers if all ranks have what it has."""
     if ranks == 1:
         return data
-    return tree_map_only(torch.Tensor, lambda tensor: torch.stack([tensor] * ranks), data)
+    return tree_map_only(Tensor, lambda tensor: torch.stack([tensor] * ranks), data)
 
 
 def _is_without_data(model: nn.Module) -> bool:
@@ -223,11 +265,13 @@ class _QuietTrainer:
 
     Args:
         trainer: The trainer.
+        epoch: The epoch that it is said to be in.
         model: The twin that stands in for its module.
     """
 
-    def __init__(self, trainer: "pl.Trainer", model: nn.Module) -> None:
+    def __init__(self, trainer: "pl.Trainer", epoch: int, model: nn.Module) -> None:
         self._asked = trainer
+        self.current_epoch = epoch
         self.lightning_module = self.model = model
         self.optimizers = [_QuietOptimizer(optimizer) for optimizer in trainer.optimizers]
         configured = trainer.lr_scheduler_configs

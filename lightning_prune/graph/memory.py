@@ -1,6 +1,6 @@
 """Memory of a pass: what its modules returned, to be returned again where the network is run in another way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lightning_prune.graph.records import ModuleCall, Record
 __all__ = ["Memory", "copied", "what_is_kept"]
 
 _CONTAINERS = (list, dict, set)
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class Memory:
@@ -24,10 +25,14 @@ class Memory:
 
     def __init__(self, record: Record, like: Record | None = None) -> None:
         self._calls: dict[str, list[ModuleCall]] = {}
+        others = record if like is None else like
         for key, call in record.module_calls.items():
-            other = like.module_calls.get(key) if like is not None else call
-            if other is not None and _is_alike(call.output, other.output) and not _has_labels(call.inputs):
-                self._calls.setdefault(key.module, []).append(call)
+            other = others.module_calls.get(key)
+            if other is None or _has_labels(call.inputs):
+                continue
+            if _agree(call.output, other.output, _are_outputs_alike):
+                calls = self._calls.setdefault(key.module, [])
+                calls.append(call)
 
     def recall(self, module: str, inputs: Any) -> ModuleCall | None:
         """Return a call of a module that was given the like, if there was one.
@@ -36,11 +41,11 @@ class Memory:
             module: Name of the module.
             inputs: The positional and the named arguments.
         """
-        calls = self._calls.get(module, ())
+        calls = self._calls.get(module)
         if not calls or _has_labels(inputs):
             return None
         for call in calls:
-            if _is_given_alike(call.inputs, inputs):
+            if _agree(call.inputs, inputs, _are_inputs_alike):
                 return call
         return None
 
@@ -54,44 +59,43 @@ def _copied_leaf(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     made = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
-    vars(made).update(vars(leaf))
+    attributes = vars(made)
+    attributes.update(vars(leaf))
     return made
 
 
 def _has_labels(value: Any) -> bool:
-    return any(getattr(leaf, "_channel_labels", None) for leaf in tree_leaves(value))
+    leaves = tree_leaves(value)
+    return any(getattr(leaf, "_channel_labels", None) for leaf in leaves)
 
 
-def _is_given_alike(expected: Any, found: Any) -> bool:
-    """Tell whether two calls are given tensors of the same shapes, and otherwise the same."""
-    expected_leaves, structure = tree_flatten(expected)
-    leaves, other_structure = tree_flatten(found)
+def _agree(one: Any, other: Any, are_alike: Callable[[Any, Any], bool]) -> bool:
+    """Tell whether nested values have the same structure, and at each place what is alike."""
+    leaves, structure = tree_flatten(one)
+    other_leaves, other_structure = tree_flatten(other)
     if structure != other_structure:
         return False
-    pairs = zip(expected_leaves, leaves, strict=True)
-    return all(_is_same_leaf(one, other) for one, other in pairs)
+    pairs = zip(leaves, other_leaves, strict=True)
+    return all(are_alike(first, second) for first, second in pairs)
 
 
-def _is_same_leaf(one: Any, other: Any) -> bool:
+def _are_inputs_alike(one: Any, other: Any) -> bool:
+    """Tell whether two inputs are tensors of the same shape, or otherwise the same."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return (one.shape, one.dtype, one.is_meta) == (other.shape, other.dtype, other.is_meta)
-    plain = isinstance(one, bool | int | float | str | None) and type(one) is type(other)
-    return one is other or (plain and one == other)
+        same_kind = one.dtype == other.dtype and one.is_meta == other.is_meta
+        return same_kind and one.shape == other.shape
+    if one is other:
+        return True
+    is_plain = type(one) in _PLAIN and type(one) is type(other)
+    return is_plain and bool(one == other)
 
 
-def _is_alike(expected: Any, found: Any) -> bool:
-    """Tell whether two outputs hold tensors without data of as many axes, at the same places."""
-    expected_leaves, structure = tree_flatten(expected)
-    leaves, other_structure = tree_flatten(found)
-    if structure != other_structure:
-        return False
-    return all(_is_like(one, other) for one, other in zip(expected_leaves, leaves, strict=True))
-
-
-def _is_like(one: Any, other: Any) -> bool:
+def _are_outputs_alike(one: Any, other: Any) -> bool:
+    """Tell whether two outputs are tensors without data of as many axes, or plain values of the same kind."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.is_meta and other.is_meta and one.dim() == other.dim()
-    return not isinstance(one, Tensor) and type(one) is type(other) and isinstance(one, int | float | str | None)
+        without_data = one.is_meta and other.is_meta
+        return without_data and one.dim() == other.dim()
+    return type(one) is type(other) and type(one) in _PLAIN
 
 
 def what_is_kept(model: nn.Module) -> list[tuple[str, int, int]] | None:
@@ -104,10 +108,7 @@ def what_is_kept(model: nn.Module) -> list[tuple[str, int, int]] | None:
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return None
-        kept += list(_of_attributes(module))
+        for name, value in vars(module).items():
+            length = len(value) if isinstance(value, _CONTAINERS) else 0
+            kept.append((name, id(value), length))
     return kept
-
-
-def _of_attributes(module: nn.Module) -> Iterator[tuple[str, int, int]]:
-    for name, value in vars(module).items():
-        yield name, id(value), len(value) if isinstance(value, _CONTAINERS) else 0

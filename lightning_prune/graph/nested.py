@@ -68,11 +68,17 @@ def with_tensors(value: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
         >>> with_tensors(({"x": torch.ones(2)}, "a name"), torch.zeros_like)
         ({'x': tensor([0., 0.])}, 'a name')
     """
-    made = {id(tensor): stand_in(tensor) for tensor in nested_tensors(value)}
-    in_leaves = {id(leaf) for leaf in tree_leaves(value)}
-    if not made.keys() <= in_leaves:
+    made = {}
+    for tensor in nested_tensors(value):
+        made[id(tensor)] = stand_in(tensor)
+    leaves = tree_leaves(value)
+    if not made.keys() <= set(map(id, leaves)):
         try:
             return copy.deepcopy(value, dict(made))
         except Exception:  # something in it cannot be copied: then what PyTorch does not look into is shared
             pass
-    return tree_map(lambda leaf: made.get(id(leaf), leaf), value)
+
+    def replaced(leaf: Any) -> Any:
+        return made.get(id(leaf), leaf)
+
+    return tree_map(replaced, value)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.entry import as_call, let_in
 from lightning_prune.graph.memory import what_is_kept
@@ -174,8 +173,8 @@ class Forward:
         try:
             self.run(tracer, {}, training)
         except Exception as raised:
-            inputs = tree_leaves((self.args, self.kwargs))
-            shapes = [tuple(leaf.shape) for leaf in inputs if isinstance(leaf, Tensor)]
+            inputs = nested_tensors((self.args, self.kwargs))
+            shapes = [tuple(tensor.shape) for tensor in inputs]
             network = type(self.submodule).__name__
             raise ValueError(
                 f"The example inputs {shapes} do not fit the forward pass of {network}: {raised}"
@@ -240,7 +239,9 @@ class Forward:
         return stand_in
 
     def _stand_in_of_input(self, leaf: Tensor) -> Tensor:
-        return leaf.detach().clone() if self.real else torch.empty_like(leaf, device="meta")
+        if self.real:
+            return leaf.detach().clone()
+        return torch.empty_like(leaf, device="meta")
 
 
 def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[int, Labels]:
@@ -260,7 +261,9 @@ def _without_kernel_size(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _original_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shape that each tensor had before the model was pruned."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {}
+    for name, tensor in tensors.items():
+        shapes[name] = tuple(tensor.shape)
     plan = plan_in_force(model)
     if plan is None:
         return shapes

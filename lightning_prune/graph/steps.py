@@ -43,7 +43,9 @@ class StepRun(Forward):
     def _call(self, tracer: Tracer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = tracer.watched(self.step.name, self.step.ready(model))
         tracer.memory = self.memory if not self.real else None
-        tracer.takes_numbers = False  # a loss may be a mean over fewer channels; what the network computes has been seen
+        tracer.takes_numbers = (
+            False  # a loss may be a mean over fewer channels; what the network computes has been seen
+        )
         with _WithoutGradients(), ValueWatcher(tracer), tracer:
             return run(*args)
 
@@ -66,22 +68,27 @@ class _WithoutGradients(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (Tensor.backward, torch.autograd.backward):
+        kwargs = kwargs or {}
+        if func in _BACKWARD:
             return None
         if func is torch.autograd.grad:
-            return _zeros_like(*args, **(kwargs or {}))
-        if func in _NUMBERS and args[0].is_meta and args[0].numel() == 1:
-            return 0.0 if args[0].is_floating_point() else 0
-        return func(*args, **(kwargs or {}))
+            return _zeros_like(*args, **kwargs)
+        if func in _NUMBERS:
+            number = args[0]
+            if number.is_meta and number.numel() == 1:
+                return 0.0 if number.is_floating_point() else 0
+        return func(*args, **kwargs)
 
 
+_BACKWARD = (Tensor.backward, torch.autograd.backward)
 _NUMBERS = (Tensor.item, Tensor.__float__)
 
 
 def _zeros_like(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """Return what stands in for gradients: something of the same shape and the same channels."""
-    of_one = isinstance(inputs, Tensor)
-    return tuple(tensor * 0 for tensor in ([inputs] if of_one else inputs))
+    if isinstance(inputs, Tensor):
+        inputs = [inputs]
+    return tuple(tensor * 0 for tensor in inputs)
 
 
 class _ReachedError(BaseException):

@@ -86,14 +86,15 @@ class Tracer(Vocabulary, TorchDispatchMode):
         return run
 
     def _run_module(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = self.memory.recall(name, (args, kwargs)) if self.memory is not None else None
-        if known is not None:
-            return self.again(known.output)
+        inputs = args, kwargs
+        if self.memory is not None:
+            call = self.memory.recall(name, inputs)
+            if call is not None:
+                return self.again(call.output)
         number = self.calls_of.get(name, 0)
         self.calls_of[name] = number + 1
         key = CallKey(name, number)
         start = len(self.record.operator_trace)
-        inputs = args, kwargs
         self.modules.append(name)
         try:
             output = forward(*args, **kwargs)
