@@ -67,8 +67,8 @@ class PruningCallback(Schedule, Callback):
         ignore: Patterns of module names (``"network.layer1.*"``) whose channels are not pruned.
         module: Dotted name of the submodule to prune; default the LightningModule itself.
         example_inputs: What the ``forward`` of that module takes: a tensor, a tuple, a dictionary, or in YAML the shape
-            of one tensor as a list of numbers. Default: ``example_input_array`` of the LightningModule, else the first
-            training batch.
+            of one tensor as a list of numbers. Default: ``example_input_array`` of the LightningModule, else what
+            ``training_step`` or ``validation_step`` hands to it.
         criterion: What scores the channels: a name in ``lightning_prune.criteria.CRITERIA`` or the import path of a
             function, with settings as a mapping such as ``{"name": "magnitude", "p": 2}``; one that needs no data.
         compensate: What makes up for each prune before training goes on: ``"none"``, ``"statistics"``, ``"fold"`` or
