@@ -13,10 +13,13 @@ from typing_extensions import override
 from lightning_prune import criteria, planning
 from lightning_prune.callbacks import refusals
 from lightning_prune.callbacks.compensation_step import Compensator, arguments_of, run_forward
+from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
+from lightning_prune.callbacks.example_inputs import samples_of
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
+from lightning_prune.callbacks.rehearsal import Rehearsal
 from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
 from lightning_prune.callbacks.run import Run as BaseRun
 from lightning_prune.callbacks.schedule import Schedule, check_whole_number
@@ -64,8 +67,8 @@ class PruningCallback(Schedule, Callback):
         ignore: Patterns of module names (``"network.layer1.*"``) whose channels are not pruned.
         module: Dotted name of the submodule to prune; default the LightningModule itself.
         example_inputs: What the ``forward`` of that module takes: a tensor, a tuple, a dictionary, or in YAML the shape
-            of one tensor as a list of numbers. Default: ``example_input_array`` of the LightningModule, else the first
-            training batch.
+            of one tensor as a list of numbers. Default: ``example_input_array`` of the LightningModule, else what
+            ``training_step`` or ``validation_step`` hands to it.
         criterion: What scores the channels: a name in ``lightning_prune.criteria.CRITERIA`` or the import path of a
             function, with settings as a mapping such as ``{"name": "magnitude", "p": 2}``; one that needs no data.
         compensate: What makes up for each prune before training goes on: ``"none"``, ``"statistics"``, ``"fold"`` or
@@ -359,16 +362,31 @@ class PruningCallback(Schedule, Callback):
     def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> ChannelGraph:
         """Trace the model, and refuse what cannot be pruned."""
         check(pl_module, trainer.optimizers)
-        inputs = find_example_inputs(trainer, pl_module, self.module, self.example_inputs, self.state.batch_like)
-        if self.example_inputs is None and pl_module.example_input_array is None:
-            # A resumed run must not look at a batch again: loaders that know their position would lose it.
-            dtype = str(inputs.dtype).removeprefix("torch.")
-            self.state.batch_like = {"shape": list(inputs.shape), "dtype": dtype}
-        graph = trace(pl_module, inputs, module=self.module, ignore=self.ignore)
+        graph = self._trace_steps(Rehearsal(trainer, pl_module, self.state.training_batch_like))
         refusals.refuse_averaged_models(pl_module, graph)
         if not graph.groups:
             reasons = "; ".join(dict.fromkeys(unprunable.reason for unprunable in graph.unprunable.values()))
             raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")
+        return graph
+
+    def _trace_steps(self, rehearsal: Rehearsal) -> ChannelGraph:
+        """Trace the model with all that trains and measures it."""
+        pl_module = rehearsal.pl_module
+        inputs = find_example_inputs(rehearsal, self.module, self.example_inputs, self.state.batch_like)
+        if self.example_inputs is None and (self.module or pl_module.example_input_array is None):
+            # A resumed run must not look at a batch again: loaders that know their position would lose it.
+            self.state.batch_like = described(inputs)
+        settings: dict[str, Any] = {"module": self.module, "ignore": self.ignore}
+        for size in rehearsal.sizes(samples_of(inputs)):
+            graph = trace(pl_module, inputs, steps=rehearsal.steps(size), **settings)
+            if not graph.untraced:
+                break
+        self.state.training_batch_like = rehearsal.batch_like
+        for name, why in graph.untraced.items():
+            warn(
+                f"{name} of {type(pl_module).__name__} could not be traced ({why}): where it hands what is inside the "
+                "network to a layer that forward does not run, put the layer whose output it takes into ignore."
+            )
         return graph
 
     def _begin_epoch_once(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -1,9 +1,10 @@
 """Batches that callbacks measure on: drawing them makes no difference to training."""
 
 import copy
+import inspect
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
@@ -13,10 +14,14 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-__all__ = ["ValidationBatches", "check_limit", "first_loaders_share", "gives_samples", "samples", "training_batches"]
+__all__ = [
+    "ValidationBatches", "check_limit", "first_loaders_share", "gives_samples", "load_validation_split", "moved",
+    "samples", "taken", "training_batches", "validating",
+]  # fmt: skip
 
 _USUAL_BATCH_SIZE = 128  # where a loader makes its batches in a way of its own, and the most that is taken at once
 
@@ -49,7 +54,7 @@ class ValidationBatches:
     """
 
     def __init__(self, trainer: "pl.Trainer", limit: int | None, who: str) -> None:
-        _load_validation_split(trainer)
+        load_validation_split(trainer)
         loaders = tree_leaves(trainer.val_dataloaders)
         counts = tree_leaves(trainer.num_val_batches)
         if not loaders or loaders[0] is None or not counts or counts[0] == 0:
@@ -68,7 +73,7 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[Any]:
         with self._without_a_trace():
             for batch in self._batches():
-                yield _moved(self.trainer, batch)
+                yield moved(self.trainer, batch)
 
     def _batches(self) -> Iterator[Any]:
         takes_fewer = self.count < self.available < math.inf
@@ -82,14 +87,11 @@ class ValidationBatches:
         owners = self.loader, _sampler(self.loader)
         generators = [getattr(owner, "generator", None) for owner in owners]
         states = [(made, made.get_state()) for made in generators if isinstance(made, torch.Generator)]
-        was_training = self.trainer.training
-        # Data modules may augment what is trained on, and ask the trainer what it is doing.
-        self.trainer.validating = True
         try:
-            with isolate_rng():
+            # Data modules may augment what is trained on, and ask the trainer what it is doing.
+            with validating(self.trainer):
                 yield
         finally:
-            self.trainer.training = was_training
             for generator, state in states:
                 generator.set_state(state)
 
@@ -109,15 +111,24 @@ class ValidationBatches:
         return loader
 
 
-def _load_validation_split(trainer: "pl.Trainer") -> None:
+def load_validation_split(trainer: "pl.Trainer") -> None:
     """Have Lightning ask for the validation split now, which it may put off until the first validation."""
     if trainer.val_dataloaders is not None or not trainer.enable_validation:
         return
+    with validating(trainer):
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+
+
+@contextmanager
+def validating(trainer: "pl.Trainer") -> Iterator[None]:
+    """Let data modules and hooks that ask a trainer what it does find it validating; random numbers are put back."""
     was_training = trainer.training
     trainer.validating = True
-    with isolate_rng():
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    trainer.training = was_training
+    try:
+        with isolate_rng():
+            yield
+    finally:
+        trainer.training = was_training
 
 
 # -- the training split ------------------------------------------------------------------------------------------------
@@ -151,7 +162,7 @@ def training_batches(trainer: "pl.Trainer", count: int, seed: int, of_all_ranks:
             shares = []  # of each loader; those after the first begin again when they come to their end
             for loader, of_batches in zip(loaders, positions, strict=True):
                 shares.append(samples(loader, of_batches[number % len(of_batches)]))
-            batch = _moved(trainer, tree_unflatten(shares, structure))
+            batch = moved(trainer, tree_unflatten(shares, structure))
             drawn.append(first_loaders_share(trainer, batch))
         return drawn
 
@@ -175,6 +186,26 @@ def first_loaders_share(trainer: "pl.Trainer", batch: Any) -> Any:
     except ValueError:  # another structure than that of the loaders
         return batch
     return shares[0] if shares else batch
+
+
+def taken(model: nn.Module, batch: Any, arguments: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a model takes from a batch, as positional and named arguments; labels are left out.
+
+    Args:
+        model: The model.
+        batch: A tensor; a list or tuple, of which the first entries are taken; or a dictionary, of which ``forward``
+            is given the entries that it has a name for, or all as one argument if it has a name for none.
+        arguments: How many entries of a list or tuple are taken.
+    """
+    if isinstance(batch, list | tuple) and batch:
+        if arguments > 1 and len(batch) >= arguments:
+            return tuple(batch[:arguments]), {}
+        return taken(model, batch[0], arguments)
+    if isinstance(batch, Mapping):
+        named = {name: batch[name] for name in inspect.signature(model.forward).parameters if name in batch}
+        if named:
+            return (), named
+    return (batch,), {}
 
 
 # -- loaders -----------------------------------------------------------------------------------------------------------
@@ -207,7 +238,7 @@ def _takes_samples(loader: Any) -> bool:
     return gives_samples(loader) and type(loader.batch_sampler) is BatchSampler
 
 
-def _moved(trainer: "pl.Trainer", batch: Any) -> Any:
+def moved(trainer: "pl.Trainer", batch: Any) -> Any:
     """Return a batch as the module gets it: its type, its device and what hooks make of it."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch)

@@ -1,7 +1,5 @@
 """Compensation in the middle of training: on batches of the training split, worked out by the first rank for all."""
 
-import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,10 +7,10 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 
-from lightning_prune.callbacks.batches import training_batches
+from lightning_prune.callbacks.batches import taken, training_batches
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.trainer_state import averaged_copies
-from lightning_prune.graph.run import as_call
+from lightning_prune.graph.entry import as_call
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
@@ -32,20 +30,8 @@ def run_forward(model: nn.Module, batch: Any, arguments: int = 1) -> Any:
             is given the entries that it has a name for, or all as one argument if it has a name for none.
         arguments: How many entries of a list or tuple are taken.
     """
-    args, kwargs = _taken(model, batch, arguments)
+    args, kwargs = taken(model, batch, arguments)
     return model(*args, **kwargs)
-
-
-def _taken(model: nn.Module, batch: Any, arguments: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, list | tuple) and batch:
-        if arguments > 1 and len(batch) >= arguments:
-            return tuple(batch[:arguments]), {}
-        return _taken(model, batch[0], arguments)
-    if isinstance(batch, Mapping):
-        named = {name: batch[name] for name in inspect.signature(model.forward).parameters if name in batch}
-        if named:
-            return (), named
-    return (batch,), {}
 
 
 @dataclass(frozen=True)

@@ -1,47 +1,46 @@
 """Example inputs: what the model is traced with, taken from where it is least trouble."""
 
+import inspect
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor, nn
 
-from lightning_prune.callbacks.batches import first_loaders_share, gives_samples, samples
+from lightning_prune.callbacks.batches import first_loaders_share, taken
+from lightning_prune.callbacks.descriptions import like
+from lightning_prune.callbacks.rehearsal import Rehearsal
+from lightning_prune.graph.entry import Step
+from lightning_prune.graph.nested import nested_tensors, with_tensors
+from lightning_prune.graph.steps import first_call
 
-__all__ = ["example_inputs"]
+__all__ = ["example_inputs", "samples_of"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def example_inputs(
-    trainer: "pl.Trainer", pl_module: "pl.LightningModule", module: str, given: Any, batch_like: dict[str, Any] | None
-) -> Any:
+def example_inputs(rehearsal: Rehearsal, module: str, given: Any, batch_like: dict[str, Any] | None) -> Any:
     """Return what the module to prune takes.
 
     Args:
-        trainer: The trainer.
-        pl_module: The LightningModule.
+        rehearsal: The steps of the LightningModule.
         module: Dotted name of the submodule to prune, or empty.
         given: What the callback was given, if anything; a list of numbers is the shape of one tensor.
-        batch_like: Shape and type of the first batch, if a run that is resumed has looked at it before.
+        batch_like: What the inputs are like, if a run that is resumed has looked at a batch before.
 
     Raises:
         ValueError: If no example input is to be had.
     """
+    trainer, pl_module = rehearsal.trainer, rehearsal.pl_module
     if given is not None:
         inputs = torch.zeros(given) if _is_shape(given) else given
-    elif module:
-        raise ValueError(
-            f"example_inputs must be given to prune the submodule {module!r}, since its inputs are not those of the "
-            "model."
-        )
-    elif pl_module.example_input_array is not None:
+    elif not module and pl_module.example_input_array is not None:
         inputs = pl_module.example_input_array
     elif batch_like is not None:
-        inputs = torch.zeros(batch_like["shape"], dtype=getattr(torch, batch_like["dtype"]))
+        inputs = like(batch_like)
     else:
-        inputs = _first_sample(trainer, pl_module)
+        return _really_given(rehearsal, module)
     # As Lightning does with batches: the type for precisions such as 64-true, and the device.
     return move_data_to_device(trainer.precision_plugin.convert_input(inputs), pl_module.device)
 
@@ -50,25 +49,81 @@ def _is_shape(given: Any) -> bool:
     return isinstance(given, list) and bool(given) and all(isinstance(size, int) for size in given)
 
 
-def _first_sample(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Tensor:
-    """Return the inputs of one sample, or of a batch where the loader has no data set that can be asked for one."""
-    loaders, structure = tree_flatten(trainer.train_dataloader)
-    with isolate_rng():
-        drawn = [_first_of(loader) for loader in loaders]
-        # What the model gets: data modules may leave the last steps to the hooks around the transfer to the device.
-        moved = trainer.strategy.batch_to_device(tree_unflatten(drawn, structure))
-        batch = first_loaders_share(trainer, moved)
-    inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if not isinstance(inputs, Tensor):
+def _really_given(rehearsal: Rehearsal, module: str) -> Any:
+    """Return what a submodule is given when the model trains, or when it is measured."""
+    pl_module = rehearsal.pl_module
+    submodule = _submodule(pl_module, module)
+    for step in rehearsal.first_steps():
+        call = _first_call(pl_module, [module], step)
+        if call is not None:
+            return _one_sample(as_inputs(submodule, call))
+    if module:
         raise ValueError(
-            f"No example input is to be had from a batch of type {type(batch).__name__}; set example_input_array on "
-            f"{type(pl_module).__name__}, or example_inputs on the callback."
+            f"No example input of {module!r} is to be had, as neither training_step nor validation_step calls it on a "
+            "batch; give the callback example_inputs, what its forward takes."
         )
-    return inputs[:1]
+    return _of_forward(rehearsal) if _has_forward(pl_module) else rehearsal.entry()
 
 
-def _first_of(loader: Any) -> Any:
-    """Return a batch of the first sample of a loader, or its first batch, or None if there is none."""
-    if gives_samples(loader):
-        return samples(loader, [0])
-    return next(iter([] if loader is None else loader), None)
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"The model has no module {name!r}; name one of its submodules, such as 'network'.") from None
+
+
+def _has_forward(pl_module: "pl.LightningModule") -> bool:
+    return type(pl_module).forward is not pl.LightningModule.forward or "forward" in vars(pl_module)
+
+
+def _of_forward(rehearsal: Rehearsal) -> Any:
+    """Return what the ``forward`` of a model takes whose steps do not call it, but perhaps what it calls."""
+    pl_module = rehearsal.pl_module
+    parts = [name for name, _ in pl_module.named_children()]
+    for step in rehearsal.first_steps():
+        batch = first_loaders_share(rehearsal.trainer, step.args[0])
+        args, kwargs = taken(pl_module, batch)
+        calls = [(args, kwargs), _first_call(pl_module, parts, step)]
+        for call in calls:
+            if call is not None and rehearsal.forward_takes(call):
+                return _one_sample(as_inputs(pl_module, call))
+    return rehearsal.entry()
+
+
+def _first_call(pl_module: "pl.LightningModule", modules: list[str], step: Step) -> Call | None:
+    try:
+        return first_call(pl_module, modules, step)
+    except Exception:  # of a step that does not work on this batch
+        return None
+
+
+def as_inputs(module: nn.Module, call: Call) -> Any:
+    """Return a call of a module as example inputs: a tensor, a tuple of them, or a dictionary of named ones.
+
+    Args:
+        module: The module.
+        call: The positional and the named arguments.
+    """
+    args, kwargs = call
+    if not kwargs:
+        return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
+    if not args:
+        return kwargs
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _one_sample(inputs: Any) -> Any:
+    """Return the first sample of inputs that are a batch, where all tensors have as many; costs are counted for it."""
+    tensors = list(nested_tensors(inputs))
+    lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
+    if isinstance(inputs, Tensor) or (len(lengths) == 1 and len(tensors) > 1):
+        return with_tensors(inputs, lambda tensor: tensor[:1])
+    return inputs
+
+
+def samples_of(inputs: Any) -> int:
+    """Return how many samples example inputs are: the length of their first tensor."""
+    for tensor in nested_tensors(inputs):
+        return max(1, len(tensor)) if tensor.dim() else 1
+    return 1

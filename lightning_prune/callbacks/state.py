@@ -73,7 +73,7 @@ def under(*settings: str) -> Content:
         ... class MyState(State):
         ...     losses: list[float] = field(default_factory=list, metadata=under("seed"))
         >>> without_what_depends_on(MyState(steps_done=1, losses=[0.5]), {"seed"})
-        (MyState(steps_done=1, batch_like=None, history=None, losses=[]), ['losses'])
+        (MyState(steps_done=1, batch_like=None, training_batch_like=None, history=None, losses=[]), ['losses'])
     """
     return {_SETTINGS: frozenset(settings)}
 
@@ -92,7 +92,8 @@ class State:
 
     Attributes:
         steps_done: Number of prunes so far.
-        batch_like: Shape and type of the first batch, where the example inputs are like it.
+        batch_like: What the example inputs are like, where they were taken from a batch.
+        training_batch_like: What the first training batch is like, where a loader would lose it.
         history: What became of the network; on the first rank.
 
     Example:
@@ -101,13 +102,14 @@ class State:
         ...     losses: list[float] = field(default_factory=list)
         >>> content = to_checkpoint(MyState(steps_done=1, losses=[0.5]))
         >>> content
-        {'steps_done': 1, 'batch_like': None, 'history': None, 'losses': [0.5]}
+        {'steps_done': 1, 'batch_like': None, 'training_batch_like': None, 'history': None, 'losses': [0.5]}
         >>> from_checkpoint(MyState, content)
-        MyState(steps_done=1, batch_like=None, history=None, losses=[0.5])
+        MyState(steps_done=1, batch_like=None, training_batch_like=None, history=None, losses=[0.5])
     """
 
     steps_done: int = 0
     batch_like: Content | None = None
+    training_batch_like: Content | None = None
     history: History | None = field(default=None, metadata=stored(_write_history, _read_history))
 
     @classmethod

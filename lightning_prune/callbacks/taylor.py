@@ -1,16 +1,18 @@
 """The Taylor criterion in training: a first-order estimate of the loss, collected in the training steps themselves."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
+from lightning_prune.callbacks.rehearsal import Backward, Rehearsal
 from lightning_prune.callbacks.state import per_rank, under
 from lightning_prune.callbacks.trainer_state import loss_scale
 from lightning_prune.criteria.first_order import check_settings, finish, why_unseen
@@ -21,6 +23,10 @@ from lightning_prune.graph.substitution import named_tensors
 __all__ = ["TaylorRankCallback"]
 
 
+_REMEDY = (
+    "the training step does not run the layers that these channels are inputs of, or they are frozen and "
+    "variant='gate'. Add them to ignore, or use PruningCallback."
+)
 _STEPS = ("steps", "loss", "gradients")  # what is counted of them
 
 
@@ -160,11 +166,7 @@ class TaylorRankCallback(PruningCallback):
                 f"TaylorRankCallback has seen no finite gradients before epoch {trainer.current_epoch}: {not_finite}."
             )
         if unseen:
-            raise RuntimeError(
-                f"TaylorRankCallback has seen no gradients of {', '.join(map(repr, unseen))} before epoch "
-                f"{trainer.current_epoch}: the training step does not run the layers that these channels are inputs "
-                "of, or they are frozen and variant='gate'. Add them to ignore, or use PruningCallback."
-            )
+            raise RuntimeError(f"{_has_seen_none(unseen)} before epoch {trainer.current_epoch}: {_REMEDY}")
         self.run.end()  # training may go on with a pruned network in the same epoch
         self.state.totals = Totals()
         self.state.listened = False
@@ -183,6 +185,36 @@ class TaylorRankCallback(PruningCallback):
     @override
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         make_collector(graph, self.variant, self.state.totals)  # which refuses what it cannot watch
+        may_thaw = any(isinstance(other, BaseFinetuning) for other in trainer.callbacks)  # type: ignore[attr-defined]
+        if self.steps_done < self.steps and not may_thaw:
+            self._refuse_unseen(trainer, graph)
+
+    def _refuse_unseen(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
+        """Raise a ValueError if a training step, tried out, leaves nothing to score a group by."""
+        totals = Totals()
+        module: Any = graph.model
+        epoch = max(trainer.current_epoch, self.start_epoch - 1)
+        rehearsal = Rehearsal(trainer, module, self.state.training_batch_like, epoch)
+        works = rehearsal.gradients(lambda twin: self._listening(replace(graph, model=twin), totals))
+        unseen = [name for name in graph.groups if name not in totals.counts]
+        if works and unseen:
+            raise ValueError(f"{_has_seen_none(unseen)} in a training step that was tried out: {_REMEDY}")
+
+    def _listening(self, graph: ChannelGraph, totals: Totals) -> Backward:
+        """Return a backward pass that is collected, of a twin."""
+        collector = make_collector(graph, self.variant, totals)
+        collector.listen()
+        tensors = named_tensors(graph.model)
+
+        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            collector.before_backward()
+            loss.backward(*args, **kwargs)
+            collector.after_backward(1.0)
+            gradients = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
+            collector.before_step(gradients)
+            collector.after_batch()
+
+        return backward
 
     @override
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -232,6 +264,10 @@ class TaylorRankCallback(PruningCallback):
         if self.run.collector is not None:
             self.run.collector.after_batch()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def _has_seen_none(groups: Sequence[str]) -> str:
+    return f"TaylorRankCallback has seen no gradients of {', '.join(map(repr, groups))}"
 
 
 def _sum_of_ranks(trainer: "pl.Trainer", graph: ChannelGraph, totals: Totals) -> Totals:

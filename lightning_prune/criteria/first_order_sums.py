@@ -1,6 +1,6 @@
 """Sums that the Taylor criterion is made of, collected pass by pass, wherever the passes come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.criteria.input_hooks import check_watchable, sum_positions, unwatch, watch_inputs
+from lightning_prune.criteria.input_hooks import (
+    check_watchable,
+    places_made,
+    sum_positions,
+    unwatch,
+    watch_inputs,
+    watched_places,
+)
 from lightning_prune.graph.channel_graph import ChannelGraph, Group
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.pruning_plan import Slice
 
 __all__ = ["GRADIENT_FORMS", "VARIANTS", "Collector", "Totals", "make_collector"]
 
@@ -235,10 +243,10 @@ class _Effects(Collector):
         """Return (samples, kept channels) for each layer that consumes the group."""
         channels = self.graph.kept(group.name)
         effects = []
-        for place in group.in_slices:
-            if place.tensor in by_weight:
+        for key, place in watched_places(self.graph, group).items():
+            if key in by_weight:
                 inputs = self.graph.positions_now(place, channels)
-                of_group = by_weight[place.tensor][:, inputs]
+                of_group = by_weight[key][:, inputs]
                 of_channels = of_group.unflatten(1, (len(channels), -1))  # (samples, kept channels, inputs of each)
                 effects.append(of_channels.sum(2))
         return effects
@@ -272,15 +280,30 @@ class _Gradients(Collector):
 
     def _add_products(self, group: Group, products: Mapping[str, Tensor]) -> None:
         # A gate on a channel multiplies it wherever it is consumed, as would a factor on the weights that consume it.
-        places = group.in_slices
+        places: Sequence[Slice] = group.in_slices
         if self.variant != "gate":
             places = group.out_slices + group.other_slices
+        elif not places:  # or wherever it is produced, as would a factor on all that is stored of it there
+            places = self._stored_where_made(group)
         for place in places:
             if place.tensor in products:
                 rows = self.graph.rows(group.name, place, products).double()  # (kept channels, weights of each)
                 if self.variant == "square_then_sum":
                     rows = rows.square()
                 _add(self._step, group.name, rows.sum(1))
+
+    def _stored_where_made(self, group: Group) -> list[Slice]:
+        """Return the weights and biases of the layers that a group is last seen in before it is consumed."""
+        modules = set()
+        for place in places_made(self.graph, group):
+            module, _, _ = place.tensor.rpartition(".")
+            modules.add(module)
+        stored = []
+        for place in group.out_slices + group.other_slices:
+            module, _, _ = place.tensor.rpartition(".")
+            if module in modules:
+                stored.append(place)
+        return stored
 
     def after_batch(self) -> None:
         sums = self._step

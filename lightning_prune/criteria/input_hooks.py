@@ -1,4 +1,4 @@
-"""Hooks on the inputs of the layers that consume channel groups."""
+"""Hooks on the inputs of the layers that consume channel groups or, where no layer does, on what produces them."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,16 +10,54 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.compiled import forget_compiled, in_use
-from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.channel_graph import ChannelGraph, Group
+from lightning_prune.pruning_plan import Slice
 
-__all__ = ["OnInput", "check_watchable", "sum_positions", "unwatch", "watch_inputs"]
+__all__ = ["OnInput", "check_watchable", "places_made", "sum_positions", "unwatch", "watch_inputs", "watched_places"]
 
 OnInput = Callable[[str, Tensor, int], Tensor | None]
-"""Given the name of a weight, what its layer is given and the axis of the channels; may return another input."""
+"""Given the key of a place, the values there and the axis of the channels; may return other values."""
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+
+
+def watched_places(graph: ChannelGraph, group: Group) -> dict[str, Slice]:
+    """Return where a group is watched, by key: in what its layers consume, or else in what produces it.
+
+    Args:
+        graph: The traced model.
+        group: One of its groups.
+    """
+    places = {}
+    for place in group.in_slices:
+        places[place.tensor] = place
+    if places:
+        return places
+    for place in places_made(graph, group):
+        key = f"{place.tensor} (output)"
+        places[key] = place
+    return places
+
+
+def places_made(graph: ChannelGraph, group: Group) -> list[Slice]:
+    """Return where a group is last seen before it is consumed: in normalisation, or else in what produces it.
+
+    Args:
+        graph: The traced model.
+        group: One of its groups.
+    """
+    modules = dict(graph.model.named_modules())
+    by_module: dict[str, Slice] = {}
+    for place in group.other_slices:
+        name = _module_of(place.tensor)
+        if isinstance(modules[name], _NORMS):
+            by_module.setdefault(name, place)
+    return list(by_module.values()) or list(group.out_slices)
 
 
 def watch_inputs(graph: ChannelGraph, on_input: OnInput) -> list[RemovableHandle]:
-    """Show what is consumed of the channel groups, each time before it is consumed.
+    """Show what is consumed of the channel groups, each time before it is consumed, or when it is produced.
 
     Args:
         graph: The traced model.
@@ -32,11 +70,22 @@ def watch_inputs(graph: ChannelGraph, on_input: OnInput) -> list[RemovableHandle
     # What is done with a gradient depends on when it comes, which compiled code would not ask.
     on_input = _NotCompiled(on_input)
     modules = dict(graph.model.named_modules())
-    slices = [place for group in graph.groups.values() for place in group.in_slices]
-    handles = []
-    for weight in dict.fromkeys(place.tensor for place in slices):
-        layer = modules[_module_of(weight)]
-        handles.append(layer.register_forward_pre_hook(partial(_show_input, on_input, weight)))
+    before: dict[str, nn.Module] = {}
+    after: dict[str, nn.Module] = {}
+    for group in graph.groups.values():
+        hooked = before if group.in_slices else after
+        for key, place in watched_places(graph, group).items():
+            module = _module_of(place.tensor)
+            hooked[key] = modules[module]
+    handles: list[RemovableHandle] = []
+    for key, layer in before.items():
+        show_input = partial(_show_input, on_input, key)
+        handle = layer.register_forward_pre_hook(show_input)
+        handles.append(handle)
+    for key, layer in after.items():
+        show_output = partial(_show_output, on_input, key)
+        handle = layer.register_forward_hook(show_output)
+        handles.append(handle)
     return handles
 
 
@@ -68,8 +117,19 @@ def _show_input(on_input: OnInput, weight: str, layer: nn.Module, args: tuple[An
     return None if instead is None else (instead, *others)
 
 
+def _show_output(on_input: OnInput, key: str, layer: nn.Module, args: Any, output: Any) -> Any:
+    axis = 1
+    if isinstance(layer, _CHANNELS_LAST):
+        axis = output.dim() - 1
+    instead = on_input(key, output, axis)
+    if instead is None:
+        return None
+    # Activation functions may work in place, which is not to change what was shown.
+    return instead.clone()
+
+
 def check_watchable(graph: ChannelGraph, criterion: str) -> None:
-    """Raise a ValueError where channels are consumed by others than convolutions and linear layers.
+    """Raise a ValueError where channels are consumed, or produced, by others than convolutions and linear layers.
 
     Args:
         graph: The traced model.
@@ -77,16 +137,25 @@ def check_watchable(graph: ChannelGraph, criterion: str) -> None:
     """
     modules = dict(graph.model.named_modules())
     for name, group in graph.groups.items():
-        for place in group.in_slices:
+        consumed = bool(group.in_slices)
+        does = "consumes" if consumed else "produces"
+        for place in watched_places(graph, group).values():
             path = _module_of(place.tensor)
             module = modules[path]
-            is_weight = place.tensor.rpartition(".")[2] == "weight"
-            if not is_weight or not isinstance(module, nn.Linear | _ConvNd):
+            if not _is_watchable(module, place, consumed):
                 raise ValueError(
-                    f"{criterion} cannot watch what {path or 'the model'!r} ({type(module).__name__}) consumes of "
+                    f"{criterion} cannot watch what {path or 'the model'!r} ({type(module).__name__}) {does} of "
                     f"group {name!r}; add {name!r} to ignore, or use a criterion that needs no activations, such as "
                     "'l1', or 'taylor' with variant 'gate'."
                 )
+
+
+def _is_watchable(module: nn.Module, place: Slice, consumed: bool) -> bool:
+    _, _, attribute = place.tensor.rpartition(".")
+    is_weight = attribute == "weight"
+    if isinstance(module, nn.Linear | _ConvNd):
+        return is_weight
+    return not consumed and isinstance(module, _NORMS)
 
 
 def sum_positions(values: Tensor, axis: int) -> Tensor:

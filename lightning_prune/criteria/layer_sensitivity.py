@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.criteria.registry import Loss
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.entry import as_call
 from lightning_prune.graph.finite import REMEDY, cause_in, not_finite_in
-from lightning_prune.graph.run import as_call
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
 from lightning_prune.surgery.compensation.least_squares import Moments

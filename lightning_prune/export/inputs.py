@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.graph.tracing import as_call
+from lightning_prune.graph.entry import as_call
 
 __all__ = ["Inputs", "Run", "flat_tensors", "free_batch_axis", "random_call", "random_inputs", "reason"]
 

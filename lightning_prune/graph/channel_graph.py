@@ -154,6 +154,7 @@ class ChannelGraph:
             sums of products of axis lengths.
         module: Dotted name of the submodule that was traced; empty for the model itself.
         example_inputs: What it was traced with.
+        untraced: Why steps could not be traced, by name.
     """
 
     model: nn.Module
@@ -163,6 +164,7 @@ class ChannelGraph:
     terms: dict[str, list[Term]] = field(repr=False)
     module: str = ""
     example_inputs: Any = field(default=None, repr=False)
+    untraced: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def plan(self, kept: Mapping[str, Tensor]) -> PruningPlan:
         """Make a plan from the channels that are kept.

@@ -1,11 +1,13 @@
 """Nested values: the tensors in whatever a module takes or returns."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["nested_tensors"]
+__all__ = ["nested_tensors", "with_tensors"]
 
 
 def nested_tensors(value: Any) -> Iterator[Tensor]:
@@ -52,3 +54,31 @@ def _slot_names(kind: type) -> Iterator[str]:
         for name in [slots] if isinstance(slots, str) else slots:
             if name != "__dict__":
                 yield name
+
+
+def with_tensors(value: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested values with other tensors; objects that PyTorch does not look into are copied.
+
+    Args:
+        value: Any value.
+        stand_in: What is to be in place of a tensor.
+
+    Example:
+        >>> import torch
+        >>> with_tensors(({"x": torch.ones(2)}, "a name"), torch.zeros_like)
+        ({'x': tensor([0., 0.])}, 'a name')
+    """
+    made = {}
+    for tensor in nested_tensors(value):
+        made[id(tensor)] = stand_in(tensor)
+    leaves = tree_leaves(value)
+    if not made.keys() <= set(map(id, leaves)):
+        try:
+            return copy.deepcopy(value, dict(made))
+        except Exception:  # something in it cannot be copied: then what PyTorch does not look into is shared
+            pass
+
+    def replaced(leaf: Any) -> Any:
+        return made.get(id(leaf), leaf)
+
+    return tree_map(replaced, value)

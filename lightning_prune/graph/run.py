@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.graph.nested import nested_tensors
+from lightning_prune.graph.entry import as_call, let_in
+from lightning_prune.graph.memory import what_is_kept
+from lightning_prune.graph.nested import nested_tensors, with_tensors
 from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
 from lightning_prune.graph.sizes import class_name
@@ -18,7 +19,7 @@ from lightning_prune.graph.twin import NotATwinError, Twin, refusing_calls, set_
 from lightning_prune.progress import redraw
 from lightning_prune.pruning_plan import plan_in_force
 
-__all__ = ["Forward", "KeptPositions", "as_call"]
+__all__ = ["Forward", "KeptPositions"]
 
 KeptPositions = Mapping[str, Mapping[int, Tensor]]  # (kept,) int64 positions, by tensor and axis; absent: all are kept
 
@@ -33,6 +34,8 @@ class Forward:
 
     Attributes:
         submodule: The submodule to run.
+        keeps_nothing: Whether the modules of the full network are after a pass as they were before, so that a pass in
+            which they are not run again shows the same.
         tensors: The parameters and buffers of the model, by name.
         shapes: Their shapes in the original model.
         module_names: The names of all submodules of the model.
@@ -50,6 +53,7 @@ class Forward:
         for name, submodule in modules.items():
             _refuse_untraceable(name, submodule)
         _refuse_several_devices(modules.values())
+        self.example_inputs = example_inputs
         self.args, self.kwargs = as_call(example_inputs)
         self.tensors = named_tensors(model)
         self.shapes = _original_shapes(model, self.tensors)
@@ -58,6 +62,7 @@ class Forward:
         self.names[id(model)] = type(model).__name__
         self.labelled = SlotTable(self._shapes_to_label())
         self.real = False
+        self.keeps_nothing = False
 
     def _shapes_to_label(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Return the names and shapes of the tensors of the submodule."""
@@ -94,11 +99,21 @@ class Forward:
         with neutral_state(self.submodule):
             twin = Twin(self.submodule, self._stand_ins(tracer, kept))
             set_mode(twin.model, training)
+            self._let_in(twin.model)
             self._watch(tracer, twin)
-            args, kwargs = tree_map(self._stand_in_of_input, (self.args, self.kwargs))
-            with ValueWatcher(tracer), tracer:
-                output = twin.model(*args, **kwargs)
+            before = what_is_kept(twin.model)
+            args, kwargs = with_tensors((self.args, self.kwargs), self._stand_in_of_input)
+            output = self._call(tracer, twin.model, args, kwargs)
+            self.keeps_nothing = before == what_is_kept(twin.model)
         self._mark_outputs(tracer, output)
+
+    def _let_in(self, model: nn.Module) -> None:
+        let_in(model, self.example_inputs)
+
+    def _call(self, tracer: Tracer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a twin."""
+        with ValueWatcher(tracer), tracer:
+            return model(*args, **kwargs)
 
     def _watch(self, tracer: Tracer, twin: Twin) -> None:
         """Let a tracer know which module of a twin runs."""
@@ -151,14 +166,15 @@ class Forward:
         for name in sorted(needs_values - {""}):
             self._mark_module_unprunable(tracer, name)
         tracer.record.module_calls.clear()  # outputs take memory
+        self.keeps_nothing = False
         return tracer
 
     def _run_on_data(self, tracer: Tracer, training: bool) -> None:
         try:
             self.run(tracer, {}, training)
         except Exception as raised:
-            inputs = tree_leaves((self.args, self.kwargs))
-            shapes = [tuple(leaf.shape) for leaf in inputs if isinstance(leaf, Tensor)]
+            inputs = nested_tensors((self.args, self.kwargs))
+            shapes = [tuple(tensor.shape) for tensor in inputs]
             network = type(self.submodule).__name__
             raise ValueError(
                 f"The example inputs {shapes} do not fit the forward pass of {network}: {raised}"
@@ -222,10 +238,10 @@ class Forward:
         stand_in._dotted_name = name  # type: ignore[attr-defined]
         return stand_in
 
-    def _stand_in_of_input(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.detach().clone() if self.real else torch.empty_like(leaf, device="meta")
+    def _stand_in_of_input(self, leaf: Tensor) -> Tensor:
+        if self.real:
+            return leaf.detach().clone()
+        return torch.empty_like(leaf, device="meta")
 
 
 def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[int, Labels]:
@@ -245,7 +261,9 @@ def _without_kernel_size(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _original_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shape that each tensor had before the model was pruned."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {}
+    for name, tensor in tensors.items():
+        shapes[name] = tuple(tensor.shape)
     plan = plan_in_force(model)
     if plan is None:
         return shapes
@@ -253,15 +271,6 @@ def _original_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
         if name in shapes:
             shapes[name] = shape
     return shapes
-
-
-def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return example inputs as positional and named arguments: a dictionary names them, a tuple lists them."""
-    if isinstance(example_inputs, dict):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

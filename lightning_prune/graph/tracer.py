@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.counts import counted_shape
 from lightning_prune.graph.frames import autograd_functions, first_on_stack
+from lightning_prune.graph.memory import Memory, copied
 from lightning_prune.graph.operators import Operator, OperatorTables, TracerRule
 from lightning_prune.graph.records import FIXED, Call, CallKey, Known, Labels, ModuleCall, numbers_in, tensors_in
 from lightning_prune.graph.recurrent import RECURRENT, run_one_step
@@ -53,6 +54,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         constant: The number that a tensor is being made of.
         running_inputs: What the operator that runs was given; after an exception, what the one that failed was given.
         muted: Whether a module that has a rule of its own runs.
+        memory: What modules returned in another pass, which need not run again for the like; None to run all.
+        takes_numbers: Whether it matters which numbers operators compute with.
     """
 
     def __init__(self, tables: OperatorTables, known: Known) -> None:
@@ -65,6 +68,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.constant: list[float] = []
         self.running_inputs: list[Tensor] = []
         self.muted = False
+        self.memory: Memory | None = None
+        self.takes_numbers = True
         self._autograd_functions = autograd_functions()
 
     @classmethod
@@ -83,11 +88,15 @@ class Tracer(Vocabulary, TorchDispatchMode):
         return run
 
     def _run_module(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = args, kwargs
+        if self.memory is not None:
+            call = self.memory.recall(name, inputs)
+            if call is not None:
+                return self.again(call.output)
         number = self.calls_of.get(name, 0)
         self.calls_of[name] = number + 1
         key = CallKey(name, number)
         start = len(self.record.operator_trace)
-        inputs = args, kwargs
         self.modules.append(name)
         try:
             output = forward(*args, **kwargs)
@@ -101,6 +110,14 @@ class Tracer(Vocabulary, TorchDispatchMode):
         return output
 
     module_frame = _run_module.__code__
+
+    def again(self, output: Any) -> Any:
+        """Return what a module returned in another pass.
+
+        Args:
+            output: What it returned in the full network.
+        """
+        return copied(output)
 
     def instead_of(self, key: CallKey, start: int, inputs: Any, raised: Exception) -> Any:
         """Return what stands in for the output of a module that failed; here nothing does.
@@ -212,7 +229,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
 
     def _note_step(self, operator: Operator, call: Call) -> None:
         """Add an operator, and the numbers that it computes with, to the operator trace."""
-        if operator.takes_numbers:
+        if operator.takes_numbers and self.takes_numbers:
             arguments = [*call.args, *call.kwargs.values()]
             numbers = numbers_in(arguments) + self.constant
             self.constant = []
@@ -220,6 +237,11 @@ class Tracer(Vocabulary, TorchDispatchMode):
         else:
             step = (operator.rule,)
         self.record.operator_trace.append(step)
+
+    def computes_with(self, number: float) -> None:
+        """Note a number as any rule says it, where it matters."""
+        if self.takes_numbers:
+            super().computes_with(number)
 
     def _apply(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
         """Follow a rule, and note what became of the labels of the inputs."""

@@ -1,35 +1,47 @@
 """Tracing a model into a channel graph that has been tried out on smaller networks."""
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from lightning_prune.compiled import as_written
-from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.channel_graph import ChannelGraph, Group
 from lightning_prune.graph.costs import COSTS
+from lightning_prune.graph.entry import Step
 from lightning_prune.graph.explanation import Finding
 from lightning_prune.graph.groups import Grouping, form_groups
+from lightning_prune.graph.memory import Memory
 from lightning_prune.graph.operators import OperatorTables
 from lightning_prune.graph.records import CostTerm, Known, Note, Record
 from lightning_prune.graph.rules import RULES
-from lightning_prune.graph.run import Forward, as_call
+from lightning_prune.graph.run import Forward
 from lightning_prune.graph.slots import module_of
+from lightning_prune.graph.steps import StepRun
 from lightning_prune.graph.terms import cost_terms
 from lightning_prune.graph.tracer import Tracer
 from lightning_prune.graph.unnamed import name_the_rest
 from lightning_prune.graph.verification import Verifier
 from lightning_prune.progress import progress
 
-__all__ = ["as_call", "trace"]
+__all__ = ["trace"]
 
+_BESIDE = "is not run by forward, so that pruning it would save nothing there"
 _COMPLEX = "has complex numbers, which no criterion scores"
 
 
-def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Sequence[str] = ()) -> ChannelGraph:
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    module: str = "",
+    ignore: Sequence[str] = (),
+    steps: Sequence[Step] = (),
+) -> ChannelGraph:
     """Find out which channels of a model can only be pruned together, which cannot be pruned, and why.
 
     The model's forward pass runs on tensors without data, and then once more with fewer channels, to see that nothing
@@ -40,10 +52,12 @@ def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Se
     Args:
         model: Any module; a model that has been pruned before is traced in its original shape.
         example_inputs: What ``forward`` takes: a tensor, a tuple of positional arguments or a dictionary of named
-            ones. Costs are counted for these inputs.
+            ones; a `Step` where a model has no ``forward``. Costs are counted for these inputs.
         module: Dotted name of the submodule to trace, whose ``forward`` then takes the example inputs; default the
             model itself.
         ignore: Patterns (``"layer1.*"``) of names of modules whose channels are not to be pruned.
+        steps: Methods of the model that run it in other ways, such as one that trains it: what these do with channels
+            counts too. One that cannot be traced is in ``untraced`` of the graph.
 
     Returns:
         The graph.
@@ -64,10 +78,12 @@ def trace(model: nn.Module, example_inputs: Any, *, module: str = "", ignore: Se
     with progress(f"Tracing {type(model).__name__}"), as_written():
         forward = Forward(model, module, example_inputs)
         patterns = _checked_patterns(ignore, forward.module_names)
-        grouping, operations = _Search(forward, patterns).settle()
+        search = _Search(forward, patterns, [StepRun(forward, model, step) for step in steps])
+        grouping, operations = search.settle()
         terms = cost_terms(forward, grouping, operations)
     unprunable = dict(grouping.unprunable)
-    return ChannelGraph(model, grouping.groups, unprunable, forward.shapes, terms, module, example_inputs)
+    shapes = forward.shapes
+    return ChannelGraph(model, grouping.groups, unprunable, shapes, terms, module, example_inputs, search.untraced)
 
 
 def _checked_patterns(ignore: Sequence[str], module_names: Sequence[str]) -> list[str]:
@@ -90,19 +106,32 @@ class _TrainingMode(Enum):
     UNTRACEABLE = auto()  # it takes other inputs to be trained, such as targets
 
 
+_Verify = Callable[[Grouping, "_Observed"], "_Verdict"]
+
+
 @dataclass(frozen=True)
 class _Observed:
-    """What the full network showed in evaluation and, where it was observed, in training mode."""
+    """What the full network showed in evaluation and, where it was observed, in training mode, and in steps by name."""
 
     evaluation: Record
     training: Record | None
+    steps: Mapping[str, Record] = field(default_factory=dict)
 
-    def joined(self) -> Record:
+    def of_forward(self) -> Record:
         """Return what both modes showed about channels, with the costs in evaluation mode."""
         joined = Record(costs=self.evaluation.costs)
         joined.extend(self.evaluation)
         if self.training is not None:
             joined.extend(self.training)
+        return joined
+
+    def joined(self) -> Record:
+        """Return what both modes and all steps showed about channels, with the costs in evaluation mode."""
+        joined = self.of_forward()
+        not_mask_exact = list(joined.not_mask_exact)  # which is about what the network returns
+        for record in self.steps.values():
+            joined.extend(record)
+        joined.not_mask_exact = not_mask_exact
         return joined
 
 
@@ -113,12 +142,10 @@ class _Verdict:
     Attributes:
         works: Whether they do.
         findings: What does not; nothing is found where training mode was not observed.
-        not_mask_exact: What a smaller network showed in training mode, where that was not observed.
     """
 
     works: bool
     findings: Sequence[Finding] = ()
-    not_mask_exact: Sequence[Note] = ()
 
 
 class _Search:
@@ -127,36 +154,55 @@ class _Search:
     Args:
         forward: The forward pass.
         ignored: Patterns of names of modules whose channels are not to be pruned.
+        steps: What else runs the network.
 
     Attributes:
         known: What has been found out about the network.
         found_unprunable: The channels that did not work.
         training_mode: What is known of training mode.
+        untraced: Why steps could not be traced, by name.
+        in_training: What a pass in training mode showed, of the full network or of a smaller one, if there was one.
+        verified: The groups that work in the forward pass.
+        not_mask_exact: What a smaller network showed in training mode, where that was not observed.
     """
 
-    def __init__(self, forward: Forward, ignored: Sequence[str]) -> None:
+    def __init__(self, forward: Forward, ignored: Sequence[str], steps: Sequence[StepRun] = ()) -> None:
         self.forward = forward
         self.ignored = ignored
+        self.steps = list(steps)
         self.tables = OperatorTables(RULES, COSTS)
         self.tables_without_costs = OperatorTables(RULES, {})
         self.known = Known()
         self.found_unprunable: list[Note] = []
         self.training_mode = _TrainingMode.NOT_OBSERVED
+        self.untraced: dict[str, str] = {}
+        self.in_training: Record | None = None
+        self.verified: dict[str, Group] | None = None
+        self.not_mask_exact: Sequence[Note] = ()
 
     def settle(self) -> tuple[Grouping, list[CostTerm]]:
         """Return the groups that work, and the operations of the full network in evaluation mode."""
         observed = _Observed(self._observe_evaluation(), None)
+        grouping, observed = self._settle(observed, self._verify)
+        if self.steps:
+            observed = replace(observed, steps=self._observe_steps(observed.evaluation))
+            grouping, observed = self._settle(observed, self._verify_steps)
+        name_the_rest(self.forward, grouping, observed.joined())
+        return grouping, observed.evaluation.costs
+
+    def _settle(self, observed: _Observed, verify: _Verify) -> tuple[Grouping, _Observed]:
+        """Return the groups that work, and what the full network has shown."""
         while True:
             grouping = self._form_groups(observed)
-            verdict = self._verify(grouping, observed)
+            verdict = verify(grouping, observed)
             if verdict.works:
-                grouping.add_not_mask_exact(verdict.not_mask_exact)
-                name_the_rest(self.forward, grouping, observed.joined())
-                return grouping, observed.evaluation.costs
-            if self.training_mode is _TrainingMode.NOT_OBSERVED:  # perhaps training mode only does more
+                self.verified = grouping.groups
+                grouping.add_not_mask_exact(self.not_mask_exact)
+                return grouping, observed
+            if not verdict.findings:  # perhaps training mode only does more
                 observed = replace(observed, training=self._observe_training())
             elif self._learn_which_axes_shrink(verdict.findings):  # the groups may be right
-                observed = _Observed(self._observe_evaluation(), self._observe_training())
+                observed = self._observe_again(observed.steps)
             else:
                 self.found_unprunable.extend(finding.note(grouping) for finding in verdict.findings)
 
@@ -185,7 +231,35 @@ class _Search:
             self.training_mode = _TrainingMode.UNTRACEABLE
             return None
         self.training_mode = _TrainingMode.OBSERVED
+        self.in_training = training.record
         return self._learn_from(training)
+
+    def _observe_again(self, steps: Mapping[str, Record]) -> _Observed:
+        """Observe both modes, and steps if they have been observed before, now that more is known."""
+        observed = _Observed(self._observe_evaluation(), self._observe_training())
+        return replace(observed, steps=self._observe_steps(observed.evaluation)) if steps else observed
+
+    def _observe_steps(self, evaluation: Record) -> dict[str, Record]:
+        """Return what the steps show that can be traced."""
+        records = {}
+        for run in list(self.steps):
+            run.memory = self._memory(evaluation, run.step.training)
+            try:
+                tracer = run.observe(partial(Tracer, self.tables_without_costs, self.known), run.step.training)
+            except Exception as raised:
+                self.untraced[run.step.name] = f"{type(raised).__name__}: {raised}"
+                self.steps.remove(run)
+            else:
+                records[run.step.name] = self._learn_from(tracer)
+        return records
+
+    def _memory(self, evaluation: Record, training: bool) -> Memory | None:
+        """Return what modules need not run again for, in one of the modes."""
+        if not self.forward.keeps_nothing:
+            return None
+        if not training:
+            return Memory(evaluation)
+        return Memory(evaluation, self.in_training) if self.in_training is not None else None
 
     def _learn_from(self, tracer: Tracer) -> Record:
         """Take note of the grouped convolutions of a full network, and return what else it showed."""
@@ -241,19 +315,47 @@ class _Search:
     def _verify_unobserved(self, verifier: Verifier, evaluation: Record) -> _Verdict:
         """Try groups in training mode without knowing what the full network does in it."""
         trial = verifier.first_trial(training=True, full=None)
+        self.in_training = trial.record
+        self.not_mask_exact = trial.record.not_mask_exact
         cuts_as_often = len(trial.record.cut) == len(evaluation.cut)
         if not verifier.looks_right(trial) or not cuts_as_often:
             return _Verdict(works=False)
         # Where channels are cut is compared with what the full network does in the same mode.
         if not verifier.cuts(evaluation) and trial.covers(evaluation):
-            return _Verdict(works=True, not_mask_exact=trial.record.not_mask_exact)
+            return _Verdict(works=True)
         in_evaluation = verifier.first_trial(training=False, full=evaluation)
-        return _Verdict(verifier.works(in_evaluation), not_mask_exact=trial.record.not_mask_exact)
+        return _Verdict(verifier.works(in_evaluation))
+
+    def _verify_steps(self, grouping: Grouping, observed: _Observed) -> _Verdict:
+        """Try groups in the forward pass, unless it is known that they work there, and in each step."""
+        beside = _beside_forward(grouping, observed.of_forward())
+        if beside:
+            return _Verdict(works=False, findings=beside)
+        if grouping.groups != self.verified:
+            verdict = self._verify(grouping, observed)
+            if not verdict.works:
+                return verdict
+        for run in self.steps if grouping.groups else ():
+            verifier = Verifier(run, grouping, self.tables_without_costs, self.known)
+            trial = verifier.first_trial(run.step.training, observed.steps[run.step.name])
+            findings = verifier.findings(trial)
+            if findings:
+                return _Verdict(works=False, findings=findings)
+        return _Verdict(works=True)
 
     def _verify_in_evaluation(self, verifier: Verifier, evaluation: Record) -> _Verdict:
         trial = verifier.first_trial(training=False, full=evaluation)
         findings = verifier.findings(trial)
         return _Verdict(works=not findings, findings=findings)
+
+
+def _beside_forward(grouping: Grouping, of_forward: Record) -> list[Finding]:
+    """Return the groups that no operator of the forward pass has to do with."""
+    findings = []
+    for number, group in enumerate(grouping.groups.values()):
+        if not any(one.tensor in of_forward.used for one in group.slices):
+            findings.append(Finding(frozenset([number]), group.name, _BESIDE))
+    return findings
 
 
 def _with_parents(name: str) -> list[str]:

@@ -207,6 +207,10 @@ class Trial(Tracer):
     def tie_parts(self, labels: Labels, size: int) -> None:
         """Tie nothing: parts of equal size may be so by chance, and it shows elsewhere if they are the wrong ones."""
 
+    def again(self, output: Any) -> Any:
+        """Return what a module returned in another pass, less what is pruned."""
+        return tree_map(self._shrunk, output)
+
     def instead_of(self, key: CallKey, start: int, inputs: Any, raised: Exception) -> Any:
         """Note the failure where it happened first, and return what the module would have returned."""
         in_full = self._call_in_full(key, start)

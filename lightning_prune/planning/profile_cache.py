@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_prune.files import written_whole
 from lightning_prune.graph.channel_graph import Axis, ChannelGraph, Term
+from lightning_prune.graph.entry import as_call
+from lightning_prune.graph.nested import nested_tensors
 
 __all__ = ["load_terms", "store_terms"]
 
@@ -50,7 +50,7 @@ def _file_of(graph: ChannelGraph) -> Path:
 def _key(graph: ChannelGraph) -> list[Any]:
     """Return versions, machine, inputs and architecture as plain values."""
     first = next(graph.model.parameters())
-    inputs = [leaf for leaf in tree_leaves(graph.example_inputs) if isinstance(leaf, Tensor)]
+    inputs = list(nested_tensors(as_call(graph.example_inputs)))
     tensors = graph.tensors()
     layouts = {
         name: [list(shape), list(tensor.stride())]

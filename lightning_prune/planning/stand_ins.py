@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.entry import let_in
 from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.twin import Twin, set_mode
 from lightning_prune.planning.timing import placed
@@ -44,6 +45,7 @@ def at_widths(graph: ChannelGraph, widths: Mapping[str, int], watcher: Watcher |
     with torch.no_grad(), as_written(), preserving_random_state(submodule):
         twin = Twin(submodule, stand_ins)
         set_mode(twin.model, training=False)
+        let_in(twin.model, graph.example_inputs)
         if watcher is not None:
             for original, module in twin.pairs():
                 vars(module)["forward"] = watcher(original, module.forward)

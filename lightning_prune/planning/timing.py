@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_prune.compiled import as_written
-from lightning_prune.graph.tracing import as_call
+from lightning_prune.graph.entry import as_call, let_in
 from lightning_prune.graph.twin import twin_in_evaluation
 from lightning_prune.progress import progress
 
@@ -41,6 +41,7 @@ def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_
     args, kwargs = placed(example_inputs, model)
     device = device_of(model)
     with twin_in_evaluation(model) as twin, as_written():
+        let_in(twin.model, example_inputs)
         run = partial(twin.model, *args, **kwargs)
         times = [timed(run, device) for _ in range(warm_up + runs)]
     return statistics.median(times[warm_up:])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_prune.compiled import as_written
+from lightning_prune.graph.entry import let_in
 from lightning_prune.graph.neutral import unfused_attention
 from lightning_prune.graph.twin import twin_in_evaluation
 from lightning_prune.planning.timing import placed
@@ -130,6 +131,7 @@ class _FlatCall(nn.Module):
     def __init__(self, network: nn.Module, example_inputs: Any) -> None:
         super().__init__()
         self.name = type(network).__name__
+        let_in(network, example_inputs)
         self.add_module(self.name, network)
         self.leaves, self.structure = tree_flatten(placed(example_inputs, network))
 

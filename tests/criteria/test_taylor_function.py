@@ -238,3 +238,39 @@ def test_settings_and_data_that_do_not_fit(graph: lp.graph.ChannelGraph) -> None
         lp.criteria.taylor(graph, [], loss)
     with pytest.raises(ValueError, match="No finite gradient was seen of stem, block"):
         lp.criteria.taylor(graph, some_batches(), lambda model, batch: loss(model, batch) * math.nan)
+
+
+class OntoBuffer(nn.Module):
+    """Channels that no layer consumes, as N-BEATS has: they are multiplied by a buffer; a gate tells what they do."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.theta = nn.Linear(5, 6), nn.Linear(6, 7)
+        self.norm = nn.BatchNorm1d(7) if kind == "norm" else nn.Identity()
+        self.act = nn.LeakyReLU(0.2, inplace=True) if kind == "in_place" else nn.Identity()
+        self.register_buffer("basis", torch.randn(7, 4))
+        self.gate: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.norm(self.theta(self.first(x).relu()))
+        return self.act(values if self.gate is None else values * self.gate) @ self.basis
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm", "in_place"])
+@pytest.mark.parametrize("variant", ["a", "b", "c", "gate"])
+def test_channels_that_no_layer_consumes_are_scored_where_they_are_made(kind: str, variant: str) -> None:
+    torch.manual_seed(0)
+    model = OntoBuffer(kind).double().eval()
+    if kind == "norm":
+        for affine in model.norm.parameters():
+            nn.init.normal_(affine)
+    x, y = torch.randn(9, 5).double(), torch.randn(9, 4).double()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().sum(1).mean()
+
+    found = lp.criteria.taylor(lp.trace(model, x[:1]), [(x, y)], loss, variant, normalize=False)
+    model.gate = torch.ones(9, 7).double().requires_grad_()
+    (by_sample,) = torch.autograd.grad((model(x) - y).square().sum(), model.gate)
+    expected = {"a": by_sample.abs().mean(0), "c": by_sample.mean(0).abs(), "gate": by_sample.mean(0).square()}
+    torch.testing.assert_close(found["theta"], expected["a" if variant == "b" else variant])

@@ -124,6 +124,26 @@ def pointwise(tracer: Tracer, call: Call) -> None:
             tracer.shift_zero(output)
 
 
+# What does the same to the tensors at equal places of lists, as the averages of weights are updated.
+_OF_LISTS = """
+    abs add addcdiv addcmul clamp_max clamp_min copy div lerp maximum minimum mul neg pow sqrt sub
+"""
+_FOREACH = [f"aten._foreach_{name}" for name in _OF_LISTS.split()]
+_FOREACH_IN_PLACE = [f"{name}_" for name in _FOREACH]
+
+
+@rule(*_FOREACH, *_FOREACH_IN_PLACE)
+def foreach(tracer: Tracer, call: Call) -> None:
+    """Tie the channels of the tensors at equal places of all lists."""
+    arguments = [*call.args, *call.kwargs.values()]
+    lists = [tensors_in(value) for value in arguments if isinstance(value, list | tuple)]
+    lists = [tensors for tensors in lists if tensors]  # numbers may be in lists too
+    outputs = call.outputs or lists[0]  # what works in place returns nothing
+    for place, output in enumerate(outputs):
+        together = [tensors[place] for tensors in lists]
+        combine(tracer, together, output)
+
+
 def _keeps_zero(tracer: Tracer, call: Call) -> bool:
     """Tell whether the output is zero wherever masked weights are zero, so that it is masked with them."""
     labelled = [tensor for tensor in call.given if tracer.all_labels(tensor)]

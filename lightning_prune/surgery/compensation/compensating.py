@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
-from lightning_prune.graph.run import as_call
+from lightning_prune.graph.entry import as_call
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery.compensation.copies import shared_twin, stand_ins, undisturbed

@@ -1,0 +1,54 @@
+"""Entry: how a network is entered, by its ``forward`` or, where it has none, by a step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Step", "as_call", "let_in"]
+
+
+def _nothing(model: nn.Module) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method of a model that runs more than ``forward`` does, or what is inside it.
+
+    Attributes:
+        name: Name of the method.
+        args: What it is given.
+        training: The mode it runs in.
+        prepare: What is done to the twin of the model that runs in its place: a step may write to loggers and step
+            with optimizers, which are nobody else's.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    training: bool
+    prepare: Callable[[nn.Module], None] = field(default=_nothing, repr=False)
+
+    def ready(self, model: nn.Module) -> Callable[..., Any]:
+        """Prepare a twin of the model, and return its method."""
+        self.prepare(model)
+        method: Callable[..., Any] = getattr(model, self.name)
+        return method
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs as positional and named arguments: a dictionary names them, a tuple lists them."""
+    if isinstance(example_inputs, Step):
+        return example_inputs.args, {}
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def let_in(model: nn.Module, example_inputs: Any) -> None:
+    """Let a twin be called with example inputs: if they are a step, that is its ``forward``."""
+    if isinstance(example_inputs, Step):
+        vars(model)["forward"] = example_inputs.ready(model)
