@@ -566,6 +566,16 @@ def test_statistics_are_those_of_all_samples_and_positions(shape: tuple[int, ...
     np.testing.assert_allclose(found.variance, by_channel.var(1))
 
 
+def test_statistics_of_large_maps_look_at_the_same_positions_of_all_channels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(normalisation, "_ENOUGH", 60)
+    x = torch.randn(5, 3, 8, 12)  # 480 numbers of each channel, 60 of them at every third position along both axes
+    thinned = normalisation._thinned(x)
+    assert thinned.equal(x[:, :, ::3, ::3])
+    assert normalisation._thinned(x[:, :1]).equal(thinned[:, :1])
+    assert normalisation._thinned(x[:1, :, :1]).shape == (1, 3, 1, 12)  # there is but one position along an axis
+    assert normalisation._thinned(x[:, :, 0, 0]).equal(x[:, :, 0, 0])
+
+
 @pytest.mark.parametrize("sample", [0, 3])
 def test_what_has_changed_in_one_sample_alone_is_seen(sample: int):
     before = torch.randn(4, 3, 5)

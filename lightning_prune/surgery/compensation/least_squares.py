@@ -96,13 +96,16 @@ class Moments:
         """
         x = self.x / self.count
         y = self.y / self.count
-        xx = self.xx / self.count - torch.outer(x, x)
-        yx = self.yx / self.count - torch.outer(y, x)
-        yy = self.yy / self.count - y.square()
+        xx = self.xx / self.count
+        yx = self.yx / self.count
+        yy = self.yy / self.count
+        xx.addr_(x, x, alpha=-1)  # in place: matrices of wide layers are what takes memory here
+        yx.addr_(y, x, alpha=-1)
+        yy = yy - y.square()
         if centred:
             return xx, yx, yy
-        xx = xx + torch.outer(self.mean_x, self.mean_x)
-        yx = yx + torch.outer(self.mean_y, self.mean_x)
+        xx.addr_(self.mean_x, self.mean_x)
+        yx.addr_(self.mean_y, self.mean_x)
         return xx, yx, yy + self.mean_y.square()
 
 
@@ -159,6 +162,7 @@ def fit_moments(moments: Moments, prior: Tensor, intercept: bool) -> Tensor:
         unexplained = min(1.0, max(0.0, share / degrees))
     ridge = RIDGE * unexplained
     if ridge > _EXACT:
+        del factor
         factor = _factor(xx, ridge * scale)
         return prior + _solved(factor, rest)
     change = _solved(factor, rest)

@@ -12,6 +12,7 @@ from lightning_prune.surgery.compensation.work import Work
 __all__ = ["adapt_statistics"]
 
 _BLOCK = 2**20  # numbers at a time, which a cache holds
+_ENOUGH = 2**15  # numbers of each channel in a batch: from there on, some positions are left out
 
 
 def adapt_statistics(work: Work, name: str, meetings: Sequence[Meeting]) -> None:
@@ -61,6 +62,7 @@ class _Statistics:
 
     def add(self, x: Tensor) -> None:
         """Add (samples, channels, *spatial)."""
+        x = _thinned(x)
         per_sample = x[0].numel()
         samples = max(1, _BLOCK // per_sample)
         for some in x.split(samples):
@@ -82,3 +84,15 @@ class _Statistics:
         between = share * other * moved.square()
         self.variance = within + between
         self.count += count
+
+
+def _thinned(x: Tensor) -> Tensor:
+    """Leave out positions, the same for any number of channels, if each channel has more numbers than are needed."""
+    axes = x.dim() - 2
+    numbers = x.numel() // x.shape[1]  # of each channel
+    shortest = min(x.shape[2:], default=1)
+    step = 1
+    while step < shortest and numbers > _ENOUGH * step**axes:
+        step += 1
+    every = [slice(None, None, step)] * axes
+    return x[(slice(None), slice(None), *every)]
