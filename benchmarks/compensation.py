@@ -2,6 +2,7 @@
 
 The networks are those that `criteria_finetune.py` starts from. Six criteria of its rows plan, from the same training
 images, and each plan is applied plainly, with the statistics of batch normalisation following, folded, and refitted.
+Two forms of Torch-Pruning stand beside them, plainly and with these statistics estimated anew.
 Nothing is chosen by the test images: what was chosen was chosen on the validation split, whose accuracy is kept too
 (the published weights that the residual networks start from have seen its images). Seconds are those of one core, for
 the plan and for the prune with its compensation.
@@ -23,7 +24,7 @@ from typing import Any
 import stored
 import torch
 from criteria_finetune import HALF, NETWORKS, Runner, assignment
-from finetune_rows import ROWS, Batches, example_for
+from finetune_rows import ROWS, Batches, Recalibrated, example_for
 from torch import nn
 
 import lightning_prune as lp
@@ -31,7 +32,10 @@ from lightning_prune.pruning_plan import PruningPlan
 
 WHOLE = "not pruned"
 CRITERIA = ["uniform, L1", "L1", "LAMP", "group magnitude", "Taylor A", "coherent OBS"]
+RIVALS = ["Torch-Pruning, group norm", "Torch-Pruning, group norm, uniform"]
+VALIDATED = 5  # of so many images of the validation split one is looked at
 METHODS = ["none", "statistics", "fold", "refit"]
+OF_RIVALS = METHODS[:2]
 
 
 def whole(runner: Runner, model: nn.Module, settings: argparse.Namespace) -> dict[str, Any]:
@@ -59,10 +63,22 @@ def compensated(
     return {**found, "flops": plan.budget["achieved"], "widths": plan.widths, "seconds": {"prune": seconds}}
 
 
+def by_rival(
+    runner: Runner, model: nn.Module, row: str, keep: float, method: str, batches: Batches, settings: argparse.Namespace
+) -> dict[str, Any]:
+    """Let Torch-Pruning prune a copy, and return what it is worth."""
+    pruned = copy.deepcopy(model)
+    began = time.process_time()
+    rival = Recalibrated(ROWS[row]) if method == "statistics" else ROWS[row]
+    found = rival.begin(pruned, batches)(keep, [])
+    seconds = time.process_time() - began
+    return {**accuracies(runner, pruned, settings), **found, "seconds": {"prune": seconds}}
+
+
 def accuracies(runner: Runner, model: nn.Module, settings: argparse.Namespace) -> dict[str, float]:
     return {
         "accuracy": runner.accuracy(model, runner.data.test_set, settings.every),
-        "validation": runner.accuracy(model, runner.data.val_set, settings.every),
+        "validation": runner.accuracy(model, runner.data.val_set, VALIDATED * settings.every),
     }
 
 
@@ -83,6 +99,8 @@ def run(settings: argparse.Namespace, results: dict[str, Any]) -> None:
                     continue
                 if row == WHOLE:
                     record = whole(runner, model, settings)
+                elif row in RIVALS:
+                    record = by_rival(runner, model, row, keep, method, batches, settings)
                 else:
                     if (row, keep) not in plans:
                         plans[row, keep] = planned(row, model, batches, keep)
@@ -100,7 +118,8 @@ def wanted(network: str, seed: int, settings: argparse.Namespace) -> dict[str, t
     for keep in settings.keep:
         setting = network if keep == HALF else f"{network}, keep {keep}"
         for row in settings.rows:
-            for method in settings.methods:
+            methods = [method for method in settings.methods if row not in RIVALS or method in OF_RIVALS]
+            for method in methods:
                 found[f"{setting} | {row}, {method} | {seed}"] = (row, method, keep)
     return found
 
@@ -113,7 +132,7 @@ def table(results: dict[str, Any]) -> str:
         if WHOLE in found:
             lines.append(f"not pruned: {percent(list(found[WHOLE].values()))}\n")
         lines += [f"| criterion | {' | '.join(METHODS)} |", f"|---|{'---|' * len(METHODS)}"]
-        for row in CRITERIA:
+        for row in [*CRITERIA, *RIVALS]:
             cells = [percent(list(found.get(f"{row}, {method}", {}).values())) for method in METHODS]
             if any(cells):
                 lines.append(f"| {row} | {' | '.join(cells)} |")
@@ -146,10 +165,10 @@ def main() -> None:
     )
     parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg11_bn/4", "resnet56"], choices=list(NETWORKS))
     parser.add_argument("--keep", nargs="+", type=float, default=[HALF], help="of the FLOPs")
-    parser.add_argument("--rows", nargs="+", default=CRITERIA, choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", default=[*CRITERIA, *RIVALS], choices=list(ROWS), metavar="ROW")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=512, help="training images that are looked at")
+    parser.add_argument("--images", type=int, default=1024, help="training images that are looked at")
     parser.add_argument("--every", type=int, default=1, help="of how many images one is tested")
     parser.add_argument("--device", default="cpu", choices=["cpu"])
     parser.add_argument("--work", default="logs/criteria_finetune", help="where trained networks are kept")

@@ -28,13 +28,15 @@ from typing import Any
 import lightning as L
 import stored
 import torch
-from finetune_rows import EXAMPLE, ROWS, Batches, loss_of
+from finetune_rows import EXAMPLE, ROWS, AtEqualCost, Batches
 from timing import speed_ups
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_prune.datamodules import ImageFolderDataModule
-from lightning_prune.models import build_network
+from lightning_prune.models import Distillation, build_network
+from lightning_prune.models.distillation import Teacher
 from lightning_prune.models.weights import load_weights
 
 EPOCH = 351  # steps, of 45,000 images
@@ -43,10 +45,13 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], tuple[int, float], tuple[int, flo
     "vgg11_bn/4": ("vgg11_bn", {"width": 0.25}, (1400, 0.05), (176, 0.01)),
     "resnet20": ("resnet20", {}, (176, 0.01), (120, 0.01)),
     "resnet56": ("resnet56", {}, (40, 0.01), (60, 0.01)),
+    "resnet20, published": ("resnet20", {}, (0, 0.01), (120, 0.01)),
+    "resnet56, published": ("resnet56", {}, (0, 0.01), (60, 0.01)),
     "resnet56, 400 epochs": ("resnet56", {}, (200 * EPOCH, 0.1), (200 * EPOCH, 0.01)),
     "vgg16_bn, 400 epochs": ("vgg16_bn", {}, (200 * EPOCH, 0.05), (200 * EPOCH, 0.01)),
 }
 WHOLE, HALF = "not pruned", 0.5
+TIMED = 4  # steps, to tell what one takes
 Before = Mapping[int, Callable[[list[Optimizer]], None]]
 
 
@@ -77,11 +82,17 @@ class Runner:
         return model.to(self.settings.device)
 
     def train(
-        self, model: nn.Module, steps: int, lr: float, first_epoch: int = 0, before: Before | None = None
+        self,
+        model: nn.Module,
+        steps: int,
+        lr: float,
+        first_epoch: int = 0,
+        before: Before | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         """Train for some steps, with something done before some; the epoch decides on the order of the images."""
         optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
         model.train()
         done, epoch = 0, first_epoch
         while done < steps:
@@ -93,7 +104,7 @@ class Runner:
                 if before and done in before:
                     before[done]([optimizer])
                     model.train()
-                loss = loss_of(model, self.served(batch))
+                loss = taught(model, self.served(batch), teacher)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -105,7 +116,7 @@ class Runner:
     def accuracy(self, model: nn.Module, images: Any, every: int = 1) -> float:
         """Return the share of images, all or a part of them, that are classified right."""
         model.eval()
-        parts = torch.arange(0, len(images), every).split(500)
+        parts = torch.arange(0, len(images), every).split(100)
         batches = (self.served(images.__getitems__(part.tolist())) for part in parts)
         right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)
         return right / sum(map(len, parts))
@@ -118,19 +129,29 @@ class Runner:
         return [self.served(part.__getitems__(chosen.tolist())) for chosen in parts]
 
     def served(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return a batch as the network sees it, on the device."""
-        return self.data.on_after_batch_transfer(tuple(part.to(self.settings.device) for part in batch))
+        """Return a batch as the network sees it, on the device, in the order in memory that a CPU is quickest with."""
+        images, labels = self.data.on_after_batch_transfer(tuple(part.to(self.settings.device) for part in batch))
+        return images.contiguous(memory_format=torch.channels_last), labels
+
+    def affordable(self, model: nn.Module, teacher: Teacher | None, spent: float, steps: int) -> int:
+        """Return how many steps can be had for the seconds of plain steps, once some have been spent on the prune."""
+        batch = self.batches()[0]
+        seconds = steps * seconds_of_a_step(model, batch, None) - spent
+        return max(0, int(seconds / seconds_of_a_step(model, batch, teacher)))
 
     def row(self, name: str, keep: float, start: nn.Module) -> dict[str, Any]:
         """Prune a copy of the network by one row of the table, if it is to be pruned, and train it on."""
         steps, lr = NETWORKS[self.name][3]
         model, began = copy.deepcopy(start), time.perf_counter()
+        spent = 0.0  # seconds of a core
         result: dict[str, Any] = {"flops": 1.0}
         later: dict[int, Callable[[list[Optimizer]], None]] = {}
         if name != WHOLE:
             times = ROWS[name].times
-            prune = ROWS[name].begin(model, self.batches())
+            batches, unspent = self.batches(), time.process_time()
+            prune = ROWS[name].begin(model, batches)
             result.update(prune(keep_after(keep, 1, times), []))
+            spent = time.process_time() - unspent
             if times == 1:
                 result["pruned"] = self.accuracy(model, self.data.test_set, every=5)
             for n in range(1, times):
@@ -139,13 +160,37 @@ class Runner:
                     lambda kept, optimizers: result.update(prune(kept, optimizers)), keep_after(keep, n + 1, times)
                 )
         result["planned_s"] = time.perf_counter() - began
-        self.train(model, steps, lr, first_epoch=1000, before=later)
+        teacher = None
+        if isinstance(ROWS.get(name), AtEqualCost):
+            teacher = Teacher(copy.deepcopy(start), Distillation("")) if ROWS[name].distilled else None
+            steps = self.affordable(model, teacher, spent, steps)
+            result.update(steps=steps, spent_s=spent)
+        self.train(model, steps, lr, first_epoch=1000, before=later, teacher=teacher)
         result["accuracy"] = self.accuracy(model, self.data.test_set)
         result["validation"] = self.accuracy(model, self.data.val_set)
         result["total_s"] = time.perf_counter() - began
         result["time"] = time_left(model, start)
         result["made"] = made_with(self.name, keep, self.settings)
         return result
+
+
+def taught(model: nn.Module, batch: tuple[Tensor, Tensor], teacher: Teacher | None) -> Tensor:
+    """Return the loss of a batch, with a teacher's share in it."""
+    images, labels = batch
+    said = model(images)
+    loss = F.cross_entropy(said, labels)
+    return loss if teacher is None else teacher.loss(images, said, loss)
+
+
+def seconds_of_a_step(model: nn.Module, batch: tuple[Tensor, Tensor], teacher: Teacher | None) -> float:
+    """Return the seconds of a core that a step of training takes; the model is not changed."""
+    model = copy.deepcopy(model).train()
+    seconds = []
+    for _ in range(TIMED):
+        began = time.process_time()
+        taught(model, batch, teacher).backward()
+        seconds.append(time.process_time() - began)
+    return min(seconds)
 
 
 def made_with(network: str, keep: float, settings: argparse.Namespace) -> dict[str, Any]:

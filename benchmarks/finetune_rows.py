@@ -21,8 +21,10 @@ from lightning_prune.planning.scores import checked_scores
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.search.policy_search import PolicySearch
 from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
+from lightning_prune.surgery import recalibrate
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
+COMPENSATED_BY = 4  # batches of images that rows at equal cost look at
 STEPS = 8  # of the rows that prune in several
 EPISODES, ROUND = 200, 10  # of the rows that search, and how many of them an agent learns from at once
 NEAR = 0.1  # of the FLOPs: so close to the budget, Torch-Pruning is watched after each layer
@@ -39,17 +41,19 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 class Ours:
     """Prune by a plan of this package, in one step or several; all layers, or those alone that Torch-Pruning prunes."""
 
-    def __init__(self, planned: Planned, times: int = 1, inside_blocks: bool = False) -> None:
+    def __init__(self, planned: Planned, times: int = 1, inside_blocks: bool = False, compensate: str = "none") -> None:
         self.planned, self.times, self.inside_blocks = planned, times, inside_blocks
+        self.compensate = compensate
 
     def begin(self, model: nn.Module, batches: Batches) -> Prune:
         """Return what prunes the model, further at each call."""
         graph = lp.trace(model.eval(), example_for(model), ignore=padded_stream(model) if self.inside_blocks else ())
+        inputs = [images for images, _ in batches]  # labels are not needed
 
         def prune(keep: float, optimizers: list[Optimizer]) -> dict[str, Any]:
             model.eval()
             plan = self.planned(graph, batches, keep)
-            lp.prune(model, plan, optimizers)
+            lp.prune(model, plan, optimizers, self.compensate, inputs)
             return {"flops": plan.budget["achieved"], "widths": plan.widths}
 
         return prune
@@ -89,6 +93,44 @@ class TorchPruning:
             return {"flops": _flops(model) / original, "widths": widths}
 
         return prune
+
+
+class Recalibrated:
+    """Prune by another row, and estimate the statistics of batch normalisation anew."""
+
+    inside_blocks = False
+
+    def __init__(self, row: TorchPruning) -> None:
+        self.row, self.times = row, row.times
+
+    def begin(self, model: nn.Module, batches: Batches) -> Prune:
+        """Return what prunes the model, as the row does."""
+        prune = self.row.begin(model, batches)
+
+        def with_statistics(keep: float, optimizers: list[Optimizer]) -> dict[str, Any]:
+            found = prune(keep, optimizers)
+            recalibrate(model, [images for images, _ in batches])
+            return found
+
+        return with_statistics
+
+
+class AtEqualCost:
+    """Prune by another row, once; the seconds of that, and those of a teacher, are paid for by fewer steps of training.
+
+    Args:
+        row: What prunes; it looks at few of the images.
+        distilled: Whether training goes on with the whole network as the teacher.
+    """
+
+    times = 1
+
+    def __init__(self, row: "Ours | Recalibrated", distilled: bool = False) -> None:
+        self.row, self.distilled, self.inside_blocks = row, distilled, row.inside_blocks
+
+    def begin(self, model: nn.Module, batches: Batches) -> Prune:
+        """Return what prunes the model, as the row does."""
+        return self.row.begin(model, batches[:COMPENSATED_BY])
 
 
 @torch.no_grad()
@@ -182,7 +224,9 @@ def taylor(variant: str, **more: Any) -> dict[str, Any]:
 
 
 A, GATE = taylor("a"), taylor("gate")
-ROWS: dict[str, Ours | TorchPruning] = {
+REFITTED = Ours(partial(by_score, "coherent_obs"), compensate="refit")
+RIVAL, UNIFORM_RIVAL = TorchPruning(over_all_layers=True), TorchPruning(over_all_layers=False)
+ROWS: dict[str, Ours | TorchPruning | Recalibrated | AtEqualCost] = {
     "random channels": Ours(at_random),
     "uniform, L1": Ours(partial(by_layer, uniform, "l1")),
     "AFIE, L1": Ours(partial(by_layer, entropy, "l1")),
@@ -207,8 +251,8 @@ ROWS: dict[str, Ours | TorchPruning] = {
     "Taylor weights, sum then square (2019)": Ours(partial(by_score, taylor("sum_then_square"))),
     "Taylor weights, square then sum (2019)": Ours(partial(by_score, taylor("square_then_sum"))),
     "oracle, absolute": Ours(partial(by_score, "oracle")),
-    "Torch-Pruning, group norm": TorchPruning(over_all_layers=True),
-    "Torch-Pruning, group norm, uniform": TorchPruning(over_all_layers=False),
+    "Torch-Pruning, group norm": RIVAL,
+    "Torch-Pruning, group norm, uniform": UNIFORM_RIVAL,
     "uniform, FPGM": Ours(partial(by_layer, uniform, "fpgm")),
     "uniform, Taylor gate": Ours(partial(by_layer, uniform, GATE)),
     "AFIE, Taylor A": Ours(partial(by_layer, entropy, A)),
@@ -232,4 +276,8 @@ ROWS: dict[str, Ours | TorchPruning] = {
     "Taylor gate for each FLOP, inside blocks": Ours(partial(per_flop, GATE), inside_blocks=True),
     "coherent OBS": Ours(partial(by_score, "coherent_obs")),
     f"Taylor gate, inside blocks, {STEPS} steps": Ours(partial(by_score, GATE), STEPS, inside_blocks=True),
+    "coherent OBS, refit": AtEqualCost(REFITTED),
+    "coherent OBS, refit, distilled": AtEqualCost(REFITTED, distilled=True),
+    "Torch-Pruning, statistics, distilled": AtEqualCost(Recalibrated(RIVAL), distilled=True),
+    "Torch-Pruning, uniform, statistics, distilled": AtEqualCost(Recalibrated(UNIFORM_RIVAL), distilled=True),
 }

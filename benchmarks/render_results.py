@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 from result_files import Figures, Values, hardware_of, read
-from result_plots import Plot, draw, plots
+from result_plots import FINETUNED, LOOKS, Plot, draw, plots
 from scipy import stats
 from stored import spread, whole
 
@@ -35,6 +35,7 @@ METHODS = {
     "learn_to_prune": "Learn to prune",
     "agents": "Agents",
     "latency": "Latency budgets",
+    "compensation": "Compensation",
     "best": "Our best at half the FLOPs",
 }
 
@@ -144,9 +145,7 @@ def tables(name: str, about: dict[str, Any]) -> list[str]:
     lines = [f"### {about['title']} {{ #{anchor(name)} }}", "", f"`{name}`: {about['caption']}", ""]
     lines += [f"Run on: {hardware_of(name, about)}.", ""]
     figures = read(name, about)
-    lines += [
-        f"![Accuracy of {plot.network}]({FOLDER}/{plot.file})\n" for plot in plots(figures, about.get("plot", []))
-    ]
+    lines += [f"![Accuracy of {plot.network}]({FOLDER}/{plot.file})\n" for plot in drawn(name, about)]
     for setting, rows in figures.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         count = max(len(values) for row in rows.values() for values in row.values())
@@ -178,10 +177,15 @@ def render() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def drawn(name: str, about: dict[str, Any]) -> list[Plot]:
+    """Return what is to be drawn of a file."""
+    return plots(read(name, about), about.get("plot", []), LOOKS.get(name, FINETUNED))
+
+
 def all_plots() -> list[Plot]:
     """Return what is to be drawn of all files."""
     files = yaml.safe_load(CLAIMS.read_text())["files"]
-    return [plot for name, about in files.items() for plot in plots(read(name, about), about.get("plot", []))]
+    return [plot for name, about in files.items() for plot in drawn(name, about)]
 
 
 def outdated() -> list[str]:

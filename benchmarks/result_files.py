@@ -81,6 +81,26 @@ def agents_vs_random_search(content: Any) -> Iterator[Entry]:
         yield setting, agent, "mean reward of the last fifth (%)", seed, 100 * statistics.fmean(last)
 
 
+def compensation(content: Any) -> Iterator[Entry]:
+    """Read what is left right after a prune, also against the whole network, and what the prune takes."""
+    whole = {}
+    for key, record in content.items():
+        setting, row, seed = key.split(" | ")
+        if row == "not pruned":
+            whole[setting, seed] = record["accuracy"]
+    for key, record in content.items():
+        setting, row, seed = key.split(" | ")
+        yield setting, row, "right after (%)", seed, 100 * record["accuracy"]
+        yield setting, row, "FLOPs kept (%)", seed, 100 * record["flops"]
+        before = whole.get((setting.partition(", keep ")[0], seed))
+        if record["seconds"]:
+            seconds = sum(record["seconds"].values())
+            yield setting, row, "seconds of a core", seed, seconds
+            yield setting, row, "seconds left of 60", seed, 60 - seconds
+            if before is not None:
+                yield setting, row, "against the whole network", seed, 100 * (record["accuracy"] - before)
+
+
 def latency_budget(content: Any) -> Iterator[Entry]:
     """Read as repeats, which seeds are elsewhere: networks with their batch size; rounds at half the FLOPs."""
     for key, result in content.items():
@@ -101,6 +121,7 @@ READERS: dict[str, Callable[[Any], Iterator[Entry]]] = {
     f"{reader.__name__}.json": reader
     for reader in (
         oracle_correlation, afie_epochs, sensitiveness_order, agents_vs_sb3, agents_vs_random_search, latency_budget,
+        compensation,
     )
 }  # fmt: skip
 

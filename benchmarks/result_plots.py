@@ -1,4 +1,4 @@
-"""Draw accuracy against FLOPs and against measured time, one figure for each network of `criteria_finetune.json`."""
+"""Draw accuracy against FLOPs and against measured time, one figure for each network of a file of results."""
 
 import hashlib
 import io
@@ -12,7 +12,42 @@ from result_files import Figures
 FLOPS, TIME, ACCURACY, WHOLE = "FLOPs kept (%)", "time kept (%)", "fine-tuned (%)", "not pruned"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f4fc9", "#4d4d4d", "#9c7a00", "#c0303c")
 MARKERS = "osD^vP*Xph"
-Point = tuple[float, float, float, float]  # FLOPs, time, mean and standard deviation of the accuracy
+Point = tuple[float, ...]  # what it is drawn along, mean and standard deviation of the accuracy
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the networks of a file of results are drawn.
+
+    Attributes:
+        accuracy: The column of the accuracy.
+        meaning: What that is.
+        along: A panel for each column that it is drawn against, with its title.
+        prefix: What names of files begin with.
+        budgets: A network that was measured at fewer is not drawn.
+    """
+
+    accuracy: str
+    meaning: str
+    along: dict[str, str]
+    prefix: str
+    budgets: int = 1
+
+
+FINETUNED = Look(
+    accuracy=ACCURACY,
+    meaning="test accuracy after fine-tuning (%)",
+    along={FLOPS: "FLOPs kept", TIME: "time of a forward pass kept"},
+    prefix="accuracy",
+)
+PRUNED = Look(
+    accuracy="right after (%)",
+    meaning="test accuracy right after the prune, without training (%)",
+    along={FLOPS: "FLOPs kept"},
+    prefix="compensation",
+    budgets=2,
+)
+LOOKS = {"criteria_finetune.json": FINETUNED, "compensation.json": PRUNED}
 
 
 @dataclass(frozen=True)
@@ -23,11 +58,13 @@ class Plot:
         network: Its name.
         points: By row of the table, a point for each budget that it was measured at, the smallest first.
         whole: Accuracy in percent of the network that is not pruned.
+        look: How it is drawn.
     """
 
     network: str
     points: dict[str, list[Point]]
     whole: float
+    look: Look = FINETUNED
 
     @property
     def all_points(self) -> list[Point]:
@@ -37,13 +74,13 @@ class Plot:
     @property
     def floor(self) -> float:
         """Accuracy below which nothing is shown: a row that fails would press all others together."""
-        middle = statistics.median(point[2] for point in self.all_points)
+        middle = statistics.median(point[-2] for point in self.all_points)
         return middle - 3 * max(1.0, abs(self.whole - middle))
 
     @property
     def file(self) -> str:
         """Name of the file."""
-        return f"accuracy_{self.network.replace('/', '-')}.svg"
+        return f"{self.look.prefix}_{self.network.replace('/', '-')}.svg"
 
     @property
     def digest(self) -> str:
@@ -51,31 +88,32 @@ class Plot:
         return hashlib.sha256(json.dumps([self.points, self.whole]).encode()).hexdigest()
 
 
-def plots(figures: Figures, rows: list[str]) -> list[Plot]:
+def plots(figures: Figures, rows: list[str], look: Look = FINETUNED) -> list[Plot]:
     """Return what is to be drawn: networks of which the whole network and some of the rows have been measured."""
     networks = dict.fromkeys(setting.partition(", keep ")[0] for setting in figures)
     found = []
     for network in networks:
         settings = [each for each in figures if each.partition(", keep ")[0] == network]
         points = {
-            row: sorted(_point(figures[each][row]) for each in settings if _drawable(figures[each], row))
+            row: sorted(_point(figures[each][row], look) for each in settings if _drawable(figures[each], row, look))
             for row in rows
         }
-        if any(points.values()) and WHOLE in figures.get(network, {}):
-            whole = statistics.fmean(figures[network][WHOLE][ACCURACY].values())
-            found.append(Plot(network, points, whole))
+        budgets = max(map(len, points.values()), default=0)
+        if budgets >= look.budgets and WHOLE in figures.get(network, {}):
+            whole = statistics.fmean(figures[network][WHOLE][look.accuracy].values())
+            found.append(Plot(network, points, whole, look))
     return found
 
 
-def _drawable(rows: dict[str, dict[str, dict[str, float]]], row: str) -> bool:
-    return {FLOPS, TIME, ACCURACY} <= set(rows.get(row, {}))
+def _drawable(rows: dict[str, dict[str, dict[str, float]]], row: str, look: Look) -> bool:
+    return {*look.along, look.accuracy} <= set(rows.get(row, {}))
 
 
-def _point(columns: dict[str, dict[str, float]]) -> Point:
-    flops, time, accuracy = (list(columns[column].values()) for column in (FLOPS, TIME, ACCURACY))
+def _point(columns: dict[str, dict[str, float]], look: Look) -> Point:
+    along = [statistics.fmean(columns[column].values()) for column in look.along]
+    accuracy = list(columns[look.accuracy].values())
     deviation = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
-    rounded = (statistics.fmean(flops), statistics.fmean(time), statistics.fmean(accuracy), deviation)
-    return tuple(round(value, 6) for value in rounded)  # type: ignore[return-value]
+    return tuple(round(value, 6) for value in (*along, statistics.fmean(accuracy), deviation))
 
 
 def draw(plot: Plot) -> bytes:
@@ -85,12 +123,13 @@ def draw(plot: Plot) -> bytes:
 
     style = {"svg.hashsalt": plot.network, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9, 5.4), layout="constrained", facecolor="white")
-        panels = figure.subplots(1, 2, sharey=True)
-        for place, title in enumerate(("FLOPs kept", "time of a forward pass kept")):
+        titles = plot.look.along.values()
+        figure = Figure(figsize=(4.5 + 2.25 * len(titles), 5.4), layout="constrained", facecolor="white")
+        [panels] = figure.subplots(1, len(titles), sharey=True, squeeze=False)
+        for place, title in enumerate(titles):
             _panel(panels[place], plot, place)
             panels[place].set_xlabel(title)
-        panels[0].set_ylabel("test accuracy after fine-tuning (%)")
+        panels[0].set_ylabel(plot.look.meaning)
         panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], plot.floor))
         figure.suptitle(f"{plot.network}, CIFAR-10 (JPEG copy); mean and standard deviation over seeds", fontsize=10)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -110,9 +149,9 @@ def _panel(panel: Any, plot: Plot, place: int) -> None:
     )  # fmt: skip
     for number, (row, points) in enumerate(plot.points.items()):
         if points:  # a row that is left out keeps its colour for other figures
-            below = " (below)" if max(point[2] for point in points) < plot.floor else ""
+            below = " (below)" if max(point[-2] for point in points) < plot.floor else ""
             panel.errorbar(
-                [point[place] for point in points], [point[2] for point in points], [point[3] for point in points],
+                [point[place] for point in points], [point[-2] for point in points], [point[-1] for point in points],
                 label=row + below, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
                 markersize=5, linewidth=1, capsize=2, elinewidth=0.8,
             )  # fmt: skip

@@ -1,5 +1,6 @@
 """Each row of the benchmark of criteria prunes to its budget, and no row changes what another one gets."""
 
+import copy
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,7 +16,8 @@ from lightning_prune.models import build_network
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts import what is beside them
 rows = import_module("finetune_rows")
 OURS = [name for name, row in rows.ROWS.items() if isinstance(row, rows.Ours)]
-RIVALS = [name for name in rows.ROWS if name not in OURS]
+RIVALS = [name for name, row in rows.ROWS.items() if isinstance(row, rows.TorchPruning)]
+PAID = {name: row for name, row in rows.ROWS.items() if isinstance(row, rows.AtEqualCost)}
 
 
 @pytest.fixture
@@ -89,3 +91,29 @@ def test_a_rival_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(SystemExit, match="needs Torch-Pruning: pip install"):
         rows.ROWS[RIVALS[0]].begin(network, [])
+
+
+def test_rows_at_equal_cost_prune_as_the_rows_that_they_are_of(network: nn.Module, batches, monkeypatch):
+    assert [name for name, row in PAID.items() if row.distilled] == [name for name in PAID if "distilled" in name]
+    assert len(PAID) == 4
+    monkeypatch.setattr(rows, "COMPENSATED_BY", 1)
+    plain = copy.deepcopy(network)
+    found = PAID["coherent OBS, refit"].begin(network, batches)(0.5, [])
+    assert 0.4 < found["flops"] <= 0.5
+    lp.prune(plain, lp.pruning_plan.plan_in_force(network))
+    pairs = list(zip(network.parameters(), plain.parameters(), strict=True))
+    assert all(refitted.shape == sliced.shape for refitted, sliced in pairs)
+    assert not all(torch.equal(refitted, sliced) for refitted, sliced in pairs)
+
+
+def test_statistics_of_a_rival_are_those_of_the_batches(network: nn.Module, batches):
+    class Nothing:
+        times, inside_blocks = 1, False
+
+        def begin(self, model, batches):
+            return lambda keep, optimizers: {"flops": keep}
+
+    assert rows.Recalibrated(Nothing()).begin(network, batches)(0.5, []) == {"flops": 0.5}
+    seen = network.features[0](batches[0][0]), network.features[0](batches[1][0])
+    mean = torch.stack([each.mean((0, 2, 3)) for each in seen]).mean(0)
+    torch.testing.assert_close(network.features[1].running_mean, mean)

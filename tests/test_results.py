@@ -52,6 +52,31 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
             ("vgg, keep 0.7", "not pruned", "fine-tuned (%)", "2", 75.0),
         ],
     ),
+    "compensation.json": (
+        {
+            "net | not pruned | 1": {"accuracy": 0.75, "flops": 1.0, "seconds": {}},
+            "net, keep 0.7 | L1, refit | 1": {"accuracy": 0.5, "flops": 0.7, "seconds": {"plan": 20.0, "prune": 30.0}},
+            "net | L1, refit | 2": {
+                "accuracy": 0.25,
+                "flops": 0.5,
+                "seconds": {"prune": 70.0},
+                "made": {"settings": {}, "hardware": "a CPU"},
+            },
+        },
+        [
+            ("net", "not pruned", "right after (%)", "1", 75.0),
+            ("net", "not pruned", "FLOPs kept (%)", "1", 100.0),
+            ("net, keep 0.7", "L1, refit", "right after (%)", "1", 50.0),
+            ("net, keep 0.7", "L1, refit", "FLOPs kept (%)", "1", 70.0),
+            ("net, keep 0.7", "L1, refit", "seconds of a core", "1", 50.0),
+            ("net, keep 0.7", "L1, refit", "seconds left of 60", "1", 10.0),
+            ("net, keep 0.7", "L1, refit", "against the whole network", "1", -25.0),
+            ("net", "L1, refit", "right after (%)", "2", 25.0),
+            ("net", "L1, refit", "FLOPs kept (%)", "2", 50.0),
+            ("net", "L1, refit", "seconds of a core", "2", 70.0),
+            ("net", "L1, refit", "seconds left of 60", "2", -10.0),
+        ],
+    ),
     "two_classes.json": (
         {"vgg | pruned | 0": {"accuracy": 0.5, "filters": 0.25, "widths": {}, "speed_1": 2.0, "speed_32": 3.0}},
         [
@@ -306,6 +331,19 @@ def test_plots_show_each_budget_and_only_what_was_measured(figures: dict[str, An
     ]
     assert plot.points == {"ours": ours, "theirs": []}
     assert plot.floor == 82 - 3 * 8  # three times as far below the middle as that is from the whole network
+
+
+def test_plots_of_other_files_have_their_own_columns_and_enough_budgets():
+    budgets = {
+        name: {row: {"right after (%)": {"0": 80.0, "1": 84.0}, plotting.FLOPS: {"0": flops, "1": flops}}}
+        for name, row, flops in [("net, keep 0.7", "ours", 70.0), ("net", "ours", 50.0), ("once", "ours", 50.0)]
+    }
+    for name in ("net", "once"):
+        budgets[name][plotting.WHOLE] = {"right after (%)": {"0": 90.0}}
+    (plot,) = plotting.plots(budgets, ["ours", "theirs"], plotting.PRUNED)
+    deviation = pytest.approx(8**0.5, abs=1e-6)
+    assert plot.points == {"ours": [(50.0, 82.0, deviation), (70.0, 82.0, deviation)], "theirs": []}
+    assert (plot.file, plot.floor) == ("compensation_net.svg", 82 - 3 * 8)
 
 
 def test_figures_are_the_same_bytes_for_the_same_points(figures: dict[str, Any]):

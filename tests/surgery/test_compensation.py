@@ -4,6 +4,7 @@ import copy
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 import lightning_prune as lp
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
+from lightning_prune.surgery.compensation import compensating, normalisation
+from lightning_prune.surgery.compensation.least_squares import Moments
 from lightning_prune.surgery.compensation.operators import READ_CALL, as_matrix, from_matrix
 from lightning_prune.surgery.compensation.sampling import Places
 
@@ -533,6 +536,64 @@ def test_batches_join_when_there_is_room(monkeypatch: pytest.MonkeyPatch):
     report = lp.prune(smaller, plan, compensate="refit", batches=x.split(16))
     assert report.compensation.batches == 3
     assert error(smaller, model, x) < 1e-9
+
+
+# -- sums --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (7, 63), (300, 65), (40, 257), (9, 300)])
+def test_moments_are_those_of_all_pairs_of_columns(count: int, columns: int):
+    x, y = torch.randn(2, 3 * count, columns, dtype=torch.float64) + 5
+    moments = Moments.like(x[:count], y[:count])
+    for some_x, some_y in zip(x.split(count), y.split(count), strict=True):
+        moments.add(some_x, some_y)
+    joint = np.cov(torch.cat([x, y], 1).numpy(), rowvar=False, bias=True)
+    xx, yx, yy = moments.second(centred=True)
+    np.testing.assert_allclose(xx, joint[:columns, :columns], atol=1e-12)
+    np.testing.assert_allclose(yx, joint[columns:, :columns], atol=1e-12)
+    np.testing.assert_allclose(yy, joint.diagonal()[columns:], atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (6, 3, 7), (5, 3, 4, 6), (2, 3, 2, 2, 3)])
+def test_statistics_are_those_of_all_samples_and_positions(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(normalisation, "_BLOCK", 2 * torch.Size(shape[1:]).numel())  # two samples at a time
+    batches = [torch.randn(shape, dtype=torch.float64) + 10 * number for number in range(2)]
+    found = normalisation._Statistics()
+    for batch in batches:
+        found.add(batch)
+    by_channel = torch.cat(batches).movedim(1, 0).flatten(1).numpy()
+    np.testing.assert_allclose(found.mean, by_channel.mean(1))
+    np.testing.assert_allclose(found.variance, by_channel.var(1))
+
+
+def test_statistics_of_large_maps_look_at_the_same_positions_of_all_channels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(normalisation, "_ENOUGH", 60)
+    x = torch.randn(5, 3, 8, 12)  # 480 numbers of each channel, 60 of them at every third position along both axes
+    thinned = normalisation._thinned(x)
+    assert thinned.equal(x[:, :, ::3, ::3])
+    assert normalisation._thinned(x[:, :1]).equal(thinned[:, :1])
+    assert normalisation._thinned(x[:1, :, :1]).shape == (1, 3, 1, 12)  # there is but one position along an axis
+    assert normalisation._thinned(x[:, :, 0, 0]).equal(x[:, :, 0, 0])
+
+
+@pytest.mark.parametrize("sample", [0, 3])
+def test_what_has_changed_in_one_sample_alone_is_seen(sample: int):
+    before = torch.randn(4, 3, 5)
+    now = before.clone()
+    work = SimpleNamespace(survey=SimpleNamespace(norms={}))
+    meeting = SimpleNamespace(whole=SimpleNamespace(x=before), pruned=SimpleNamespace(x=now))
+    assert not compensating._drifted(work, "layer", [meeting])
+    now[sample, 1, 2] += 1e-3
+    assert compensating._drifted(work, "layer", [meeting])
+
+
+def test_outputs_whose_sum_is_not_finite_are_taken_if_they_are():
+    huge = torch.full((8, 2), 3e38)
+    meeting = SimpleNamespace(output=huge)
+    compensating._check_finite("layer", [meeting])
+    huge[3, 1] = torch.inf
+    with pytest.raises(ValueError, match="'layer' returns numbers that are not finite"):
+        compensating._check_finite("layer", [meeting])
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ _FLOOR = 1e-12
 _EXACT = 1e-10  # a smaller ridge is that of a map that fits exactly
 _ATTEMPTS = 13  # to make a matrix positive, up to a ridge of ten times its mean diagonal
 _BLOCK = 2**22  # numbers in double precision at a time
+_STRIPES = 4  # of columns that are multiplied with each other and with those behind them
+_NARROW = 64  # columns: stripes gain nothing by being narrower
 
 
 @dataclass
@@ -67,12 +69,12 @@ class Moments:
         rows = max(1, _BLOCK // widest)
         blocks = zip(inputs.split(rows), outputs.split(rows), strict=True)
         for some_inputs, some_outputs in blocks:
-            x = some_inputs.double() - self.shift_x
-            y = some_outputs.double() - self.shift_y
+            x = _less(some_inputs, self.shift_x)
+            y = _less(some_outputs, self.shift_y)
             self.count += len(x)
             self.x += x.sum(0)
             self.y += y.sum(0)
-            self.xx.addmm_(x.T, x)
+            _add_products(self.xx, x)
             self.yx.addmm_(y.T, x)
             self.yy += y.square().sum(0)
 
@@ -94,14 +96,38 @@ class Moments:
         """
         x = self.x / self.count
         y = self.y / self.count
-        xx = self.xx / self.count - torch.outer(x, x)
-        yx = self.yx / self.count - torch.outer(y, x)
-        yy = self.yy / self.count - y.square()
+        xx = self.xx / self.count
+        yx = self.yx / self.count
+        yy = self.yy / self.count
+        xx.addr_(x, x, alpha=-1)  # in place: matrices of wide layers are what takes memory here
+        yx.addr_(y, x, alpha=-1)
+        yy = yy - y.square()
         if centred:
             return xx, yx, yy
-        xx = xx + torch.outer(self.mean_x, self.mean_x)
-        yx = yx + torch.outer(self.mean_y, self.mean_x)
+        xx.addr_(self.mean_x, self.mean_x)
+        yx.addr_(self.mean_y, self.mean_x)
         return xx, yx, yy + self.mean_y.square()
+
+
+def _less(numbers: Tensor, shift: Tensor) -> Tensor:
+    """Return numbers in double precision, less a shift, in memory of their own."""
+    return numbers.to(torch.float64, copy=True).sub_(shift)
+
+
+def _add_products(total: Tensor, x: Tensor) -> None:
+    """Add the products of all pairs of columns, each pair multiplied once.
+
+    Args:
+        total: (columns, columns), what they are added to; symmetric.
+        x: (n, columns).
+    """
+    columns = x.shape[1]
+    width = max(_NARROW, -(-columns // _STRIPES))
+    for start in range(0, columns, width):
+        stop = start + width
+        stripe = x[:, start:stop].T
+        total[start:stop, start:].addmm_(stripe, x[:, start:])
+        total[stop:, start:stop] = total[start:stop, stop:].T
 
 
 def fit_moments(moments: Moments, prior: Tensor, intercept: bool) -> Tensor:
@@ -136,6 +162,7 @@ def fit_moments(moments: Moments, prior: Tensor, intercept: bool) -> Tensor:
         unexplained = min(1.0, max(0.0, share / degrees))
     ridge = RIDGE * unexplained
     if ridge > _EXACT:
+        del factor
         factor = _factor(xx, ridge * scale)
         return prior + _solved(factor, rest)
     change = _solved(factor, rest)

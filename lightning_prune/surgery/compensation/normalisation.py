@@ -11,6 +11,9 @@ from lightning_prune.surgery.compensation.work import Work
 
 __all__ = ["adapt_statistics"]
 
+_BLOCK = 2**20  # numbers at a time, which a cache holds
+_ENOUGH = 2**15  # numbers of each channel in a batch: from there on, some positions are left out
+
 
 def adapt_statistics(work: Work, name: str, meetings: Sequence[Meeting]) -> None:
     """Change running statistics by as much as what is normalised has changed.
@@ -59,14 +62,37 @@ class _Statistics:
 
     def add(self, x: Tensor) -> None:
         """Add (samples, channels, *spatial)."""
+        x = _thinned(x)
+        per_sample = x[0].numel()
+        samples = max(1, _BLOCK // per_sample)
+        for some in x.split(samples):
+            self._add_block(some)
+
+    def _add_block(self, x: Tensor) -> None:
         axes = [axis for axis in range(x.dim()) if axis != 1]
-        variance, mean = torch.var_mean(x, axes, correction=0)
+        # Two passes: `torch.var_mean` takes many times as long over such axes.
+        mean = x.mean(axes, keepdim=True)
+        apart = x - mean
+        variance = apart.square_().mean(axes)
+        mean = mean.flatten()
         count = x.numel() // x.shape[1]
         share = count / (self.count + count)
         other = 1 - share
-        apart = mean.double() - self.mean
-        self.mean = self.mean + share * apart
+        moved = mean.double() - self.mean
+        self.mean = self.mean + share * moved
         within = other * self.variance + share * variance.double()
-        between = share * other * apart.square()
+        between = share * other * moved.square()
         self.variance = within + between
         self.count += count
+
+
+def _thinned(x: Tensor) -> Tensor:
+    """Leave out positions, the same for any number of channels, if each channel has more numbers than are needed."""
+    axes = x.dim() - 2
+    numbers = x.numel() // x.shape[1]  # of each channel
+    shortest = min(x.shape[2:], default=1)
+    step = 1
+    while step < shortest and numbers > _ENOUGH * step**axes:
+        step += 1
+    every = [slice(None, None, step)] * axes
+    return x[(slice(None), slice(None), *every)]
