@@ -141,23 +141,32 @@ class _Terms:
             pruned: (n,) int64.
             kept: (m,) int64.
         """
-        rows_of_pruned = pruned[:, None]
-        rows_of_kept = kept[:, None]
-        inner = self.inverse[rows_of_pruned, pruned]
-        outer = self.inverse[rows_of_pruned, kept]
+        rows = self.inverse[pruned]
+        inner = rows[:, pruned]
+        outer = rows[:, kept]
         shares = -torch.linalg.solve(inner, outer)  # of each pruned channel that goes to each kept one
 
         def joined(matrix: Tensor) -> Tensor:
-            across = matrix[rows_of_kept, pruned]
-            across = across @ shares
-            within = matrix[rows_of_pruned, pruned]
-            within = within @ shares
-            total = matrix[rows_of_kept, kept]
-            total = total + across
-            total = total + across.T
-            return total + shares.T @ within
+            rows = matrix.index_select(0, kept)
+            within = matrix[pruned]
+            within = within[:, pruned]
+            across = rows[:, pruned] + shares.T @ within / 2
+            change = across @ shares
+            change = change + change.T
+            return change.add_(rows.index_select(1, kept))
 
         return self._each(joined)
+
+    def drop(self, channel: int) -> None:
+        """Prune one channel in place and compensate for it: nothing depends on its row and column any more."""
+        row = self.inverse[channel]
+        shares = -row / row[channel]  # that goes to each other channel, and all of it from itself
+        for matrix in (self.inverse, self.varying, self.uniform, self.means):
+            row = matrix[channel]
+            across = row + shares * row[channel] / 2
+            change = torch.outer(across, shares)
+            matrix += change
+            matrix += change.T
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "_Terms":
         return _Terms(
@@ -265,21 +274,22 @@ def _costs_of_elimination(terms: list[_Terms]) -> Tensor:
 
 
 def _cheapest(terms: Sequence[_Terms], number: int) -> tuple[list[int], list[float]]:
-    """Return the places and costs of channels that go one after the other, each the cheapest by then."""
+    """Return the places and costs of channels that go one after the other, each the cheapest by then.
+
+    Args:
+        terms: The terms, which are changed.
+        number: How many go.
+    """
     chosen: list[int] = []
     costs: list[float] = []
-    size = len(terms[0].inverse)
-    places = torch.arange(size)
     for _ in range(number):
         total = _total(terms)
-        cheapest = total.argmin()
-        place = places[cheapest]
-        cost = total[cheapest]
-        chosen.append(int(place))
-        costs.append(float(cost))
-        others = _others(len(places), cheapest)
-        terms = [one.without(cheapest[None], others) for one in terms]
-        places = places[others]
+        total[chosen] = torch.inf
+        place = int(total.argmin())
+        chosen.append(place)
+        costs.append(float(total[place]))
+        for one in terms:
+            one.drop(place)
     return chosen, costs
 
 
