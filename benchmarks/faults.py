@@ -55,6 +55,7 @@ KILLED = -signal.SIGKILL
 CHANGES = {"start_epoch": 2}
 # What callbacks measure with: it is called, and the rank dies; in the epoch, and at the call, that stand beside it.
 MEASURED_BY: dict[str, tuple[str, int, int]] = {
+    "default": ("lightning_prune.criteria.score", 3, 1),
     "magnitude": ("lightning_prune.criteria.score", 3, 1),
     "magnitude_refit": ("lightning_prune.callbacks.compensation_step.compensation", 3, 1),
     "taylor": ("lightning_prune.callbacks.taylor.finish", 3, 1),

@@ -25,10 +25,25 @@ from lightning_prune.callbacks import (
 
 # Settings that make each callback prune three times within `EPOCHS` epochs.
 CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
-    "magnitude": (PruningCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
+    "default": (
+        PruningCallback,
+        {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "compensate_batches": 2},
+    ),
+    "magnitude": (
+        PruningCallback,
+        {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "criterion": "l1", "compensate": "none"},
+    ),
     "magnitude_refit": (
         PruningCallback,
-        {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "compensate": "refit", "compensate_batches": 2},
+        {
+            "keep": 0.5,
+            "steps": 3,
+            "start_epoch": 1,
+            "round_to": 2,
+            "criterion": "l1",
+            "compensate": "refit",
+            "compensate_batches": 2,
+        },
     ),
     "taylor": (TaylorRankCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
     "taylor_gate": (

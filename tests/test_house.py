@@ -18,12 +18,12 @@ REPOSITORY = PACKAGE.parent
 # A room imports from the rooms of lower floors, and from itself.
 FLOORS = (
     ("plain",),
-    ("pruning_plan", "progress", "files", "importing", "compiled", "ddp", "rl"),
+    ("pruning_plan", "progress", "files", "importing", "compiled", "ddp", "unlabelled", "rl"),
     ("graph", "models", "datamodules"),
     ("planning", "surgery"),
     ("candidates", "checkpoint", "export"),
     ("criteria",),
-    ("search", "reporting"),
+    ("search", "reporting", "post_training"),
     ("callbacks",),
     ("cli",),
 )

@@ -25,6 +25,7 @@ class AFIEEarlyPruneCallback(PruningCallback):
     Args:
         within: What chooses the channels within a group: a criterion, such as ``"l1"``, ``"l2"`` or ``"random"``.
         flatten: Take a filter as one row of inputs times positions, instead of averaging it over its positions.
+        compensate: As for `PruningCallback`; the method itself knows of none.
         settings: As for `PruningCallback`, without ``criterion``.
 
     Raises:
@@ -57,8 +58,14 @@ class AFIEEarlyPruneCallback(PruningCallback):
 
     state: State
 
-    def __init__(self, within: str | dict[str, Any] = "l1", flatten: bool = False, **settings: Any) -> None:
-        super().__init__(criterion=within, **settings)
+    def __init__(
+        self,
+        within: str | dict[str, Any] = "l1",
+        flatten: bool = False,
+        compensate: str = "none",
+        **settings: Any,
+    ) -> None:
+        super().__init__(criterion=within, compensate=compensate, **settings)
         self.flatten = flatten
 
     @override

@@ -12,11 +12,12 @@ from typing_extensions import override
 
 from lightning_prune import criteria, planning
 from lightning_prune.callbacks import refusals
-from lightning_prune.callbacks.compensation_step import Compensator, arguments_of, run_forward
+from lightning_prune.callbacks.compensation_step import compensations
 from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.example_inputs import samples_of
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
+from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.rehearsal import Rehearsal
@@ -28,7 +29,7 @@ from lightning_prune.callbacks.state import State as BaseState
 from lightning_prune.callbacks.state import deal_out, from_checkpoint, gather, to_checkpoint
 from lightning_prune.callbacks.surgery_step import prune_in_training
 from lightning_prune.callbacks.trainer_state import log_epoch, unlogged
-from lightning_prune.criteria.registry import find, needs_data
+from lightning_prune.criteria.registry import find, needs_data, needs_loss, takes_data
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.progress import progress, show_with
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
@@ -37,16 +38,21 @@ from lightning_prune.reporting.loggers import folder
 from lightning_prune.callbacks.bars import follow
 from lightning_prune.reporting.loggers import say, warn
 from lightning_prune.surgery import check, uninterrupted
-from lightning_prune.surgery.compensation import check_method
+from lightning_prune.surgery.compensation import METHODS, Compensation
+from lightning_prune.unlabelled import run_forward
 
 __all__ = ["PruningCallback"]
 
+_BEST = "refit"  # what compensates if it is left open
+
 
 class PruningCallback(Schedule, Callback):
-    """Prune a network step by step while it trains, by the norm of its filters or another criterion.
+    """Prune a network step by step while it trains, and let the channels that are kept make up for those pruned.
 
     At the start of every ``every_n_epochs``-th epoch, from ``start_epoch`` on, the channels that matter least are
-    pruned for good, until after ``steps`` prunes the budget is met. Training then goes on: optimizers keep their state,
+    pruned for good, until after ``steps`` prunes the budget is met. Scores and compensation look at some training
+    batches without their labels; where there are none, or the module cannot be run on them, a warning says so, and
+    channels are ranked by the weights alone. Training then goes on: optimizers keep their state,
     distributed training is wrapped anew, and checkpoints hold the plan, so that a run resumes in the pruned shape. With
     ``fast_dev_run`` the network is pruned down to the budget before the last training batch, or after the only one, to
     show that all of it works.
@@ -70,11 +76,12 @@ class PruningCallback(Schedule, Callback):
             of one tensor as a list of numbers. Default: ``example_input_array`` of the LightningModule, else what
             ``training_step`` or ``validation_step`` hands to it.
         criterion: What scores the channels: a name in ``lightning_prune.criteria.CRITERIA`` or the import path of a
-            function, with settings as a mapping such as ``{"name": "magnitude", "p": 2}``; one that needs no data.
+            function, with settings as a mapping such as ``{"name": "magnitude", "p": 2}``; one that needs no labels.
         compensate: What makes up for each prune before training goes on: ``"none"``, ``"statistics"``, ``"fold"`` or
-            ``"refit"``; see `lightning_prune.prune`.
-        compensate_batches: Number of training batches that this looks at, without their labels, each of as many samples
-            as all ranks take in a step, at most 128.
+            ``"refit"``, see `lightning_prune.prune`; or ``"auto"``: the last of these where the module can be run on
+            training batches, else the first.
+        compensate_batches: Number of training batches that scores and compensation look at, without their labels, each
+            of as many samples as all ranks take in a step, at most 128.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -109,8 +116,8 @@ class PruningCallback(Schedule, Callback):
         ignore: Sequence[str] = (),
         module: str = "",
         example_inputs: Any = None,
-        criterion: str | dict[str, Any] = "l1",
-        compensate: str = "none",
+        criterion: str | dict[str, Any] = "coherent_obs",
+        compensate: str = "auto",
         compensate_batches: int = 8,
     ) -> None:
         planning.check_keep(keep)
@@ -120,7 +127,7 @@ class PruningCallback(Schedule, Callback):
         check_whole_number("steps", steps, 1)
         check_whole_number("min_channels", min_channels, 1)
         check_whole_number("compensate_batches", compensate_batches, 1)
-        check_method(compensate)
+        _check_compensate(compensate)
         self.keep = keep
         self.metric = metric
         self.start_epoch = start_epoch
@@ -179,7 +186,12 @@ class PruningCallback(Schedule, Callback):
         Returns:
             (channels,) score of each group, higher is kept; ``-inf`` for channels that have been pruned.
         """
-        return criteria.score(graph, self.criterion)
+        if not self._scores_by_batches:
+            return criteria.score(graph, self.criterion)
+        batches = self._batches()
+        run = self._prune_batches.run_on
+        # The first rank alone: no two machines need to add up in the same order.
+        return decided_by_first_rank(trainer, lambda: criteria.score(graph, self.criterion, batches, run))
 
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
         """Make the plan for one prune, on the first rank; by default all channels compete for the budget.
@@ -192,7 +204,9 @@ class PruningCallback(Schedule, Callback):
         return planning.plan(graph, scores, keep, self.metric, self.round_to, self.min_channels)
 
     def run_on_batch(self, model: nn.Module, batch: Any) -> Any:
-        """Run the LightningModule on a training batch without its labels, for ``compensate``; by default ``forward``.
+        """Run the LightningModule on a training batch without its labels, for scores and compensation.
+
+        By default ``forward`` is what runs.
 
         Args:
             model: A copy of the LightningModule, or of an average of it, in evaluation mode.
@@ -204,9 +218,9 @@ class PruningCallback(Schedule, Callback):
 
     def check_criterion(self) -> None:
         """Raise a ValueError unless `scores` can be worked out by the criterion; called by the constructor."""
-        if needs_data(find(self.criterion)):
+        if needs_loss(find(self.criterion)):
             raise ValueError(
-                f"Criterion {self.criterion!r} needs data, and {type(self).__name__} scores by the weights alone; use "
+                f"Criterion {self.criterion!r} needs a loss, and {type(self).__name__} scores without labels; use "
                 "TaylorRankCallback, or score with lightning_prune.criteria.score."
             )
 
@@ -255,8 +269,8 @@ class PruningCallback(Schedule, Callback):
             recorder.begin(self)
             self.state.history = recorder.history
             self.run = self.Run(trainer, graph, recorder)
-            if self.compensate != "none" and self.steps_done < self.steps:
-                self._compensator.check()
+            if self.steps_done < self.steps:
+                self._check_batches()
             self.prepare(trainer, graph)
 
     @override
@@ -356,8 +370,51 @@ class PruningCallback(Schedule, Callback):
         return "run" in vars(self)
 
     @property
-    def _compensator(self) -> Compensator:
-        return Compensator(self.run.trainer, self.compensate, self.compensate_batches, self.run_on_batch)
+    def _prune_batches(self) -> PruneBatches:
+        return PruneBatches(self.run.trainer, self.compensate_batches, self.run_on_batch)
+
+    @property
+    def _takes_batches(self) -> bool:
+        """Whether the criterion can be given batches without labels."""
+        function = find(self.criterion)
+        return takes_data(function) and not needs_loss(function)
+
+    @property
+    def _scores_by_batches(self) -> bool:
+        return self._takes_batches and self.run.runs_on_batches
+
+    def _check_batches(self) -> None:
+        """Try the module on a training batch: raise a ValueError if a setting needs that, else warn and do without."""
+        needing = []
+        if self.compensate in METHODS and self.compensate != "none":
+            needing.append(f"compensate={self.compensate!r}")
+        if self._takes_batches and needs_data(find(self.criterion)):
+            needing.append(f"criterion={self.criterion!r}")
+        wanted = self._takes_batches or self.compensate == "auto"
+        if not needing and not wanted:
+            return
+        who = type(self).__name__
+        try:
+            self._prune_batches.check(" with ".join(needing) or who, self.module)
+        except ValueError as reason:
+            if needing:
+                raise
+            self.run.runs_on_batches = False
+            warn(f"{who} ranks channels without batches and does not compensate for the prune: {reason}")
+
+    def _batches(self) -> list[Any]:
+        """Draw the batches that this prune looks at, once."""
+        if self.run.batches is None:
+            self.run.batches = self._prune_batches.draw(seed=self.run.step)
+        return self.run.batches
+
+    def _compensations(self, plan: PruningPlan) -> list[Compensation]:
+        method = self.compensate
+        if method == "auto":
+            method = _BEST if self.run.runs_on_batches else "none"
+        if method == "none":
+            return []
+        return compensations(self.run.trainer, plan, method, self._batches(), self._prune_batches.run_on)
 
     def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> ChannelGraph:
         """Trace the model, and refuse what cannot be pruned."""
@@ -409,9 +466,10 @@ class PruningCallback(Schedule, Callback):
         with unlogged(pl_module), progress(doing):
             made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
             plan = agreed_plan(trainer, lambda: made)
-            compensations = self._compensator.compensations(plan, seed=step)
+            found = self._compensations(plan)
+            self.run.batches = None
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
-            report = prune_in_training(trainer, plan, compensations)
+            report = prune_in_training(trainer, plan, found)
             self.state.steps_done = step
             self.run.untried = list(report.widths)
             self.run.recorder.add_prune(plan, step, scores, report.compensation)
@@ -456,3 +514,9 @@ class PruningCallback(Schedule, Callback):
             f"after {self.steps_done} of {self.steps} prunes: prunes happen before epochs {self.start_epoch} to "
             f"{self.last_prune_epoch} (counted from 0), once each."
         )
+
+
+def _check_compensate(compensate: str) -> None:
+    """Raise a ValueError unless a setting names what makes up for a prune."""
+    if compensate not in ("auto", *METHODS):
+        raise ValueError(f"compensate must be one of auto, {', '.join(METHODS)}; got {compensate!r}.")

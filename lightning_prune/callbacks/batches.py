@@ -1,10 +1,9 @@
 """Batches that callbacks measure on: drawing them makes no difference to training."""
 
 import copy
-import inspect
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
@@ -14,13 +13,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 __all__ = [
     "ValidationBatches", "check_limit", "first_loaders_share", "gives_samples", "load_validation_split", "moved",
-    "samples", "taken", "training_batches", "validating",
+    "samples", "training_batches", "validating",
 ]  # fmt: skip
 
 _USUAL_BATCH_SIZE = 128  # where a loader makes its batches in a way of its own, and the most that is taken at once
@@ -186,26 +184,6 @@ def first_loaders_share(trainer: "pl.Trainer", batch: Any) -> Any:
     except ValueError:  # another structure than that of the loaders
         return batch
     return shares[0] if shares else batch
-
-
-def taken(model: nn.Module, batch: Any, arguments: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what a model takes from a batch, as positional and named arguments; labels are left out.
-
-    Args:
-        model: The model.
-        batch: A tensor; a list or tuple, of which the first entries are taken; or a dictionary, of which ``forward``
-            is given the entries that it has a name for, or all as one argument if it has a name for none.
-        arguments: How many entries of a list or tuple are taken.
-    """
-    if isinstance(batch, list | tuple) and batch:
-        if arguments > 1 and len(batch) >= arguments:
-            return tuple(batch[:arguments]), {}
-        return taken(model, batch[0], arguments)
-    if isinstance(batch, Mapping):
-        named = {name: batch[name] for name in inspect.signature(model.forward).parameters if name in batch}
-        if named:
-            return (), named
-    return (batch,), {}
 
 
 # -- loaders -----------------------------------------------------------------------------------------------------------

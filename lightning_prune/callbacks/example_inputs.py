@@ -8,7 +8,8 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.batches import first_loaders_share, taken
+from lightning_prune.callbacks.batches import first_loaders_share
+from lightning_prune.unlabelled import forward_arguments
 from lightning_prune.callbacks.descriptions import like
 from lightning_prune.callbacks.rehearsal import Rehearsal
 from lightning_prune.graph.entry import Step
@@ -82,7 +83,7 @@ def _of_forward(rehearsal: Rehearsal) -> Any:
     parts = [name for name, _ in pl_module.named_children()]
     for step in rehearsal.first_steps():
         batch = first_loaders_share(rehearsal.trainer, step.args[0])
-        args, kwargs = taken(pl_module, batch)
+        args, kwargs = forward_arguments(pl_module, batch)
         calls = [(args, kwargs), _first_call(pl_module, parts, step)]
         for call in calls:
             if call is not None and rehearsal.forward_takes(call):

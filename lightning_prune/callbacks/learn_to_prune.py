@@ -85,6 +85,7 @@ class LearnToPruneCallback(PruningCallback):
             samples, the loss with gradients where they are enabled; in YAML the import path of a function.
         seed: Seed of the agents.
         agent_settings: As for `make_filter_agent`: ``keep``, ``baseline``, ``learning_rate``.
+        compensate: As for `PruningCallback`; the method itself knows of none.
         settings: As for `PruningCallback`, without ``criterion``.
 
     Raises:
@@ -144,9 +145,10 @@ class LearnToPruneCallback(PruningCallback):
         evaluate: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
         seed: int = 0,
         agent_settings: Mapping[str, Any] | None = None,
+        compensate: str = "none",
         **settings: Any,
     ) -> None:
-        super().__init__(start_epoch=start_epoch, steps=steps, criterion="l1", **settings)
+        super().__init__(start_epoch=start_epoch, steps=steps, criterion="l1", compensate=compensate, **settings)
         if not metric_named(self.metric).counted:
             raise ValueError("LearnToPruneCallback needs a metric that can be counted: flops, params or channels.")
         if accepted_drop <= 0:

@@ -19,6 +19,7 @@ from lightning_prune.callbacks.schedule import check_whole_number
 from lightning_prune.callbacks.state import under
 from lightning_prune.callbacks.trainer_state import log_epoch, loss_scale, unlogged
 from lightning_prune.candidates import classification
+from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning import metric_named
 from lightning_prune.progress import progress
@@ -69,6 +70,7 @@ class RLJointPruneCallback(PruningCallback):
         seed: Seed of the agent.
         search_settings: As for `PolicySearch`: ``agent_updates``, ``environment_updates``, ``environment_size``,
             ``rewarded``, ``agent_settings``.
+        compensate: As for `PruningCallback`; the method itself knows of none.
         settings: As for `PruningCallback`, without ``criterion``, ``steps`` and ``every_n_epochs``.
 
     Raises:
@@ -142,9 +144,10 @@ class RLJointPruneCallback(PruningCallback):
         evaluate: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
         seed: int = 0,
         search_settings: Mapping[str, Any] | None = None,
+        compensate: str = "none",
         **settings: Any,
     ) -> None:
-        super().__init__(start_epoch=start_epoch, criterion=within, **settings)
+        super().__init__(start_epoch=start_epoch, criterion=within, compensate=compensate, **settings)
         if self.steps != 1:
             raise ValueError(f"RLJointPruneCallback prunes all channels at once; set steps to 1, not {self.steps}.")
         if not metric_named(self.metric).counted:
@@ -176,6 +179,12 @@ class RLJointPruneCallback(PruningCallback):
         return self.warmup_epochs <= epoch < min(end, self.start_epoch)
 
     # -- what to prune ---------------------------------------------------------------------------------------------
+
+    @override
+    def check_criterion(self) -> None:
+        super().check_criterion()
+        if needs_data(find(self.criterion)):
+            raise ValueError(f"Criterion {self.criterion!r} needs data, and RLJointPruneCallback gives it none.")
 
     @override
     def make_plan(

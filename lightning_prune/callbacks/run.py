@@ -1,6 +1,7 @@
 """The run of a pruning callback: what refers to the module, the graph or the trainer while it trains."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -23,6 +24,8 @@ class Run:
         step: Number of the prune that is being made, or was made last, from 1.
         epoch: The epoch that has begun.
         untried: The groups that were pruned since the last training step.
+        runs_on_batches: Whether the module can be run on training batches.
+        batches: Those that the prune that is being made looks at, once they are drawn.
     """
 
     trainer: "pl.Trainer"
@@ -31,6 +34,8 @@ class Run:
     step: int = 0
     epoch: int | None = None
     untried: list[str] = field(default_factory=list)
+    runs_on_batches: bool = True
+    batches: list[Any] | None = None
 
     def end(self) -> None:
         """Undo what the run has done to the module, such as hooks; called also if training fails."""

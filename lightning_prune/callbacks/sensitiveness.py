@@ -41,6 +41,7 @@ class SensitivenessCallback(PruningCallback):
         evaluate: Given the LightningModule and a batch, returns loss and accuracy (any score above 0; higher is
             better) as means over its samples; in YAML the import path of a function.
         seed: Seed of the random damages.
+        compensate: As for `PruningCallback`; the method itself knows of none.
         settings: As for `PruningCallback`, without ``criterion``.
 
     Raises:
@@ -87,9 +88,10 @@ class SensitivenessCallback(PruningCallback):
         limit_batches: int | None = None,
         evaluate: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
         seed: int = 0,
+        compensate: str = "none",
         **settings: Any,
     ) -> None:
-        super().__init__(criterion=within, **settings)
+        super().__init__(criterion=within, compensate=compensate, **settings)
         check_settings(damage, levels, draws)
         if ratio not in RATIOS:
             raise ValueError(f"ratio must be one of {', '.join(RATIOS)}; got {ratio!r}.")

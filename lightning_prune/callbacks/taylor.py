@@ -55,6 +55,7 @@ class TaylorRankCallback(PruningCallback):
         flops_penalty: How much of the cost of a channel, as a fraction of that of one channel of each group, is
             subtracted from its score.
         momentum: How much of the scores of the last prune is kept in the new ones, in [0, 1).
+        compensate: As for `PruningCallback`; the method itself knows of none.
         settings: As for `PruningCallback`, without ``criterion``.
 
     Raises:
@@ -127,9 +128,10 @@ class TaylorRankCallback(PruningCallback):
         normalize: bool | None = None,
         flops_penalty: float = 0.0,
         momentum: float = 0.0,
+        compensate: str = "none",
         **settings: Any,
     ) -> None:
-        super().__init__(start_epoch=start_epoch, criterion="taylor", **settings)
+        super().__init__(start_epoch=start_epoch, criterion="taylor", compensate=compensate, **settings)
         if start_epoch < 1:
             raise ValueError("start_epoch must be at least 1: the Taylor criterion scores during the epoch before.")
         check_settings(variant, flops_penalty)

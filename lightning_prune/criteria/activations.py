@@ -15,6 +15,7 @@ from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.finite import REMEDY, cause_in, not_finite_in
 from lightning_prune.graph.twin import twin_in_evaluation
+from lightning_prune.surgery.compensation.compensating import run_on
 
 __all__ = ["apoz", "mean_activation"]
 
@@ -22,13 +23,14 @@ Value = Callable[[Tensor], Tensor]
 
 
 @register("mean_activation")
-def mean_activation(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> Scores:
+def mean_activation(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None = None) -> Scores:
     """Score channels by the mean of what the layers behind them consume, over all samples and positions.
 
     Args:
         graph: The traced model, run in evaluation mode.
         batches: Batches of data.
-        loss: Given the model and a batch, runs the model; what it returns is not used.
+        loss: Given the model and a batch, runs the model; what it returns is not used. Default: the batch is what the
+            model is called with.
 
     Returns:
         (channels,) score of each group, divided by its Euclidean norm in the group, higher is kept; ``-inf`` for
@@ -55,13 +57,14 @@ def mean_activation(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> 
 
 
 @register("apoz")
-def apoz(graph: ChannelGraph, batches: Iterable[Any], loss: Loss) -> Scores:
+def apoz(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None = None) -> Scores:
     """Score channels by how often what the layers behind them consume is not zero: 1 less the percentage of zeros.
 
     Args:
         graph: The traced model, run in evaluation mode.
         batches: Batches of data.
-        loss: Given the model and a batch, runs the model; what it returns is not used.
+        loss: Given the model and a batch, runs the model; what it returns is not used. Default: the batch is what the
+            model is called with.
 
     Returns:
         (channels,) score of each group, in [0, 1], higher is kept; ``-inf`` for channels that have been pruned.
@@ -101,7 +104,7 @@ class _Mean:
 
 
 @torch.no_grad()
-def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss, value: Value) -> Scores:
+def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None, value: Value) -> Scores:
     """Return the mean of a value over all that is consumed of each channel: (kept channels,) by group."""
     check_watchable(graph, "The mean over activations")
     means: dict[str, _Mean] = {}  # by weight
@@ -120,7 +123,7 @@ def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss, val
 
     with twin_in_evaluation(graph.model) as twin, as_written():
         watch_inputs(replace(graph, model=twin.model), add)
-        run = of_twin(loss, twin)
+        run = of_twin(loss or run_on, twin)
         for number, batch in enumerate(batches):
             run(twin.model, batch)
             if spoilt:

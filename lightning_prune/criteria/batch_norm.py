@@ -1,10 +1,9 @@
 """Criterion on the scale that batch normalisation gives a channel."""
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.criteria.channel_scores import Scores, to_original_channels
+from lightning_prune.criteria.expected_shares import names_of_scales
 from lightning_prune.criteria.registry import register
 from lightning_prune.graph.channel_graph import ChannelGraph
 
@@ -31,6 +30,7 @@ def batch_norm_scale(graph: ChannelGraph) -> Scores:
         several places in one, the mean counts.
 
     Example:
+        >>> from torch import nn
         >>> from lightning_prune import trace
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1))
         >>> _ = model[1].weight.data.copy_(torch.tensor([0.5, -2.0]))
@@ -38,7 +38,7 @@ def batch_norm_scale(graph: ChannelGraph) -> Scores:
         tensor([0.5000, 2.0000])
     """
     now = graph.snapshot()
-    scales = _names_of_scales(graph.model)
+    scales = names_of_scales(graph.model)
     means = {}
     for name, group in graph.groups.items():
         places = [place for place in group.other_slices if place.tensor in scales]
@@ -50,8 +50,3 @@ def batch_norm_scale(graph: ChannelGraph) -> Scores:
         rows = [now.rows(name, place) for place in places]
         means[name] = torch.cat(rows, dim=1).abs().mean(1)  # (kept channels,)
     return to_original_channels(graph, means)
-
-
-def _names_of_scales(model: nn.Module) -> set[str]:
-    modules = model.named_modules()
-    return {f"{name}.weight" for name, module in modules if isinstance(module, _BatchNorm)}

@@ -35,9 +35,12 @@ def to_original_channels(graph: ChannelGraph, scores_of_kept: Mapping[str, Tenso
     for name, values in scores_of_kept.items():
         size = graph.groups[name].size
         kept = now.kept(name)
-        if not bool(values.isfinite().all()) and (len(values) > 1 or bool(values.isnan())):
+        is_finite = bool(values.isfinite().all())
+        is_nan = bool(values.isnan().any())
+        if is_nan or (not is_finite and len(values) > 1):
             raise not_rankable(graph.model, name)
-        original = torch.full((size,), -math.inf, dtype=values.dtype)
+        original = torch.full((size,), -math.inf)
+        original = original.to(values.dtype)
         original[kept] = values.detach().cpu()
         scores[name] = original
     return scores
@@ -57,13 +60,17 @@ def flops_per_channel(graph: ChannelGraph) -> dict[str, float]:
     """Return what one channel less in each group would save now, as fractions of their sum."""
     cost = CostModel(graph, "flops")
     plan = plan_in_force(graph.model) or PruningPlan()
-    now = cost(plan.widths)
+    widths = plan.widths
+    now = cost(widths)
     saved = {}
     snapshot = graph.snapshot({})
     for name in graph.groups:
-        one_less = len(snapshot.kept(name)) - 1
-        saved[name] = now - cost({**plan.widths, name: one_less})
-    total = max(sum(saved.values()), 1)
+        kept = snapshot.kept(name)
+        one_less = {name: len(kept) - 1}
+        smaller = cost({**widths, **one_less})
+        saved[name] = now - smaller
+    total = sum(saved.values())
+    total = max(total, 1)
     return {name: flops / total for name, flops in saved.items()}
 
 

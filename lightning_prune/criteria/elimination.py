@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.criteria.channel_scores import Scores, flops_per_channel, to_original_channels
+from lightning_prune.criteria.expected_shares import expected_shares
 from lightning_prune.criteria.layer_sensitivity import Sensitivity, sensitivities
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
@@ -18,20 +19,25 @@ __all__ = ["coherent_obs"]
 _RIDGE = 1e-3  # of the mean variance of the channels
 _BLOCKS = 32  # a block is this share of the channels that are kept so far
 _TINY = torch.finfo(torch.float64).tiny
+_LEAST_FLOPS = 1e-12  # of the sum over groups
 _POOL = 4  # channels that a block is chosen from, as a multiple of it
 
 
 @register("coherent_obs")
-def coherent_obs(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None = None) -> Scores:
+def coherent_obs(graph: ChannelGraph, batches: Iterable[Any] | None = None, loss: Loss | None = None) -> Scores:
     """Score channels by the damage to the outputs when they are pruned one after the other and the others make up.
 
     Each time the channel goes whose pruning costs least, and what the layers behind it read is then read from the
     others, as well as it can be. The cost has two terms: errors that differ from position to position, and errors that
     are the same all over an image and add up under average pooling. Labels are not used.
 
+    Without batches the cost of a channel is the share of the outputs of the layers behind it that is expected to come
+    from it, by weights and batch normalisation alone; channels are taken as uncorrelated then. Groups that no
+    convolution or linear layer is seen to consume are scored like that too, on the scale of the others.
+
     Args:
         graph: The traced model, run in evaluation mode.
-        batches: Batches of data; some hundred samples in all are enough.
+        batches: Batches of data; some hundred samples in all are enough. None for scores without data.
         loss: Given the model and a batch, runs the model; what it returns is not used. Default: the batch is what the
             model is called with.
 
@@ -40,7 +46,7 @@ def coherent_obs(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None 
         below that of a channel that is pruned before. ``-inf`` for channels that have been pruned.
 
     Raises:
-        ValueError: If there is no batch, or nothing is seen that consumes a group.
+        ValueError: If there is no batch in ``batches``.
 
     Note:
         Backward elimination with compensation is Optimal Brain Surgeon (Hassibi and Stork, 1993) on whole channels.
@@ -58,15 +64,41 @@ def coherent_obs(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None 
         >>> coherent_obs(trace(model, x), [x])["0"].argmin().item()  # which another channel repeats, larger
         1
     """
-    found = sensitivities(graph, batches, loss, _places(graph))
+    costs = expected_shares(graph)
+    if batches is not None:
+        seen = _costs_seen(graph, batches, loss)
+        scale = _scale(costs, seen)
+        for name, expected in costs.items():
+            costs[name] = seen.get(name, scale * expected)
     flops = flops_per_channel(graph)
     scores = {}
     for name in graph.groups:
-        terms = _terms(graph, name, found)
-        costs = _costs_of_elimination(terms)
-        per_channel = max(flops[name], _TINY)
-        scores[name] = costs / per_channel
+        per_channel = max(flops[name], _LEAST_FLOPS)
+        scores[name] = costs[name] / per_channel
     return to_original_channels(graph, scores)
+
+
+def _costs_seen(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None) -> Scores:
+    """Return the costs in the groups that layers were seen to consume: (kept channels,)."""
+    found = sensitivities(graph, batches, loss, _places(graph))
+    costs = {}
+    for name in graph.groups:
+        terms = _terms(graph, name, found)
+        if terms:
+            costs[name] = _costs_of_elimination(terms)
+    return costs
+
+
+def _scale(expected: Scores, seen: Scores) -> float:
+    """Return what makes expected costs comparable with those seen: the quotient of their means over the same groups."""
+    if not seen:
+        return 1.0
+    of_expected = 0.0
+    of_seen = 0.0
+    for name, costs in seen.items():
+        of_seen += float(costs.mean())
+        of_expected += float(expected[name].mean())
+    return of_seen / max(of_expected, _TINY)
 
 
 @dataclass
@@ -109,23 +141,32 @@ class _Terms:
             pruned: (n,) int64.
             kept: (m,) int64.
         """
-        rows_of_pruned = pruned[:, None]
-        rows_of_kept = kept[:, None]
-        inner = self.inverse[rows_of_pruned, pruned]
-        outer = self.inverse[rows_of_pruned, kept]
+        rows = self.inverse[pruned]
+        inner = rows[:, pruned]
+        outer = rows[:, kept]
         shares = -torch.linalg.solve(inner, outer)  # of each pruned channel that goes to each kept one
 
         def joined(matrix: Tensor) -> Tensor:
-            across = matrix[rows_of_kept, pruned]
-            across = across @ shares
-            within = matrix[rows_of_pruned, pruned]
-            within = within @ shares
-            total = matrix[rows_of_kept, kept]
-            total = total + across
-            total = total + across.T
-            return total + shares.T @ within
+            rows = matrix.index_select(0, kept)
+            within = matrix[pruned]
+            within = within[:, pruned]
+            across = rows[:, pruned] + shares.T @ within / 2
+            change = across @ shares
+            change = change + change.T
+            return change.add_(rows.index_select(1, kept))
 
         return self._each(joined)
+
+    def drop(self, channel: int) -> None:
+        """Prune one channel in place and compensate for it: nothing depends on its row and column any more."""
+        row = self.inverse[channel]
+        shares = -row / row[channel]  # that goes to each other channel, and all of it from itself
+        for matrix in (self.inverse, self.varying, self.uniform, self.means):
+            row = matrix[channel]
+            across = row + shares * row[channel] / 2
+            change = torch.outer(across, shares)
+            matrix += change
+            matrix += change.T
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "_Terms":
         return _Terms(
@@ -156,20 +197,15 @@ def _terms(graph: ChannelGraph, group: str, found: Mapping[str, Sensitivity]) ->
     tensors = named_tensors(graph.model)
     terms = []
     for name, of_weight in _places(graph).items():
-        if group not in of_weight or name not in found:
+        layer = found.get(name)
+        if group not in of_weight or layer is None or not layer.is_seen:
             continue
-        layer = found[name]
         positions = of_weight[group]
         weight = tensors[name].detach()
         weight = weight.movedim(layer.in_axis, 1)
         weight = weight[:, positions]
         at_layer = _terms_at(layer, group, weight.double())
         terms.append(at_layer)
-    if not terms:
-        raise ValueError(
-            f"Nothing that consumes group {group!r} is a convolution or linear layer that was run on the batches; "
-            f"add {group!r} to ignore, or use a criterion that needs no activations, such as 'l1'."
-        )
     return terms
 
 
@@ -238,21 +274,22 @@ def _costs_of_elimination(terms: list[_Terms]) -> Tensor:
 
 
 def _cheapest(terms: Sequence[_Terms], number: int) -> tuple[list[int], list[float]]:
-    """Return the places and costs of channels that go one after the other, each the cheapest by then."""
+    """Return the places and costs of channels that go one after the other, each the cheapest by then.
+
+    Args:
+        terms: The terms, which are changed.
+        number: How many go.
+    """
     chosen: list[int] = []
     costs: list[float] = []
-    size = len(terms[0].inverse)
-    places = torch.arange(size)
     for _ in range(number):
         total = _total(terms)
-        cheapest = total.argmin()
-        place = places[cheapest]
-        cost = total[cheapest]
-        chosen.append(int(place))
-        costs.append(float(cost))
-        others = _others(len(places), cheapest)
-        terms = [one.without(cheapest[None], others) for one in terms]
-        places = places[others]
+        total[chosen] = torch.inf
+        place = int(total.argmin())
+        chosen.append(place)
+        costs.append(float(total[place]))
+        for one in terms:
+            one.drop(place)
     return chosen, costs
 
 

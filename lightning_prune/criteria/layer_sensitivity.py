@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves
 
 from lightning_prune.criteria.registry import Loss
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.entry import as_call
 from lightning_prune.graph.finite import REMEDY, cause_in, not_finite_in
+from lightning_prune.graph.nested import nested_tensors
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.surgery.compensation.compensating import run_on
 from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
 from lightning_prune.surgery.compensation.least_squares import Moments
 from lightning_prune.surgery.compensation.operators import Linear, Step
@@ -80,6 +80,11 @@ class Sensitivity:
         self._uniform = self._uniform + uniform.sum(0)
 
     @property
+    def is_seen(self) -> bool:
+        """Whether gradients have come to it: outputs depend on what it returns."""
+        return self._samples > 0
+
+    @property
     def varying(self) -> Tensor:
         """(out_channels,) mean squared gradient, summed over positions, less that of its mean over them."""
         return self._varying / self._samples
@@ -124,6 +129,7 @@ def sensitivities(
     Raises:
         ValueError: If there is no batch, or the model returns NaN for one.
     """
+    number = -1
     with undisturbed(graph.model), torch.enable_grad():
         watched = _Watched(graph, places)
         for number, batch in enumerate(batches):
@@ -131,8 +137,8 @@ def sensitivities(
             if watched.saw_nan:
                 cause = cause_in(graph.model, [batch], number) or f"the model returns NaN for batch {number}"
                 raise ValueError(f"Nothing can be ranked, as {cause}; {REMEDY}.")
-    if not watched.found:
-        raise ValueError("There is no batch, or no layer that consumes channels was run on it.")
+    if number < 0:
+        raise ValueError("There is no batch that anything could be ranked by.")
     return watched.found
 
 
@@ -156,7 +162,7 @@ class _Watched:
         self._copied = shared_twin(graph.model, tensors)
         self._traced = self._copied.get_submodule(graph.module)
         self._outputs: list[Tensor] = []
-        self._edges: list[tuple[str, Any]] = []
+        self._edges: list[tuple[str, Linear, Any]] = []
         self._number = 0
         self._generator = torch.Generator().manual_seed(0)
         self._traced.register_forward_hook(self._note_output)
@@ -172,19 +178,16 @@ class _Watched:
         self._edges = []
         self._number = number
         with Watch(self._names, self._note_step):
-            if loss is not None:
-                loss(self._copied, batch)
-            else:
-                args, kwargs = as_call(batch)
-                self._copied(*args, **kwargs)
-        if not self._edges:
+            run = loss or run_on
+            run(self._copied, batch)
+        if not self._edges or not self._outputs:
             return
         projected = list(map(self._projected, self._outputs))
-        names, edges = zip(*self._edges, strict=True)
+        names, steps, edges = zip(*self._edges, strict=True)
         gradients = torch.autograd.grad(projected, edges, allow_unused=True)
-        for name, gradient in zip(names, gradients, strict=True):
+        for name, step, gradient in zip(names, steps, gradients, strict=True):
             if gradient is not None:
-                self.found[name].add_gradients(gradient)
+                self.found[name].add_gradients(step.shaped(gradient))
 
     def _projected(self, output: Tensor) -> Tensor:
         weights = torch.randn(output.shape, generator=self._generator)
@@ -193,13 +196,14 @@ class _Watched:
         return projected.sum()
 
     def _note_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                self._outputs.append(leaf)
+        for tensor in nested_tensors(output):
+            if tensor.requires_grad:
+                self._outputs.append(tensor)
 
     def _note_step(self, name: str, step: Step, proceed: Callable[[], Any]) -> Any:
         output = proceed()
-        if name in self._places and isinstance(step, Linear):
+        # In convolution groups not every channel can make up for every other one.
+        if name in self._places and isinstance(step, Linear) and step.groups == 1:
             if name not in self.found:
                 self.found[name] = Sensitivity(step, self._places[name])
             layer = self.found[name]
@@ -207,7 +211,7 @@ class _Watched:
             layer.add_inputs(inputs, self._number)
             # The place in the backward pass: what is changed in place afterwards has another.
             edge = get_gradient_edge(output)
-            self._edges.append((name, edge))
+            self._edges.append((name, step, edge))
         return output
 
 

@@ -11,7 +11,7 @@ from lightning_prune.criteria.channel_scores import Scores
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.importing import imported
 
-__all__ = ["CRITERIA", "Criterion", "Loss", "find", "needs_data", "needs_loss", "register", "score"]
+__all__ = ["CRITERIA", "Criterion", "Loss", "find", "needs_data", "needs_loss", "register", "score", "takes_data"]
 
 Criterion = Callable[..., Scores]
 """Given the graph, and for some also batches and a loss, returns scores."""
@@ -31,9 +31,10 @@ def register(name: str) -> Callable[[_Function], _Function]:
         name: The name. A name that is taken is given to the new criterion.
 
     Returns:
-        A decorator for a function whose first parameter is the graph. One that needs data names its next two
-        parameters ``batches`` and ``loss``; all others are settings, and need defaults. It returns the (channels,)
-        score of each group, higher is kept; ``-inf`` for channels that have been pruned.
+        A decorator for a function whose first parameter is the graph. One that takes data names its next two
+        parameters ``batches`` and ``loss``, with None as the default of what it can do without; all others are
+        settings, and need defaults. It returns the (channels,) score of each group, higher is kept; ``-inf`` for
+        channels that have been pruned.
 
     Example:
         >>> import torch
@@ -65,8 +66,9 @@ def score(
         graph: The traced model.
         criterion: A name in `CRITERIA`, or the import path of a function; with settings as a mapping such as
             ``{"name": "magnitude", "p": 2}``.
-        batches: Batches of data, for criteria that need them.
-        loss: Given the model and a batch, returns the loss as a scalar, for criteria that need data.
+        batches: Batches of data, for criteria that take them.
+        loss: Given the model and a batch, returns the loss as a scalar; those that can do without it run the model
+            by it, if it is given.
 
     Returns:
         (channels,) score of each group, higher is kept; ``-inf`` for channels that have been pruned.
@@ -83,11 +85,13 @@ def score(
         tensor([1.0000, 1.5000, 0.5000])
     """
     function = find(criterion)
-    if not needs_data(function):
+    if not takes_data(function):
         return function(graph)
     name, _ = _name_and_settings(criterion)
-    if batches is None:
+    if batches is None and needs_data(function):
         raise ValueError(f"Criterion {name!r} needs data: give `batches` and `loss`.")
+    if batches is None:
+        return function(graph)
     if loss is None and needs_loss(function):
         raise ValueError(f"Criterion {name!r} needs a loss: give `loss`, which is called with the model and a batch.")
     return function(graph, batches, loss)
@@ -117,15 +121,27 @@ def find(criterion: Setting) -> Criterion:
     return partial(function, **settings)
 
 
-def needs_data(function: Criterion) -> bool:
-    """Tell whether a criterion takes batches of data and a loss."""
+def takes_data(function: Criterion) -> bool:
+    """Tell whether a criterion takes batches of data."""
     return "batches" in inspect.signature(function).parameters
+
+
+def needs_data(function: Criterion) -> bool:
+    """Tell whether a criterion takes batches of data and cannot do without."""
+    return _needs(function, "batches")
 
 
 def needs_loss(function: Criterion) -> bool:
     """Tell whether a criterion takes a loss and cannot do without."""
-    parameters = inspect.signature(function).parameters
-    return "loss" in parameters and parameters["loss"].default is not None
+    return _needs(function, "loss")
+
+
+def _needs(function: Criterion, name: str) -> bool:
+    signature = inspect.signature(function)
+    if name not in signature.parameters:
+        return False
+    parameter = signature.parameters[name]
+    return parameter.default is not None
 
 
 def _name_and_settings(criterion: Setting) -> tuple[str, dict[str, Any]]:

@@ -46,11 +46,13 @@ class PruneReport:
     Attributes:
         widths: Channels before and after, by group name, for the groups that lose some.
         params: Number of parameters before and after.
+        plan: The channels that are kept, about the original model.
         compensation: What was done to the weights that are kept.
     """
 
     widths: dict[str, Change]
     params: Change
+    plan: PruningPlan = field(default_factory=PruningPlan, repr=False)
     compensation: CompensationReport = field(default_factory=CompensationReport)
 
     def __str__(self) -> str:
@@ -126,7 +128,7 @@ def pruned(
     params_before = _count(cuts[0].parameters)
     with in_place(replacements):
         params = Change(params_before, _count(cuts[0].parameters))
-        yield PruneReport(cuts[0].widths, params)
+        yield PruneReport(cuts[0].widths, params, plan)
 
 
 def pruned_tensors(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:

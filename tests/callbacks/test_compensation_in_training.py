@@ -16,12 +16,19 @@ from torch.utils.data import DataLoader, IterableDataset
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback, compensation_step, surgery_step
 from lightning_prune.callbacks.batches import training_batches
-from lightning_prune.callbacks.compensation_step import run_forward
+
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.history import History, read_histories
+from lightning_prune.unlabelled import run_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:Prune . of .")  # prunes nothing, in steps of two channels
-ONE_PRUNE: dict[str, Any] = {"keep": 0.5, "start_epoch": 1, "round_to": 2, "compensate_batches": 2}
+ONE_PRUNE: dict[str, Any] = {
+    "keep": 0.5,
+    "start_epoch": 1,
+    "round_to": 2,
+    "criterion": "l1",
+    "compensate_batches": 2,
+}
 
 
 class Around(L.Callback):
@@ -148,7 +155,7 @@ def test_the_history_tells_of_it(tmp_path: Path) -> None:
 
 
 def test_histories_from_before_compensation_are_read(tmp_path: Path) -> None:
-    callback = PruningCallback(**ONE_PRUNE)
+    callback = PruningCallback(**ONE_PRUNE, compensate="none")
     battery.train(tmp_path, callback, max_epochs=2)
     content = callback.history.to_json()
     content["version"] = 2
@@ -176,7 +183,7 @@ class Willing(PruningCallback):
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="compensate must be one of none, statistics, fold, refit; got 'refti'"):
+    with pytest.raises(ValueError, match="compensate must be one of auto, none, statistics, fold, refit; got 'refti'"):
         PruningCallback(compensate="refti")
     with pytest.raises(ValueError, match="compensate_batches must be a whole number of at least 1; got 0"):
         PruningCallback(compensate_batches=0)
@@ -298,3 +305,69 @@ def test_batches_are_those_of_the_training_split(tmp_path: Path, monkeypatch: py
     trainer.fit(battery.ResidualClassifier(), Counting(battery.images(96), 16), DataLoader(battery.images(64), 32))
     assert seen == [16, 16]
     assert len(started) == 2  # once an epoch
+
+
+# -- the default -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_criterion_batches_rank_and_refit(tmp_path: Path) -> None:
+    callback = PruningCallback(round_to=2, compensate_batches=2)
+    before, after = around_the_prune(tmp_path, callback)
+    graph = lp.trace(before["module"], before["batches"][0][:1])
+    plan = lp.plan(graph, lp.criteria.coherent_obs(graph, before["batches"]), 0.5, round_to=2)
+    assert plan_in_force(after["module"]).digest == plan.digest
+    expected = pruned_by_the_function(before["module"], after["module"], "refit", before["batches"])
+    assert battery.differences(after["module"], expected) == []
+    assert torch.equal(before["random"], after["random"])
+
+
+def test_several_prunes_rank_on_other_batches_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    score = lp.criteria.score
+
+    def watched(graph: Any, criterion: Any, batches: list[Any], run: Any) -> Any:
+        seen.append(torch.cat([batch[0] for batch in batches]))
+        return score(graph, criterion, batches, run)
+
+    monkeypatch.setattr(lp.criteria, "score", watched)
+    battery.train(tmp_path, battery.make_callback("default"))
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_any_criterion_that_needs_no_labels_is_given_batches(tmp_path: Path) -> None:
+    callback = PruningCallback(round_to=2, criterion="apoz", compensate="none", compensate_batches=2)
+    before, after = around_the_prune(tmp_path, callback)
+    graph = lp.trace(before["module"], before["batches"][0][:1])
+    plan = lp.plan(graph, lp.criteria.apoz(graph, before["batches"]), 0.5, round_to=2)
+    assert plan_in_force(after["module"]).digest == plan.digest
+
+
+def test_where_forward_does_not_take_batches_the_default_warns_and_does_without(tmp_path: Path) -> None:
+    example = {"images": torch.zeros(1, 1, 8, 8), "flag": True}
+    settings: dict[str, Any] = {"round_to": 2, "example_inputs": example}
+    train: dict[str, Any] = {"module": Wanting(), "max_epochs": 2, "limit_val_batches": 0}
+    callback = PruningCallback(**settings)
+    told = r"ranks channels without batches and does not compensate for the prune: .* fails with TypeError: .*flag"
+    with pytest.warns(UserWarning, match=told):
+        module, _ = battery.train(tmp_path / "default", callback, **train)
+    assert plan_in_force(module) is not None
+    assert callback.history.prunes[0].compensation is None
+    with pytest.raises(ValueError, match="criterion='apoz' runs Wanting on training batches, which fails with"):
+        battery.train(tmp_path / "apoz", PruningCallback(**settings, criterion="apoz"), **{**train, "module": Wanting()})
+
+
+def test_a_submodule_that_forward_does_not_run_is_ranked_without_batches(tmp_path: Path) -> None:
+    class Aside(Wrapping):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aside = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + self.aside(self(batch[0])).square().mean()
+
+    callback = PruningCallback(module="aside", example_inputs=[1, 4], round_to=2)
+    module = Aside()
+    with pytest.warns(UserWarning, match="ranks channels without batches .* does not run 'aside'"):
+        quiet_trainer(tmp_path, callback).fit(module, DataLoader(battery.images(96), 16))
+    assert plan_in_force(module).widths == {"aside.0": 8}

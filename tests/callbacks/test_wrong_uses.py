@@ -312,7 +312,7 @@ MODELS: dict[str, Row] = {
         "Shards spreads its state over the ranks, where it cannot be sliced; use the AdamW in it as it is.",
     ),
     "state that belongs to no channel": (
-        fit(PruningCallback(), module=WithOddState()), TypeError,
+        fit(PruningCallback(criterion="l1"), module=WithOddState()), TypeError,
         "SGD keeps 'history' of 'stem.weight' in shape (3, 108), where nothing says which numbers belong to which "
         "channel; use another optimizer, such as SGD or AdamW.",
     ),

@@ -108,7 +108,7 @@ def test_callbacks_refuse_a_criterion_when_they_are_made() -> None:
         PruningCallback(criterion="l3")
     for kind, setting in ((PruningCallback, "criterion"), (AFIEEarlyPruneCallback, "within")):
         with pytest.raises(
-            ValueError, match=rf"Criterion 'taylor' needs data, and {kind.__name__} scores by the weights"
+            ValueError, match=rf"Criterion 'taylor' needs a loss, and {kind.__name__} scores without labels"
         ):
             kind(**{setting: "taylor"})
     with pytest.raises(TypeError, match="criterion"):

@@ -151,20 +151,111 @@ def test_nothing_changes_and_labels_are_not_needed():
     assert coherent_obs(graph, [X])["0"].isinf().tolist() == [False, True, False, True, True, False, True]
 
 
-def test_what_cannot_be_scored_is_refused():
-    class Product(nn.Module):
+class Product(nn.Module):
+    """Consumes one group by a product that no layer knows of, and another one by a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 6)
+        self.w = nn.Parameter(torch.zeros(6, 8))
+        self.b = nn.Linear(8, 5)
+        self.c = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu() @ self.w
+        return self.c(self.b(x).relu())
+
+
+def test_what_no_layer_is_seen_to_consume_is_scored_by_its_weights_on_the_scale_of_the_others():
+    model = randomised(Product().double()).eval()
+    x = torch.randn(30, 4, dtype=torch.float64)
+    graph = lp.trace(model, x)
+    assert set(graph.groups) == {"a", "w", "b"}
+    flops = flops_per_channel(graph)
+    costs = {name: scores * flops[name] for name, scores in coherent_obs(graph, [x]).items()}
+    expected = {name: scores * flops[name] for name, scores in coherent_obs(graph).items()}
+    quotients = costs["a"] / expected["a"]
+    seen = costs["w"].mean() + costs["b"].mean()
+    torch.testing.assert_close(quotients, (seen / (expected["w"].mean() + expected["b"].mean())).expand(6))
+    assert float((costs["b"] / expected["b"]).std()) > 1e-3 * costs["b"].mean()
+
+
+def test_tokens_are_positions():
+    """A linear layer over the last axis is a convolution without a kernel."""
+
+    class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a = nn.Linear(4, 6)
-            self.w = nn.Parameter(torch.zeros(6, 2))
+            self.layers = randomised(nn.Sequential(nn.Linear(3, 9), nn.GELU(), nn.Linear(9, 2)).double())
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.a(x).relu() @ self.w
+            return self.layers(x)
 
+    model = Tokens().eval()
+    convolutions = nn.Sequential(nn.Conv1d(3, 9, 1), nn.GELU(), nn.Conv1d(9, 2, 1)).double().eval()
+    for layer, other in zip(model.layers, convolutions, strict=True):
+        if isinstance(layer, nn.Linear):
+            other.weight.data = layer.weight.data[:, :, None]
+            other.bias.data = layer.bias.data
+
+    class Projected(nn.Module):
+        """Has its outputs in the order of the tokens, so that they are projected alike."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = convolutions
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x.transpose(1, 2)).transpose(1, 2)
+
+    x = torch.randn(12, 7, 3, dtype=torch.float64)
+    [scores] = coherent_obs(lp.trace(model, x), [x]).values()
+    [of_convolutions] = coherent_obs(lp.trace(Projected().eval(), x), [x]).values()
+    torch.testing.assert_close(scores, of_convolutions, rtol=1e-9, atol=0)
+
+
+def test_layers_in_convolution_groups_are_scored_too():
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Conv2d(8, 2, 1)]
+    model = randomised(nn.Sequential(*layers).double()).eval()
+    scores = coherent_obs(lp.trace(model, X[:1]), [X])
+    assert all(bool(values.isfinite().all()) for values in scores.values())
+    assert len(scores) == len(lp.trace(model, X[:1]).groups)
+
+
+def test_without_data_a_channel_costs_its_share_of_what_is_expected_behind_it():
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(1, 2, 1)
+            self.norm = nn.BatchNorm2d(2)
+            self.b = nn.Conv2d(1, 3, 1, bias=False)
+            self.head = nn.Conv2d(5, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.norm(self.a(x)), self.b(x)], 1))
+
+    model = randomised(Joined().double()).eval()
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor([1.0, 2.0]))
+        model.b.weight.copy_(torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1, 1))
+    graph = lp.trace(model, torch.zeros(1, 1, 4, 4, dtype=torch.float64))
+    flops = flops_per_channel(graph)
+    scores = coherent_obs(graph)
+    variances = torch.tensor([1.0, 4.0, 1.0, 9.0, 4.0], dtype=torch.float64)
+    expected = model.head.weight.detach().flatten(1).square() * variances
+    shares = (expected / expected.sum(1, keepdim=True)).mean(0)
+    for name, values in (("a", shares[:2]), ("b", shares[2:])):
+        torch.testing.assert_close(scores[name] * flops[name], values)
+    model.norm.running_mean.fill_(7.0)  # tells nothing
+    assert torch.equal(coherent_obs(graph)["a"], scores["a"])
+    lp.prune(model, graph.plan({"a": torch.tensor([1])}))  # the other groups are as they were
+    again = coherent_obs(graph)["a"]
+    assert again.isinf().tolist() == [True, False]
+
+
+def test_what_cannot_be_scored_is_refused():
     graph = lp.trace(randomised(Product()), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="no batch"):
         coherent_obs(graph, [])
-    with pytest.raises(ValueError, match=r"no layer that consumes channels|Nothing that consumes group 'a'"):
-        coherent_obs(graph, [torch.randn(3, 4)])
     with pytest.raises(ValueError, match="'taylor' needs a loss"):
         score(graph, "taylor", [torch.randn(3, 4)])
