@@ -30,6 +30,10 @@ CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
         PruningCallback,
         {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "compensate": "refit", "compensate_batches": 2},
     ),
+    "magnitude_distilled": (
+        PruningCallback,
+        {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "distill": {"temperature": 2.0, "share": 0.5}},
+    ),
     "taylor": (TaylorRankCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
     "taylor_gate": (
         TaylorRankCallback,

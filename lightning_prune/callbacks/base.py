@@ -1,6 +1,6 @@
 """The base of all pruning callbacks: what a subclass says, and the hooks that prune by it while a network trains."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, TypeAlias
 from weakref import ref
@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_prune import criteria, planning
 from lightning_prune.callbacks import refusals
 from lightning_prune.callbacks.compensation_step import Compensator, arguments_of, run_forward
+from lightning_prune.callbacks.distilling import Distill, Distiller, distill_settings, logits_of, weights_now
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
@@ -24,7 +25,7 @@ from lightning_prune.callbacks.settings import refuse_other_settings
 from lightning_prune.callbacks.state import State as BaseState
 from lightning_prune.callbacks.state import deal_out, from_checkpoint, gather, to_checkpoint
 from lightning_prune.callbacks.surgery_step import prune_in_training
-from lightning_prune.callbacks.trainer_state import log_epoch, unlogged
+from lightning_prune.callbacks.trainer_state import log_epoch, log_mean, unlogged
 from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.progress import progress, show_with
@@ -72,6 +73,8 @@ class PruningCallback(Schedule, Callback):
             ``"refit"``; see `lightning_prune.prune`.
         compensate_batches: Number of training batches that this looks at, without their labels, each of as many samples
             as all ranks take in a step, at most 128.
+        distill: Whether the network as it was before the first prune teaches what is left of it, from that prune on:
+            true, false, or settings as a mapping such as ``{"temperature": 4, "share": 0.9}``.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -109,6 +112,7 @@ class PruningCallback(Schedule, Callback):
         criterion: str | dict[str, Any] = "l1",
         compensate: str = "none",
         compensate_batches: int = 8,
+        distill: bool | dict[str, Any] = False,
     ) -> None:
         planning.check_keep(keep)
         planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
@@ -118,6 +122,7 @@ class PruningCallback(Schedule, Callback):
         check_whole_number("min_channels", min_channels, 1)
         check_whole_number("compensate_batches", compensate_batches, 1)
         check_method(compensate)
+        distill_settings(distill)  # refuses what it does not know
         self.keep = keep
         self.metric = metric
         self.start_epoch = start_epoch
@@ -131,6 +136,7 @@ class PruningCallback(Schedule, Callback):
         self.criterion = criterion
         self.compensate = compensate
         self.compensate_batches = compensate_batches
+        self.distill = dict(distill) if isinstance(distill, Mapping) else distill
         self.check_criterion()
         self.state = self.State()
         self._last_module: ref[pl.LightningModule] | None = None
@@ -199,6 +205,22 @@ class PruningCallback(Schedule, Callback):
         whole = self.run.graph.example_inputs if not self.module else ()
         return run_forward(model, batch, arguments_of(whole))
 
+    def distillation_loss(self, output: Any, expected: Any) -> Tensor:
+        """Tell how far the network is from its teacher, for ``distill``; by default by their logits.
+
+        Args:
+            output: What the network has returned in a training step.
+            expected: What its teacher returns for the same inputs, in evaluation mode, without gradients.
+
+        Returns:
+            A single number, at least 0.
+
+        Raises:
+            ValueError: If outputs of this kind cannot be compared.
+        """
+        settings = distill_settings(self.distill) or Distill()
+        return settings.divergence(logits_of(output, settings.axis), logits_of(expected, settings.axis))
+
     def check_criterion(self) -> None:
         """Raise a ValueError unless `scores` can be worked out by the criterion; called by the constructor."""
         if needs_data(find(self.criterion)):
@@ -254,6 +276,7 @@ class PruningCallback(Schedule, Callback):
             self.run = self.Run(trainer, graph, recorder)
             if self.compensate != "none" and self.steps_done < self.steps:
                 self._compensator.check()
+            self._begin_distillation()
             self.prepare(trainer, graph)
 
     @override
@@ -266,12 +289,22 @@ class PruningCallback(Schedule, Callback):
     ) -> None:
         # A run that resumes in the middle of an epoch, or right after its last batch, starts without the hook above.
         self._begin_epoch_once(trainer, pl_module)
+        if self.run.distiller is not None:
+            self.run.distiller.begin_step()
+
+    @override
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        joined = self.run.distiller.join(loss) if self.run.distiller is not None else None
+        if joined is not None:
+            log_mean(pl_module, f"{folder(self.module)}/distillation", *joined)
 
     @override
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.run.untried = []
+        if self.run.distiller is not None:
+            self.run.distiller.stop()
         # A run of a few batches that is to show whether all works, the prune and what comes after it among that.
         is_second_to_last = batch_idx + 1 == max(1, trainer.num_training_batches - 1)
         trying_out = trainer.fast_dev_run and is_second_to_last  # type: ignore[attr-defined]
@@ -297,6 +330,7 @@ class PruningCallback(Schedule, Callback):
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         self._end_run()
+        self.state.teacher = {}
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -392,9 +426,11 @@ class PruningCallback(Schedule, Callback):
             made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
             plan = agreed_plan(trainer, lambda: made)
             compensations = self._compensator.compensations(plan, seed=step)
+            teacher = self._teacher_from_now()
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
             report = prune_in_training(trainer, plan, compensations)
             self.state.steps_done = step
+            self.state.teacher = teacher
             self.run.untried = list(report.widths)
             self.run.recorder.add_prune(plan, step, scores, report.compensation)
         if not report.widths:
@@ -404,9 +440,38 @@ class PruningCallback(Schedule, Callback):
             )
         say(f"{self._headline(trainer, plan, step)}\n{report}")
 
+    def _begin_distillation(self) -> None:
+        """Let the teacher of a run that goes on teach, and refuse what cannot be taught."""
+        settings = distill_settings(self.distill)
+        if settings is None:
+            self.state.teacher = {}
+            return
+        run = self.run
+        distiller = Distiller(run.trainer, run.graph, settings.share, self.distillation_loss)
+        if self.state.teacher:
+            distiller.teach_with(self.state.teacher)
+        elif self.steps_done:
+            warn(
+                f"{type(self).__name__} goes on without distill: the network before the first prune, the teacher, is "
+                "not at hand. It is dropped at the end of `fit`; checkpoints that are written while it trains have it."
+            )
+            return
+        distiller.check()
+        run.distiller = distiller
+
+    def _teacher_from_now(self) -> dict[str, Tensor]:
+        """Return the weights of the teacher; before the first prune let the network as it is now teach."""
+        if self.run.distiller is None or self.state.teacher:
+            return self.state.teacher
+        weights = weights_now(self.run.trainer)
+        self.run.distiller.teach_with(weights)
+        return weights
+
     def _end_run(self) -> None:
         """Drop every reference to the module."""
         if self._is_running:
+            if self.run.distiller is not None:
+                self.run.distiller.stop()
             self.run.end()
             del self.run
         show_with(None)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
 
+from lightning_prune.callbacks.distilling import Distiller
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.graph import ChannelGraph
 
@@ -23,6 +24,7 @@ class Run:
         step: Number of the prune that is being made, or was made last, from 1.
         epoch: The epoch that has begun.
         untried: The groups that were pruned since the last training step.
+        distiller: What joins the teacher's share to the loss, if there is to be a teacher.
     """
 
     trainer: "pl.Trainer"
@@ -31,6 +33,7 @@ class Run:
     step: int = 0
     epoch: int | None = None
     untried: list[str] = field(default_factory=list)
+    distiller: Distiller | None = None
 
     def end(self) -> None:
         """Undo what the run has done to the module, such as hooks; called also if training fails."""

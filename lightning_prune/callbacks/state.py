@@ -94,6 +94,7 @@ class State:
         steps_done: Number of prunes so far.
         batch_like: Shape and type of the first batch, where the example inputs are like it.
         history: What became of the network; on the first rank.
+        teacher: Parameters and buffers of the network before the first prune, by name, if it teaches.
 
     Example:
         >>> @dataclass
@@ -101,7 +102,7 @@ class State:
         ...     losses: list[float] = field(default_factory=list)
         >>> content = to_checkpoint(MyState(steps_done=1, losses=[0.5]))
         >>> content
-        {'steps_done': 1, 'batch_like': None, 'history': None, 'losses': [0.5]}
+        {'steps_done': 1, 'batch_like': None, 'history': None, 'teacher': {}, 'losses': [0.5]}
         >>> from_checkpoint(MyState, content)
         MyState(steps_done=1, batch_like=None, history=None, losses=[0.5])
     """
@@ -109,6 +110,7 @@ class State:
     steps_done: int = 0
     batch_like: Content | None = None
     history: History | None = field(default=None, metadata=stored(_write_history, _read_history))
+    teacher: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def upgraded(cls, content: Mapping[str, Any]) -> Mapping[str, Any]:

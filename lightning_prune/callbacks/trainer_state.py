@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["averaged_copies", "log_epoch", "loss_scale", "metrics", "unlogged"]
+__all__ = ["averaged_copies", "log_epoch", "log_mean", "loss_scale", "metrics", "unlogged"]
 
 
 def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
@@ -28,6 +28,11 @@ def log_epoch(pl_module: "pl.LightningModule", name: str, value: float) -> None:
     """Log a number that holds for the epoch that begins."""
     # Lightning would look for the batch size in a batch that need not have been drawn yet, nor be made of tensors.
     pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True, batch_size=1)
+
+
+def log_mean(pl_module: "pl.LightningModule", name: str, value: Tensor, samples: int) -> None:
+    """Log the mean over an epoch, and over the ranks, of a number that each step has."""
+    pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=samples)
 
 
 @contextmanager
