@@ -304,7 +304,7 @@ class PruningCallback(Schedule, Callback):
     ) -> None:
         self.run.untried = []
         if self.run.distiller is not None:
-            self.run.distiller.stop()
+            self.run.distiller.end_step()
         # A run of a few batches that is to show whether all works, the prune and what comes after it among that.
         is_second_to_last = batch_idx + 1 == max(1, trainer.num_training_batches - 1)
         trying_out = trainer.fast_dev_run and is_second_to_last  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.trainer_state import loss_scale, unlogged
-from lightning_prune.compiled import as_written
+from lightning_prune.compiled import as_written, forget_compiled, is_compiled
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.run import as_call
 from lightning_prune.graph.substitution import named_tensors
@@ -49,6 +49,11 @@ class Distill(SoftTargets):
     """
 
     axis: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.axis is not None and type(self.axis) is not int:
+            raise ValueError(f"axis must be a whole number, or left out; got {self.axis!r}.")
 
 
 def distill_settings(given: Any) -> Distill | None:
@@ -153,35 +158,71 @@ class Call:
 class Listener:
     """Notes the forward passes of a network that gradients will flow through; of calls within calls, the outer ones.
 
+    Its hooks are there while a step lasts. Compiled code does not notice hooks that come and go, and has them all along.
+
     Args:
         modules: What counts as the network, by dotted name.
+        model: What is trained.
+
+    Attributes:
+        calls: What was noted.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
         self._modules = modules
+        self._is_compiled = is_compiled(model)
         self._forwards: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
         self._running: list[tuple[Any, Any] | None] = []
+        self._listens = False
         self.calls: list[Call] = []
 
     def listen(self) -> None:
         """Note calls from now on."""
-        self.stop()
-        for name, module in self._modules.items():
-            self._forwards[name] = module.forward
-            self._handles += [
-                module.register_forward_pre_hook(self._before(name), with_kwargs=True),
-                module.register_forward_hook(self._after(name), with_kwargs=True, always_call=True),
-            ]
+        self.pause()
+        self._listens = True
+        if not self._handles:
+            self._attach()
+
+    def pause(self) -> None:
+        """Note no more, and drop what was noted."""
+        self._listens = False
+        self._running = []
+        self.calls = []
+        if not self._is_compiled:
+            self._detach()
 
     def stop(self) -> None:
-        """Note no more, and drop what was noted."""
+        """Note no more, and leave nothing behind."""
+        self.pause()
+        self._detach()
+
+    def _attach(self) -> None:
+        for name, module in self._modules.items():
+            self._forwards[name] = module.forward
+            before = self._before(name)
+            after = self._after(name)
+            if self._is_compiled:
+                before = torch.compiler.disable(before)
+                after = torch.compiler.disable(after)
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+            self._handles.append(handle)
+            handle = module.register_forward_hook(after, with_kwargs=True, always_call=True)
+            self._handles.append(handle)
+        if self._is_compiled:
+            forget_compiled()
+
+    def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._running, self.calls = [], [], []
+        if self._is_compiled and self._handles:
+            forget_compiled()
+        self._handles = []
 
     def _before(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._listens:
+                return
             # Distributed training runs training_step as the forward of the module, for a moment.
             is_forward = module.forward == self._forwards[name]
             is_outer = not any(entry is not None for entry in self._running)
@@ -192,7 +233,7 @@ class Listener:
 
     def _after(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = self._running.pop()
+            given = self._running.pop() if self._running else None
             if given is not None and any(_has_gradient(leaf) for leaf in tree_leaves(output)):
                 self.calls.append(Call(name, *given, output))
 
@@ -237,7 +278,7 @@ class Distiller:
         self._share = share
         self._compare = compare
         self._teacher: nn.Module | None = None
-        self._listener = Listener(_networks(graph))
+        self._listener = Listener(_networks(graph), graph.model)
         self._is_tried = False
 
     def check(self) -> None:
@@ -299,7 +340,7 @@ class Distiller:
         calls = self._listener.calls
         if self._teacher is None and self._is_tried:
             return None
-        self._listener.stop()  # the backward pass may run forward again
+        self._listener.pause()  # the backward pass may run forward again
         if not calls:
             raise ValueError(self._unheard())
         if not self._is_tried:
@@ -314,8 +355,12 @@ class Distiller:
         loss.mul_(1 - self._share).add_(mean, alpha=self._share * factor)
         return mean.detach(), _samples(calls)
 
+    def end_step(self) -> None:
+        """Drop what was noted of a training step that had no backward pass."""
+        self._listener.pause()
+
     def stop(self) -> None:
-        """Take the hooks away, and drop what was noted of a step."""
+        """Leave no hooks behind."""
         self._listener.stop()
 
     def _apart(self, teacher: nn.Module, call: Call) -> Tensor:

@@ -34,6 +34,10 @@ def tell_what_holds(callback: "PruningCallback", recorder: Recorder) -> None:
     begin = f"{type(callback).__name__} goes on from a run with {former}, now with {new}: "
     kept = recorder.kept.get(callback.metric)
     now = f"the network keeps {kept:.3f} of the {callback.metric}" if kept is not None else "the network is pruned"
+    if changed.keys() == {"distill"}:  # which is about all training, and not about the prunes to come
+        recorder.history.settings = settings_of(callback)
+        warn(f"{begin}it holds from now on.")
+        return
     if callback.steps_done >= callback.steps:
         warn(
             f"{begin}that schedule is complete and {now}, so what the checkpoint holds is in force and the new "
