@@ -22,7 +22,7 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.run import as_call
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.soft_targets import SoftTargets
-from lightning_prune.surgery.compensation.copies import shared_twin
+from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
 
 __all__ = ["Distill", "Distiller", "distill_settings", "logits_of", "weights_now"]
 
@@ -296,8 +296,9 @@ class Distiller:
         module = self._trainer.lightning_module
         model = self._teacher if self._teacher is not None else shared_twin(module, _copies(module))
         args, kwargs = as_call(self._graph.example_inputs)
-        output = self._run(model, tree_map(_copied, (args, kwargs)))
-        self._compare(output, output)
+        with undisturbed(module):
+            output = self._run(model, tree_map(_copied, (args, kwargs)))
+            self._compare(output, output)
 
     def teach_with(self, weights: Mapping[str, Tensor]) -> None:
         """Let a network with some weights teach from now on.

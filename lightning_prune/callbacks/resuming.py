@@ -28,16 +28,18 @@ def tell_what_holds(callback: "PruningCallback", recorder: Recorder) -> None:
         recorder: What records its run.
     """
     changed = changed_settings(callback)
-    if not changed or recorder.history is None:
+    if recorder.history is None:
+        return
+    if "distill" in changed:  # which is about all training, and not about the prunes to come
+        before, after = changed.pop("distill")
+        recorder.history.settings["distill"] = after
+        warn(f"{type(callback).__name__} goes on with distill={after!r}, after {before!r} in the run of the checkpoint.")
+    if not changed:
         return
     former, new = _told(changed, "before"), _told(changed, "after")
     begin = f"{type(callback).__name__} goes on from a run with {former}, now with {new}: "
     kept = recorder.kept.get(callback.metric)
     now = f"the network keeps {kept:.3f} of the {callback.metric}" if kept is not None else "the network is pruned"
-    if changed.keys() == {"distill"}:  # which is about all training, and not about the prunes to come
-        recorder.history.settings = settings_of(callback)
-        warn(f"{begin}it holds from now on.")
-        return
     if callback.steps_done >= callback.steps:
         warn(
             f"{begin}that schedule is complete and {now}, so what the checkpoint holds is in force and the new "

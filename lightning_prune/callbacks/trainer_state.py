@@ -36,9 +36,9 @@ def log_mean(pl_module: "pl.LightningModule", name: str, value: Tensor, samples:
 
 
 @contextmanager
-def unlogged(pl_module: "pl.LightningModule") -> Iterator[None]:
+def unlogged(model: nn.Module) -> Iterator[None]:
     """Let ``self.log`` do nothing for a while, in which a callback runs the model: these are no steps of training."""
-    modules = [vars(module) for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
+    modules = [vars(module) for module in model.modules() if isinstance(module, pl.LightningModule)]
     logs_before = [attributes.get("log") for attributes in modules]
     try:
         for attributes in modules:

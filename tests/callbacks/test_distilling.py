@@ -269,12 +269,12 @@ def test_the_setting_of_a_resumed_run_holds(tmp_path: Path) -> None:
     battery.train(tmp_path, PruningCallback(**ONE_PRUNE), saver, max_epochs=2)
     path = tmp_path / "epoch=1.ckpt"
     other = PruningCallback(**{**ONE_PRUNE, "distill": {"share": 0.2}})
-    with pytest.warns(UserWarning, match=r"distill=True, now with distill=\{'share': 0.2\}: it holds from now on"):
+    with pytest.warns(UserWarning, match=r"goes on with distill=\{'share': 0.2\}, after True in"):
         module, trainer = battery.train(tmp_path / "other", other, ckpt_path=path, max_epochs=3)
     assert "prune/distillation" in trainer.callback_metrics
     assert other.history.settings["distill"] == {"share": 0.2}
     without = PruningCallback(**{**ONE_PRUNE, "distill": False})
-    with pytest.warns(UserWarning, match="distill=True, now with distill=False: it holds from now on"):
+    with pytest.warns(UserWarning, match="goes on with distill=False, after True in"):
         _, trainer = battery.train(tmp_path / "without", without, ckpt_path=path, max_epochs=3)
     assert "prune/distillation" not in trainer.callback_metrics
 
