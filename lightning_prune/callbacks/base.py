@@ -26,6 +26,7 @@ from lightning_prune.callbacks.state import State as BaseState
 from lightning_prune.callbacks.state import deal_out, from_checkpoint, gather, to_checkpoint
 from lightning_prune.callbacks.surgery_step import prune_in_training
 from lightning_prune.callbacks.trainer_state import log_epoch, log_mean, unlogged
+from lightning_prune.callbacks.validating import Validator
 from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.progress import progress, show_with
@@ -75,6 +76,8 @@ class PruningCallback(Schedule, Callback):
             as all ranks take in a step, at most 128.
         distill: Whether the network as it was before the first prune teaches what is left of it, from that prune on:
             true, false, or settings as a mapping such as ``{"temperature": 4, "share": 0.9}``.
+        validate_batches: Number of validation batches on which the module's own validation is run right before and
+            right after each prune, and at the end, to tell what the prune has cost; 0 for none.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -113,6 +116,7 @@ class PruningCallback(Schedule, Callback):
         compensate: str = "none",
         compensate_batches: int = 8,
         distill: bool | dict[str, Any] = False,
+        validate_batches: int = 16,
     ) -> None:
         planning.check_keep(keep)
         planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
@@ -121,6 +125,7 @@ class PruningCallback(Schedule, Callback):
         check_whole_number("steps", steps, 1)
         check_whole_number("min_channels", min_channels, 1)
         check_whole_number("compensate_batches", compensate_batches, 1)
+        check_whole_number("validate_batches", validate_batches, 0)
         check_method(compensate)
         distill_settings(distill)  # refuses what it does not know
         self.keep = keep
@@ -136,6 +141,7 @@ class PruningCallback(Schedule, Callback):
         self.criterion = criterion
         self.compensate = compensate
         self.compensate_batches = compensate_batches
+        self.validate_batches = validate_batches
         self.distill = dict(distill) if isinstance(distill, Mapping) else distill
         self.check_criterion()
         self.state = self.State()
@@ -273,7 +279,7 @@ class PruningCallback(Schedule, Callback):
             tell_what_holds(self, recorder)
             recorder.begin(self)
             self.state.history = recorder.history
-            self.run = self.Run(trainer, graph, recorder)
+            self.run = self.Run(trainer, graph, recorder, Validator(trainer, self.validate_batches))
             if self.compensate != "none" and self.steps_done < self.steps:
                 self._compensator.check()
             self._begin_distillation()
@@ -320,7 +326,8 @@ class PruningCallback(Schedule, Callback):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._warn_if_short()
         with unlogged(pl_module):
-            self.run.recorder.end()  # later hooks find the module on the CPU again, whatever it was trained on
+            metrics = self.run.validator.now() if self.steps_done else {}
+            self.run.recorder.end(metrics)  # later hooks find the module on the CPU again, whatever it was trained on
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -426,19 +433,22 @@ class PruningCallback(Schedule, Callback):
             made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
             plan = agreed_plan(trainer, lambda: made)
             compensations = self._compensator.compensations(plan, seed=step)
+            metrics = self.run.validator.around(plan, compensations)
             teacher = self._teacher_from_now()
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
             report = prune_in_training(trainer, plan, compensations)
             self.state.steps_done = step
             self.state.teacher = teacher
             self.run.untried = list(report.widths)
-            self.run.recorder.add_prune(plan, step, scores, report.compensation)
+            self.run.recorder.add_prune(plan, step, report.compensation, metrics)
+            self.run.recorder.tell_prune(scores)
         if not report.widths:
             warn(
                 f"Prune {step} of {self.steps} has pruned nothing: the next smaller network in steps of "
                 f"round_to={self.round_to} is below the budget. Lower round_to, or take fewer steps."
             )
-        say(f"{self._headline(trainer, plan, step)}\n{report}")
+        told = "\n".join([self._headline(trainer, plan, step), str(report), *metrics.lines])
+        say(told)
 
     def _begin_distillation(self) -> None:
         """Let the teacher of a run that goes on teach, and refuse what cannot be taught."""

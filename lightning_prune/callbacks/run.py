@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 
 from lightning_prune.callbacks.distilling import Distiller
 from lightning_prune.callbacks.recording import Recorder
+from lightning_prune.callbacks.validating import Validator
 from lightning_prune.graph import ChannelGraph
 
 __all__ = ["Run"]
@@ -24,12 +25,14 @@ class Run:
         step: Number of the prune that is being made, or was made last, from 1.
         epoch: The epoch that has begun.
         untried: The groups that were pruned since the last training step.
+        validator: What tells the validation metrics around prunes.
         distiller: What joins the teacher's share to the loss, if there is to be a teacher.
     """
 
     trainer: "pl.Trainer"
     graph: ChannelGraph
     recorder: Recorder
+    validator: Validator
     step: int = 0
     epoch: int | None = None
     untried: list[str] = field(default_factory=list)

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
-__all__ = ["averaged_copies", "log_epoch", "log_mean", "loss_scale", "metrics", "unlogged"]
+__all__ = ["averaged_copies", "is_validation_metric", "log_epoch", "log_mean", "loss_scale", "metrics", "unlogged"]
 
 
 def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
@@ -59,6 +59,11 @@ def metrics(trainer: "pl.Trainer") -> dict[str, float]:
     """Return the metrics of the last validation."""
     found = {}
     for name, value in sorted(trainer.callback_metrics.items()):
-        if name.startswith("val") and not name.endswith(("_step", "_epoch")):
+        if is_validation_metric(name):
             found[name] = float(value)
     return found
+
+
+def is_validation_metric(name: str) -> bool:
+    """Tell whether what is logged under a name is a metric of validation."""
+    return name.startswith("val") and not name.endswith(("_step", "_epoch"))
