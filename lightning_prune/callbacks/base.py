@@ -424,6 +424,8 @@ class PruningCallback(Schedule, Callback):
             self._prune(trainer, pl_module, due)
         for metric, fraction in self.run.recorder.kept.items():
             log_epoch(pl_module, f"{folder(self.module)}/keep_{metric}", fraction)
+        if self.run.distiller is not None:
+            self.run.distiller.begin_epoch()
         self.begin_epoch(trainer, pl_module)
 
     def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:

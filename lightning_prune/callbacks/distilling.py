@@ -277,6 +277,7 @@ class Distiller:
         self._graph = graph
         self._share = share
         self._compare = compare
+        self._weights: dict[str, Tensor] = {}
         self._teacher: nn.Module | None = None
         self._listener = Listener(_networks(graph), graph.model)
         self._is_tried = False
@@ -294,7 +295,7 @@ class Distiller:
 
     def _try_on_example(self) -> None:
         module = self._trainer.lightning_module
-        model = self._teacher if self._teacher is not None else shared_twin(module, _copies(module))
+        model = shared_twin(module, self._weights or _copies(module))
         args, kwargs = as_call(self._graph.example_inputs)
         with undisturbed(module):
             output = self._run(model, tree_map(_copied, (args, kwargs)))
@@ -318,12 +319,17 @@ class Distiller:
             )
         own = named_tensors(module)
         tensors = {name: weights.get(name, tensor) for name, tensor in own.items()}
-        placed = {name: _placed(tensor, own[name]) for name, tensor in tensors.items()}
-        self._teacher = shared_twin(module, placed)
+        self._weights = {name: _placed(tensor, own[name]) for name, tensor in tensors.items()}
+
+    def begin_epoch(self) -> None:
+        """Let the teacher have the attributes that the module has now, and drop what it has gathered."""
+        self._teacher = None
 
     def begin_step(self) -> None:
         """Watch the training step that begins."""
-        if self._teacher is not None or not self._is_tried:
+        if self._weights and self._teacher is None:
+            self._teacher = shared_twin(self._trainer.lightning_module, self._weights)
+        if self._weights or not self._is_tried:
             self._listener.listen()
 
     def join(self, loss: Tensor) -> tuple[Tensor, int] | None:

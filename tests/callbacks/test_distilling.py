@@ -307,6 +307,43 @@ def test_compiled_networks(how: str, tmp_path: Path) -> None:
     torch.compiler.reset()
 
 
+class Gathering(Plain):
+    """Has an attribute that changes with the epochs, and gathers what passes through it until the end of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+        self.gathered: list[Tensor] = []
+        self.stem.register_forward_hook(lambda *passed: self.gathered.append(passed[-1]))
+
+    def on_train_epoch_start(self) -> None:
+        self.factor = 1.0 + self.current_epoch
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.factor * super().forward(images)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.gathered.clear()
+        return loss
+
+
+def test_the_teacher_follows_attributes_and_gathers_no_more_than_an_epoch(tmp_path: Path) -> None:
+    lengths: list[tuple[int, float, float]] = []
+
+    class Look(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            teacher = callback.run.distiller._teacher
+            if teacher is not None:
+                lengths.append((len(teacher.gathered), teacher.factor, pl_module.factor))
+
+    callback = PruningCallback(**ONE_PRUNE)
+    battery.train(tmp_path, callback, Look(), module=Gathering(), max_epochs=4)
+    of_validation = 2  # batches, whose outputs the module had gathered before the epoch
+    assert [length for length, _, _ in lengths] == [battery.BATCHES + of_validation] * 3
+    assert [(factor, own) for _, factor, own in lengths] == [(2.0, 2.0), (3.0, 3.0), (4.0, 4.0)]
+
+
 # -- what a network says -----------------------------------------------------------------------------------------------
 
 Outputs = namedtuple("Outputs", ["logits", "aux_logits"])
