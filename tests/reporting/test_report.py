@@ -146,7 +146,8 @@ def test_names_are_text_and_never_markup() -> None:
     assert "<script" not in text
 
 
-KNOWN = {one.name for kind in (History, Layer, Prune, Measurement, Compensation, MetricsAround) for one in fields(kind)} | {
+KINDS = (History, Layer, Prune, Measurement, Compensation, MetricsAround)
+KNOWN = {one.name for kind in KINDS for one in fields(kind)} | {
     "version", "epoch", "keep_flops", "asked", "achieved", "metric",
 }  # fmt: skip
 
