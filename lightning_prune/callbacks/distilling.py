@@ -52,8 +52,8 @@ class Distill(SoftTargets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.axis is not None and type(self.axis) is not int:
-            raise ValueError(f"axis must be a whole number, or left out; got {self.axis!r}.")
+        if self.axis is not None and (type(self.axis) is not int or self.axis == 0):
+            raise ValueError(f"axis must be a whole number other than 0, where samples lie; got {self.axis!r}.")
 
 
 def distill_settings(given: Any) -> Distill | None:
@@ -103,7 +103,7 @@ def logits_of(output: Any, axis: int | None = None) -> Tensor:
             "distill={'axis': 1} or {'axis': 2}."
         )
     at = 1 if axis is None else axis
-    if found.dim() < 2 or not -found.dim() <= at < found.dim() or found.shape[at] < 2:
+    if found.dim() < 2 or at not in range(1 - found.dim(), found.dim()) or found.shape[at] < 2:
         raise ValueError(_unlike(f"{_told(found)}, without two classes or more on axis {at}"))
     single = found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
     return single.movedim(at, -1).flatten(0, -2)
@@ -277,7 +277,7 @@ class Distiller:
         self._graph = graph
         self._share = share
         self._compare = compare
-        self._weights: dict[str, Tensor] = {}
+        self._weights: Mapping[str, Tensor] = {}
         self._teacher: nn.Module | None = None
         self._listener = Listener(_networks(graph), graph.model)
         self._is_tried = False
@@ -295,7 +295,7 @@ class Distiller:
 
     def _try_on_example(self) -> None:
         module = self._trainer.lightning_module
-        model = shared_twin(module, self._weights or _copies(module))
+        model = self._network_with(self._weights)
         args, kwargs = as_call(self._graph.example_inputs)
         with undisturbed(module):
             output = self._run(model, tree_map(_copied, (args, kwargs)))
@@ -317,9 +317,8 @@ class Distiller:
                 f"The teacher of distill, of the checkpoint, has no {missing[0]!r}, which {type(module).__name__} has; "
                 "resume with the module that the checkpoint was written with."
             )
-        own = named_tensors(module)
-        tensors = {name: weights.get(name, tensor) for name, tensor in own.items()}
-        self._weights = {name: _placed(tensor, own[name]) for name, tensor in tensors.items()}
+        self._weights = weights
+        self._teacher = None
 
     def begin_epoch(self) -> None:
         """Let the teacher have the attributes that the module has now, and drop what it has gathered."""
@@ -328,7 +327,7 @@ class Distiller:
     def begin_step(self) -> None:
         """Watch the training step that begins."""
         if self._weights and self._teacher is None:
-            self._teacher = shared_twin(self._trainer.lightning_module, self._weights)
+            self._teacher = self._network_with(self._weights)
         if self._weights or not self._is_tried:
             self._listener.listen()
 
@@ -370,6 +369,16 @@ class Distiller:
         """Leave no hooks behind."""
         self._listener.stop()
 
+    def _network_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return the module once more with some weights, which are not copied; with copies of its own where there are none."""
+        module = self._trainer.lightning_module
+        tensors = {}
+        for name, own in named_tensors(module).items():
+            tensor = weights[name] if name in weights else own.detach().clone()
+            moved = tensor.to(own.device)
+            tensors[name] = nn.Parameter(moved, requires_grad=False) if isinstance(own, nn.Parameter) else moved
+        return shared_twin(module, tensors)
+
     def _apart(self, teacher: nn.Module, call: Call) -> Tensor:
         """Return how far the network is from its teacher in one forward pass."""
         expected = self._run(teacher.get_submodule(call.module), (call.args, call.kwargs))
@@ -387,16 +396,6 @@ class Distiller:
             f"distill compares what {name} returns with what its teacher does, and training_step ran no forward pass "
             "of all that is trained with gradients; let training_step call self(...), or set distill=False."
         )
-
-
-def _copies(module: nn.Module) -> dict[str, Tensor]:
-    return {name: _placed(tensor.detach().clone(), tensor) for name, tensor in named_tensors(module).items()}
-
-
-def _placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor where another one is; a parameter without a gradient if that is one."""
-    moved = tensor.to(like.device)
-    return nn.Parameter(moved, requires_grad=False) if isinstance(like, nn.Parameter) else moved
 
 
 def _samples(calls: Iterable[Call]) -> int:

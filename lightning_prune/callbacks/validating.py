@@ -96,10 +96,11 @@ class Validator:
         """Make a copy of what is validated, pruned and compensated if it is to be; no rank has statistics of its own."""
         copies = averaged_copies(self._trainer)
         model = copies[0] if copies else self._trainer.lightning_module
-        statistics = decided_by_first_rank(self._trainer, lambda: _buffers(model))
+        several = self._trainer.world_size > 1
+        statistics = decided_by_first_rank(self._trainer, lambda: _buffers(model)) if several else {}
         with twin_in_evaluation(model) as twin, refusing_calls(model), torch.no_grad(), as_written():
             for name, buffer in twin.model.named_buffers():
-                buffer.copy_(statistics[name])
+                buffer.copy_(statistics.get(name, buffer))
             if plan is None:
                 yield twin.model
                 return

@@ -166,8 +166,11 @@ def test_the_loss_is_the_mean_over_forward_passes_on_the_inputs_as_they_were(tmp
     assert apart(module, expected) <= 1e-9
 
 
-def test_the_network_may_be_called_directly(tmp_path: Path) -> None:
-    callback = PruningCallback(**{**THREE_PRUNES, "steps": 1})
+@pytest.mark.parametrize(
+    "settings", [{}, {"module": "inner", "example_inputs": [1, 1, 8, 8]}], ids=["all is pruned", "the network is pruned"]
+)
+def test_the_network_may_be_called_directly(settings: dict[str, Any], tmp_path: Path) -> None:
+    callback = PruningCallback(**{**THREE_PRUNES, "steps": 1}, **settings)
     module, _ = battery.train(
         tmp_path, callback, module=seeded(Within).double(), precision="64-true", max_epochs=2
     )
@@ -376,6 +379,7 @@ def test_logits_are_found(output: Any, axis: int | None, expected: Tensor) -> No
         (torch.ones(8, 1), None, "without two classes or more"),
         (torch.ones(8, 1, 4, 4), None, "without two classes or more"),
         (torch.ones(8, 4), 2, "without two classes or more on axis 2"),
+        (torch.ones(8, 4), -2, "without two classes or more on axis -2"),
         (torch.ones(8, 4, 5), None, r"say which axis holds the classes, as in distill=\{'axis': 1\}"),
         ((torch.ones(2, 3), torch.ones(2, 7)), None, "a tuple, of which it cannot be told what the logits are"),
         ({"boxes": 1, "scores": 2}, None, "a dict of boxes, scores, of which"),
@@ -398,7 +402,8 @@ def test_other_outputs_are_refused(output: Any, axis: int | None, message: str) 
         ({"temperature": float("inf")}, "temperature=inf must be above 0"),
         ({"share": 1.5}, r"share=1.5 is outside \(0, 1\]"),
         ({"share": "most"}, "is no setting"),
-        ({"axis": 1.5}, "axis must be a whole number"),
+        ({"axis": 1.5}, "axis must be a whole number other than 0, where samples lie; got 1.5"),
+        ({"axis": 0}, "axis must be a whole number other than 0"),
     ],
     ids=str,
 )
