@@ -58,6 +58,7 @@ MEASURED_BY: dict[str, tuple[str, int, int]] = {
     "default": ("lightning_prune.criteria.score", 3, 1),
     "magnitude": ("lightning_prune.criteria.score", 3, 1),
     "magnitude_refit": ("lightning_prune.callbacks.compensation_step.compensation", 3, 1),
+    "magnitude_distilled": ("lightning_prune.callbacks.base.weights_now", 2, 1),
     "taylor": ("lightning_prune.callbacks.taylor.finish", 3, 1),
     "taylor_gate": ("lightning_prune.callbacks.taylor.finish", 3, 1),
     "afie": ("lightning_prune.callbacks.afie.afie", 2, 1),

@@ -45,6 +45,18 @@ CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
             "compensate_batches": 2,
         },
     ),
+    "magnitude_distilled": (
+        PruningCallback,
+        {
+            "keep": 0.5,
+            "steps": 3,
+            "start_epoch": 1,
+            "round_to": 2,
+            "criterion": "l1",
+            "compensate": "none",
+            "distill": {"temperature": 2.0, "share": 0.5},
+        },
+    ),
     "taylor": (TaylorRankCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
     "taylor_gate": (
         TaylorRankCallback,
@@ -79,7 +91,8 @@ BATCHES = 6
 def make_callback(name: str, **changes: Any) -> PruningCallback:
     """Make the callback of one row."""
     kind, settings = CALLBACKS[name]
-    return kind(**{**settings, **changes})
+    validated = {} if name.startswith("magnitude") else {"validate_batches": 0}  # all do it in the same way
+    return kind(**{**validated, **settings, **changes})
 
 
 class ResidualClassifier(L.LightningModule):

@@ -1,5 +1,6 @@
 """Two ranks of one training: every callback, every kind of DDP, and two nodes."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import battery
@@ -29,10 +30,11 @@ def test_two_ranks_agree_to_the_last_bit(name: str, two_ranks: Path, tmp_path: P
     assert ranks[0]["difference"] == ranks[1]["difference"] == 0.0
     assert ranks[0]["digest"] == ranks[1]["digest"]
     # The same data in one process, in float64: without batch normalisation it sums the same gradients.
-    plain = battery.ResidualClassifier(norm=False)
-    alone, _ = battery.train(tmp_path / "alone", CALLBACKS[name](), module=plain, precision="64-true")
+    plain, callback = battery.ResidualClassifier(norm=False), CALLBACKS[name]()
+    alone, _ = battery.train(tmp_path / "alone", callback, module=plain, precision="64-true")
     assert ranks[0]["widths"] == plan_in_force(alone).widths
     assert ranks[0]["digest"] == plan_in_force(alone).digest
+    assert ranks[0]["metrics"] == [asdict(prune.metrics) for prune in callback.history.prunes]
 
 
 def test_every_kind_of_ddp_agrees(two_ranks: Path) -> None:
@@ -40,6 +42,8 @@ def test_every_kind_of_ddp_agrees(two_ranks: Path) -> None:
     same, others = ("plain", "find_unused", "static_graph", "bucket_view"), ("compressed", "averaged")
     ranks = {kind: of_both_ranks(two_ranks, kind) for kind in (*same, *others)}
     first, second = ({kind: results[rank] for kind, results in ranks.items()} for rank in range(2))
+    assert all(len(result.pop("metrics")) == 3 for result in first.values())  # the first rank has the history
+    assert all(result.pop("metrics") == [] for result in second.values())
     assert {tuple(result.pop("place")) for result in first.values()} == {(0, 0, 0)}  # global rank, node, local rank
     assert {tuple(result.pop("place")) for result in second.values()} == {(1, 0, 1)}
     assert first == second

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,14 @@ def train_kind(kind: str, nodes: int, devices: int) -> dict[str, Any]:
     """Train under one kind of DDP."""
     make, settings, others = KINDS[kind]
     strategy = make(process_group_backend="gloo", **settings)
-    module, callback = battery.ResidualClassifier(), battery.make_callback("taylor")
+    module, callback = battery.ResidualClassifier(), battery.make_callback("taylor", validate_batches=2)
     result = _train(module, callback, strategy, nodes, devices, others)
     weights = torch.nn.utils.parameters_to_vector(module.parameters()).detach().numpy().tobytes()
     return {**result, "weights": hashlib.sha256(weights).hexdigest(), "compressed": getattr(strategy, "calls", 0)}
 
 
 def _train(
-    module: L.LightningModule, callback: L.Callback, strategy: DDPStrategy, nodes: int, devices: int,
+    module: L.LightningModule, callback: PruningCallback, strategy: DDPStrategy, nodes: int, devices: int,
     others: Sequence[L.Callback] = (), **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     compare = Compare()
@@ -98,7 +99,9 @@ def _train(
     # Each step the ranks share the 16 images that one process would take.
     trainer.fit(module, *battery.loaders(rank=trainer.global_rank, ranks=2))
     plan = plan_in_force(module)
+    history = callback.history
     return {
+        "metrics": [asdict(prune.metrics) for prune in history.prunes] if history is not None else [],
         "place": [trainer.global_rank, trainer.node_rank, trainer.local_rank],
         "difference": compare.difference,
         "digest": plan.digest,

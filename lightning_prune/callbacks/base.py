@@ -1,6 +1,6 @@
 """The base of all pruning callbacks: what a subclass says, and the hooks that prune by it while a network trains."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, TypeAlias
 from weakref import ref
@@ -14,6 +14,7 @@ from lightning_prune import criteria, planning
 from lightning_prune.callbacks import refusals
 from lightning_prune.callbacks.compensation_step import compensations
 from lightning_prune.callbacks.descriptions import described
+from lightning_prune.callbacks.distilling import Distill, Distiller, distill_settings, logits_of, weights_now
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.example_inputs import samples_of
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
@@ -28,7 +29,8 @@ from lightning_prune.callbacks.settings import refuse_other_settings
 from lightning_prune.callbacks.state import State as BaseState
 from lightning_prune.callbacks.state import deal_out, from_checkpoint, gather, to_checkpoint
 from lightning_prune.callbacks.surgery_step import prune_in_training
-from lightning_prune.callbacks.trainer_state import log_epoch, unlogged
+from lightning_prune.callbacks.trainer_state import log_epoch, log_mean, unlogged
+from lightning_prune.callbacks.validating import Validator
 from lightning_prune.criteria.registry import find, needs_data, needs_loss, takes_data
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.progress import progress, show_with
@@ -82,6 +84,10 @@ class PruningCallback(Schedule, Callback):
             training batches, else the first.
         compensate_batches: Number of training batches that scores and compensation look at, without their labels, each
             of as many samples as all ranks take in a step, at most 128.
+        distill: Whether the network as it was before the first prune teaches what is left of it, from that prune on:
+            true, false, or settings as a mapping such as ``{"temperature": 4, "share": 0.9}``.
+        validate_batches: Number of validation batches on which the module's own validation is run right before and
+            right after each prune, and at the end, to tell what the prune has cost; 0 for none.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -119,6 +125,8 @@ class PruningCallback(Schedule, Callback):
         criterion: str | dict[str, Any] = "coherent_obs",
         compensate: str = "auto",
         compensate_batches: int = 8,
+        distill: bool | dict[str, Any] = False,
+        validate_batches: int = 16,
     ) -> None:
         planning.check_keep(keep)
         planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
@@ -128,6 +136,8 @@ class PruningCallback(Schedule, Callback):
         check_whole_number("min_channels", min_channels, 1)
         check_whole_number("compensate_batches", compensate_batches, 1)
         _check_compensate(compensate)
+        check_whole_number("validate_batches", validate_batches, 0)
+        distill_settings(distill)  # refuses what it does not know
         self.keep = keep
         self.metric = metric
         self.start_epoch = start_epoch
@@ -141,6 +151,8 @@ class PruningCallback(Schedule, Callback):
         self.criterion = criterion
         self.compensate = compensate
         self.compensate_batches = compensate_batches
+        self.validate_batches = validate_batches
+        self.distill = dict(distill) if isinstance(distill, Mapping) else distill
         self.check_criterion()
         self.state = self.State()
         self._last_module: ref[pl.LightningModule] | None = None
@@ -216,6 +228,22 @@ class PruningCallback(Schedule, Callback):
         whole = self.run.graph.example_inputs if not self.module else ()
         return run_forward(model, batch, arguments_of(whole))
 
+    def distillation_loss(self, output: Any, expected: Any) -> Tensor:
+        """Tell how far the network is from its teacher, for ``distill``; by default by their logits.
+
+        Args:
+            output: What the network has returned in a training step.
+            expected: What its teacher returns for the same inputs, in evaluation mode, without gradients.
+
+        Returns:
+            A single number, at least 0.
+
+        Raises:
+            ValueError: If outputs of this kind cannot be compared.
+        """
+        settings = distill_settings(self.distill) or Distill()
+        return settings.divergence(logits_of(output, settings.axis), logits_of(expected, settings.axis))
+
     def check_criterion(self) -> None:
         """Raise a ValueError unless `scores` can be worked out by the criterion; called by the constructor."""
         if needs_loss(find(self.criterion)):
@@ -268,9 +296,10 @@ class PruningCallback(Schedule, Callback):
             tell_what_holds(self, recorder)
             recorder.begin(self)
             self.state.history = recorder.history
-            self.run = self.Run(trainer, graph, recorder)
+            self.run = self.Run(trainer, graph, recorder, Validator(trainer, self.validate_batches))
             if self.steps_done < self.steps:
                 self._check_batches()
+            self._begin_distillation()
             self.prepare(trainer, graph)
 
     @override
@@ -283,12 +312,22 @@ class PruningCallback(Schedule, Callback):
     ) -> None:
         # A run that resumes in the middle of an epoch, or right after its last batch, starts without the hook above.
         self._begin_epoch_once(trainer, pl_module)
+        if self.run.distiller is not None:
+            self.run.distiller.begin_step()
+
+    @override
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        joined = self.run.distiller.join(loss) if self.run.distiller is not None else None
+        if joined is not None:
+            log_mean(pl_module, f"{folder(self.module)}/distillation", *joined)
 
     @override
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.run.untried = []
+        if self.run.distiller is not None:
+            self.run.distiller.end_step()
         # A run of a few batches that is to show whether all works, the prune and what comes after it among that.
         is_second_to_last = batch_idx + 1 == max(1, trainer.num_training_batches - 1)
         trying_out = trainer.fast_dev_run and is_second_to_last  # type: ignore[attr-defined]
@@ -304,7 +343,8 @@ class PruningCallback(Schedule, Callback):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._warn_if_short()
         with unlogged(pl_module):
-            self.run.recorder.end()  # later hooks find the module on the CPU again, whatever it was trained on
+            metrics = self.run.validator.now() if self.steps_done else {}
+            self.run.recorder.end(metrics)  # later hooks find the module on the CPU again, whatever it was trained on
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -314,6 +354,7 @@ class PruningCallback(Schedule, Callback):
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         self._end_run()
+        self.state.teacher = {}
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -458,6 +499,8 @@ class PruningCallback(Schedule, Callback):
             self._prune(trainer, pl_module, due)
         for metric, fraction in self.run.recorder.kept.items():
             log_epoch(pl_module, f"{folder(self.module)}/keep_{metric}", fraction)
+        if self.run.distiller is not None:
+            self.run.distiller.begin_epoch()
         self.begin_epoch(trainer, pl_module)
 
     def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
@@ -468,21 +511,55 @@ class PruningCallback(Schedule, Callback):
             plan = agreed_plan(trainer, lambda: made)
             found = self._compensations(plan)
             self.run.batches = None
+            metrics = self.run.validator.around(plan, found)
+            teacher = self._teacher_from_now()
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
             report = prune_in_training(trainer, plan, found)
             self.state.steps_done = step
+            self.state.teacher = teacher
             self.run.untried = list(report.widths)
-            self.run.recorder.add_prune(plan, step, scores, report.compensation)
+            self.run.recorder.add_prune(plan, step, report.compensation, metrics)
+            self.run.recorder.tell_prune(scores)
         if not report.widths:
             warn(
                 f"Prune {step} of {self.steps} has pruned nothing: the next smaller network in steps of "
                 f"round_to={self.round_to} is below the budget. Lower round_to, or take fewer steps."
             )
-        say(f"{self._headline(trainer, plan, step)}\n{report}")
+        told = "\n".join([self._headline(trainer, plan, step), str(report), *metrics.lines])
+        say(told)
+
+    def _begin_distillation(self) -> None:
+        """Let the teacher of a run that goes on teach, and refuse what cannot be taught."""
+        settings = distill_settings(self.distill)
+        if settings is None:
+            self.state.teacher = {}
+            return
+        run = self.run
+        distiller = Distiller(run.trainer, run.graph, settings.share, self.distillation_loss)
+        if self.state.teacher:
+            distiller.teach_with(self.state.teacher)
+        elif self.steps_done:
+            warn(
+                f"{type(self).__name__} goes on without distill: the network before the first prune, the teacher, is "
+                "not at hand. It is dropped at the end of `fit`; checkpoints that are written while it trains have it."
+            )
+            return
+        distiller.check()
+        run.distiller = distiller
+
+    def _teacher_from_now(self) -> dict[str, Tensor]:
+        """Return the weights of the teacher; before the first prune let the network as it is now teach."""
+        if self.run.distiller is None or self.state.teacher:
+            return self.state.teacher
+        weights = weights_now(self.run.trainer)
+        self.run.distiller.teach_with(weights)
+        return weights
 
     def _end_run(self) -> None:
         """Drop every reference to the module."""
         if self._is_running:
+            if self.run.distiller is not None:
+                self.run.distiller.stop()
             self.run.end()
             del self.run
         show_with(None)

@@ -13,7 +13,7 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.progress import progress
-from lightning_prune.reporting.history import Compensation, History
+from lightning_prune.reporting.history import Compensation, History, MetricsAround
 from lightning_prune.reporting.loggers import log_end, log_history, log_prune, run_folder, say, warn
 from lightning_prune.reporting.measurement import Measurement, measure
 from lightning_prune.reporting.summary import summarize, whereabouts
@@ -63,12 +63,26 @@ class Recorder:
                     model, type(callback).__name__, settings_of(callback), self.graph, self._measure()
                 )
 
-    def add_prune(self, plan: PruningPlan, step: int, scores: dict[str, Tensor], report: CompensationReport) -> None:
-        """Measure what a prune has left, and log it, with how the weights that are kept made up for it."""
+    def add_prune(self, plan: PruningPlan, step: int, compensated: CompensationReport, metrics: MetricsAround) -> None:
+        """Measure what a prune has left, and note it.
+
+        Args:
+            plan: What the network has been pruned to.
+            step: The number of the prune, from 1.
+            compensated: How the weights that are kept made up for it.
+            metrics: The validation metrics around it.
+        """
         if self.history is None or not self.trainer.is_global_zero:
             return
         self.history.add_prune(self.graph, plan, step, self.trainer.current_epoch, self._measure())
-        self.history.prunes[-1].compensation = Compensation.of(report)
+        added = self.history.prunes[-1]
+        added.compensation = Compensation.of(compensated)
+        added.metrics = metrics
+
+    def tell_prune(self, scores: dict[str, Tensor]) -> None:
+        """Write and log the last prune, with the scores that led to it."""
+        if self.history is None or not self.trainer.is_global_zero:
+            return
         self._write(self.history)
         log_prune(self.trainer, self.history, scores)
 
@@ -82,12 +96,17 @@ class Recorder:
         self.history.add_epoch(self.trainer.current_epoch + 1, self.kept, found)
         self._write(self.history)
 
-    def end(self) -> None:
-        """Measure the network at the end of training, if it was pruned, and log it."""
+    def end(self, metrics_at_end: dict[str, float]) -> None:
+        """Measure the network at the end of training, if it was pruned, and log it.
+
+        Args:
+            metrics_at_end: Its validation metrics, on the batches of those around prunes.
+        """
         if self.history is None or not self.history.prunes or not self.trainer.is_global_zero:
             return
         self.history.after = self._measure()
         self.history.after.metrics = metrics(self.trainer)
+        self.history.metrics_at_end = metrics_at_end
         self._write(self.history)
         log_end(self.trainer, self.history)
 

@@ -76,7 +76,10 @@ def _prunes(callback: Any) -> bool:
 
 
 def _refuse_overlap(callback: "PruningCallback", other: "PruningCallback") -> None:
-    """Raise a ValueError if two callbacks prune the same submodule, or one prunes a submodule of the other's."""
+    """Raise a ValueError if two callbacks prune the same submodule, one prunes a submodule of the other's, or both teach."""
+    if callback.distill and other.distill:
+        names = type(callback).__name__, type(other).__name__
+        raise ValueError(f"{' and '.join(names)} both have distill; set it for one of them, whose teacher is the whole model.")
     inner, outer = sorted((callback.module, other.module), key=len, reverse=True)
     if outer not in ("", inner) and not inner.startswith(outer + "."):
         return

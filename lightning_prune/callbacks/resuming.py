@@ -28,7 +28,13 @@ def tell_what_holds(callback: "PruningCallback", recorder: Recorder) -> None:
         recorder: What records its run.
     """
     changed = changed_settings(callback)
-    if not changed or recorder.history is None:
+    if recorder.history is None:
+        return
+    if "distill" in changed:  # which is about all training, and not about the prunes to come
+        before, after = changed.pop("distill")
+        recorder.history.settings["distill"] = after
+        warn(f"{type(callback).__name__} goes on with distill={after!r}, after {before!r} in the run of the checkpoint.")
+    if not changed:
         return
     former, new = _told(changed, "before"), _told(changed, "after")
     begin = f"{type(callback).__name__} goes on from a run with {former}, now with {new}: "

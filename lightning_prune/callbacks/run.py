@@ -5,7 +5,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_prune.callbacks.distilling import Distiller
 from lightning_prune.callbacks.recording import Recorder
+from lightning_prune.callbacks.validating import Validator
 from lightning_prune.graph import ChannelGraph
 
 __all__ = ["Run"]
@@ -26,16 +28,20 @@ class Run:
         untried: The groups that were pruned since the last training step.
         runs_on_batches: Whether the module can be run on training batches.
         batches: Those that the prune that is being made looks at, once they are drawn.
+        validator: What tells the validation metrics around prunes.
+        distiller: What joins the teacher's share to the loss, if there is to be a teacher.
     """
 
     trainer: "pl.Trainer"
     graph: ChannelGraph
     recorder: Recorder
+    validator: Validator
     step: int = 0
     epoch: int | None = None
     untried: list[str] = field(default_factory=list)
     runs_on_batches: bool = True
     batches: list[Any] | None = None
+    distiller: Distiller | None = None
 
     def end(self) -> None:
         """Undo what the run has done to the module, such as hooks; called also if training fails."""

@@ -95,6 +95,7 @@ class State:
         batch_like: What the example inputs are like, where they were taken from a batch.
         training_batch_like: What the first training batch is like, where a loader would lose it.
         history: What became of the network; on the first rank.
+        teacher: Parameters and buffers of the network before the first prune, by name, if it teaches.
 
     Example:
         >>> @dataclass
@@ -102,7 +103,7 @@ class State:
         ...     losses: list[float] = field(default_factory=list)
         >>> content = to_checkpoint(MyState(steps_done=1, losses=[0.5]))
         >>> content
-        {'steps_done': 1, 'batch_like': None, 'training_batch_like': None, 'history': None, 'losses': [0.5]}
+        {'steps_done': 1, 'batch_like': None, 'training_batch_like': None, 'history': None, 'teacher': {}, 'losses': [0.5]}
         >>> from_checkpoint(MyState, content)
         MyState(steps_done=1, batch_like=None, training_batch_like=None, history=None, losses=[0.5])
     """
@@ -111,6 +112,7 @@ class State:
     batch_like: Content | None = None
     training_batch_like: Content | None = None
     history: History | None = field(default=None, metadata=stored(_write_history, _read_history))
+    teacher: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def upgraded(cls, content: Mapping[str, Any]) -> Mapping[str, Any]:

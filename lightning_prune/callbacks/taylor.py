@@ -237,6 +237,7 @@ class TaylorRankCallback(PruningCallback):
 
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        super().on_before_backward(trainer, pl_module, loss)
         if self.run.collector is not None:
             self.run.collector.totals.begin_step(loss)
             self.run.collector.before_backward()

@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["averaged_copies", "log_epoch", "loss_scale", "metrics", "unlogged"]
+__all__ = ["averaged_copies", "is_validation_metric", "log_epoch", "log_mean", "loss_scale", "metrics", "unlogged"]
 
 
 def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
@@ -30,10 +30,15 @@ def log_epoch(pl_module: "pl.LightningModule", name: str, value: float) -> None:
     pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True, batch_size=1)
 
 
+def log_mean(pl_module: "pl.LightningModule", name: str, value: Tensor, samples: int) -> None:
+    """Log the mean over an epoch, and over the ranks, of a number that each step has."""
+    pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=samples)
+
+
 @contextmanager
-def unlogged(pl_module: "pl.LightningModule") -> Iterator[None]:
+def unlogged(model: nn.Module) -> Iterator[None]:
     """Let ``self.log`` do nothing for a while, in which a callback runs the model: these are no steps of training."""
-    modules = [vars(module) for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
+    modules = [vars(module) for module in model.modules() if isinstance(module, pl.LightningModule)]
     logs_before = [attributes.get("log") for attributes in modules]
     try:
         for attributes in modules:
@@ -54,6 +59,11 @@ def metrics(trainer: "pl.Trainer") -> dict[str, float]:
     """Return the metrics of the last validation."""
     found = {}
     for name, value in sorted(trainer.callback_metrics.items()):
-        if name.startswith("val") and not name.endswith(("_step", "_epoch")):
+        if is_validation_metric(name):
             found[name] = float(value)
     return found
+
+
+def is_validation_metric(name: str) -> bool:
+    """Tell whether what is logged under a name is a metric of validation."""
+    return name.startswith("val") and not name.endswith(("_step", "_epoch"))

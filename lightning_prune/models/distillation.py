@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from lightning_prune.soft_targets import SoftTargets
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(SoftTargets):
     """Say how a network learns from a trained teacher of the same architecture, which is not pruned.
+
+    The teacher is another network, from a file. Where the network before the first prune is to be the teacher, set
+    ``distill`` of the pruning callback.
 
     Args:
         weights: The teacher's weights: a file, such as a checkpoint of a run without pruning, or a name, as for the
@@ -28,15 +33,9 @@ class Distillation:
         0.9
     """
 
-    weights: str
-    temperature: float = 4.0
-    share: float = 0.9
+    without: ClassVar[str] = "set `distillation` to null for no teacher"
 
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0: 4 is usual.")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share={self.share} is outside (0, 1]: set `distillation` to null for no teacher.")
+    weights: str
 
 
 class Teacher:
@@ -71,11 +70,7 @@ class Teacher:
             logits: What it said of them (n, classes).
             label_loss: The loss of the labels, a single number.
         """
-        temperature, share = self.settings.temperature, self.settings.share
         with torch.no_grad():
-            expected_logits = self.network.to(images)(images)
-        expected = F.log_softmax(expected_logits / temperature, dim=1)  # (n, classes)
-        said = F.log_softmax(logits / temperature, dim=1)  # (n, classes)
-        divergence = F.kl_div(said, expected, reduction="batchmean", log_target=True)
-        # The gradients of soft targets fall with the square of the temperature (section 2 of the paper).
-        return (1 - share) * label_loss + share * temperature**2 * divergence
+            expected = self.network.to(images)(images)
+        share = self.settings.share
+        return (1 - share) * label_loss + share * self.settings.divergence(logits, expected)

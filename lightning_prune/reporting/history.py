@@ -19,9 +19,9 @@ from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.measurement import Measurement
 from lightning_prune.surgery.compensation_report import CompensationReport
 
-__all__ = ["Compensation", "History", "Layer", "Prune", "layers_at", "read_histories", "write_history"]
+__all__ = ["Compensation", "History", "Layer", "MetricsAround", "Prune", "layers_at", "read_histories", "write_history"]
 
-FORMAT_VERSION = 3  # 2 had no compensation
+FORMAT_VERSION = 4  # 2 had no compensation, 3 no metrics around prunes
 _FORMER_NAMES = {"held": "unprunable", "left": "after"}  # of version 1
 
 
@@ -79,6 +79,38 @@ class Compensation:
 
 
 @dataclass
+class MetricsAround:
+    """Validation metrics around a prune, by name; all on the same batches of the validation split.
+
+    Attributes:
+        before: Right before it.
+        uncompensated: Right after it, if nothing made up for it; empty if nothing did.
+        after: Right after it.
+    """
+
+    before: dict[str, float] = field(default_factory=dict)
+    uncompensated: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the metrics, with accuracies first and losses last."""
+        both = self.before.keys() & self.after.keys()
+        return sorted(both, key=_accuracies_first)
+
+    @property
+    def lines(self) -> list[str]:
+        """The metrics in words, one a line."""
+        return [self._told(name) for name in self.names]
+
+    def _told(self, name: str) -> str:
+        told = f"{name}: {self.before[name]:.4f} before, "
+        if name in self.uncompensated:
+            return f"{told}{self.uncompensated[name]:.4f} pruned, {self.after[name]:.4f} compensated"
+        return f"{told}{self.after[name]:.4f} right after"
+
+
+@dataclass
 class Prune:
     """One prune.
 
@@ -90,6 +122,7 @@ class Prune:
         widths: Channels that are kept, by group name.
         after: The network after it.
         compensation: How the weights that are kept made up for it; None if they did not.
+        metrics: Validation metrics right before and right after it.
     """
 
     step: int
@@ -98,6 +131,7 @@ class Prune:
     widths: dict[str, int]
     after: Measurement
     compensation: Compensation | None = None
+    metrics: MetricsAround = field(default_factory=MetricsAround)
 
 
 @dataclass
@@ -118,6 +152,7 @@ class History:
         epochs: For each validation the epochs trained until then, as ``epoch``, what is kept, as ``keep_flops``,
             ``keep_params`` and ``keep_channels``, and the metrics.
         after: The network at the end of training.
+        metrics_at_end: Validation metrics at the end of training, on the batches of those around prunes.
     """
 
     model: str
@@ -132,6 +167,7 @@ class History:
     layers_after: list[Layer] = field(default_factory=list)
     epochs: list[dict[str, float]] = field(default_factory=list)
     after: Measurement | None = None
+    metrics_at_end: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def begin(

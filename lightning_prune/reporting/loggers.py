@@ -5,6 +5,7 @@ This is the only module of the room that knows Lightning.
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from io import BytesIO
@@ -86,9 +87,9 @@ def folder(module: str) -> str:
 def log_prune(trainer: "pl.Trainer", history: History, scores: Mapping[str, Tensor]) -> None:
     """Log the network after the last prune; for the first rank.
 
-    Every logger gets the widths and the time. TensorBoard, MLflow and loggers with ``log_image``, such as that of
-    Weights & Biases, also get two figures, the widths and the metric against the FLOPs so far, and TensorBoard a
-    histogram of the scores of each group.
+    Every logger gets the widths, the time and the validation metrics around it. TensorBoard, MLflow and loggers with
+    ``log_image``, such as that of Weights & Biases, also get two figures, the widths and the metric against the FLOPs
+    so far, and TensorBoard a histogram of the scores of each group.
 
     Args:
         trainer: The Trainer.
@@ -97,7 +98,10 @@ def log_prune(trainer: "pl.Trainer", history: History, scores: Mapping[str, Tens
     """
     prune = history.prunes[-1]
     numbers = {f"prune/channels/{group}": float(width) for group, width in prune.widths.items()}
-    numbers[f"{folder(history.module)}/latency_ms"] = prune.after.latency_ms
+    prefix = folder(history.module)
+    numbers[f"{prefix}/latency_ms"] = prune.after.latency_ms
+    for when, metrics in asdict(prune.metrics).items():
+        numbers.update({f"{prefix}/{when}/{name}": value for name, value in metrics.items()})
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=_step(trainer))
         if isinstance(logger, TensorBoardLogger):

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -121,6 +121,21 @@ class LayerRow:
         return f"{self.before.ms:.3f} → {self.after.ms:.3f}"
 
 
+@dataclass(frozen=True)
+class MetricRow:
+    """A metric around one prune, or at the end.
+
+    Attributes:
+        when: Number of the prune, or ``"end"``.
+        name: Name of the metric.
+        values: Right before, right after without compensation, and right after; empty where there is none.
+    """
+
+    when: str
+    name: str
+    values: tuple[str, str, str]
+
+
 class Page:
     """What the report tells of one callback.
 
@@ -211,6 +226,23 @@ class Page:
         return [prune for prune in self.history.prunes if prune.compensation is not None]
 
     @property
+    def metrics_around(self) -> list[MetricRow]:
+        """The validation metrics around each prune, and at the end."""
+        rows = []
+        for prune in self.history.prunes:
+            for name in prune.metrics.names:
+                around = prune.metrics
+                told = [_number(metrics, name) for metrics in (around.before, around.uncompensated, around.after)]
+                row = MetricRow(str(prune.step), name, (told[0], told[1], told[2]))
+                rows.append(row)
+        named = {row.name for row in rows}
+        at_end = self.history.metrics_at_end
+        for name in sorted(named & at_end.keys()):
+            row = MetricRow("end", name, ("", "", _number(at_end, name)))
+            rows.append(row)
+        return rows
+
+    @property
     def layers(self) -> list[LayerRow]:
         """The layers, in the order of the forward pass."""
         after = {layer.name: layer for layer in self.history.layers_after}
@@ -245,6 +277,10 @@ def _told_before(before: Measurement, metric: str) -> str:
     if metric not in before.metrics:
         return ""
     return f"{before.metrics[metric]:.4f} before the first prune"
+
+
+def _number(metrics: Mapping[str, float], name: str) -> str:
+    return f"{metrics[name]:.4f}" if name in metrics else ""
 
 
 def _greatest(values: Sequence[float]) -> float:

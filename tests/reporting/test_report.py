@@ -19,7 +19,15 @@ import lightning_prune
 from lightning_prune import files
 from lightning_prune.reporting.charts import HEIGHT, LEFT, WIDTH, LineChart, Mark, line_chart
 from lightning_prune.reporting.figures import metric_against_flops, widths
-from lightning_prune.reporting.history import Compensation, History, Layer, Prune, read_histories, write_history
+from lightning_prune.reporting.history import (
+    Compensation,
+    History,
+    Layer,
+    MetricsAround,
+    Prune,
+    read_histories,
+    write_history,
+)
 from lightning_prune.reporting.measurement import Measurement
 from lightning_prune.reporting.report import render, templates, write_report
 
@@ -64,7 +72,8 @@ def history(**changes: object) -> History:
         "groups": {"a": 8, "b": 16}, "unprunable": {"head": (10, "is an output"), "neck": (4, "is an output")},
         "before": Measurement(100, 1000, 2.0, {"val/acc": 0.75}), "layers_before": layers[0],
         "prunes": [Prune(1, 2, {"metric": "flops", "asked": 0.5, "achieved": 0.484375}, {"a": 4, "b": 12},
-                         Measurement(60, 600, 1.25), COMPENSATION)],
+                         Measurement(60, 600, 1.25), COMPENSATION,
+                         MetricsAround({"val/acc": 0.75}, {"val/acc": 0.25}, {"val/acc": 0.625}))],
         "layers_after": layers[1],
         "epochs": [{"epoch": 1, "keep_flops": 1.0, "val/acc": 0.75}, {"epoch": 3, "keep_flops": 0.6, "val/acc": 0.875}],
     }  # fmt: skip
@@ -137,7 +146,8 @@ def test_names_are_text_and_never_markup() -> None:
     assert "<script" not in text
 
 
-KNOWN = {one.name for kind in (History, Layer, Prune, Measurement, Compensation) for one in fields(kind)} | {
+KINDS = (History, Layer, Prune, Measurement, Compensation, MetricsAround)
+KNOWN = {one.name for kind in KINDS for one in fields(kind)} | {
     "version", "epoch", "keep_flops", "asked", "achieved", "metric",
 }  # fmt: skip
 
