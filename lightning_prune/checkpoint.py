@@ -17,6 +17,7 @@ from lightning_prune.surgery import check_plan, prune, reshape
 
 __all__ = [
     "CHECKPOINT_KEY",
+    "brings_channels_back",
     "fitted",
     "load_pruned",
     "plan_belongs_to",
@@ -158,11 +159,22 @@ def restore_shape(model: nn.Module, checkpoint: Checkpoint) -> None:
     if plan is not None:
         check_plan(model, plan)
         _refuse_misshapen(checkpoint.get("state_dict", {}), _aliases(model, plan), plan)
-    if earlier is not None and not _prunes_more(plan, earlier):
+    if earlier is not None and brings_channels_back(model, checkpoint):
         _refuse_missing(model, earlier, checkpoint.get("state_dict", {}))
         reshape(model, None)
     if plan is not None:
         prune(model, plan)  # buffers that are in no checkpoint keep their numbers
+
+
+def brings_channels_back(model: nn.Module, checkpoint: Checkpoint) -> bool:
+    """Tell whether a checkpoint holds channels that were pruned from a model.
+
+    Args:
+        model: The model that the weights go into.
+        checkpoint: The checkpoint.
+    """
+    earlier = plan_in_force(model)
+    return earlier is not None and not _prunes_more(saved_plan(checkpoint), earlier)
 
 
 def fitted(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from lightning_prune import criteria, planning
 from lightning_prune.callbacks import refusals
 from lightning_prune.callbacks.compensation_step import Compensator, arguments_of, run_forward
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
+from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
+from lightning_prune.callbacks.result import found_result, interrupted_result, named_result
 from lightning_prune.callbacks.run import Run as BaseRun
 from lightning_prune.callbacks.schedule import Schedule, check_whole_number
 from lightning_prune.callbacks.settings import refuse_other_settings
@@ -72,6 +74,10 @@ class PruningCallback(Schedule, Callback):
             ``"refit"``; see `lightning_prune.prune`.
         compensate_batches: Number of training batches that this looks at, without their labels, each of as many samples
             as all ranks take in a step, at most 128.
+        reset_monitors: Whether `EarlyStopping` counts anew from each prune, and `ModelCheckpoint` chooses its best anew
+            from the last prune: a score of before is one of another network.
+        save_result: Whether a run ends with a file that has the plan in force and the weights in memory; where no
+            `ModelCheckpoint` has written one, it is ``pruned.ckpt`` in the folder of the checkpoints.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -80,6 +86,8 @@ class PruningCallback(Schedule, Callback):
     Attributes:
         state: What has to survive a checkpoint.
         run: What refers to the module, the graph and the trainer; it exists from the start to the end of training.
+        result_path: The file with the plan in force and the weights in memory, once a run has ended; "" if there is
+            none.
 
     Example:
         >>> callback = PruningCallback(keep=0.5, steps=3, start_epoch=2)
@@ -109,6 +117,8 @@ class PruningCallback(Schedule, Callback):
         criterion: str | dict[str, Any] = "l1",
         compensate: str = "none",
         compensate_batches: int = 8,
+        reset_monitors: bool = True,
+        save_result: bool = True,
     ) -> None:
         planning.check_keep(keep)
         planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
@@ -131,6 +141,9 @@ class PruningCallback(Schedule, Callback):
         self.criterion = criterion
         self.compensate = compensate
         self.compensate_batches = compensate_batches
+        self.reset_monitors = reset_monitors
+        self.save_result = save_result
+        self.result_path = ""
         self.check_criterion()
         self.state = self.State()
         self._last_module: ref[pl.LightningModule] | None = None
@@ -292,7 +305,8 @@ class PruningCallback(Schedule, Callback):
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._is_running:  # a run that is resumed after its end does not train
-            self.run.recorder.tell()
+            self.result_path = self._result(trainer, pl_module)
+            self.run.recorder.tell(self.result_path)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -307,6 +321,10 @@ class PruningCallback(Schedule, Callback):
                 "training_step or a hook hands what is inside the network to a layer that forward does not run, that "
                 "layer was not pruned: put the layer whose output it takes into ignore, or let forward run both."
             )
+        if isinstance(exception, KeyboardInterrupt) and self._saves_result(trainer, pl_module):
+            self.result_path = interrupted_result(trainer)
+            if self.result_path:
+                say(f"The network as it is now, pruned to where the run was interrupted: {self.result_path}")
         self._end_run()
 
     # -- checkpoint of the state -----------------------------------------------------------------------------------
@@ -395,6 +413,8 @@ class PruningCallback(Schedule, Callback):
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
             report = prune_in_training(trainer, plan, compensations)
             self.state.steps_done = step
+            if self.reset_monitors:
+                start_anew(trainer, budget_is_met=step == self.steps)
             self.run.untried = list(report.widths)
             self.run.recorder.add_prune(plan, step, scores, report.compensation)
         if not report.widths:
@@ -403,6 +423,20 @@ class PruningCallback(Schedule, Callback):
                 f"round_to={self.round_to} is below the budget. Lower round_to, or take fewer steps."
             )
         say(f"{self._headline(trainer, plan, step)}\n{report}")
+
+    def _saves_result(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
+        trying_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        pruned = self._is_running and plan_in_force(pl_module) is not None
+        return pruned and self.save_result and not trying_out
+
+    def _result(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> str:
+        """Return the path of a file with the result of the run, or ""."""
+        if trainer.fast_dev_run or plan_in_force(pl_module) is None:  # type: ignore[attr-defined]
+            return ""
+        others = [getattr(other, "result_path", "") for other in trainer.callbacks]  # type: ignore[attr-defined]
+        if not self.save_result:
+            return found_result(trainer, others)
+        return named_result(trainer, others, budget_is_met=self.steps_done >= self.steps)
 
     def _end_run(self) -> None:
         """Drop every reference to the module."""

@@ -62,12 +62,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [head, rule, *body]
 
 
-def whereabouts(trainer: Any, run: Path | None) -> list[str]:
+def whereabouts(trainer: Any, run: Path | None, checkpoint: str) -> list[str]:
     """Say where the logs and the checkpoint are and how to load it; to be called on all ranks.
 
     Args:
         trainer: The Trainer.
         run: Folder with the history of the run, if there is one.
+        checkpoint: The file with the network, if there is one.
     """
     lines = []
     log_dir = trainer.log_dir
@@ -75,14 +76,12 @@ def whereabouts(trainer: Any, run: Path | None) -> list[str]:
         lines.append(f"logs:       {log_dir}")
     if run is not None:
         lines.append(f"report:     lightning-prune report {run}")
-    callback = trainer.checkpoint_callback
-    path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-    if path:
+    if checkpoint:
         module = type(trainer.lightning_module)
-        lines.append(f"checkpoint: {path}")
+        lines.append(f"checkpoint: {checkpoint}")
         lines.append("load it:    from lightning_prune import load_pruned")
         lines.append(f"            from {module.__module__} import {module.__name__}")
-        lines.append(f"            model = load_pruned({module.__name__}, {path!r})")
+        lines.append(f"            model = load_pruned({module.__name__}, {checkpoint!r})")
     return lines
 
 
