@@ -44,30 +44,47 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         made.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint that a Trainer has written; only tensors and plain values, so that no code in it runs.
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a checkpoint that a Trainer has written; no code in it runs unless that is asked for.
 
     Args:
         path: The file.
         map_location: Where to load tensors to.
+        weights_only: True to refuse a file that holds more than tensors and plain values; False to make whatever is in
+            it, which runs its code; None to leave out what is neither, with an `Unread` in its place.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, holds other objects, or is no checkpoint.
+        ValueError: If the file is damaged, holds what is refused, or is no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}.")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = _read(path, map_location, weights_only)
     except Exception as raised:  # whatever a damaged file makes of a program of pickle
-        raise ValueError(
-            f"{str(path)!r} cannot be read as a checkpoint: the file is damaged, or holds more than tensors and plain "
-            "values."
-        ) from raised
+        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint: {_why(raised, weights_only)}.") from raised
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{str(path)!r} is no checkpoint of a Lightning Trainer: it has no 'state_dict'.")
     return checkpoint
+
+
+def _read(path: Path, map_location: Any, weights_only: bool | None) -> Any:
+    try:
+        return torch.load(path, map_location=map_location, weights_only=weights_only is not False)
+    except pickle.UnpicklingError:
+        if weights_only is not None:
+            raise
+        return read_without_objects(path, map_location)
+
+
+def _why(raised: Exception, weights_only: bool | None) -> str:
+    """Say why a file cannot be read."""
+    if weights_only is False and isinstance(raised, ImportError | AttributeError):
+        return f"what it holds is not to be found here ({raised}); import the module that defines it"
+    if weights_only:
+        return "the file is damaged, or holds more than tensors and plain values, which weights_only=True refuses"
+    return "the file is damaged, or was not written by torch.save"
 
 
 # -- what is no plain value --------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from lightning_prune.checkpoint import (
     fitted,
     plan_belongs_to,
     refuse_other_shapes,
+    renamed_for,
     restore_shape,
     save_plan,
     saved_plan,
@@ -136,6 +137,8 @@ class PlanCheckpointIO(CheckpointIO):
         """Bring a checkpoint that the Trainer is about to restore, and its module, to the same shapes."""
         if saved_plan(loaded) is None and plan_in_force(module) is None:
             return
+        if saved_plan(loaded) is not None:
+            loaded.update(renamed_for(module, loaded))
         is_training = self.trainer.state.fn is TrainerFn.FITTING  # which goes on from there, as it is told to
         if not is_training and brings_channels_back(module, loaded):
             warn(

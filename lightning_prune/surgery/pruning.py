@@ -24,6 +24,7 @@ __all__ = [
     "PruneReport",
     "check",
     "check_plan",
+    "complete",
     "kept_positions",
     "prune",
     "pruned",
@@ -183,6 +184,48 @@ def reshape(model: nn.Module, plan: PruningPlan | None) -> None:
     replacements.append(_of_record(model, plan, touched))
     with in_place(replacements):
         pass
+
+
+def complete(model: nn.Module, plan: PruningPlan) -> None:
+    """Prune the rest of a model, some tensors of which have the shapes of a plan already without a note of it.
+
+    A submodule that shared a group with others, and was pruned with them, is like that in another model. Nothing is
+    done to a model that is not.
+
+    Args:
+        model: The model.
+        plan: The plan that is in force afterwards.
+    """
+    earlier = plan_in_force(model) or PruningPlan()
+    tensors = named_tensors(model)
+    expected = {**plan.shapes, **earlier.pruned_shapes()}
+    pruned_shapes = plan.pruned_shapes()
+    if plan.shapes.keys() - tensors.keys():
+        return
+    shapes = {name: tuple(tensors[name].shape) for name in plan.shapes}
+    if not any(shapes[name] == pruned_shapes[name] != expected[name] for name in shapes):
+        return
+    cuts = _cuts_to(plan, shapes)
+    if cuts is None:
+        return
+    replacements = [of_slices(tensors[name], kept) for name, kept in cuts.items()]
+    replacements.append(_of_record(model, plan, [tensors[name] for name in shapes]))
+    with in_place(replacements):
+        pass
+
+
+def _cuts_to(plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> Index | None:
+    """Return the positions to keep of tensors of some shapes, or None if not all axes are as before a plan or after."""
+    cuts: Index = defaultdict(dict)
+    for name, axes in plan.index().items():
+        for axis, kept in axes.items():
+            size = shapes[name][axis] if axis < len(shapes[name]) else 0
+            if size == len(kept):
+                continue
+            if size != plan.shapes[name][axis]:
+                return None
+            cuts[name][axis] = kept
+    return cuts
 
 
 def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.Optimizer]:
