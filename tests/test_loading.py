@@ -289,3 +289,89 @@ def test_the_lines_that_are_told_load_the_result_in_another_process(start: str, 
         assert process.exitcode == 0
     assert (tmp_path / "loaded.txt").read_text() == "True"
     assert [line for line in told if line.startswith("#")] == [REMARKS[start] for _ in range(start in REMARKS)]
+
+
+# -- without a Trainer -------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_model_is_saved_with_its_plan_and_goes_on(tmp_path: Path) -> None:
+    """Two models take the same steps; one is saved, loaded and given a new optimizer in between."""
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 128).view(2, 64)).square().sum().backward()
+        optimizer.step()
+
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters())
+    step(model, optimizer)
+    lp.prune(model, lp.trace(model, torch.zeros(1, 64)).plan({"1": torch.arange(9)}), optimizer)
+    step(model, optimizer)
+    lp.save(model, tmp_path / "a.pt", optimizer=optimizer.state_dict(), epoch=3)
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert content.keys() == {"state_dict", "lightning_prune", "optimizer", "epoch"}
+    for again in (net(), lp.load(net(), tmp_path / "a.pt")):
+        assert lp.load(again, tmp_path / "a.pt") is again
+        assert plan_in_force(again) == plan_in_force(model)
+    new = torch.optim.Adam(again.parameters())
+    new.load_state_dict(content["optimizer"])
+    for one, other in ((model, optimizer), (again, new)):
+        step(one, other)
+    assert battery.differences(model, again) == []
+
+
+def test_an_unpruned_model_is_saved_as_well_and_takes_no_names_of_ours(tmp_path: Path) -> None:
+    model = net()
+    lp.save(model, tmp_path / "a.pt")
+    assert battery.differences(model, lp.load(net(), tmp_path / "a.pt")) == []
+    with pytest.raises(
+        TypeError, match="state_dict: the file has these names for the weights and the plan; use others"
+    ):
+        lp.save(model, tmp_path / "b.pt", state_dict={})
+    assert not (tmp_path / "b.pt").exists()
+    with pytest.raises(ValueError, match="another architecture"):
+        lp.load(nn.Linear(2, 2), tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_fabric_sets_up_before_the_prune_or_after_it(early: bool, tmp_path: Path) -> None:
+    """Both ways, the steps are those of a plain loop."""
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+
+    def steps(model: nn.Module, optimizer: Any, backward: Any) -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            backward(model(torch.linspace(-1, 1, 128).view(2, 64)).square().sum())
+            optimizer.step()
+
+    def optimized(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters())
+
+    torch.manual_seed(0)
+    plain = net()
+    inside = lp.load(net(), _saved(plain, tmp_path / "start.pt"))
+    plan = lp.trace(plain, torch.zeros(1, 64)).plan({"1": torch.arange(9)})
+    optimizer = optimized(plain)
+    steps(plain, optimizer, torch.Tensor.backward)
+    lp.prune(plain, plan, optimizers=optimizer)
+    steps(plain, optimizer, torch.Tensor.backward)
+    model, optimizer = inside, optimized(inside)
+    if early:
+        model, optimizer = fabric.setup(inside, optimizer)
+    steps(model, optimizer, torch.Tensor.backward)
+    lp.prune(inside, plan, optimizers=optimizer)
+    if not early:
+        model, optimizer = fabric.setup(inside, optimizer)
+    steps(model, optimizer, fabric.backward)
+    assert battery.differences(plain, inside) == []
+    for each in (model, inside):
+        lp.save(each, tmp_path / "end.pt")
+        assert battery.differences(plain, lp.load(net(), tmp_path / "end.pt")) == []
+    wrapped = fabric.setup_module(net())
+    assert lp.load(wrapped, tmp_path / "end.pt") is wrapped
+    assert battery.differences(plain, wrapped.module) == []
+
+
+def _saved(model: nn.Module, path: Path) -> Path:
+    lp.save(model, path)
+    return path

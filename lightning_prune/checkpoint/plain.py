@@ -9,10 +9,13 @@ from torch import nn
 from lightning_prune.checkpoint.loading import load_onto
 from lightning_prune.checkpoint.plans import save_plan
 from lightning_prune.files import read_checkpoint, written_whole
+from lightning_prune.surgery import check
 
 __all__ = ["load", "save"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def save(model: nn.Module, path: str | Path, **others: Any) -> None:
@@ -21,7 +24,7 @@ def save(model: nn.Module, path: str | Path, **others: Any) -> None:
     The file loads with ``torch.load(path, weights_only=True)``: the weights are its ``state_dict``.
 
     Args:
-        model: The model, itself: not what Fabric or DistributedDataParallel has made of it.
+        model: The model, wrapped by Fabric or by DistributedDataParallel or not.
         path: The file; one that is there is replaced.
         others: What else goes into the file, such as the state of an optimizer or the number of an epoch.
 
@@ -39,8 +42,9 @@ def save(model: nn.Module, path: str | Path, **others: Any) -> None:
         ...     load(original, f"{folder}/pruned.pt")[0]
         Linear(in_features=2, out_features=2, bias=True)
     """
-    content: dict[str, Any] = {"state_dict": model.state_dict()}
-    save_plan(model, content)
+    network = _unwrapped(model)
+    content: dict[str, Any] = {"state_dict": network.state_dict()}
+    save_plan(network, content)
     taken = content.keys() & others.keys()
     if taken:
         raise TypeError(
@@ -67,9 +71,20 @@ def load(model: Model, path: str | Path, *, map_location: Any = "cpu") -> Model:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, or of another architecture.
+        TypeError: If the model is wrapped for distributed training: load onto the module in it, and wrap that.
     """
+    check(model)
     checkpoint = read_checkpoint(path, map_location, weights_only=True)
     try:
-        return load_onto(model, checkpoint, {})
+        load_onto(_unwrapped(model), checkpoint, {})
     except RuntimeError as raised:
         raise ValueError(f"{str(path)!r} is of another architecture. {raised}") from raised
+    return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module that wrappers for training on devices wrap; that of Fabric is known by its name."""
+    wrapped: Any = model
+    while isinstance(wrapped, _WRAPPERS) or type(wrapped).__name__ == "_FabricModule":
+        wrapped = wrapped.module
+    return wrapped
