@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["imported", "may_be_imported", "nothing_imported_for"]
+__all__ = ["imported", "loaded_modules_named_in", "may_be_imported", "nothing_imported_for"]
 
 
 def imported(path: str) -> Any:
@@ -99,6 +99,23 @@ def nothing_imported_for(content: Any, package: str) -> Iterator[None]:
         sys.meta_path.remove(finder)
     if finder.refused:  # by somebody who goes on without it
         raise _refusal(finder.refused)
+
+
+def loaded_modules_named_in(content: Any, package: str) -> list[str]:
+    """Return what has to be imported before `nothing_imported_for` lets values be used that are in use here.
+
+    Args:
+        content: Plain values; texts in them may be import paths.
+        package: The package that is expected.
+
+    Example:
+        >>> import json.decoder
+        >>> loaded_modules_named_in({"decoder": "json.decoder.JSONDecoder", "activation": "torch.nn.ReLU"}, "mine")
+        ['json.decoder']
+    """
+    usual = ("torch", package)
+    loaded = {name for name in _prefixes(content) & sys.modules.keys() if not any(_lies_in(name, one) for one in usual)}
+    return sorted(name for name in loaded if not any(other.startswith(f"{name}.") for other in loaded))
 
 
 def _refusal(module: str) -> ValueError:

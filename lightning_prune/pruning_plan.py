@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from lightning_prune.plain import MisfitError, made
 
-__all__ = ["FORMAT_VERSION", "PlannedGroup", "PruningPlan", "Slice", "plan_in_force", "record_plan", "width_in"]
+__all__ = [
+    "FORMAT_VERSION",
+    "PlannedGroup",
+    "PruningPlan",
+    "Slice",
+    "plan_in_force",
+    "record_plan",
+    "renamed",
+    "width_in",
+]
 
 FORMAT_VERSION = 1
 _RECORD = "_pruning_plan"
@@ -442,7 +451,8 @@ def _join(model: nn.Module, records: Mapping[str, PruningPlan]) -> PruningPlan:
     shapes: Shapes = {}
     for network, record in records.items():
         prefix = f"{network}." if network else ""
-        plan = _renamed(record, partial(first_names, prefix))
+        first_name = partial(first_names, prefix)
+        plan = renamed(record, first_name, first_name)
         groups.update(plan.groups)
         shapes.update(plan.shapes)
     first, *others = [record.budget for record in records.values()]
@@ -482,7 +492,8 @@ def _by_network(plan: PruningPlan | None) -> dict[str, PruningPlan]:
         network = _least_module(shapes)
         record = replace(plan, groups=groups, shapes=shapes)
         if network:
-            record = _renamed(record, partial(_within, network))
+            within = partial(_within, network)
+            record = renamed(record, within, within)
         records[network] = record.after(records.get(network))
     return records
 
@@ -524,12 +535,18 @@ def _least_module(tensors: Iterable[str]) -> str:
     return ".".join(shared)
 
 
-def _renamed(plan: PruningPlan, rename: Callable[[str], str]) -> PruningPlan:
-    """Return a plan with other names for groups and tensors."""
+def renamed(plan: PruningPlan, rename: Callable[[str], str], rename_group: Callable[[str], str]) -> PruningPlan:
+    """Return a plan with other names.
+
+    Args:
+        plan: The plan.
+        rename: Gives the new name of a tensor.
+        rename_group: Gives the new name of a group, which is that of a module, perhaps with a number behind it.
+    """
     groups = {}
     for name, group in plan.groups.items():
         slices = [replace(one, tensor=rename(one.tensor)) for one in group.slices]
-        groups[rename(name)] = replace(group, slices=tuple(slices))
+        groups[rename_group(name)] = replace(group, slices=tuple(slices))
     shapes = {rename(name): shape for name, shape in plan.shapes.items()}
     return replace(plan, groups=groups, shapes=shapes)
 

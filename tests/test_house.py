@@ -93,7 +93,7 @@ def test_only_the_upper_rooms_and_loggers_know_lightning() -> None:
         if known and room_of(path) not in KNOW_LIGHTNING:
             knowing.add(str(path.relative_to(PACKAGE)))
     # What LightningCLI has written into a checkpoint is made into arguments by LightningCLI.
-    assert knowing <= {"reporting/loggers.py", "checkpoint.py"}
+    assert knowing <= {"reporting/loggers.py", "checkpoint/loading.py"}
 
 
 def test_the_callbacks_know_nothing_of_the_command_line() -> None:

@@ -18,7 +18,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return what two ranks, started once, have written about every callback and every kind of DDP."""
     root = tmp_path_factory.mktemp("two_ranks")
     try:
-        torchrun(main, root, 1, *KINDS, *CALLBACKS)
+        torchrun(main, root, 1, *KINDS, *CALLBACKS, "interrupted", "fabric")
     except AssertionError as error:  # what was written before that is still of use
         (root / "error.txt").write_text(str(error))
     return root
@@ -48,9 +48,27 @@ def test_every_kind_of_ddp_agrees(two_ranks: Path) -> None:
     assert {tuple(result.pop("place")) for result in second.values()} == {(1, 0, 1)}
     assert first == second
     assert {result["difference"] for result in first.values()} == {0.0}
+    assert all(result["result"] == ["pruned.ckpt", []] for result in first.values())
     assert all(first[kind] == first["plain"] for kind in same)
     assert len({first[kind]["weights"] for kind in ("plain", *others)}) == 3
     assert first["compressed"]["compressed"] >= battery.EPOCHS * battery.BATCHES  # after each prune too
+
+
+def test_the_first_rank_saves_what_an_interrupted_run_has_come_to(two_ranks: Path) -> None:
+    first, second = of_both_ranks(two_ranks, "interrupted")
+    assert first["result"] == ["pruned.ckpt", []]
+    assert second["result"][0] == ""
+
+
+def test_a_loop_of_fabric(two_ranks: Path) -> None:
+    first, second = of_both_ranks(two_ranks, "fabric")
+    assert first["difference"] == second["difference"] == 0.0
+    assert first["widths"] == second["widths"]
+    for rank in (first, second):
+        assert rank["refused"].startswith(
+            "'_forward_module' of _FabricModule is a DistributedDataParallel, which knows"
+        )
+        assert rank["saved"] == []
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])

@@ -17,12 +17,14 @@ from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.distilling import Distill, Distiller, distill_settings, logits_of, weights_now
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.example_inputs import samples_of
+from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.rehearsal import Rehearsal
 from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
+from lightning_prune.callbacks.result import found_result, interrupted_result, named_result
 from lightning_prune.callbacks.run import Run as BaseRun
 from lightning_prune.callbacks.schedule import Schedule, check_whole_number
 from lightning_prune.callbacks.settings import refuse_other_settings
@@ -88,6 +90,10 @@ class PruningCallback(Schedule, Callback):
             true, false, or settings as a mapping such as ``{"temperature": 4, "share": 0.9}``.
         validate_batches: Number of validation batches on which the module's own validation is run right before and
             right after each prune, and at the end, to tell what the prune has cost; 0 for none.
+        reset_monitors: Whether `EarlyStopping` counts anew from each prune, and `ModelCheckpoint` chooses its best anew
+            from the last prune: a score of before is one of another network.
+        save_result: Whether a run ends with a file that has the plan in force and the weights in memory; where no
+            `ModelCheckpoint` has written one, it is ``pruned.ckpt`` in the folder of the checkpoints.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -96,6 +102,8 @@ class PruningCallback(Schedule, Callback):
     Attributes:
         state: What has to survive a checkpoint.
         run: What refers to the module, the graph and the trainer; it exists from the start to the end of training.
+        result_path: The file with the plan in force and the weights in memory, once a run has ended; "" if there is
+            none.
 
     Example:
         >>> callback = PruningCallback(keep=0.5, steps=3, start_epoch=2)
@@ -127,6 +135,8 @@ class PruningCallback(Schedule, Callback):
         compensate_batches: int = 8,
         distill: bool | dict[str, Any] = False,
         validate_batches: int = 16,
+        reset_monitors: bool = True,
+        save_result: bool = True,
     ) -> None:
         planning.check_keep(keep)
         planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
@@ -153,6 +163,9 @@ class PruningCallback(Schedule, Callback):
         self.compensate_batches = compensate_batches
         self.validate_batches = validate_batches
         self.distill = dict(distill) if isinstance(distill, Mapping) else distill
+        self.reset_monitors = reset_monitors
+        self.save_result = save_result
+        self.result_path = ""
         self.check_criterion()
         self.state = self.State()
         self._last_module: ref[pl.LightningModule] | None = None
@@ -349,7 +362,8 @@ class PruningCallback(Schedule, Callback):
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._is_running:  # a run that is resumed after its end does not train
-            self.run.recorder.tell()
+            self.result_path = self._result(trainer, pl_module)
+            self.run.recorder.tell(self.result_path)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -365,6 +379,10 @@ class PruningCallback(Schedule, Callback):
                 "training_step or a hook hands what is inside the network to a layer that forward does not run, that "
                 "layer was not pruned: put the layer whose output it takes into ignore, or let forward run both."
             )
+        if isinstance(exception, KeyboardInterrupt) and self._saves_result(trainer, pl_module):
+            self.result_path = interrupted_result(trainer)
+            if self.result_path:
+                say(f"The network as it is now, pruned to where the run was interrupted: {self.result_path}")
         self._end_run()
 
     # -- checkpoint of the state -----------------------------------------------------------------------------------
@@ -517,6 +535,8 @@ class PruningCallback(Schedule, Callback):
             report = prune_in_training(trainer, plan, found)
             self.state.steps_done = step
             self.state.teacher = teacher
+            if self.reset_monitors:
+                start_anew(trainer, budget_is_met=step == self.steps)
             self.run.untried = list(report.widths)
             self.run.recorder.add_prune(plan, step, report.compensation, metrics)
             self.run.recorder.tell_prune(scores)
@@ -554,6 +574,20 @@ class PruningCallback(Schedule, Callback):
         weights = weights_now(self.run.trainer)
         self.run.distiller.teach_with(weights)
         return weights
+
+    def _saves_result(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
+        trying_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        pruned = self._is_running and plan_in_force(pl_module) is not None
+        return pruned and self.save_result and not trying_out
+
+    def _result(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> str:
+        """Return the path of a file with the result of the run, or ""."""
+        if trainer.fast_dev_run or plan_in_force(pl_module) is None:  # type: ignore[attr-defined]
+            return ""
+        others = [getattr(other, "result_path", "") for other in trainer.callbacks]  # type: ignore[attr-defined]
+        if not self.save_result:
+            return found_result(trainer, others)
+        return named_result(trainer, others, budget_is_met=self.steps_done >= self.steps)
 
     def _end_run(self) -> None:
         """Drop every reference to the module."""

@@ -18,9 +18,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.core import saving
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
-from lightning_prune.checkpoint import saved_plan, widened
+from lightning_prune.checkpoint import load_onto, saved_plan, widened
 from lightning_prune.surgery import prune
 
 __all__ = ["extend_lightning"]
@@ -52,9 +54,19 @@ def _extend_load_from_checkpoint() -> None:
         plan = saved_plan(checkpoint) if issubclass(cls, pl.LightningModule) else None
         if plan is None:
             return load_state(cls, checkpoint, *args, **kwargs)
+        if _is_more_than_lightning_does(checkpoint, kwargs):
+            strict = args[0] if args else kwargs.pop("strict", None)
+            return load_onto(cls, checkpoint, kwargs, strict)
         # The class makes the module in its original shape, and finds weights of that shape.
         module: Any = load_state(cls, widened(checkpoint, plan), *args, **kwargs)
         prune(module, plan)
         return module
 
     saving._load_state = load_state_and_prune
+
+
+def _is_more_than_lightning_does(checkpoint: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Tell whether a module is made of modules, which may be pruned already, or has other names where it is compiled."""
+    saved = checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    made_of_modules = any(isinstance(leaf, nn.Module) for leaf in tree_leaves([dict(saved), settings]))
+    return made_of_modules or any("_orig_mod" in name for name in checkpoint["state_dict"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,17 +23,21 @@ from lightning_prune.callbacks.refusals import can_prune_under
 from lightning_prune.callbacks.trainer_state import averaged_copies
 from lightning_prune.checkpoint import (
     CHECKPOINT_KEY,
+    brings_channels_back,
     fitted,
     plan_belongs_to,
     refuse_other_shapes,
+    renamed_for,
     restore_shape,
     save_plan,
     saved_plan,
 )
+from lightning_prune.files import read_without_objects
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
+from lightning_prune.reporting.loggers import warn
 from lightning_prune.surgery import check_plan, prune
 
-__all__ = ["PlanCheckpointIO", "carry_plans"]
+__all__ = ["PlanCheckpointIO", "carry_plans", "read_back"]
 
 # Spawned ranks hand their last weights back in a file of this name, without anything else in it (Lightning 2.6).
 _HANDED_BACK = ".temp.ckpt"
@@ -46,13 +51,35 @@ def carry_plans(trainer: "pl.Trainer") -> None:
     """
     if not can_prune_under(trainer.strategy):
         return
-    present: Any = trainer.strategy.checkpoint_io
-    wrapped = present
-    while wrapped is not None:
-        if isinstance(wrapped, PlanCheckpointIO):
-            return
+    if _carrier(trainer) is None:
+        trainer.strategy.checkpoint_io = PlanCheckpointIO(trainer.strategy.checkpoint_io, trainer)
+
+
+def _carrier(trainer: "pl.Trainer") -> "PlanCheckpointIO | None":
+    """Return what carries the plans of a trainer, wherever other wrappers have put it."""
+    wrapped: Any = trainer.strategy.checkpoint_io
+    while wrapped is not None and not isinstance(wrapped, PlanCheckpointIO):
         wrapped = getattr(wrapped, "checkpoint_io", None)
-    trainer.strategy.checkpoint_io = PlanCheckpointIO(present, trainer)
+    return wrapped
+
+
+def read_back(trainer: "pl.Trainer", path: str) -> dict[str, Any]:
+    """Read a checkpoint of a trainer to see what is in it; nothing is restored, and no code in it runs.
+
+    Args:
+        trainer: The trainer.
+        path: The file.
+
+    Returns:
+        Tensors and plain values; what else the file holds is left out, or refused where the `CheckpointIO` of the
+        trainer has a format of its own.
+    """
+    try:
+        return read_without_objects(path)
+    except Exception:  # a file of another format, or not on this machine
+        carrier = _carrier(trainer)
+        present = carrier.checkpoint_io if carrier is not None else trainer.strategy.checkpoint_io
+        return present.load_checkpoint(path)
 
 
 class PlanCheckpointIO(CheckpointIO):
@@ -87,7 +114,7 @@ class PlanCheckpointIO(CheckpointIO):
             content = loaded.pop(CHECKPOINT_KEY, None)
             restore_shape(module, {CHECKPOINT_KEY: content, "state_dict": loaded})
         elif "state_dict" in loaded and str(path) == str(self.trainer.ckpt_path):
-            self._fit(module, loaded)
+            self._fit(module, loaded, path)
         return loaded
 
     @override
@@ -106,10 +133,18 @@ class PlanCheckpointIO(CheckpointIO):
             raise AttributeError(name)
         return getattr(self.checkpoint_io, name)
 
-    def _fit(self, module: "pl.LightningModule", loaded: dict[str, Any]) -> None:
+    def _fit(self, module: "pl.LightningModule", loaded: dict[str, Any], path: Any) -> None:
         """Bring a checkpoint that the Trainer is about to restore, and its module, to the same shapes."""
         if saved_plan(loaded) is None and plan_in_force(module) is None:
             return
+        if saved_plan(loaded) is not None:
+            loaded.update(renamed_for(module, loaded))
+        is_training = self.trainer.state.fn is TrainerFn.FITTING  # which goes on from there, as it is told to
+        if not is_training and brings_channels_back(module, loaded):
+            warn(
+                f"The checkpoint {str(path)!r} is one of a larger network: {type(module).__name__}, which has been "
+                "pruned further, gets channels back to take its weights."
+            )
         for average in averaged_copies(self.trainer):
             restore_shape(average, loaded)
         vars(module)["load_state_dict"] = _Restoring(module, loaded).load_state_dict

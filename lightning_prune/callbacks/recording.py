@@ -110,10 +110,14 @@ class Recorder:
         self._write(self.history)
         log_end(self.trainer, self.history)
 
-    def tell(self) -> None:
-        """Print the network before and after, and where its files are; to be called on all ranks."""
+    def tell(self, checkpoint: str) -> None:
+        """Print the network before and after, and where its files are; to be called on all ranks.
+
+        Args:
+            checkpoint: The file with the network as it is now; "" if there is none.
+        """
         run = run_folder(self.trainer) if self._is_written else None
-        places = whereabouts(self.trainer, run)  # asks all ranks
+        places = whereabouts(self.trainer, run, checkpoint)  # asks all ranks
         if self.history is not None and self.history.after is not None:
             say("\n".join(["", *summarize(self.history.before, self.history.after), "", *places]))
 

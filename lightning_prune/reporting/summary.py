@@ -1,9 +1,12 @@
 """What pruning changed, as a table in the terminal."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_prune.files import read_without_objects
+from lightning_prune.reporting.load_lines import load_lines
 from lightning_prune.reporting.measurement import Measurement
 
 __all__ = ["aligned", "summarize", "whereabouts"]
@@ -62,12 +65,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [head, rule, *body]
 
 
-def whereabouts(trainer: Any, run: Path | None) -> list[str]:
+def whereabouts(trainer: Any, run: Path | None, checkpoint: str) -> list[str]:
     """Say where the logs and the checkpoint are and how to load it; to be called on all ranks.
 
     Args:
         trainer: The Trainer.
         run: Folder with the history of the run, if there is one.
+        checkpoint: The file with the network, if there is one.
     """
     lines = []
     log_dir = trainer.log_dir
@@ -75,15 +79,21 @@ def whereabouts(trainer: Any, run: Path | None) -> list[str]:
         lines.append(f"logs:       {log_dir}")
     if run is not None:
         lines.append(f"report:     lightning-prune report {run}")
-    callback = trainer.checkpoint_callback
-    path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-    if path:
-        module = type(trainer.lightning_module)
-        lines.append(f"checkpoint: {path}")
-        lines.append("load it:    from lightning_prune import load_pruned")
-        lines.append(f"            from {module.__module__} import {module.__name__}")
-        lines.append(f"            model = load_pruned({module.__name__}, {path!r})")
+    if checkpoint and trainer.is_global_zero:
+        place = checkpoint if "://" in checkpoint else os.path.abspath(checkpoint)
+        lines.append(f"checkpoint: {place}")
+        lines.append("load it:")
+        lines += _how_to_load(type(trainer.lightning_module), place)
     return lines
+
+
+def _how_to_load(kind: type, path: str) -> list[str]:
+    """Return lines of Python that load a checkpoint."""
+    try:
+        content = read_without_objects(path)
+    except Exception:  # not on this machine, or not written by torch.save
+        return [f"trainer.test({kind.__name__}(...), ckpt_path={path!r})  # with the plugins that it was written by"]
+    return load_lines(kind, path, content)
 
 
 def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:

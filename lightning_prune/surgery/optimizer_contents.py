@@ -16,6 +16,7 @@ from lightning_prune.graph.substitution import named_tensors
 __all__ = [
     "LIGHTNING",
     "larger_tensors",
+    "listed",
     "numbers_elsewhere",
     "package_of",
     "search",
@@ -36,6 +37,16 @@ _NOT_SEARCHED = LIGHTNING | {"torch", "threading", "logging"}
 
 
 # -- optimizers inside others ------------------------------------------------------------------------------------------
+
+
+def listed(optimizers: Any) -> list[Any]:
+    """Return optimizers as a list, also if it is a single one that was given.
+
+    Args:
+        optimizers: One optimizer or several, wrapped or not.
+    """
+    is_one = hasattr(optimizers, "param_groups")
+    return [optimizers] if is_one else list(optimizers)
 
 
 def with_inner(optimizers: Iterable[Any]) -> list[Optimizer]:

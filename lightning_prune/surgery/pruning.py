@@ -14,7 +14,9 @@ from lightning_prune.graph.sizes import sync_attributes
 from lightning_prune.graph.substitution import named_tensors, owning_modules
 from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force, record_plan
 from lightning_prune.surgery.compensation_report import CompensationReport
+from lightning_prune.surgery.forgotten import expect_others
 from lightning_prune.surgery.optimizer_checks import check_state
+from lightning_prune.surgery.optimizer_contents import listed
 from lightning_prune.surgery.optimizer_state import check_optimizers, sliced_state
 from lightning_prune.surgery.replacing import Replacement, in_place, of_attributes, of_slices, of_tensor
 from lightning_prune.surgery.slicing import take
@@ -24,6 +26,7 @@ __all__ = [
     "PruneReport",
     "check",
     "check_plan",
+    "complete",
     "kept_positions",
     "prune",
     "pruned",
@@ -65,7 +68,7 @@ class PruneReport:
         return "\n".join(lines)
 
 
-def prune(model: nn.Module, plan: PruningPlan, optimizers: Iterable[Any] = ()) -> PruneReport:
+def prune(model: nn.Module, plan: PruningPlan, optimizers: Any = ()) -> PruneReport:
     """Prune the channels that a plan does not keep, for good and in place.
 
     Parameters keep their identity: every reference to them (parameter groups, hooks, lists of yours) keeps its meaning.
@@ -76,7 +79,7 @@ def prune(model: nn.Module, plan: PruningPlan, optimizers: Iterable[Any] = ()) -
     Args:
         model: The model that the plan is about, pruned already or not.
         plan: The channels to keep, about the original model.
-        optimizers: The optimizers that train the model.
+        optimizers: The optimizer that trains the model, or several.
 
     Returns:
         What changed.
@@ -120,7 +123,7 @@ def pruned(
         ValueError: If the plan is about another architecture, or keeps what has been pruned before.
         TypeError: If the model is wrapped for distributed training, or an optimizer cannot be sliced.
     """
-    optimizers = list(optimizers)
+    optimizers = listed(optimizers)
     found = check(model, optimizers)
     cuts = [_Cut.of(each, plan) for each in (model, *copies)]
     check_state(optimizers, named_tensors(model).values(), cuts[0].tensors, cuts[0].kept)
@@ -129,6 +132,7 @@ def pruned(
     with in_place(replacements):
         params = Change(params_before, _count(cuts[0].parameters))
         yield PruneReport(cuts[0].widths, params, plan)
+    expect_others(cuts[0].tensors.values(), found)
 
 
 def pruned_tensors(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
@@ -185,6 +189,50 @@ def reshape(model: nn.Module, plan: PruningPlan | None) -> None:
     replacements.append(_of_record(model, plan, touched))
     with in_place(replacements):
         pass
+    expect_others(touched, [])
+
+
+def complete(model: nn.Module, plan: PruningPlan) -> None:
+    """Prune the rest of a model, some tensors of which have the shapes of a plan already without a note of it.
+
+    A submodule that shared a group with others, and was pruned with them, is like that in another model. Nothing is
+    done to a model that is not.
+
+    Args:
+        model: The model.
+        plan: The plan that is in force afterwards.
+    """
+    earlier = plan_in_force(model) or PruningPlan()
+    tensors = named_tensors(model)
+    expected = {**plan.shapes, **earlier.pruned_shapes()}
+    pruned_shapes = plan.pruned_shapes()
+    if plan.shapes.keys() - tensors.keys():
+        return
+    shapes = {name: tuple(tensors[name].shape) for name in plan.shapes}
+    if not any(shapes[name] == pruned_shapes[name] != expected[name] for name in shapes):
+        return
+    cuts = _cuts_to(plan, shapes)
+    if cuts is None:
+        return
+    replacements = [of_slices(tensors[name], kept) for name, kept in cuts.items()]
+    replacements.append(_of_record(model, plan, [tensors[name] for name in shapes]))
+    with in_place(replacements):
+        pass
+    expect_others([tensors[name] for name in cuts], [])
+
+
+def _cuts_to(plan: PruningPlan, shapes: Mapping[str, tuple[int, ...]]) -> Index | None:
+    """Return the positions to keep of tensors of some shapes, or None if not all axes are as before a plan or after."""
+    cuts: Index = defaultdict(dict)
+    for name, axes in plan.index().items():
+        for axis, kept in axes.items():
+            size = shapes[name][axis] if axis < len(shapes[name]) else 0
+            if size == len(kept):
+                continue
+            if size != plan.shapes[name][axis]:
+                return None
+            cuts[name][axis] = kept
+    return cuts
 
 
 def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.Optimizer]:
@@ -206,10 +254,16 @@ def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.
         Traceback (most recent call last):
         TypeError: LBFGS keeps its history for all parameters in one vector, which cannot lose channels; use another ...
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        wrapper = type(model).__name__
-        raise TypeError(f"The model is wrapped in {wrapper}; prune `model.module` and wrap it again.")
-    return check_optimizers(optimizers)
+    if isinstance(model, nn.DataParallel):
+        raise TypeError("The model is wrapped in DataParallel; prune `model.module` and wrap it again.")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            what = f"{name!r} of {type(model).__name__}" if name else "The model"
+            raise TypeError(
+                f"{what} is a DistributedDataParallel, which knows only the parameters it was made with; prune the "
+                "module in it (`model.module`), and wrap that again (with Fabric, by `fabric.setup_module`)."
+            )
+    return check_optimizers(listed(optimizers))
 
 
 def check_plan(model: nn.Module, plan: PruningPlan) -> None:

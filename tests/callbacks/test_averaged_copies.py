@@ -73,7 +73,7 @@ def test_the_history_is_kept_through_prunes(name: str, first: str, tmp_path: Pat
 def test_resumes_to_the_same_bits(kind: str, name: str, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
     unbroken, _ = battery.train(tmp_path, battery.make_callback(name), AVERAGES[kind](), saver)
-    paths = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
+    paths = sorted((tmp_path / "checkpoints").glob("step=*.ckpt"))
     assert len(paths) == battery.EPOCHS * battery.BATCHES // 4
     for path in paths:
         callbacks = [AVERAGES[kind](), battery.make_callback(name)]

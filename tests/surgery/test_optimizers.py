@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn, optim
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import lightning_prune as lp
 from lightning_prune.surgery.masks import mask
@@ -450,3 +451,58 @@ def test_a_step_that_a_schedule_has_set_is_not_called_by_a_trial():
     assert torch.equal(model[6].weight, weight)
     assert optimizer.inner.state[model[2].weight]["momentum_buffer"].shape == (8, 4)
     step(model, optimizer)
+
+
+# -- optimizers that a prune was not told of ---------------------------------------------------------------------------
+
+TORCH: dict[str, Any] = {
+    "Adam": optim.Adam,
+    "SGD": partial(optim.SGD, lr=0.1, momentum=0.9),
+    "Adagrad": optim.Adagrad,
+    "Adafactor": optim.Adafactor,
+    "several tensors at once": partial(optim.AdamW, foreach=True),
+}
+
+
+def hooks() -> int:
+    return len(_global_optimizer_pre_hooks)
+
+
+@pytest.mark.parametrize("kind", TORCH)
+def test_an_optimizer_that_was_forgotten_says_so_at_its_next_step(kind: str) -> None:
+    model, before = network(), hooks()
+    forgotten, named = TORCH[kind](model.parameters()), optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for optimizer in (forgotten, named):
+        step(model, optimizer)
+    lp.prune(model, lp.trace(model, X).plan(KEPT), optimizers=named)
+    assert hooks() == before  # one optimizer was named that trains all of it
+    whole, other = network(), optim.SGD(network().parameters(), 0.1)
+    optimizer = TORCH[kind](whole.parameters())
+    step(whole, optimizer)
+    lp.prune(whole, lp.trace(whole, X).plan(KEPT))
+    step(network(), other)  # one of another model does not matter
+    message = r" in shape \(8, [18]\) for a parameter that has been pruned to \(4, 8\) without it; name"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"^{type(optimizer).__name__} keeps '.*'{message}"):
+            step(whole, optimizer)
+    step(whole, TORCH[kind](whole.parameters()))  # a new one has nothing to keep
+    assert hooks() == before
+
+
+def test_an_optimizer_that_has_kept_nothing_yet_need_not_be_named() -> None:
+    model, before = network(), hooks()
+    optimizer = optim.Adam(model.parameters())
+    lp.prune(model, lp.trace(model, X).plan(KEPT))
+    for _ in range(2):
+        step(model, optimizer)
+    assert hooks() == before
+
+
+def test_a_single_optimizer_may_be_named_as_several_are() -> None:
+    models = [network(), network()]
+    for model, form in zip(models, (lambda one: one, lambda one: [one]), strict=True):
+        optimizer = optim.Adam(model.parameters())
+        step(model, optimizer)
+        lp.prune(model, lp.trace(model, X).plan(KEPT), optimizers=form(optimizer))
+        step(model, optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))

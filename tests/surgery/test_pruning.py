@@ -237,11 +237,24 @@ def test_a_plan_about_another_architecture_does_not_touch_the_model(wrong, messa
     assert plan_in_force(model) is None
 
 
+class _Wrapper(nn.parallel.DistributedDataParallel):
+    """One that needs no ranks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module = module
+
+
 def test_wrappers_and_foreign_optimizers_are_refused():
     model = network()
     plan, before = plan_for(model), _state(model)
     refused = [
         (nn.DataParallel(model), [], r"The model is wrapped in DataParallel; prune `model.module`"),
+        (
+            nn.Sequential(_Wrapper(model)),
+            [],
+            "'0' of Sequential is a DistributedDataParallel, which knows only ",
+        ),
         (model, [torch.optim.LBFGS(model.parameters())], "LBFGS keeps its history"),
         (model, ["adam"], "str is no torch optimizer"),
     ]

@@ -11,6 +11,7 @@ from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery import pruning
 from lightning_prune.surgery.compensation.compensating import check_batches, check_method, compensation, run_on
 from lightning_prune.surgery.compensation.lockstep import Run
+from lightning_prune.surgery.optimizer_contents import listed
 from lightning_prune.surgery.pruning import PruneReport
 from lightning_prune.surgery.replacing import in_place
 
@@ -20,7 +21,7 @@ __all__ = ["prune"]
 def prune(
     model: nn.Module,
     plan: PruningPlan,
-    optimizers: Iterable[Any] = (),
+    optimizers: Any = (),
     compensate: str = "none",
     batches: Iterable[Any] | None = None,
     run: Run | None = None,
@@ -43,7 +44,8 @@ def prune(
     Args:
         model: The model that the plan is about, pruned already or not.
         plan: The channels to keep, about the original model.
-        optimizers: The optimizers that train the model.
+        optimizers: The optimizer that trains the model, or several. The next step of one that is not named here
+            raises a RuntimeError that says so, if it keeps anything in the shape of what was pruned.
         compensate: One of those above; all but the first look at data.
         batches: What the model is run on in evaluation mode: tensors, tuples of positional or dictionaries of named
             arguments; labels are not needed. Some hundred samples in all are enough.
@@ -55,7 +57,7 @@ def prune(
     Raises:
         ValueError: If the plan is about another architecture, or keeps what has been pruned before; if there is no such
             ``compensate``, or no data for it.
-        TypeError: If the model is wrapped for distributed training, or an optimizer cannot be sliced.
+        TypeError: If the model or a part of it is wrapped for distributed training, or an optimizer cannot be sliced.
 
     Note:
         A plan alone does not make the weights of a network that was compensated: a checkpoint has them.
@@ -78,7 +80,7 @@ def prune(
     """
     check_method(compensate)
     check_batches(compensate, batches)
-    optimizers = list(optimizers)
+    optimizers = listed(optimizers)
     unwrapped = pruning.check(model, optimizers)
     if compensate == "none" or batches is None:
         return pruning.prune(model, plan, optimizers)

@@ -1,24 +1,19 @@
-"""Checkpoints of pruned models: the plan travels with the weights, and the original class takes its shape from it."""
+"""The plan in a checkpoint, beside its weights, and the shapes that models and weights have by it."""
 
-import argparse
 import copy
-import inspect
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_prune.files import read_checkpoint
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.importing import nothing_imported_for
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery import check_plan, prune, reshape
 
 __all__ = [
     "CHECKPOINT_KEY",
+    "brings_channels_back",
     "fitted",
-    "load_pruned",
     "plan_belongs_to",
     "refuse_other_shapes",
     "restore_shape",
@@ -29,7 +24,6 @@ __all__ = [
 
 CHECKPOINT_KEY = "lightning_prune"
 
-Model = TypeVar("Model", bound=nn.Module)
 Checkpoint = Mapping[str, Any]
 Weights = Mapping[str, Any]  # the state dict in a checkpoint: mostly tensors
 Aliases = Mapping[str, str]  # from the names of weights to those that a plan knows them by, where they differ
@@ -158,11 +152,22 @@ def restore_shape(model: nn.Module, checkpoint: Checkpoint) -> None:
     if plan is not None:
         check_plan(model, plan)
         _refuse_misshapen(checkpoint.get("state_dict", {}), _aliases(model, plan), plan)
-    if earlier is not None and not _prunes_more(plan, earlier):
+    if earlier is not None and brings_channels_back(model, checkpoint):
         _refuse_missing(model, earlier, checkpoint.get("state_dict", {}))
         reshape(model, None)
     if plan is not None:
         prune(model, plan)  # buffers that are in no checkpoint keep their numbers
+
+
+def brings_channels_back(model: nn.Module, checkpoint: Checkpoint) -> bool:
+    """Tell whether a checkpoint holds channels that were pruned from a model.
+
+    Args:
+        model: The model that the weights go into.
+        checkpoint: The checkpoint.
+    """
+    earlier = plan_in_force(model)
+    return earlier is not None and not _prunes_more(saved_plan(checkpoint), earlier)
 
 
 def fitted(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -197,125 +202,6 @@ def refuse_other_shapes(model: nn.Module, weights: Weights) -> None:
             f"The checkpoint is of another architecture: {name!r} has shape {tuple(saved.shape)} in it and "
             f"{tuple(tensor.shape)} in {type(model).__name__}; build it with the settings of the training."
         )
-
-
-# -- loading -----------------------------------------------------------------------------------------------------------
-
-
-def load_pruned(model: Model | type[Model], path: str | Path, *, map_location: Any = "cpu", **settings: Any) -> Model:
-    """Load a checkpoint of a pruned model onto its original class; a checkpoint that was never pruned loads as well.
-
-    Args:
-        model: The LightningModule class that was trained, or an instance of it in its original shape (any
-            ``nn.Module`` whose names fit the weights). Its ``configure_model`` and ``strict_loading`` are heeded.
-        path: The checkpoint file, as ``Trainer`` or `ModelCheckpoint` wrote it.
-        map_location: Where to load the weights to, and where an instance that is made here lies.
-        settings: Arguments for the class, in place of the hyper-parameters in the checkpoint.
-
-    Returns:
-        The pruned model with its weights, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, of another architecture, or lacks the arguments that the class needs.
-
-    Example:
-        A checkpoint that training with a pruning callback has written::
-
-            model = load_pruned(ImageClassifier, "logs/version_0/checkpoints/last.ckpt")
-    """
-    checkpoint = read_checkpoint(path, map_location)
-    instance: Any = _instantiate(model, checkpoint, settings) if isinstance(model, type) else model
-    # The hooks of a LightningModule, in Lightning's order.
-    if hasattr(instance, "configure_model"):
-        instance.configure_model()
-    if isinstance(model, type):
-        instance.to(_device_of(checkpoint["state_dict"]))
-    plan = saved_plan(checkpoint)
-    checkpoint = fitted(instance, checkpoint)
-    if hasattr(instance, "on_load_checkpoint"):
-        instance.on_load_checkpoint(checkpoint)
-    weights = checkpoint["state_dict"]  # with what the hook has made of them
-    refuse_other_shapes(instance, weights)
-    if plan is not None:
-        check_plan(instance, plan)  # before the weights are loaded
-    strict = getattr(instance, "strict_loading", True)
-    try:
-        instance.load_state_dict(weights, strict=strict)
-    except RuntimeError as raised:
-        raise ValueError(f"The checkpoint {str(path)!r} is of another architecture. {raised}") from raised
-    if plan is not None:
-        prune(instance, plan)
-    return instance.eval()
-
-
-def _device_of(weights: Weights) -> Any:
-    """Return the device of the first tensor."""
-    for value in weights.values():
-        if isinstance(value, Tensor):
-            return value.device
-    return "cpu"
-
-
-def _instantiate(model: type[Model], checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Model:
-    """Make an instance from the hyper-parameters that Lightning saved, as ``load_from_checkpoint`` does."""
-    saved = _hyper_parameters(checkpoint)
-    made_by_parser = "_instantiator" in saved
-    saved.pop("_instantiator", None)
-    arguments = _arguments(model, saved, checkpoint.get("hparams_name"), settings, made_by_parser)
-    package = model.__module__.partition(".")[0]
-    try:
-        with nothing_imported_for(saved, package):
-            return _instantiate_by_parser(model, arguments) if made_by_parser else model(**arguments)
-    except (TypeError, argparse.ArgumentError) as raised:
-        raise ValueError(
-            f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "
-            "`self.save_hyperparameters()` in its constructor, or pass the missing arguments or an instance."
-        ) from raised
-
-
-def _hyper_parameters(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the hyper-parameters that Lightning saved, by name."""
-    saved = checkpoint.get("hyper_parameters", {})
-    if not isinstance(saved, Mapping) or not all(isinstance(name, str) for name in saved):
-        raise ValueError("The checkpoint is damaged: its hyper-parameters are no settings by name.")
-    return dict(saved)
-
-
-def _arguments(
-    model: type[nn.Module], saved: dict[str, Any], single: str | None, settings: Mapping[str, Any], made_by_parser: bool
-) -> dict[str, Any]:
-    """Return the arguments to make an instance with.
-
-    Args:
-        model: The class.
-        saved: The hyper-parameters in the checkpoint.
-        single: Name of the one argument that they are all in, as ``save_hyperparameters(conf)`` saves them, or None.
-        settings: Arguments that were given, which come first.
-        made_by_parser: Whether a parser makes the instance, which knows also the names that start with an underscore.
-    """
-    parameters = inspect.signature(model).parameters.values()
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = {parameter.name for parameter in parameters if parameter.kind not in variadic}
-    if single in names:
-        arguments: dict[str, Any] = {single: saved}
-        for name, value in settings.items():
-            holder = arguments if name in names else saved
-            holder[name] = value
-        return arguments
-    if not takes_any:
-        saved = {name: value for name, value in saved.items() if name in names}
-    elif not made_by_parser:
-        saved = {name: value for name, value in saved.items() if not name.startswith("_")}
-    return {**saved, **settings}
-
-
-def _instantiate_by_parser(model: type[Model], arguments: dict[str, Any]) -> Model:
-    """Make an instance as `LightningCLI` does, which notes classes and their arguments by name."""
-    from lightning.pytorch.cli import instantiate_module
-
-    return instantiate_module(model, arguments)
 
 
 # -- names that share a tensor -----------------------------------------------------------------------------------------

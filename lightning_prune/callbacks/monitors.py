@@ -1,0 +1,55 @@
+"""What monitors of a Trainer remember of a network that was larger, forgotten when it is pruned.
+
+A score of before a prune is one of another network. What `ModelCheckpoint` calls its best would be outside the budget
+to the end of the run, and `EarlyStopping` would wait for a score that the smaller network may never reach.
+"""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+__all__ = ["model_checkpoints", "start_anew"]
+
+
+def model_checkpoints(trainer: "pl.Trainer") -> list[ModelCheckpoint]:
+    """Return the callbacks that write checkpoints and name the best and the last one.
+
+    Args:
+        trainer: The trainer.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def start_anew(trainer: "pl.Trainer", budget_is_met: bool) -> None:
+    """Let monitors forget what they know of the network before a prune; to be called on every rank.
+
+    Args:
+        trainer: The trainer.
+        budget_is_met: Whether this was the last prune: from then on what is saved as best is within the budget. Files
+            that were saved before stay where they are.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = _worst(callback.mode)
+    if budget_is_met:
+        for saver in model_checkpoints(trainer):
+            _forget_best(saver)
+
+
+def _forget_best(saver: ModelCheckpoint) -> None:
+    """Let a callback begin as it was made, but for the name of its last file, which the next one takes the place of."""
+    saver.best_k_models = {}
+    saver.best_model_path = ""
+    saver.best_model_score = None
+    saver.current_score = None
+    saver.kth_best_model_path = ""
+    saver.kth_value = _worst(saver.mode)
+
+
+def _worst(mode: str) -> torch.Tensor:
+    return torch.tensor(math.inf if mode == "min" else -math.inf)

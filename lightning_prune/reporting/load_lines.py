@@ -1,0 +1,110 @@
+"""Lines of Python that load a checkpoint, as they can be pasted into another process."""
+
+import ast
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from lightning_prune.checkpoint import asked_for
+from lightning_prune.importing import loaded_modules_named_in
+
+__all__ = ["load_lines"]
+
+
+def load_lines(kind: type, path: str, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return lines that load a checkpoint; what they cannot know, they say in a comment.
+
+    Args:
+        kind: The class of the module.
+        path: The checkpoint file.
+        checkpoint: What is in it, read without making objects.
+
+    Example:
+        >>> from lightning_prune.models import ImageClassifier
+        >>> for line in load_lines(ImageClassifier, "/logs/last.ckpt", {"hyper_parameters": {}}):
+        ...     print(line)
+        from lightning_prune import load_pruned
+        from lightning_prune.models.classifier import ImageClassifier
+        model = load_pruned(ImageClassifier, '/logs/last.ckpt')
+    """
+    place = _place_of(kind)
+    lines = ["from lightning_prune import load_pruned"]
+    if place.folder:
+        lines.append(f"import sys; sys.path.insert(0, {place.folder!r})")
+    package = (place.module or kind.__module__).partition(".")[0]
+    hyper_parameters = checkpoint.get("hyper_parameters", {})
+    lines += [f"import {module}" for module in loaded_modules_named_in(hyper_parameters, package)]
+    outermost = kind.__qualname__.partition(".")[0]
+    lines.append(f"from {place.module} import {outermost}" if place.module else f"# {place.remark}")
+    names = asked_for(kind, checkpoint)
+    if names:
+        lines.append(f"# give what the file does not hold, as for the training: {', '.join(names)}")
+    name = kind.__name__ if "<locals>" in kind.__qualname__ else kind.__qualname__
+    given = "".join(f", {each}={each}" for each in names)
+    lines.append(f"model = load_pruned({name}, {path!r}{given})")
+    return lines
+
+
+class _Place(NamedTuple):
+    """Where a class can be imported from.
+
+    Attributes:
+        module: The module; "" if it cannot be imported.
+        folder: What has to be among the places where modules are looked for; "" if it is anyway.
+        remark: Why it cannot be imported.
+    """
+
+    module: str = ""
+    folder: str = ""
+    remark: str = ""
+
+
+def _place_of(kind: type) -> _Place:
+    defined = f"where {kind.__name__} is defined"
+    if "<locals>" in kind.__qualname__:
+        return _Place(remark=f"{defined}: it is made in a function, from which it cannot be imported")
+    module = sys.modules.get(kind.__module__)
+    if kind.__module__ not in ("__main__", "__mp_main__"):
+        return _Place(kind.__module__, _folder_of(kind.__module__.partition(".")[0]))
+    spec = getattr(module, "__spec__", None)
+    if spec is not None:  # python -m package.module
+        return _Place(spec.name, _folder_of(spec.name.partition(".")[0]))
+    return _place_of_script(module, defined)
+
+
+def _place_of_script(module: ModuleType | None, defined: str) -> _Place:
+    """Return where a class of a script can be imported from: where that does not run the script."""
+    file = getattr(module, "__file__", None)
+    if not file or not Path(file).is_file():
+        return _Place(remark=f"{defined}: a notebook or an interactive session")
+    script = Path(file).absolute()
+    if not script.stem.isidentifier():
+        return _Place(remark=f"{defined}: {script.name} is no name of a module")
+    if not _is_guarded(script):
+        return _Place(remark=f"{defined}: to import {script.name} would run it")
+    return _Place(script.stem, str(script.parent))
+
+
+def _is_guarded(script: Path) -> bool:
+    """Tell whether a script asks whether it is run or imported."""
+    statements = ast.parse(script.read_text()).body
+    tests = [statement.test for statement in statements if isinstance(statement, ast.If)]
+    return any(isinstance(node, ast.Name) and node.id == "__name__" for test in tests for node in ast.walk(test))
+
+
+def _folder_of(package: str) -> str:
+    """Return the folder of a package, or "" if it is installed."""
+    spec = find_spec(package)
+    origin = spec.origin if spec is not None else None
+    if spec is None or not origin or not os.path.isfile(origin):
+        return ""
+    file = Path(origin).absolute()
+    folder = file.parent.parent if spec.submodule_search_locations else file.parent
+    installed = {Path(path).absolute() for path in sysconfig.get_paths().values()}
+    is_installed = folder in installed or folder.name in ("site-packages", "dist-packages")
+    return "" if is_installed or package == __name__.partition(".")[0] else str(folder)
