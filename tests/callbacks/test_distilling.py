@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback
-from lightning_prune.callbacks.distilling import distill_settings, logits_of
+from lightning_prune.callbacks.distilling import Listener, distill_settings, logits_of
 from lightning_prune.pruning_plan import plan_in_force
 
 pytestmark = pytest.mark.filterwarnings("ignore:Prune . of .")  # prunes nothing, in steps of two channels
@@ -181,6 +181,48 @@ def test_the_network_may_be_called_directly(settings: dict[str, Any], tmp_path: 
     assert apart(module.inner, reference) <= 1e-12
 
 
+class Outer(nn.Module):
+    """Has all that it is made of in one part, which fails for negative numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        if bool((x < 0).any()):
+            raise ArithmeticError
+        return factor * self.inner(x)
+
+
+def test_calls_are_noted_once_from_outside_and_only_while_they_matter() -> None:
+    model, x = Outer(), torch.ones(1, 2)
+    listener = Listener({"": model, "inner": model.inner}, model)
+    model(x)
+    listener.listen()
+    first = model(x, factor=2.0)
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(ArithmeticError):
+        model(-x)
+    second = model.inner(x)
+    forward = model.forward
+
+    def redirected(given: Tensor) -> Tensor:  # as distributed training does, with a step for a forward pass
+        model.forward = forward
+        return model(given).sum()
+
+    model.forward = redirected
+    model(x)
+    names = [(call.module, call.kwargs) for call in listener.calls]
+    assert names == [("", {"factor": 2.0}), ("inner", {}), ("", {})]
+    assert [call.output is one for call, one in zip(listener.calls, (first, second), strict=False)] == [True, True]
+    assert listener.calls[2].output.shape == (1, 2)
+    listener.pause()
+    model(x)
+    assert listener.calls == []
+    assert hooks_of(model) == []
+
+
 def test_what_the_module_logs_is_its_own_and_the_teacher_is_told(tmp_path: Path) -> None:
     logged: list[float] = []
 
@@ -294,7 +336,14 @@ def test_works_with_other_settings_of_the_trainer(settings: dict[str, Any], tmp_
     assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
 
 
-@pytest.mark.parametrize("how", ["torch.compile(module)", "network.compile()", "torch.compile(network)"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "network.compile()",
+        pytest.param("torch.compile(module)", marks=pytest.mark.long),
+        pytest.param("torch.compile(network)", marks=pytest.mark.long),
+    ],
+)
 def test_compiled_networks(how: str, tmp_path: Path) -> None:
     torch.compiler.reset()
     reference, _ = battery.train(tmp_path / "reference", PruningCallback(**ONE_PRUNE), module=seeded(Within), max_epochs=2)
