@@ -25,7 +25,7 @@ from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.steps import run_step
 from lightning_prune.graph.twin import Twin, set_mode
 
-__all__ = ["TRAINING", "VALIDATION", "Backward", "Rehearsal"]
+__all__ = ["TRAINING", "VALIDATION", "Backward", "Rehearsal", "quietened"]
 
 TRAINING = "training_step"
 VALIDATION = "validation_step"
@@ -178,8 +178,13 @@ class Rehearsal:
     def _prepare(self, model: nn.Module) -> None:
         _prepare(self.trainer, self.epoch, model)
 
-    def _step(self, name: str, batch: Any) -> Step | None:
-        """Return a step on a batch; None if the module has no such step, or draws batches by itself."""
+    def step(self, name: str, batch: Any) -> Step | None:
+        """Return a step on a batch; None if the module has no such step, or draws batches by itself.
+
+        Args:
+            name: `TRAINING` or `VALIDATION`.
+            batch: The batch.
+        """
         if not is_overridden(name, self.pl_module):
             return None
         parameters = inspect.signature(getattr(self.pl_module, name)).parameters
@@ -211,7 +216,7 @@ class Rehearsal:
         with isolate_rng():
             batch = self._training_batch(size)
         self._last_batch = batch
-        return None if batch is None else self._step(TRAINING, batch)
+        return None if batch is None else self.step(TRAINING, batch)
 
     def _training_batch(self, size: int) -> Any:
         if self._can_choose:
@@ -235,7 +240,7 @@ class Rehearsal:
                 return None
             positions = _first(loaders[0], max(size, 1))
             batch = moved(self.trainer, samples(loaders[0], positions))
-        return self._step(VALIDATION, batch)
+        return self.step(VALIDATION, batch)
 
 
 def _first(loader: Any, size: int) -> list[int]:
@@ -251,6 +256,16 @@ def _arguments(parameters: list[inspect.Parameter], batch: Any) -> tuple[Any, ..
     required = [one for one in positional if one.default is one.empty or one.name == "batch_idx"]
     count = 2 if takes_more else len(required)
     return (batch, 0, 0)[: max(1, count)]
+
+
+def quietened(trainer: "pl.Trainer", model: nn.Module) -> None:
+    """Let the steps of a copy of the module of a trainer leave loggers and optimizers alone.
+
+    Args:
+        trainer: The trainer.
+        model: The copy.
+    """
+    _prepare(trainer, trainer.current_epoch, model)
 
 
 def _prepare(trainer: "pl.Trainer", epoch: int, model: nn.Module) -> None:

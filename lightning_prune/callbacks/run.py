@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import lightning.pytorch as pl
 
 from lightning_prune.callbacks.recording import Recorder
+from lightning_prune.candidates import classification
+from lightning_prune.candidates.measures import Evaluate
 from lightning_prune.graph import ChannelGraph
 
 __all__ = ["Run"]
@@ -23,6 +25,7 @@ class Run:
         step: Number of the prune that is being made, or was made last, from 1.
         epoch: The epoch that has begun.
         untried: The groups that were pruned since the last training step.
+        evaluate: What measures sub-networks, in callbacks that do.
     """
 
     trainer: "pl.Trainer"
@@ -31,6 +34,7 @@ class Run:
     step: int = 0
     epoch: int | None = None
     untried: list[str] = field(default_factory=list)
+    evaluate: Evaluate = classification
 
     def end(self) -> None:
         """Undo what the run has done to the module, such as hooks; called also if training fails."""
