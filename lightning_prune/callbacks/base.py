@@ -23,6 +23,7 @@ from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.rehearsal import Rehearsal
+from lightning_prune.callbacks.relatives import relations_in, tell_of_relations
 from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
 from lightning_prune.callbacks.result import found_result, interrupted_result, named_result
 from lightning_prune.callbacks.run import Run as BaseRun
@@ -492,14 +493,17 @@ class PruningCallback(Schedule, Callback):
         if self.example_inputs is None and (self.module or pl_module.example_input_array is None):
             # A resumed run must not look at a batch again: loaders that know their position would lose it.
             self.state.batch_like = described(inputs)
-        settings: dict[str, Any] = {"module": self.module, "ignore": self.ignore}
-        for size in rehearsal.sizes(samples_of(inputs)):
-            graph = trace(pl_module, inputs, steps=rehearsal.steps(size), **settings)
+        relations = relations_in(rehearsal, self.module)
+        settings: dict[str, Any] = {"module": self.module, "ignore": self.ignore, "relations": relations}
+        for steps in rehearsal.attempts(samples_of(inputs)):
+            graph = trace(pl_module, inputs, steps=steps, **settings)
             if not graph.untraced:
                 break
         self.state.training_batch_like = rehearsal.batch_like
+        tell_of_relations(graph)
+        tell_of_steps = say if rehearsal.serves_as_it_likes else warn
         for name, why in graph.untraced.items():
-            warn(
+            tell_of_steps(
                 f"{name} of {type(pl_module).__name__} could not be traced ({why}): where it hands what is inside the "
                 "network to a layer that forward does not run, put the layer whose output it takes into ignore."
             )

@@ -14,6 +14,7 @@ from lightning_prune.callbacks.descriptions import like
 from lightning_prune.callbacks.rehearsal import Rehearsal
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.nested import nested_tensors, with_tensors
+from lightning_prune.graph.run import submodule_of
 from lightning_prune.graph.steps import first_call
 
 __all__ = ["example_inputs", "samples_of"]
@@ -53,10 +54,10 @@ def _is_shape(given: Any) -> bool:
 def _really_given(rehearsal: Rehearsal, module: str) -> Any:
     """Return what a submodule is given when the model trains, or when it is measured."""
     pl_module = rehearsal.pl_module
-    submodule = _submodule(pl_module, module)
+    submodule = submodule_of(pl_module, module)
     for step in rehearsal.first_steps():
         call = _first_call(pl_module, [module], step)
-        if call is not None:
+        if call is not None and list(nested_tensors(call)):
             return _one_sample(as_inputs(submodule, call))
     if module:
         raise ValueError(
@@ -64,13 +65,6 @@ def _really_given(rehearsal: Rehearsal, module: str) -> Any:
             "batch; give the callback example_inputs, what its forward takes."
         )
     return _of_forward(rehearsal) if _has_forward(pl_module) else rehearsal.entry()
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"The model has no module {name!r}; name one of its submodules, such as 'network'.") from None
 
 
 def _has_forward(pl_module: "pl.LightningModule") -> bool:

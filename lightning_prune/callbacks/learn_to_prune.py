@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit, training_batches
+from lightning_prune.callbacks.monitoring import check_measure, measure_in
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.trainer_state import log_epoch
-from lightning_prune.candidates import classification
 from lightning_prune.candidates.finite import refuse_not_finite
 from lightning_prune.candidates.isolation import without_other_ranks
 from lightning_prune.candidates.measures import samples_in
@@ -83,6 +83,9 @@ class LearnToPruneCallback(PruningCallback):
             default all that validation runs on.
         evaluate: Given the LightningModule and a batch, returns loss and accuracy (from 0 to 1) as means over its
             samples, the loss with gradients where they are enabled; in YAML the import path of a function.
+        monitor: Name of a metric that the module's own ``validation_step`` logs, to be measured in place of accuracy;
+            the mean over batches counts.
+        mode: ``"max"`` if much of that metric is good, ``"min"`` if little is.
         seed: Seed of the agents.
         agent_settings: As for `make_filter_agent`: ``keep``, ``baseline``, ``learning_rate``.
         compensate: As for `PruningCallback`; the method itself knows of none.
@@ -90,7 +93,7 @@ class LearnToPruneCallback(PruningCallback):
 
     Raises:
         ValueError: As `PruningCallback`; when training starts also if there is no validation split, or its batches
-            are not ``(inputs, labels)`` of a classifier and ``evaluate`` is not given.
+            are not ``(inputs, labels)`` of a classifier and neither ``evaluate`` nor ``monitor`` is given.
 
     Note:
         Huang et al., "Learning to Prune Filters in Convolutional Neural Networks" (WACV 2018), known from its abstract
@@ -143,6 +146,8 @@ class LearnToPruneCallback(PruningCallback):
         recalibrate_batches: int = 10,
         limit_batches: int | None = None,
         evaluate: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
+        monitor: str | None = None,
+        mode: str = "max",
         seed: int = 0,
         agent_settings: Mapping[str, Any] | None = None,
         compensate: str = "none",
@@ -155,9 +160,12 @@ class LearnToPruneCallback(PruningCallback):
             raise ValueError(f"accepted_drop must be above 0, in points of accuracy; got {accepted_drop!r}.")
         if finetune_steps > 0 and recalibrate_batches < 1:
             raise ValueError("finetune_steps needs batches to train on: raise recalibrate_batches to 1 or more.")
+        if finetune_steps > 0 and monitor is not None:
+            raise ValueError("finetune_steps needs a loss to train copies on: give evaluate in place of monitor.")
         if updates < 0 or finetune_steps < 0 or recalibrate_batches < 0:
             raise ValueError("updates, finetune_steps and recalibrate_batches must be at least 0.")
         check_limit(limit_batches)
+        check_measure(evaluate, monitor, mode)
         self.accepted_drop = accepted_drop
         self.samples = samples
         self.updates = updates
@@ -165,7 +173,9 @@ class LearnToPruneCallback(PruningCallback):
         self.finetune_lr = finetune_lr
         self.recalibrate_batches = recalibrate_batches
         self.limit_batches = limit_batches
-        self.evaluate = evaluate or classification
+        self.evaluate = evaluate
+        self.monitor = monitor
+        self.mode = mode
         self.seed = seed
         self.agent_settings = dict(agent_settings or {})
         make_filter_agent(torch.eye(2), seed, samples, **self.agent_settings)  # refuses wrong settings
@@ -188,6 +198,7 @@ class LearnToPruneCallback(PruningCallback):
         if self.steps_done < self.steps:
             self.run.training = training_batches(trainer, self.recalibrate_batches, self.seed)
             self.run.validation = ValidationBatches(trainer, 1, type(self).__name__)
+            self.run.evaluate = measure_in(self)
             self.measure([PruningPlan()])  # refuses now what would fail later
             del self.run.validation
 
@@ -255,7 +266,7 @@ class LearnToPruneCallback(PruningCallback):
             measure = accuracy_of(
                 self.run.graph,
                 self.run.validation,
-                evaluate=self.evaluate,
+                evaluate=self.run.evaluate,
                 recalibrate=self.run.training,
                 own_data=True,
             )
@@ -276,7 +287,7 @@ class LearnToPruneCallback(PruningCallback):
         total, samples = 0.0, 0
         with torch.no_grad():
             for batch in self.run.validation:
-                _, accuracy = self.evaluate(model, batch)
+                _, accuracy = self.run.evaluate(model, batch)
                 total += float(accuracy) * samples_in(batch)
                 samples += samples_in(batch)
         return total / samples
@@ -290,7 +301,7 @@ class LearnToPruneCallback(PruningCallback):
             torch.manual_seed(self.seed)
             for step in range(self.finetune_steps):
                 optimizer.zero_grad()
-                loss, _ = self.evaluate(model, batches[step % len(batches)])
+                loss, _ = self.run.evaluate(model, batches[step % len(batches)])
                 loss.backward()
                 optimizer.step()
 

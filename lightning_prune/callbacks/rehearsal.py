@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.callbacks.batches import gives_samples, load_validation_split, moved, samples, validating
@@ -24,12 +25,13 @@ from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.steps import run_step
 from lightning_prune.graph.twin import Twin, set_mode
 
-__all__ = ["TRAINING", "VALIDATION", "Backward", "Rehearsal"]
+__all__ = ["TRAINING", "VALIDATION", "Backward", "Rehearsal", "quietened"]
 
 TRAINING = "training_step"
 VALIDATION = "validation_step"
 
 Backward = Callable[..., None]
+Hook = Callable[[Any], tuple[Any, ...]]
 
 _DONE_BY_THE_TRAINER = (
     "log",
@@ -72,6 +74,7 @@ class Rehearsal:
         self._loaders, self._structure = tree_flatten(trainer.train_dataloader)
         self._can_choose = all(gives_samples(loader) for loader in self._loaders)
         self._only_batch: Any = None
+        self._last_batch: Any = None
 
     def sizes(self, first: int = 1) -> list[int]:
         """Return numbers of samples to try, one after the other: losses may need two, or as many as there will be.
@@ -84,14 +87,34 @@ class Rehearsal:
         whole = max((getattr(loader, "batch_size", None) or 1 for loader in self._loaders), default=1)
         return list(dict.fromkeys([min(first, whole), min(2, whole), whole]))
 
-    def steps(self, size: int) -> list[Step]:
+    def steps(self, size: int, with_hooks: bool = False) -> list[Step]:
         """Return the steps that the module has, on batches of some samples.
 
         Args:
             size: How many; a loader that cannot be asked for samples gives as many as it does.
+            with_hooks: Whether the hooks of the module around a training step belong to it.
         """
         found = [self._training(size), self._validation(size)]
-        return [step for step in found if step is not None]
+        steps = [step for step in found if step is not None]
+        return steps if with_hooks else [replace(step, hooks={}) for step in steps]
+
+    def attempts(self, first: int) -> Iterator[list[Step]]:
+        """Yield steps to be traced, of which the first that can be are to be taken.
+
+        Args:
+            first: Number of samples to begin with.
+        """
+        for with_hooks in (True, False):
+            for size in self.sizes(first):
+                steps = self.steps(size, with_hooks)
+                yield steps
+            if not any(step.hooks for step in steps):
+                return
+
+    @property
+    def serves_as_it_likes(self) -> bool:
+        """Whether a loader makes its batches by itself, which those of a data set may be unlike."""
+        return any(isinstance(one, DataLoader) and "__iter__" in vars(type(one)) for one in self._loaders)
 
     def first_steps(self) -> Iterator[Step]:
         """Yield steps on ever more samples, for those who look for one that works."""
@@ -109,9 +132,9 @@ class Rehearsal:
                 if self._works(step):
                     return replace(step, training=False)
         raise ValueError(
-            f"No example input is to be had, as neither training_step nor validation_step of "
-            f"{type(self.pl_module).__name__} works on a copy of it by itself; set example_input_array on it, or "
-            "example_inputs on the callback."
+            f"No example input is to be had from a batch of type {type(self._last_batch).__name__}, as no step of "
+            f"{type(self.pl_module).__name__} works with it on a copy; set example_input_array on it, or example_inputs "
+            "on the callback."
         )
 
     def forward_takes(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
@@ -133,7 +156,7 @@ class Rehearsal:
             if step is None:
                 return False
             try:
-                self._run_with_gradients(step, watch)
+                self._run_with_gradients(replace(step, hooks={}), watch)
             except Exception:  # of a step that does not work on this batch
                 continue
             return True
@@ -155,15 +178,32 @@ class Rehearsal:
     def _prepare(self, model: nn.Module) -> None:
         _prepare(self.trainer, self.epoch, model)
 
-    def _step(self, name: str, batch: Any) -> Step | None:
-        """Return a step on a batch; None if the module has no such step, or draws batches by itself."""
+    def step(self, name: str, batch: Any) -> Step | None:
+        """Return a step on a batch; None if the module has no such step, or draws batches by itself.
+
+        Args:
+            name: `TRAINING` or `VALIDATION`.
+            batch: The batch.
+        """
         if not is_overridden(name, self.pl_module):
             return None
         parameters = inspect.signature(getattr(self.pl_module, name)).parameters
         if "dataloader_iter" in parameters:
             return None
         args = _arguments(list(parameters.values()), batch)
-        return Step(name, args, name == TRAINING, self._prepare)
+        hooks = self._hooks(batch) if name == TRAINING else {}
+        return Step(name, args, name == TRAINING, self._prepare, hooks)
+
+    def _hooks(self, batch: Any) -> dict[str, Hook]:
+        """Return the hooks of the module around a training step, with what they are given."""
+        optimizers = [_QuietOptimizer(optimizer) for optimizer in self.trainer.optimizers]
+        hooks: dict[str, Hook] = {
+            "on_after_backward": lambda output: (),
+            "on_before_zero_grad": lambda output: tuple(optimizers[:1]),
+            "on_train_batch_end": lambda output: ({"loss": output}, batch, 0),
+            "on_train_epoch_end": lambda output: (),
+        }
+        return {name: given for name, given in hooks.items() if is_overridden(name, self.pl_module)}
 
     def _works(self, step: Step, **named: Any) -> bool:
         try:
@@ -175,7 +215,8 @@ class Rehearsal:
     def _training(self, size: int) -> Step | None:
         with isolate_rng():
             batch = self._training_batch(size)
-        return None if batch is None else self._step(TRAINING, batch)
+        self._last_batch = batch
+        return None if batch is None else self.step(TRAINING, batch)
 
     def _training_batch(self, size: int) -> Any:
         if self._can_choose:
@@ -199,7 +240,7 @@ class Rehearsal:
                 return None
             positions = _first(loaders[0], max(size, 1))
             batch = moved(self.trainer, samples(loaders[0], positions))
-        return self._step(VALIDATION, batch)
+        return self.step(VALIDATION, batch)
 
 
 def _first(loader: Any, size: int) -> list[int]:
@@ -215,6 +256,16 @@ def _arguments(parameters: list[inspect.Parameter], batch: Any) -> tuple[Any, ..
     required = [one for one in positional if one.default is one.empty or one.name == "batch_idx"]
     count = 2 if takes_more else len(required)
     return (batch, 0, 0)[: max(1, count)]
+
+
+def quietened(trainer: "pl.Trainer", model: nn.Module) -> None:
+    """Let the steps of a copy of the module of a trainer leave loggers and optimizers alone.
+
+    Args:
+        trainer: The trainer.
+        model: The copy.
+    """
+    _prepare(trainer, trainer.current_epoch, model)
 
 
 def _prepare(trainer: "pl.Trainer", epoch: int, model: nn.Module) -> None:

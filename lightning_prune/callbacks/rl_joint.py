@@ -16,9 +16,9 @@ from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit, training_batches
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.schedule import check_whole_number
+from lightning_prune.callbacks.monitoring import check_measure, measure_in
 from lightning_prune.callbacks.state import under
 from lightning_prune.callbacks.trainer_state import log_epoch, loss_scale, unlogged
-from lightning_prune.candidates import classification
 from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning import metric_named
@@ -34,7 +34,7 @@ __all__ = ["RLJointPruneCallback"]
 # Settings that choices of widths, and what an agent has learned, mean something under alone.
 _OF_BUDGET = ("keep", "metric", "round_to", "min_channels", "ignore", "criterion")
 _OF_SEARCH = (
-    "agent", "episodes", "seed", "search_settings", "start_epoch", "recalibrate_batches", "limit_batches", "evaluate",
+    "agent", "episodes", "seed", "search_settings", "start_epoch", "recalibrate_batches", "limit_batches", "evaluate", "monitor", "mode",
 )  # fmt: skip
 
 
@@ -67,6 +67,9 @@ class RLJointPruneCallback(PruningCallback):
         within: What chooses the channels within a group: a criterion that needs no data.
         evaluate: Given the LightningModule and a batch, returns loss and accuracy (any score; higher is better) as
             means over its samples; in YAML the import path of a function.
+        monitor: Name of a metric that the module's own ``validation_step`` logs, to be measured in place of accuracy;
+            the mean over batches counts.
+        mode: ``"max"`` if much of that metric is good, ``"min"`` if little is.
         seed: Seed of the agent.
         search_settings: As for `PolicySearch`: ``agent_updates``, ``environment_updates``, ``environment_size``,
             ``rewarded``, ``agent_settings``.
@@ -75,7 +78,7 @@ class RLJointPruneCallback(PruningCallback):
 
     Raises:
         ValueError: As `PruningCallback`; when training starts also if there is no validation split, or its batches
-            are not ``(inputs, labels)`` of a classifier and ``evaluate`` is not given.
+            are not ``(inputs, labels)`` of a classifier and neither ``evaluate`` nor ``monitor`` is given.
 
     Note:
         Ganjdanesh et al., "Jointly Training and Pruning CNNs via Learnable Agent Guidance and Alignment" (CVPR 2024),
@@ -142,6 +145,8 @@ class RLJointPruneCallback(PruningCallback):
         limit_batches: int | None = None,
         within: str | dict[str, Any] = "l1",
         evaluate: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
+        monitor: str | None = None,
+        mode: str = "max",
         seed: int = 0,
         search_settings: Mapping[str, Any] | None = None,
         compensate: str = "none",
@@ -158,6 +163,7 @@ class RLJointPruneCallback(PruningCallback):
         if strength < 0 or finalists < 0 or recalibrate_batches < 0:
             raise ValueError("strength, finalists and recalibrate_batches must be at least 0.")
         check_limit(limit_batches)
+        check_measure(evaluate, monitor, mode)
         self.agent = agent
         self.episodes = episodes
         self.rounds = rounds
@@ -171,7 +177,9 @@ class RLJointPruneCallback(PruningCallback):
         self.finalists = finalists
         self.recalibrate_batches = recalibrate_batches
         self.limit_batches = limit_batches
-        self.evaluate = evaluate or classification
+        self.evaluate = evaluate
+        self.monitor = monitor
+        self.mode = mode
 
     def searches(self, epoch: int) -> bool:
         """Tell whether the agent plays episodes before an epoch."""
@@ -218,6 +226,7 @@ class RLJointPruneCallback(PruningCallback):
         if self.state.search is not None:
             self.run.search.load_state_dict(self.state.search)
         self.run.recalibration = training_batches(trainer, self.recalibrate_batches, self.seed)
+        self.run.evaluate = measure_in(self)
         self.measure([PruningPlan()], limit=1)  # refuses now what would fail later
 
     @override
@@ -254,7 +263,7 @@ class RLJointPruneCallback(PruningCallback):
         """
         batches = ValidationBatches(self.run.trainer, limit or self.limit_batches, type(self).__name__)
         measure = accuracy_of(
-            self.run.graph, batches, evaluate=self.evaluate, recalibrate=self.run.recalibration, own_data=True
+            self.run.graph, batches, evaluate=self.run.evaluate, recalibrate=self.run.recalibration, own_data=True
         )
         return measure(plans)
 

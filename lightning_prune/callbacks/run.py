@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 from lightning_prune.callbacks.distilling import Distiller
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.validating import Validator
+from lightning_prune.candidates import classification
+from lightning_prune.candidates.measures import Evaluate
 from lightning_prune.graph import ChannelGraph
 
 __all__ = ["Run"]
@@ -30,6 +32,7 @@ class Run:
         batches: Those that the prune that is being made looks at, once they are drawn.
         validator: What tells the validation metrics around prunes.
         distiller: What joins the teacher's share to the loss, if there is to be a teacher.
+        evaluate: What measures sub-networks, in callbacks that do.
     """
 
     trainer: "pl.Trainer"
@@ -42,6 +45,7 @@ class Run:
     runs_on_batches: bool = True
     batches: list[Any] | None = None
     distiller: Distiller | None = None
+    evaluate: Evaluate = classification
 
     def end(self) -> None:
         """Undo what the run has done to the module, such as hooks; called also if training fails."""

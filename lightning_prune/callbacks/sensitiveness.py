@@ -10,8 +10,9 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit
+from lightning_prune.callbacks.monitoring import check_measure, measure_in
 from lightning_prune.callbacks.state import under
-from lightning_prune.candidates import classification, evaluate_candidates
+from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.criteria.damage import LEVELS, RATIOS, check_settings, layer_scores, sensitiveness
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning.by_layer import plan_by_layer
@@ -40,13 +41,16 @@ class SensitivenessCallback(PruningCallback):
         limit_batches: Number of validation batches to measure on; default all that validation runs on.
         evaluate: Given the LightningModule and a batch, returns loss and accuracy (any score above 0; higher is
             better) as means over its samples; in YAML the import path of a function.
+        monitor: Name of a metric that the module's own ``validation_step`` logs, to be measured in place of accuracy;
+            the mean over batches counts.
+        mode: ``"max"`` if much of that metric is good, ``"min"`` if little is.
         seed: Seed of the random damages.
         compensate: As for `PruningCallback`; the method itself knows of none.
         settings: As for `PruningCallback`, without ``criterion``.
 
     Raises:
         ValueError: As `PruningCallback`; when training starts also if there is no validation split, or its batches
-            are not ``(inputs, labels)`` of a classifier and ``evaluate`` is not given.
+            are not ``(inputs, labels)`` of a classifier and neither ``evaluate`` nor ``monitor`` is given.
 
     Note:
         After Lu et al., "SBPF: Sensitiveness Based Pruning Framework For Convolutional Neural Network On Image
@@ -70,7 +74,7 @@ class SensitivenessCallback(PruningCallback):
 
         sensitiveness: dict[str, float] = field(
             default_factory=dict,
-            metadata=under("damage", "levels", "draws", "seed", "limit_batches", "evaluate", "ignore"),
+            metadata=under("damage", "levels", "draws", "seed", "limit_batches", "evaluate", "monitor", "mode", "ignore"),
         )
 
     cap = 0.99
@@ -87,6 +91,8 @@ class SensitivenessCallback(PruningCallback):
         within: str | dict[str, Any] = "l1",
         limit_batches: int | None = None,
         evaluate: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
+        monitor: str | None = None,
+        mode: str = "max",
         seed: int = 0,
         compensate: str = "none",
         **settings: Any,
@@ -96,6 +102,7 @@ class SensitivenessCallback(PruningCallback):
         if ratio not in RATIOS:
             raise ValueError(f"ratio must be one of {', '.join(RATIOS)}; got {ratio!r}.")
         check_limit(limit_batches)
+        check_measure(evaluate, monitor, mode)
         self.damage = damage
         self.levels = list(levels)
         self.draws = draws
@@ -103,22 +110,23 @@ class SensitivenessCallback(PruningCallback):
         self.remeasure = remeasure
         self.limit_batches = limit_batches
         self.evaluate = evaluate
+        self.monitor = monitor
+        self.mode = mode
         self.seed = seed
 
     @override
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         if self.steps_done < self.steps:  # refuse now what would fail at the first prune
+            self.run.evaluate = measure_in(self)
             one_batch = ValidationBatches(trainer, 1, type(self).__name__)
-            evaluate = self.evaluate or classification
-            evaluate_candidates(graph, [{}], one_batch, evaluate=evaluate, own_data=True)
+            evaluate_candidates(graph, [{}], one_batch, evaluate=self.run.evaluate, own_data=True)
 
     @override
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
         if self.remeasure or not self.state.sensitiveness:
             batches = ValidationBatches(trainer, self.limit_batches, type(self).__name__)
             damages = self.damage, self.levels, self.draws, self.seed
-            evaluate = self.evaluate or classification
-            self.state.sensitiveness = sensitiveness(graph, batches, *damages, evaluate, own_data=True)
+            self.state.sensitiveness = sensitiveness(graph, batches, *damages, self.run.evaluate, own_data=True)
         return super().scores(trainer, graph)
 
     @override

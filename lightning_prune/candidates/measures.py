@@ -105,7 +105,12 @@ def per_sample(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: If the shapes do not fit.
     """
     _check_logits(logits, labels)
-    losses = F.cross_entropy(logits, labels.long(), reduction="none")  # (n, ...)
+    try:
+        losses = F.cross_entropy(logits, labels.long(), reduction="none")  # (n, ...)
+    except IndexError:  # on a CPU
+        raise ValueError(
+            f"The labels go up to {int(labels.max())}, and the model returns {logits.shape[1]} logits; {_REMEDY}."
+        ) from None
     hits = (logits.argmax(1) == labels).to(losses.dtype)  # (n, ...)
     return _mean_over_positions(losses), _mean_over_positions(hits)
 

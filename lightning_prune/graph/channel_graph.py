@@ -155,6 +155,7 @@ class ChannelGraph:
         module: Dotted name of the submodule that was traced; empty for the model itself.
         example_inputs: What it was traced with.
         untraced: Why steps could not be traced, by name.
+        frozen: FLOPs of the frozen submodules that keep their channels, by name; they are part of no cost.
     """
 
     model: nn.Module
@@ -165,6 +166,7 @@ class ChannelGraph:
     module: str = ""
     example_inputs: Any = field(default=None, repr=False)
     untraced: Mapping[str, str] = field(default_factory=dict, repr=False)
+    frozen: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     def plan(self, kept: Mapping[str, Tensor]) -> PruningPlan:
         """Make a plan from the channels that are kept.

@@ -1,6 +1,6 @@
 """Entry: how a network is entered, by its ``forward`` or, where it has none, by a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ class Step:
         name: Name of the method.
         args: What it is given.
         training: The mode it runs in.
+        hooks: Methods that run after it, each given what it makes of the output of the step.
         prepare: What is done to the twin of the model that runs in its place: a step may write to loggers and step
             with optimizers, which are nobody else's.
     """
@@ -29,12 +30,21 @@ class Step:
     args: tuple[Any, ...]
     training: bool
     prepare: Callable[[nn.Module], None] = field(default=_nothing, repr=False)
+    hooks: Mapping[str, Callable[[Any], tuple[Any, ...]]] = field(default_factory=dict, repr=False)
 
     def ready(self, model: nn.Module) -> Callable[..., Any]:
-        """Prepare a twin of the model, and return its method."""
+        """Prepare a twin of the model, and return its method, which calls the hooks too."""
         self.prepare(model)
         method: Callable[..., Any] = getattr(model, self.name)
-        return method
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = method(*args, **kwargs)
+            for name, arguments in self.hooks.items():
+                hook = getattr(model, name)
+                hook(*arguments(output))
+            return output
+
+        return run if self.hooks else method
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -19,7 +19,7 @@ from lightning_prune.graph.twin import NotATwinError, Twin, refusing_calls, set_
 from lightning_prune.progress import redraw
 from lightning_prune.pruning_plan import plan_in_force
 
-__all__ = ["Forward", "KeptPositions"]
+__all__ = ["Forward", "KeptPositions", "submodule_of"]
 
 KeptPositions = Mapping[str, Mapping[int, Tensor]]  # (kept,) int64 positions, by tensor and axis; absent: all are kept
 
@@ -48,7 +48,7 @@ class Forward:
     """
 
     def __init__(self, model: nn.Module, module: str, example_inputs: Any) -> None:
-        self.submodule = _submodule(model, module)
+        self.submodule = submodule_of(model, module)
         modules = dict(model.named_modules())
         for name, submodule in modules.items():
             _refuse_untraceable(name, submodule)
@@ -273,7 +273,8 @@ def _original_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
     return shapes
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
+def submodule_of(model: nn.Module, name: str) -> nn.Module:
+    """Return a submodule by its dotted name; raise a ValueError if there is none."""
     try:
         return model.get_submodule(name)
     except AttributeError:

@@ -1,5 +1,6 @@
 """Terms of the cost of a model: sums of products of axis lengths, by metric."""
 
+import math
 from collections.abc import Sequence
 
 from lightning_prune.graph.channel_graph import Axis, Term
@@ -7,7 +8,7 @@ from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.records import CostTerm
 from lightning_prune.graph.run import Forward
 
-__all__ = ["cost_terms"]
+__all__ = ["cost_terms", "take_out"]
 
 
 def cost_terms(forward: Forward, grouping: Grouping, operations: Sequence[CostTerm]) -> dict[str, list[Term]]:
@@ -66,3 +67,27 @@ def _channels(forward: Forward, grouping: Grouping) -> list[CostTerm]:
 
 def _module(tensor: str) -> str:
     return tensor.rpartition(".")[0]
+
+
+def take_out(terms: dict[str, list[Term]], modules: Sequence[str]) -> dict[str, float]:
+    """Take the cost of submodules that cannot be pruned out of all metrics.
+
+    Args:
+        terms: The terms, by metric; changed in place.
+        modules: Names of the submodules.
+
+    Returns:
+        The FLOPs of each.
+    """
+    flops = dict.fromkeys(modules, 0.0)
+    for metric, all_terms in terms.items():
+        kept = []
+        for term in all_terms:
+            inside = [name for name in modules if f"{term.module}.".startswith(f"{name}.")]
+            if not inside:
+                kept.append(term)
+            elif metric == "flops":
+                lengths = [axis.fixed for axis in term.axes]
+                flops[inside[0]] += term.coefficient * math.prod(lengths)
+        terms[metric] = kept
+    return flops

@@ -18,11 +18,12 @@ from lightning_prune.graph.groups import Grouping, form_groups
 from lightning_prune.graph.memory import Memory
 from lightning_prune.graph.operators import OperatorTables
 from lightning_prune.graph.records import CostTerm, Known, Note, Record
+from lightning_prune.graph.relations import NO_RELATIONS, Relations, frozen_channels
 from lightning_prune.graph.rules import RULES
 from lightning_prune.graph.run import Forward
 from lightning_prune.graph.slots import module_of
 from lightning_prune.graph.steps import StepRun
-from lightning_prune.graph.terms import cost_terms
+from lightning_prune.graph.terms import cost_terms, take_out
 from lightning_prune.graph.tracer import Tracer
 from lightning_prune.graph.unnamed import name_the_rest
 from lightning_prune.graph.verification import Verifier
@@ -41,6 +42,7 @@ def trace(
     module: str = "",
     ignore: Sequence[str] = (),
     steps: Sequence[Step] = (),
+    relations: Relations = NO_RELATIONS,
 ) -> ChannelGraph:
     """Find out which channels of a model can only be pruned together, which cannot be pruned, and why.
 
@@ -58,6 +60,7 @@ def trace(
         ignore: Patterns (``"layer1.*"``) of names of modules whose channels are not to be pruned.
         steps: Methods of the model that run it in other ways, such as one that trains it: what these do with channels
             counts too. One that cannot be traced is in ``untraced`` of the graph.
+        relations: What is known of its submodules: which are frozen, and which follow others.
 
     Returns:
         The graph.
@@ -78,12 +81,21 @@ def trace(
     with progress(f"Tracing {type(model).__name__}"), as_written():
         forward = Forward(model, module, example_inputs)
         patterns = _checked_patterns(ignore, forward.module_names)
-        search = _Search(forward, patterns, [StepRun(forward, model, step) for step in steps])
+        search = _Search(forward, patterns, [StepRun(forward, model, step) for step in steps], relations)
         grouping, operations = search.settle()
         terms = cost_terms(forward, grouping, operations)
     unprunable = dict(grouping.unprunable)
-    shapes = forward.shapes
-    return ChannelGraph(model, grouping.groups, unprunable, shapes, terms, module, example_inputs, search.untraced)
+    return ChannelGraph(
+        model,
+        grouping.groups,
+        unprunable,
+        forward.shapes,
+        terms,
+        module,
+        example_inputs,
+        untraced=search.untraced,
+        frozen=take_out(terms, search.frozen),
+    )
 
 
 def _checked_patterns(ignore: Sequence[str], module_names: Sequence[str]) -> list[str]:
@@ -155,19 +167,28 @@ class _Search:
         forward: The forward pass.
         ignored: Patterns of names of modules whose channels are not to be pruned.
         steps: What else runs the network.
+        relations: What is known of its submodules.
 
     Attributes:
         known: What has been found out about the network.
         found_unprunable: The channels that did not work.
         training_mode: What is known of training mode.
         untraced: Why steps could not be traced, by name.
+        frozen: The frozen submodules that keep their channels.
         in_training: What a pass in training mode showed, of the full network or of a smaller one, if there was one.
         verified: The groups that work in the forward pass.
         not_mask_exact: What a smaller network showed in training mode, where that was not observed.
     """
 
-    def __init__(self, forward: Forward, ignored: Sequence[str], steps: Sequence[StepRun] = ()) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        ignored: Sequence[str],
+        steps: Sequence[StepRun],
+        relations: Relations,
+    ) -> None:
         self.forward = forward
+        self.relations = relations
         self.ignored = ignored
         self.steps = list(steps)
         self.tables = OperatorTables(RULES, COSTS)
@@ -176,6 +197,7 @@ class _Search:
         self.found_unprunable: list[Note] = []
         self.training_mode = _TrainingMode.NOT_OBSERVED
         self.untraced: dict[str, str] = {}
+        self.frozen: list[str] = []
         self.in_training: Record | None = None
         self.verified: dict[str, Group] | None = None
         self.not_mask_exact: Sequence[Note] = ()
@@ -275,6 +297,9 @@ class _Search:
         record = observed.joined()
         record.unprunable += self._ignored_channels(record)
         record.unprunable += self._complex_channels()
+        record.ties += self.relations.ties(self.forward.labelled)
+        self.frozen = self.relations.kept_whole(self.forward.labelled, record)
+        record.unprunable += frozen_channels(self.forward.labelled, self.frozen)
         record.unprunable += self.found_unprunable
         return form_groups(self.forward.labelled, record)
 

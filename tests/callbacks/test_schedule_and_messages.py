@@ -57,7 +57,7 @@ def test_taylor_needs_an_epoch_to_rank() -> None:
     [
         ({"keep": 0.01, "round_to": 4}, r"keep=0.01 of the flops cannot be reached: between 0\.\d+ and 1 can be kept"),
         ({"ignore": ["layer7.*"]}, r"The ignore pattern 'layer7\.\*' matches no module"),
-        ({"module": "backbone"}, "example_inputs must be given to prune the submodule 'backbone'"),
+        ({"module": "backbone"}, "The model has no module 'backbone'; name one of its submodules, such as"),
         ({"module": "backbone", "example_inputs": [1, 1, 8, 8]}, "The model has no module 'backbone'"),
         ({"example_inputs": [1, 3, 8, 8]}, r"The example inputs \[\(1, 3, 8, 8\)\] do not fit the forward pass"),
         (
@@ -90,9 +90,8 @@ def test_a_batch_without_a_tensor_first_is_no_example(tmp_path: Path) -> None:
         max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         callbacks=[PruningCallback()], default_root_dir=tmp_path,
     )  # fmt: skip
-    with pytest.raises(
-        ValueError, match="No example input is to be had from a batch of type dict; set example_input_arr"
-    ):
+    said = "No example input is to be had from a batch of type dict, as no step of ResidualClassifier works with it"
+    with pytest.raises(ValueError, match=said):
         trainer.fit(battery.ResidualClassifier(), torch.utils.data.DataLoader(Named()))
 
 

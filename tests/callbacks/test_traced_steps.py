@@ -408,3 +408,42 @@ def test_channels_that_a_step_relies_on_are_kept_and_it_says_so() -> None:
     assert module.net[2].out_features == 24
     assert module.net[0].out_features < 16
     assert callback.history is not None
+
+
+class Teacher(Trained):
+    """A frozen network within forward, wider than the one that learns from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = perceptron(8, 32, 32, 4).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) - self.teacher(x)
+
+
+def test_a_frozen_part_is_kept_unless_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    module, asked = Teacher(), Teacher()
+    callback = fit(module)
+    assert widths(module.teacher) == widths(Teacher().teacher)
+    assert sum(a * b for a, b in widths(module.net)) <= (8 * 16 + 16 * 24 + 24 * 4) / 2
+    assert callback.history.before.cost_model_flops == 8 * 16 + 16 * 24 + 24 * 4
+    assert "'teacher' is frozen and keeps its channels; its 1,408 FLOPs are not part" in caplog.text
+    fit(asked, callback=PruningCallback(keep=0.5, round_to=1, module="teacher"))
+    assert asked.teacher[0].out_features < 32
+    assert widths(asked.net) == widths(Trained().net)
+
+
+class InHook(Momentum):
+    """The same, after the step."""
+
+    training_step = Trained.training_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert batch[0].ndim == 2
+        torch._foreach_lerp_(list(self.follower.parameters()), list(self.net.parameters()), 0.1)
+
+
+def test_a_network_that_follows_in_a_hook_is_pruned_along() -> None:
+    module = InHook()
+    fit(module)
+    assert widths(module.follower) == widths(module.net) != widths(Trained().net)

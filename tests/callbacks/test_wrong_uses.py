@@ -360,10 +360,10 @@ MODELS: dict[str, Row] = {
     ),
     "data without a batch": (
         fit_on(Nothing()), ValueError,
-        "No example input is to be had from a batch of type NoneType; set example_input_array on ResidualClassifier, "
-        "or example_inputs on the callback.",
+        "No example input is to be had from a batch of type NoneType, as no step of ResidualClassifier works with it on "
+        "a copy; set example_input_array on it, or example_inputs on the callback.",
     ),
-    "data in words": (fit_on(Words()), ValueError, "No example input is to be had from a batch of type str; set"),
+    "data in words": (fit_on(Words()), ValueError, "No example input is to be had from a batch of type str, as no"),
 }  # fmt: skip
 CHECKPOINTS: dict[str, Row] = {
     "a folder": (load(lambda path: path.mkdir()), FileNotFoundError, "There is no checkpoint at '{root}/a.ckpt'."),

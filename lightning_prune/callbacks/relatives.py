@@ -1,0 +1,64 @@
+"""Relatives: frozen parts of a module, and parts that follow the weights of others, found before training."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import nn
+
+from lightning_prune.callbacks.rehearsal import Rehearsal
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.relations import Relations
+from lightning_prune.graph.run import submodule_of
+from lightning_prune.reporting.loggers import say
+
+__all__ = ["relations_in", "tell_of_relations"]
+
+
+def relations_in(rehearsal: Rehearsal, module: str) -> Relations:
+    """Return which parts of what is pruned are frozen, and which follow others.
+
+    Args:
+        rehearsal: The steps of the LightningModule.
+        module: Dotted name of the submodule to prune, or empty.
+    """
+    callbacks = rehearsal.trainer.callbacks  # type: ignore[attr-defined]
+    frozen = frozen_parts(rehearsal.pl_module, module)
+    if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
+        frozen = []  # only for some epochs
+    return Relations(frozen)
+
+
+def frozen_parts(model: nn.Module, module: str = "") -> list[str]:
+    """Return the dotted names of the outermost submodules, of several layers, whose parameters are all frozen.
+
+    Args:
+        model: The model.
+        module: Dotted name of the submodule to look into; where that is frozen itself, nothing in it is set apart.
+    """
+    if _is_frozen(submodule_of(model, module)):
+        return []
+    prefix = f"{module}." if module else ""
+    parts: list[str] = []
+    for name, submodule in model.named_modules():
+        inside = name.startswith(prefix) and name not in ("", module)
+        outermost = not any(name.startswith(f"{part}.") for part in parts)
+        if inside and outermost and list(submodule.children()) and _is_frozen(submodule):
+            parts.append(name)
+    return parts
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def tell_of_relations(graph: ChannelGraph) -> None:
+    """Say which frozen parts keep their channels, and what they cost.
+
+    Args:
+        graph: The traced model.
+    """
+    for part, flops in graph.frozen.items():
+        say(
+            f"{part!r} is frozen and keeps its channels; its {flops:,.0f} FLOPs are not part of the budget. To prune it, "
+            f"name it with module={part!r}, or let it be trained."
+        )
