@@ -1,16 +1,16 @@
 """Explanation of what goes wrong in a smaller network: the groups, the module and the line of code."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from lightning_prune.graph.comparison import Expectations
-from lightning_prune.graph.frames import raising_line
+from lightning_prune.graph.frames import SourceLine, raising_line
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.records import CallKey, Note, OperatorStep, SplitSite
-from lightning_prune.graph.trial import Entries, Failure, Trial, TrialRunner, unlike_subsets
+from lightning_prune.graph.trial import Entries, Failure, Place, Trial, TrialRunner, unlike_subsets
 
 __all__ = ["Explanation", "Finding"]
 
@@ -144,22 +144,50 @@ class Explanation:
     def _numbers_of_groups(self) -> dict[int, int]:
         """Return, by group, the first operator that computes with the size of what it is given, and of nothing else.
 
-        Each group is smaller in other trials than each other one: what differs just there is due to it alone.
+        Of each line of code the groups of one module are tried: each is smaller in other trials than each other one,
+        and what differs just there is due to it alone.
         """
         likely: dict[int, int] = {}
-        for number in self._operators_with_other_numbers(self.trial) or ():
-            groups = self._groups_of(self.trial.place(Entries.OPERATORS, number).given)
+        for number in sorted(self._operators_with_other_numbers(self.trial) or ()):
+            groups = self._groups_of(self._place(number).given)
             if len(groups) == 1:
                 (group,) = groups
                 likely.setdefault(group, number)
+        tried = self._in_first_modules(likely)
+        wrong = self._not_alone(tried)
+        wrong_lines = {self._place(tried[group]).line for group in wrong}
+        right = {group: number for group, number in tried.items() if group not in wrong}
+        for group, number in likely.items():
+            line = self._place(number).line
+            if group not in tried and line not in wrong_lines:
+                right[group] = number
+        return right
+
+    def _place(self, operator: int) -> Place:
+        return self.trial.place(Entries.OPERATORS, operator)
+
+    def _in_first_modules(self, likely: Mapping[int, int]) -> dict[int, int]:
+        """Return the groups whose operator runs in the first module that runs its line of code."""
+        first_module: dict[SourceLine, str] = {}
+        found = {}
+        for group, number in likely.items():
+            place = self._place(number)
+            first = first_module.setdefault(place.line, place.module)
+            if first == place.module:
+                found[group] = number
+        return found
+
+    def _not_alone(self, likely: Mapping[int, int]) -> set[int]:
+        """Return the groups whose operator does not compute with another number just where they are smaller."""
+        wrong: set[int] = set()
+        if not likely:
+            return wrong
         for smaller in unlike_subsets(sorted(likely)) or [list(likely)]:
-            if not likely:
-                break
             differing = self._operators_with_other_numbers(self._try(smaller)) or set()
-            for group, number in list(likely.items()):
+            for group, number in likely.items():
                 if (number in differing) != (group in smaller):
-                    del likely[group]
-        return likely
+                    wrong.add(group)
+        return wrong
 
     def _operators_with_other_numbers(self, trial: Trial) -> set[int] | None:
         """Return the operators that compute with other numbers; None if there are others, or more."""

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lightning_prune.graph.substitution import named_tensors
+
 __all__ = ["neutral_state", "preserving_random_state", "unfused_attention"]
 
 
@@ -37,7 +39,7 @@ def preserving_random_state(model: nn.Module) -> Iterator[None]:
         model: What is run.
     """
     gpus = set()
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in named_tensors(model).values():
         if tensor.is_cuda:
             gpus.add(tensor.device.index)
     of_python = random.getstate()

@@ -174,10 +174,14 @@ def _broadcasts(value: Any, to: Tensor) -> bool:
     """Tell whether a value is a number, or a tensor that is repeated along some axes to the shape of another."""
     if not isinstance(value, Tensor):
         return isinstance(value, int | float) and to.is_floating_point()
-    if not value.is_meta or value.dtype != to.dtype or value.dim() != to.dim():
+    if not value.is_meta or value.dtype != to.dtype or value.dim() > to.dim():
         return False
-    sizes = zip(value.shape, to.shape, strict=True)
-    return all(size in (1, broadcast_size) for size, broadcast_size in sizes)
+    from_behind = zip(
+        reversed(value.shape),
+        reversed(to.shape),
+        strict=False,
+    )
+    return all(size in (1, broadcast_size) for size, broadcast_size in from_behind)
 
 
 @_shape_of("aten.addmm")
@@ -272,10 +276,14 @@ def _upsample(x: Tensor, size: list[int] | None, *settings: Any) -> Any:
     """Return an output of a size; where a scale is given instead, PyTorch does the rounding."""
     if size is None or len(size) != x.dim() - 2:
         return NotImplemented
-    if min(size) < 1 or 0 in x.shape or not _is_plain(x):
+    if min(size) < 1 or 0 in x.shape or not x.is_meta or not x.is_floating_point():
         return NotImplemented
     shape = *x.shape[:2], *size
-    return _empty(x, shape)
+    if x.is_contiguous():
+        return _empty(x, shape)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty(shape, dtype=x.dtype, device="meta", memory_format=torch.channels_last)
+    return NotImplemented
 
 
 @_shape_of("aten._softmax", "aten._log_softmax", "aten._safe_softmax")

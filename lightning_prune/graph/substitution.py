@@ -7,10 +7,23 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.sizes import sync_attributes
 
-__all__ = ["named_tensors", "owning_modules", "replace_tensors"]
+__all__ = ["named_tensors", "owning_modules", "replace_tensors", "submodules"]
 
 
 # -- finding tensors ---------------------------------------------------------------------------------------------------
+
+
+def submodules(model: nn.Module) -> list[nn.Module]:
+    """Return a model and all of its submodules, each once, in the order of ``modules``.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> submodules(nn.Sequential(nn.ReLU(), nn.Sigmoid()))[1:]
+        [ReLU(), Sigmoid()]
+    """
+    return [module for _, module in _prefixed_modules(model)]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -101,14 +101,23 @@ def with_same_widths(count: int, record: Record) -> list[Tie]:
         record: What the forward pass showed.
     """
     ties = list(record.ties)
+    if not record.same_widths:
+        return ties
     component_of = components(count, TiedPairs.of(ties))
     for tie in record.same_widths:
         first = component_of[tie.first.numpy()]
         second = component_of[tie.second.numpy()]
         if not np.isin(first, second).any():
             ties.append(tie)
-            component_of = components(count, TiedPairs.of(ties))
+            component_of = _joined(component_of, first, second)
     return ties
+
+
+def _joined(component_of: ndarray, first: ndarray, second: ndarray) -> ndarray:
+    """Return the component of each label once some components are tied to others, each to the one at its place."""
+    pairs = TiedPairs(first, second, np.array([len(first)]))
+    of_components = components(len(component_of), pairs)
+    return of_components[component_of]
 
 
 def notes_on_half_fixed(ties: Sequence[Tie], pairs: TiedPairs) -> list[Note]:

@@ -31,10 +31,11 @@ from lightning_prune.graph.writing import note_write
 
 __all__ = ["FIXED", "Call", "Labels", "Tracer", "ValueWatcher", "tensors_in"]  # and what else a rule is written with
 
-_MAKES_CONSTANTS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
-_GIVES_SHAPES_OF_OTHERS = (Tensor.view_as, Tensor.reshape_as)
-_GIVES_SHAPES = (Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_SHAPES_OF_OTHERS)
-_READS_VALUES = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+_MAKES_CONSTANTS = frozenset({torch.tensor, torch.as_tensor, Tensor.new_tensor})
+_GIVES_SHAPES_OF_OTHERS = frozenset({Tensor.view_as, Tensor.reshape_as})
+_GIVES_SHAPES = frozenset({Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_SHAPES_OF_OTHERS})
+_READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
+_SPLITS_BY_COUNT = frozenset({Tensor.chunk, torch.chunk, Tensor.tensor_split, torch.tensor_split})
 
 
 class Tracer(Vocabulary, TorchDispatchMode):
@@ -309,10 +310,13 @@ class ValueWatcher(TorchFunctionMode):
             return tracer.run_recurrent(func, args)
         elif func in _GIVES_SHAPES:
             tracer.sizes_written = self._sizes_written(func, *args, **kwargs)
+        elif func in _SPLITS_BY_COUNT:
+            tracer.parts_wanted = _number_of_parts(*args, **kwargs)
         try:
             output = func(*args, **kwargs)
         finally:
             tracer.sizes_written = ()
+            tracer.parts_wanted = 0
         is_size = isinstance(output, torch.Size) or func is Tensor.size
         return self._counted(output, *args, **kwargs) if is_size else output
 
@@ -331,3 +335,13 @@ class ValueWatcher(TorchFunctionMode):
             [other] = given
             return self._counted(other.shape, other)
         return [size for size in given if isinstance(size, int)]
+
+
+def _number_of_parts(tensor: Tensor, *settings: Any, **named: Any) -> int:
+    """Return how many parts a function is to split an axis into; 0 where it is given their sizes."""
+    named.pop("dim", None)
+    given = [*settings, *named.values()]
+    wanted = given[0]
+    if isinstance(wanted, int):
+        return wanted
+    return 0

@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.sizes import sync_attributes
+from lightning_prune.graph.substitution import submodules
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["NotATwinError", "Twin", "refusing_calls", "set_mode", "twin_in_evaluation"]
@@ -80,7 +81,7 @@ class Twin:
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Yield each submodule of the model with its counterpart, but for those that are scripted."""
-        for module in self._model.modules():
+        for module in submodules(self._model):
             if not isinstance(module, torch.jit.ScriptModule):
                 yield module, self.of(module)
 
@@ -362,7 +363,7 @@ def set_mode(model: nn.Module, training: bool) -> None:
         model: The model.
         training: Whether it is training mode.
     """
-    for module in model.modules():
+    for module in submodules(model):
         module.training = training
 
 

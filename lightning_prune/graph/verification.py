@@ -59,8 +59,9 @@ class Verifier:
 
     def _trials(self, first: Trial) -> Iterator[Trial]:
         yield first
-        if self.cuts(first.full):
-            for shrinking in _more_shrinkings(self.groups, first.shrinking.training):
+        cut = self.expectations.groups_of(first.full.cut)
+        if cut:
+            for shrinking in _more_shrinkings(self.groups, cut, first.shrinking.training):
                 yield self.runner.run(shrinking, first.full)
 
     def cuts(self, full: Record) -> bool:
@@ -71,9 +72,16 @@ class Verifier:
         return Explanation(self.runner, self.expectations, trial)
 
 
-def _more_shrinkings(groups: Sequence[int], training: bool) -> Iterator[Shrinking]:
-    """Prune either end of all groups, then some groups so that each has fewer channels where another has not."""
+def _more_shrinkings(groups: Sequence[int], cut: frozenset[int], training: bool) -> Iterator[Shrinking]:
+    """Prune either end of all groups, then some so that each that is cut has fewer channels where another has not."""
     yield Shrinking(groups, Pruned.FIRST, training)
     yield Shrinking(groups, Pruned.LAST, training)
-    for some in unlike_subsets(groups):
-        yield Shrinking(some, Pruned.FIRST, training)
+    others = [group for group in groups if group not in cut]
+    alike = others[:1]  # stands for all of them: these need not be told from each other
+    to_tell_apart = sorted(cut) + alike
+    for some in unlike_subsets(to_tell_apart):
+        smaller = set(some)
+        if smaller.intersection(alike):
+            smaller.update(others)
+        shrinking = Shrinking(sorted(smaller), Pruned.FIRST, training)
+        yield shrinking

@@ -27,7 +27,8 @@ class Vocabulary:
         sizes_written: The shape that a tensor is given now, as the code has it.
         in_attention: Whether it runs between the two matrix products of attention written as one operator.
         grouped: Names of the weights of what works in groups.
-        splits: Whether the operator that runs splits an axis into several.
+        splits: Whether the operator that runs splits channels in a way that fits any number of them.
+        parts_wanted: Into how many parts an axis is split, as the code has it; 0 where it does not tell.
         ties_of_splits: The places that split an axis, by the number of the tie that is due to each.
     """
 
@@ -43,6 +44,7 @@ class Vocabulary:
         self.sizes_written: Sequence[int] = ()
         self.grouped = set(known.grouped)
         self.splits = False
+        self.parts_wanted = 0
         self.ties_of_splits: dict[int, SplitSite] = {}
 
     # -- what a rule can ask ---------------------------------------------------------------------------------------

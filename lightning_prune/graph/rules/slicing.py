@@ -20,6 +20,8 @@ def take_slice(tracer: Tracer, call: Call) -> None:
         same_shape(tracer, call)
         return
     taken = _slice_like(call, labels)
+    all_parts = tracer.parts_wanted * len(taken)
+    tracer.splits = all_parts == len(labels)
     if len(taken) == 0:
         tracer.mark_unprunable(labels, "has none of its channels taken")
     elif _is_equal_chunk(labels, taken):
@@ -58,7 +60,9 @@ def split(tracer: Tracer, call: Call) -> None:
         return
     sizes = [output.shape[axis] for output in call.outputs]
     if len(set(sizes)) == 1:
-        tracer.tie_parts(labels, sizes[0])
+        size = sizes[0]
+        tracer.tie_parts(labels, size)
+        tracer.splits = tracer.parts_wanted == len(sizes)
     slices = labels.split(sizes)
     labels_by_axis = tracer.all_labels(x)
     for output, taken in zip(call.outputs, slices, strict=True):
@@ -77,5 +81,6 @@ def gated(tracer: Tracer, call: Call) -> None:
     if labels is not None:
         half = len(labels) // 2
         tracer.tie_parts(labels, half)
+        tracer.splits = True
         labels_by_axis[axis] = labels[:half]
     tracer.set_labels(call.output, labels_by_axis)
