@@ -6,15 +6,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-__all__ = ["averaged_copies", "log_epoch", "loss_scale", "metrics", "unlogged"]
+from lightning_prune.namesakes import namesakes
+
+__all__ = ["averaged_copies", "is_fitting", "log_epoch", "loss_scale", "metrics", "unlogged"]
+
+
+def is_fitting(trainer: "pl.Trainer") -> bool:
+    """Tell whether a trainer is training, rather than validating, testing or predicting alone.
+
+    Args:
+        trainer: The trainer.
+    """
+    function = trainer.state.fn
+    return function is not None and function.value == TrainerFn.FITTING.value
 
 
 def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
     """Return the copies of the module whose weights `WeightAveraging` callbacks average."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    averages = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
+    kinds = namesakes(WeightAveraging)
+    averages = [callback._average_model for callback in callbacks if isinstance(callback, kinds)]
     return [average.module for average in averages if average is not None]
 
 
@@ -33,7 +47,8 @@ def log_epoch(pl_module: "pl.LightningModule", name: str, value: float) -> None:
 @contextmanager
 def unlogged(pl_module: "pl.LightningModule") -> Iterator[None]:
     """Let ``self.log`` do nothing for a while, in which a callback runs the model: these are no steps of training."""
-    modules = [vars(module) for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
+    kinds = namesakes(pl.LightningModule)
+    modules = [vars(module) for module in pl_module.modules() if isinstance(module, kinds)]
     logs_before = [attributes.get("log") for attributes in modules]
     try:
         for attributes in modules:
