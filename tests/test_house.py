@@ -18,7 +18,18 @@ REPOSITORY = PACKAGE.parent
 # A room imports from the rooms of lower floors, and from itself.
 FLOORS = (
     ("plain",),
-    ("pruning_plan", "progress", "files", "importing", "compiled", "ddp", "soft_targets", "unlabelled", "rl"),
+    (
+        "pruning_plan",
+        "namesakes",
+        "progress",
+        "files",
+        "importing",
+        "compiled",
+        "ddp",
+        "soft_targets",
+        "unlabelled",
+        "rl",
+    ),
     ("graph", "models", "datamodules"),
     ("planning", "surgery"),
     ("candidates", "checkpoint", "export"),

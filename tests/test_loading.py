@@ -181,8 +181,10 @@ def as_written(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_names_of_compiled_modules_are_those_of_what_is_loaded_onto(tmp_path: Path) -> None:
-    module = Compiled()
-    path = trained(module, tmp_path)
+    module, path = Compiled().compile_parts(), tmp_path / "compiled.ckpt"
+    kept = {"stem": torch.arange(7), "part._orig_mod.0": torch.arange(3, 9), "first._orig_mod": torch.arange(0, 24, 3)}
+    lp.prune(module, lp.trace(module, torch.zeros(1, 1, 8, 8)).plan(kept))
+    lp.save(module, path, **{"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0})
     state = as_written(module.state_dict())
     assert state.keys() != module.state_dict().keys()
     evaluated = Compiled()
@@ -226,6 +228,13 @@ class Holder:
     class Inner(Plain):
         pass
 
+class Named(Plain):
+    def __init__(self, activation="my_layers.Twice"):
+        super().__init__()
+        self.save_hyperparameters()
+        module, _, name = activation.partition(".")
+        self.second = torch.nn.Sequential(self.second, getattr(__import__(module), name)())
+
 class Needs(Plain):
     def __init__(self, net, extra):
         super().__init__()
@@ -246,10 +255,12 @@ STARTS = {
     "a script": "if __name__ == '__main__':\n    main(Plain, 8)\n",
     "a class in a class": "if __name__ == '__main__':\n    main(Holder.Inner, 8)\n",
     "an installed class": "main(battery.ResidualClassifier)\n",
+    "a module that is named by a setting": "if __name__ == '__main__':\n    main(Named)\n",
     "arguments are needed": "if __name__ == '__main__':\n    main(Needs, nn.Linear(1, 1), 3)\n",
     "importing would run it": "main(Plain, 8)\n",
     "a local class": "def make():\n    class Local(Plain):\n        pass\n    return Local\nmain(make())\n",
 }
+ORDINARY = ("a script", "a module that is named by a setting", "arguments are needed", "importing would run it")
 REMARKS = {
     "arguments are needed": "# give what the file does not hold, as for the training: extra, net",
     "importing would run it": "# where Plain is defined: to import my_training.py would run it",
@@ -260,6 +271,7 @@ REMARKS = {
 def _train(folder: Path) -> None:
     """Run a script as Python does."""
     os.chdir(folder)
+    sys.path.insert(0, str(folder))
     with open("said.txt", "w") as said, contextlib.redirect_stdout(said):
         runpy.run_path("my_training.py", run_name="__main__")
 
@@ -275,9 +287,12 @@ def _paste(folder: Path, lines: list[str]) -> None:
     (folder / "loaded.txt").write_text(str(same))
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    "start", [name if name in ORDINARY else pytest.param(name, marks=pytest.mark.long) for name in STARTS]
+)
 def test_the_lines_that_are_told_load_the_result_in_another_process(start: str, tmp_path: Path) -> None:
     (tmp_path / "my_training.py").write_text(SCRIPT + STARTS[start])
+    (tmp_path / "my_layers.py").write_text("import torch\nclass Twice(torch.nn.ReLU):\n    pass\n")
     for target, arguments in ((_train, ()), (_paste, ())):
         if target is _paste:
             told = (tmp_path / "said.txt").read_text().split("load it:\n")[1].splitlines()

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_prune import progress
+from lightning_prune.namesakes import namesakes
 from lightning_prune.progress import Bar, Display, NoBar, TqdmDisplay, Work, on_terminal, show_with
 
 __all__ = ["follow"]
@@ -29,7 +30,7 @@ def _display(trainer: "pl.Trainer") -> Display:
     disabled = epochs is None or getattr(epochs, "is_disabled", False)
     if disabled or not trainer.is_global_zero or not on_terminal():
         return _LogDisplay()  # other ranks than the first do not log
-    return _RichDisplay(epochs) if isinstance(epochs, RichProgressBar) else TqdmDisplay()
+    return _RichDisplay(epochs) if isinstance(epochs, namesakes(RichProgressBar)) else TqdmDisplay()
 
 
 class _LogDisplay:

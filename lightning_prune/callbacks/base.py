@@ -17,6 +17,7 @@ from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.distilling import Distill, Distiller, distill_settings, logits_of, weights_now
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.example_inputs import samples_of
+from lightning_prune.callbacks.extensions import extend_lightning
 from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
@@ -287,6 +288,7 @@ class PruningCallback(Schedule, Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         refusals.refuse_strategy(trainer)
+        extend_lightning()  # what was imported since
         if stage == "fit":  # before anything that a rank alone may refuse, while others wait for it
             refuse_other_settings(trainer, self)
         refusals.refuse_other_callbacks(trainer, self)

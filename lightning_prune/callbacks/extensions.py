@@ -10,48 +10,61 @@ package that could set anything up, and ``load_from_checkpoint`` has not even a 
 - ``lightning.pytorch.core.saving._load_state``, which is private: ``load_from_checkpoint`` makes the module and loads
   its weights in this one function, and no hook of a class that knows nothing of pruning is called in between.
 
-Both were read in Lightning 2.6. Modules that were never pruned are not touched.
+Both were read in Lightning 2.6. A callback does the same when a Trainer of ``pytorch_lightning`` sets it up, which may have
+been imported later. Modules that were never pruned are not touched.
 """
 
+import sys
 from functools import cache, wraps
+from importlib import import_module
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.core import saving
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.checkpoint import load_onto, saved_plan, widened
+from lightning_prune.namesakes import PACKAGES
 from lightning_prune.surgery import prune
 
 __all__ = ["extend_lightning"]
 
 
-@cache
 def extend_lightning() -> None:
-    """Let every Trainer that is made from now on, and ``load_from_checkpoint``, restore pruned modules."""
-    _extend_trainer()
-    _extend_load_from_checkpoint()
+    """Let every Trainer that is made from now on, and ``load_from_checkpoint``, restore pruned modules.
+
+    Where ``pytorch_lightning`` is imported beside ``lightning``, its own are extended too.
+    """
+    for package in PACKAGES:
+        if package in sys.modules:
+            _extend(package)
 
 
-def _extend_trainer() -> None:
-    construct = pl.Trainer.__init__
+@cache
+def _extend(package: str) -> None:
+    module = sys.modules[package]
+    _extend_trainer(module.Trainer)
+    _extend_load_from_checkpoint(import_module(f"{package}.core.saving"), module.LightningModule)
+
+
+def _extend_trainer(trainer: Any) -> None:
+    construct = trainer.__init__
 
     @wraps(construct)
     def construct_and_carry_plans(self: "pl.Trainer", *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
         carry_plans(self)
 
-    pl.Trainer.__init__ = construct_and_carry_plans  # type: ignore[method-assign]
+    trainer.__init__ = construct_and_carry_plans
 
 
-def _extend_load_from_checkpoint() -> None:
+def _extend_load_from_checkpoint(saving: Any, lightning_module: type) -> None:
     load_state = saving._load_state
 
     @wraps(load_state)
     def load_state_and_prune(cls: type, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        plan = saved_plan(checkpoint) if issubclass(cls, pl.LightningModule) else None
+        plan = saved_plan(checkpoint) if issubclass(cls, lightning_module) else None
         if plan is None:
             return load_state(cls, checkpoint, *args, **kwargs)
         if _is_more_than_lightning_does(checkpoint, kwargs):

@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from lightning_prune.namesakes import namesakes
+
 __all__ = ["model_checkpoints", "start_anew"]
 
 
@@ -21,7 +23,7 @@ def model_checkpoints(trainer: "pl.Trainer") -> list[ModelCheckpoint]:
         trainer: The trainer.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    return [callback for callback in callbacks if isinstance(callback, namesakes(ModelCheckpoint))]
 
 
 def start_anew(trainer: "pl.Trainer", budget_is_met: bool) -> None:
@@ -33,7 +35,7 @@ def start_anew(trainer: "pl.Trainer", budget_is_met: bool) -> None:
             that were saved before stay where they are.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping):
+        if isinstance(callback, namesakes(EarlyStopping)):
             callback.wait_count = 0
             callback.best_score = _worst(callback.mode)
     if budget_is_met:

@@ -15,12 +15,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.callbacks.refusals import can_prune_under
-from lightning_prune.callbacks.trainer_state import averaged_copies
+from lightning_prune.callbacks.trainer_state import averaged_copies, is_fitting
 from lightning_prune.checkpoint import (
     CHECKPOINT_KEY,
     brings_channels_back,
@@ -139,8 +138,8 @@ class PlanCheckpointIO(CheckpointIO):
             return
         if saved_plan(loaded) is not None:
             loaded.update(renamed_for(module, loaded))
-        is_training = self.trainer.state.fn is TrainerFn.FITTING  # which goes on from there, as it is told to
-        if not is_training and brings_channels_back(module, loaded):
+        # Training goes on from there, as it is told to.
+        if not is_fitting(self.trainer) and brings_channels_back(module, loaded):
             warn(
                 f"The checkpoint {str(path)!r} is one of a larger network: {type(module).__name__}, which has been "
                 "pruned further, gets channels back to take its weights."

@@ -1,5 +1,6 @@
 """Refusals: what cannot work together with pruning, said before training starts."""
 
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.namesakes import namesakes
 from lightning_prune.pruning_plan import plan_in_force
 
 if TYPE_CHECKING:
@@ -32,18 +34,13 @@ __all__ = [
 
 def can_prune_under(strategy: Any) -> bool:
     """Tell whether a strategy keeps all parameters, complete, in the module itself."""
-    shards = isinstance(strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)
-    return isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not shards
+    shards = isinstance(strategy, namesakes(DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy))
+    return isinstance(strategy, namesakes(SingleDeviceStrategy, DDPStrategy)) and not shards
 
 
 def refuse_strategy(trainer: "pl.Trainer") -> None:
     """Raise a ValueError unless parameters can be replaced under the strategy of a trainer."""
-    if not isinstance(trainer, pl.Trainer):
-        package = type(trainer).__module__.partition(".")[0]
-        raise ValueError(
-            f"The Trainer is that of {package!r}, whose classes are other ones than those of lightning; write "
-            "`import lightning.pytorch as pl`, and Trainer, modules and callbacks from there."
-        )
+    _refuse_another_version(trainer)
     if not can_prune_under(trainer.strategy):
         raise ValueError(
             f"Pruning does not work with {type(trainer.strategy).__name__}, which shards or moves the parameters; use "
@@ -57,10 +54,28 @@ def refuse_strategy(trainer: "pl.Trainer") -> None:
         )
 
 
+def _refuse_another_version(trainer: "pl.Trainer") -> None:
+    """Raise a ValueError if the Trainer is of another version of Lightning than that whose insides are known."""
+    package = type(trainer).__module__.partition(".")[0]
+    classes = [other for other in type(trainer).__mro__ if other in namesakes(pl.Trainer)]
+    if not classes:
+        raise ValueError(
+            f"The Trainer is that of {package!r}, whose classes are other ones than those of lightning; write "
+            "`import lightning.pytorch as pl`, and Trainer, modules and callbacks from there."
+        )
+    package = classes[0].__module__.partition(".")[0]
+    version, known = sys.modules[package].__version__, pl.__version__
+    if version.split(".")[:2] != known.split(".")[:2]:
+        raise ValueError(
+            f"The Trainer is that of {package} {version}, and lightning, whose insides are known here, is {known}; "
+            f"install the same version: pip install {package.replace('_', '-')}=={known}."
+        )
+
+
 def refuse_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
     """Raise a ValueError if another callback prunes the same submodule, or keeps a copy of the weights."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(other, StochasticWeightAveraging | ModelPruning):
+        if isinstance(other, namesakes(StochasticWeightAveraging, ModelPruning)):
             raise ValueError(
                 f"{type(other).__name__} keeps a copy or a mask of the weights in the shapes they have now, which does "
                 f"not follow when {type(callback).__name__} prunes channels; use one of the two."
@@ -126,7 +141,7 @@ def _attributes(pl_module: "pl.LightningModule") -> Iterator[tuple[str, Any]]:
             dotted = f"{prefix}.{name}".lstrip(".")
             yield f"{dotted!r} of {type(pl_module).__name__}", value
     for callback in pl_module.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging):  # whose copies are pruned too
+        if isinstance(callback, namesakes(WeightAveraging)):  # whose copies are pruned too
             continue
         for name, value in vars(callback).items():
             yield f"{name!r} of {type(callback).__name__}", value

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.settings import Changed, changed_settings, settings_of
 from lightning_prune.callbacks.state import without_what_depends_on
+from lightning_prune.callbacks.trainer_state import is_fitting
 from lightning_prune.reporting.loggers import warn
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def tell_of_other_callbacks(
         callback: The callback.
         states: The states of all callbacks in the checkpoint, by their keys.
     """
-    if callback.state_key in states or trainer.state.fn is not TrainerFn.FITTING:
+    if callback.state_key in states or not is_fitting(trainer):
         return
     here = {other.state_key for other in trainer.callbacks}  # type: ignore[attr-defined]
     others = [

@@ -6,15 +6,31 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-__all__ = ["averaged_copies", "is_validation_metric", "log_epoch", "log_mean", "loss_scale", "metrics", "unlogged"]
+from lightning_prune.namesakes import namesakes
+
+__all__ = [
+    "averaged_copies", "is_fitting", "is_validation_metric", "log_epoch", "log_mean", "loss_scale", "metrics", "unlogged",
+]  # fmt: skip
+
+
+def is_fitting(trainer: "pl.Trainer") -> bool:
+    """Tell whether a trainer is training, rather than validating, testing or predicting alone.
+
+    Args:
+        trainer: The trainer.
+    """
+    function = trainer.state.fn
+    return function is not None and function.value == TrainerFn.FITTING.value
 
 
 def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
     """Return the copies of the module whose weights `WeightAveraging` callbacks average."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    averages = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
+    kinds = namesakes(WeightAveraging)
+    averages = [callback._average_model for callback in callbacks if isinstance(callback, kinds)]
     return [average.module for average in averages if average is not None]
 
 
@@ -38,7 +54,8 @@ def log_mean(pl_module: "pl.LightningModule", name: str, value: Tensor, samples:
 @contextmanager
 def unlogged(model: nn.Module) -> Iterator[None]:
     """Let ``self.log`` do nothing for a while, in which a callback runs the model: these are no steps of training."""
-    modules = [vars(module) for module in model.modules() if isinstance(module, pl.LightningModule)]
+    kinds = namesakes(pl.LightningModule)
+    modules = [vars(module) for module in model.modules() if isinstance(module, kinds)]
     logs_before = [attributes.get("log") for attributes in modules]
     try:
         for attributes in modules:

@@ -12,6 +12,7 @@ import torch
 from lightning_prune.checkpoint import load_pruned
 from lightning_prune.files import read_checkpoint
 from lightning_prune.importing import imported, may_be_imported
+from lightning_prune.namesakes import namesakes
 from lightning_prune.reporting.history import History
 
 if TYPE_CHECKING:
@@ -129,6 +130,6 @@ def _find_class(class_path: str) -> "type[LightningModule]":
             "that it is on the PYTHONPATH."
         ) from raised
     # The name may come from somebody's checkpoint: nothing but a class of modules is called.
-    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+    if not (isinstance(found, type) and issubclass(found, namesakes(LightningModule))):
         raise ValueError(f"{class_path!r} is no LightningModule.")
     return found

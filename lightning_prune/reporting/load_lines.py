@@ -33,12 +33,12 @@ def load_lines(kind: type, path: str, checkpoint: Mapping[str, Any]) -> list[str
         model = load_pruned(ImageClassifier, '/logs/last.ckpt')
     """
     place = _place_of(kind)
+    package = _package(place.module or kind.__module__)
+    named = loaded_modules_named_in(checkpoint.get("hyper_parameters", {}), package)
+    folders = dict.fromkeys([place.folder, *(_folder_of(_package(module)) for module in named)])
     lines = ["from lightning_prune import load_pruned"]
-    if place.folder:
-        lines.append(f"import sys; sys.path.insert(0, {place.folder!r})")
-    package = (place.module or kind.__module__).partition(".")[0]
-    hyper_parameters = checkpoint.get("hyper_parameters", {})
-    lines += [f"import {module}" for module in loaded_modules_named_in(hyper_parameters, package)]
+    lines += [f"import sys; sys.path.insert(0, {folder!r})" for folder in folders if folder]
+    lines += [f"import {module}" for module in named]
     outermost = kind.__qualname__.partition(".")[0]
     lines.append(f"from {place.module} import {outermost}" if place.module else f"# {place.remark}")
     names = asked_for(kind, checkpoint)
@@ -70,10 +70,10 @@ def _place_of(kind: type) -> _Place:
         return _Place(remark=f"{defined}: it is made in a function, from which it cannot be imported")
     module = sys.modules.get(kind.__module__)
     if kind.__module__ not in ("__main__", "__mp_main__"):
-        return _Place(kind.__module__, _folder_of(kind.__module__.partition(".")[0]))
+        return _Place(kind.__module__, _folder_of(_package(kind.__module__)))
     spec = getattr(module, "__spec__", None)
     if spec is not None:  # python -m package.module
-        return _Place(spec.name, _folder_of(spec.name.partition(".")[0]))
+        return _Place(spec.name, _folder_of(_package(spec.name)))
     return _place_of_script(module, defined)
 
 
@@ -99,7 +99,10 @@ def _is_guarded(script: Path) -> bool:
 
 def _folder_of(package: str) -> str:
     """Return the folder of a package, or "" if it is installed."""
-    spec = find_spec(package)
+    try:
+        spec = find_spec(package)
+    except ValueError:  # a module that was made, and not found
+        spec = None
     origin = spec.origin if spec is not None else None
     if spec is None or not origin or not os.path.isfile(origin):
         return ""
@@ -107,4 +110,8 @@ def _folder_of(package: str) -> str:
     folder = file.parent.parent if spec.submodule_search_locations else file.parent
     installed = {Path(path).absolute() for path in sysconfig.get_paths().values()}
     is_installed = folder in installed or folder.name in ("site-packages", "dist-packages")
-    return "" if is_installed or package == __name__.partition(".")[0] else str(folder)
+    return "" if is_installed or package == _package(__name__) else str(folder)
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
+from lightning_prune.namesakes import namesakes
 from lightning_prune.progress import aside
 from lightning_prune.reporting.history import History, write_history
 from lightning_prune.reporting.summary import summarize
@@ -104,7 +105,7 @@ def log_prune(trainer: "pl.Trainer", history: History, scores: Mapping[str, Tens
         numbers.update({f"{prefix}/{when}/{name}": value for name, value in metrics.items()})
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=_step(trainer))
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, namesakes(TensorBoardLogger)):
             _log_histograms(logger, scores, _step(trainer))
     _log_figures(trainer, history)
 
@@ -119,7 +120,7 @@ def log_end(trainer: "pl.Trainer", history: History) -> None:
     assert history.after is not None
     lines = [f"    {line}" for line in summarize(history.before, history.after)]  # Markdown, as it stands
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, namesakes(TensorBoardLogger)):
             logger.experiment.add_text(f"{folder(history.module)}/summary", "\n".join(lines), _step(trainer))
     _log_figures(trainer, history)
 
@@ -153,9 +154,9 @@ def _log_figures(trainer: "pl.Trainer", history: History) -> None:
 
 def _shows_figures(logger: Logger, step: int) -> "Callable[[str, Figure], Any] | None":
     """Return what shows a figure under a name in a logger, or None if it shows no figures."""
-    if isinstance(logger, TensorBoardLogger):
+    if isinstance(logger, namesakes(TensorBoardLogger)):
         return lambda name, figure: logger.experiment.add_figure(name, figure, step, close=False)
-    if isinstance(logger, MLFlowLogger):
+    if isinstance(logger, namesakes(MLFlowLogger)):
         return lambda name, figure: logger.experiment.log_figure(logger.run_id, figure, f"{name}/{step}.png")
     if hasattr(logger, "log_image"):  # that of Weights & Biases, and others after its example
         return lambda name, figure: logger.log_image(key=name, images=[_picture(figure)], step=step)
