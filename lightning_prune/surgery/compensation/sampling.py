@@ -9,7 +9,6 @@ __all__ = ["Places", "at_places", "places_in"]
 
 _POSITIONS = 49  # of an image; neighbours tell little more
 _FEW = 2**22  # numbers that are looked at in any case
-_PER_NUMBER = 64  # places for each number to look at: more tell little more
 _MOST = 2**24  # numbers that the samples of one layer may consist of
 
 
@@ -38,9 +37,8 @@ def places_in(x: Tensor, numbers: int, share: int, seed: int) -> Places:
     positions = x.shape[2:].numel()
     few = _FEW // share // numbers
     most = _MOST // share // numbers
-    enough = _PER_NUMBER * numbers // share
-    wanted = min(enough, samples * _POSITIONS)
-    count = max(1, few, min(most, wanted))
+    wanted = max(few, samples * _POSITIONS)
+    count = max(1, min(most, wanted))
     every = samples * positions
     if every <= count:
         index = torch.arange(every, device=x.device)
