@@ -150,10 +150,15 @@ class _Terms:
             rows = matrix.index_select(0, kept)
             within = matrix[pruned]
             within = within[:, pruned]
-            across = rows[:, pruned] + shares.T @ within / 2
+            across = rows[:, pruned]
+            half = shares.T @ within
+            half = half / 2
+            across = across + half
             change = across @ shares
-            change = change + change.T
-            return change.add_(rows.index_select(1, kept))
+            total = rows.index_select(1, kept)
+            total += change
+            total += change.T
+            return total
 
         return self._each(joined)
 
@@ -163,7 +168,9 @@ class _Terms:
         shares = -row / row[channel]  # that goes to each other channel, and all of it from itself
         for matrix in (self.inverse, self.varying, self.uniform, self.means):
             row = matrix[channel]
-            across = row + shares * row[channel] / 2
+            half = shares * row[channel]
+            half = half / 2
+            across = row + half
             change = torch.outer(across, shares)
             matrix += change
             matrix += change.T
@@ -250,7 +257,11 @@ def _squared(weight: Tensor, sensitivity: Tensor) -> Tensor:
 
 
 def _costs_of_elimination(terms: list[_Terms]) -> Tensor:
-    """Prune all channels of a group in the order of their costs: (channels,) the greatest cost up to each."""
+    """Prune all channels of a group in the order of their costs: (channels,) the greatest cost up to each.
+
+    Args:
+        terms: The terms at each layer, which are changed.
+    """
     size = len(terms[0].inverse)
     costs = torch.zeros(size, dtype=torch.float64)
     channels = torch.arange(size)  # that are kept so far
@@ -268,7 +279,8 @@ def _costs_of_elimination(terms: list[_Terms]) -> Tensor:
             greatest = max(greatest, cost)
             costs[channel] = greatest
         kept = _others(len(channels), pruned)
-        terms = [one.without(pruned, kept) for one in terms]
+        for place, one in enumerate(terms):  # each makes room for the next
+            terms[place] = one.without(pruned, kept)
         channels = channels[kept]
     return costs
 

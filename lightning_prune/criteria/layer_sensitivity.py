@@ -1,11 +1,13 @@
 """What layers are given, and how much the outputs of the network depend on what they return."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.criteria.registry import Loss
 from lightning_prune.graph.channel_graph import ChannelGraph
@@ -22,6 +24,8 @@ from lightning_prune.surgery.compensation.survey import names_of
 
 __all__ = ["Sensitivity", "sensitivities"]
 
+
+_AT_ONCE = 2**20  # numbers of the largest input: seven images of ImageNet
 
 Places = Mapping[str, Tensor]
 """(channels, positions of a channel) where each group lies along the axis of a weight that consumes it."""
@@ -133,13 +137,40 @@ def sensitivities(
     with undisturbed(graph.model), torch.enable_grad():
         watched = _Watched(graph, places)
         for number, batch in enumerate(batches):
-            watched.add(batch, loss, number)
+            for part in _parts(batch):
+                watched.add(part, loss)
             if watched.saw_nan:
                 cause = cause_in(graph.model, [batch], number) or f"the model returns NaN for batch {number}"
                 raise ValueError(f"Nothing can be ranked, as {cause}; {REMEDY}.")
     if number < 0:
         raise ValueError("There is no batch that anything could be ranked by.")
     return watched.found
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """Yield a batch of large maps in parts, for activations are kept for the way back, and all other batches whole."""
+    tensors = list(filter(_has_samples, tree_leaves(batch)))
+    lengths = {len(tensor) for tensor in tensors}
+    largest = max(tensors, key=Tensor.numel, default=torch.zeros(()))
+    if largest.dim() < 4 or len(lengths) > 1:  # nothing says that its first axis is that of samples
+        yield batch
+        return
+    samples = len(largest)
+    size = _AT_ONCE * samples // largest.numel()
+    size = max(1, size)
+    for start in range(0, samples, size):
+        stop = start + size
+        yield tree_map(partial(_part, start=start, stop=stop), batch)
+
+
+def _has_samples(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def _part(leaf: Any, start: int, stop: int) -> Any:
+    if not _has_samples(leaf):
+        return leaf
+    return leaf[start:stop]
 
 
 class _Watched:
@@ -163,7 +194,7 @@ class _Watched:
         self._traced = self._copied.get_submodule(graph.module)
         self._outputs: list[Tensor] = []
         self._edges: list[tuple[str, Linear, Any]] = []
-        self._number = 0
+        self._number = -1
         self._generator = torch.Generator().manual_seed(0)
         self._traced.register_forward_hook(self._note_output)
 
@@ -172,11 +203,11 @@ class _Watched:
         """Whether an output of the last batch holds NaN."""
         return any(not_finite_in(output) == "NaN" for output in self._outputs)
 
-    def add(self, batch: Any, loss: Loss | None, number: int) -> None:
+    def add(self, batch: Any, loss: Loss | None) -> None:
         """Run one batch forward and, from a random projection of the outputs, backward."""
         self._outputs = []
         self._edges = []
-        self._number = number
+        self._number += 1
         with Watch(self._names, self._note_step):
             run = loss or run_on
             run(self._copied, batch)
@@ -186,8 +217,11 @@ class _Watched:
         names, steps, edges = zip(*self._edges, strict=True)
         gradients = torch.autograd.grad(projected, edges, allow_unused=True)
         for name, step, gradient in zip(names, steps, gradients, strict=True):
-            if gradient is not None:
-                self.found[name].add_gradients(step.shaped(gradient))
+            if gradient is None:
+                continue
+            layer = self.found[name]
+            shaped = step.shaped(gradient)
+            layer.add_gradients(shaped)
 
     def _projected(self, output: Tensor) -> Tensor:
         weights = torch.randn(output.shape, generator=self._generator)

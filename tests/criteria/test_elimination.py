@@ -259,3 +259,32 @@ def test_what_cannot_be_scored_is_refused():
         coherent_obs(graph, [])
     with pytest.raises(ValueError, match="'taylor' needs a loss"):
         score(graph, "taylor", [torch.randn(3, 4)])
+
+
+def test_large_maps_are_run_in_parts(monkeypatch: pytest.MonkeyPatch):
+    """Which changes nothing but the order of sums."""
+    from lightning_prune.criteria import layer_sensitivity
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = network()
+            self.seen: list[int] = []
+
+        def forward(self, images: Tensor, scale: Tensor) -> Tensor:
+            seen.append(len(images))
+            return self.layers(images * scale[:, None, None, None])
+
+    seen: list[int] = []
+    model = Scaled().eval()
+    scale = torch.linspace(1, 2, 24, dtype=torch.float64)
+    graph = lp.trace(model, (X, scale))
+    seen.clear()
+    whole = coherent_obs(graph, [{"images": X, "scale": scale}])
+    monkeypatch.setattr(layer_sensitivity, "_AT_ONCE", 10 * X[0].numel())
+    in_parts = coherent_obs(graph, [{"images": X, "scale": scale}])
+    assert seen == [24, 10, 10, 4]
+    for name, values in whole.items():
+        torch.testing.assert_close(in_parts[name], values, rtol=1e-6, atol=0)
+    [parts] = [list(layer_sensitivity._parts((X, torch.ones(3))))]
+    assert len(parts) == 1  # which has no samples of the same number
