@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+from lightning_prune.namesakes import namesakes
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -121,7 +122,7 @@ def logged_by(trainer: "pl.Trainer", model: nn.Module, batch: Any) -> dict[str, 
         if isinstance(module, Metric):
             module.reset()
             vars(module)["sync_on_compute"] = False
-        elif isinstance(module, pl.LightningModule):
+        elif isinstance(module, namesakes(pl.LightningModule)):
             vars(module)["log"] = _Log(logged)
             vars(module)["log_dict"] = _LogAll(logged)
     if step is not None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning_prune.namesakes import namesakes
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -273,7 +274,7 @@ def _prepare(trainer: "pl.Trainer", epoch: int, model: nn.Module) -> None:
     quiet = _QuietTrainer(trainer, epoch, model)
     for module in model.modules():
         attributes = vars(module)
-        if isinstance(module, pl.LightningModule):
+        if isinstance(module, namesakes(pl.LightningModule)):
             attributes.update(dict.fromkeys(_DONE_BY_THE_TRAINER, _do_nothing))
             attributes["_trainer"] = quiet
             attributes["optimizers"] = partial(_alone_or_all, quiet.optimizers)

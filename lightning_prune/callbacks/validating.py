@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
+from lightning_prune.namesakes import namesakes
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, distributed, nn
@@ -169,7 +170,7 @@ class _Run:
         for module in self._model.modules():
             if isinstance(module, Metric):
                 module.reset()
-            if isinstance(module, pl.LightningModule):
+            if isinstance(module, namesakes(pl.LightningModule)):
                 vars(module).update(log=self._logged.log, _trainer=aside)
 
     def _indices(self, number: int) -> dict[str, int]:
