@@ -29,7 +29,7 @@ FLOORS = (
         "soft_targets",
         "unlabelled",
         "rl",
-    ),  # fmt: skip
+    ),
     ("graph", "models", "datamodules"),
     ("planning", "surgery"),
     ("candidates", "checkpoint", "export"),
