@@ -16,6 +16,7 @@ from lightning_prune.callbacks.compensation_step import Compensator, arguments_o
 from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.example_inputs import samples_of
+from lightning_prune.callbacks.followers import Candidate, followers
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
@@ -363,28 +364,30 @@ class PruningCallback(Schedule, Callback):
     def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> ChannelGraph:
         """Trace the model, and refuse what cannot be pruned."""
         check(pl_module, trainer.optimizers)
-        graph = self._trace_steps(Rehearsal(trainer, pl_module, self.state.training_batch_like))
-        refusals.refuse_averaged_models(pl_module, graph)
+        rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
+        copies = followers(rehearsal)
+        graph = self._trace_steps(rehearsal, copies)
+        tell_of_relations(graph, copies)
+        refusals.refuse_averaged_models(pl_module, graph, copies)
         if not graph.groups:
             reasons = "; ".join(dict.fromkeys(unprunable.reason for unprunable in graph.unprunable.values()))
             raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")
         return graph
 
-    def _trace_steps(self, rehearsal: Rehearsal) -> ChannelGraph:
+    def _trace_steps(self, rehearsal: Rehearsal, copies: Sequence[Candidate]) -> ChannelGraph:
         """Trace the model with all that trains and measures it."""
         pl_module = rehearsal.pl_module
         inputs = find_example_inputs(rehearsal, self.module, self.example_inputs, self.state.batch_like)
         if self.example_inputs is None and (self.module or pl_module.example_input_array is None):
             # A resumed run must not look at a batch again: loaders that know their position would lose it.
             self.state.batch_like = described(inputs)
-        relations = relations_in(rehearsal, self.module)
+        relations = relations_in(rehearsal, self.module, copies)
         settings: dict[str, Any] = {"module": self.module, "ignore": self.ignore, "relations": relations}
         for steps in rehearsal.attempts(samples_of(inputs)):
             graph = trace(pl_module, inputs, steps=steps, **settings)
             if not graph.untraced:
                 break
         self.state.training_batch_like = rehearsal.batch_like
-        tell_of_relations(graph)
         tell_of_steps = say if rehearsal.serves_as_it_likes else warn
         for name, why in graph.untraced.items():
             tell_of_steps(
@@ -414,8 +417,10 @@ class PruningCallback(Schedule, Callback):
             made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
             plan = agreed_plan(trainer, lambda: made)
             compensations = self._compensator.compensations(plan, seed=step)
+            rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
+            copies = [candidate.follower for candidate in followers(rehearsal)]
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
-            report = prune_in_training(trainer, plan, compensations)
+            report = prune_in_training(trainer, plan, compensations, copies)
             self.state.steps_done = step
             self.run.untried = list(report.widths)
             self.run.recorder.add_prune(plan, step, scores, report.compensation)
