@@ -19,6 +19,7 @@ from lightning_prune.callbacks.example_inputs import example_inputs as find_exam
 from lightning_prune.callbacks.example_inputs import samples_of
 from lightning_prune.callbacks.extensions import extend_lightning
 from lightning_prune.callbacks.monitors import start_anew
+from lightning_prune.callbacks.followers import Candidate, followers
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
@@ -481,28 +482,30 @@ class PruningCallback(Schedule, Callback):
     def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> ChannelGraph:
         """Trace the model, and refuse what cannot be pruned."""
         check(pl_module, trainer.optimizers)
-        graph = self._trace_steps(Rehearsal(trainer, pl_module, self.state.training_batch_like))
-        refusals.refuse_averaged_models(pl_module, graph)
+        rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
+        copies = followers(rehearsal)
+        graph = self._trace_steps(rehearsal, copies)
+        tell_of_relations(graph, copies)
+        refusals.refuse_averaged_models(pl_module, graph, copies)
         if not graph.groups:
             reasons = "; ".join(dict.fromkeys(unprunable.reason for unprunable in graph.unprunable.values()))
             raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")
         return graph
 
-    def _trace_steps(self, rehearsal: Rehearsal) -> ChannelGraph:
+    def _trace_steps(self, rehearsal: Rehearsal, copies: Sequence[Candidate]) -> ChannelGraph:
         """Trace the model with all that trains and measures it."""
         pl_module = rehearsal.pl_module
         inputs = find_example_inputs(rehearsal, self.module, self.example_inputs, self.state.batch_like)
         if self.example_inputs is None and (self.module or pl_module.example_input_array is None):
             # A resumed run must not look at a batch again: loaders that know their position would lose it.
             self.state.batch_like = described(inputs)
-        relations = relations_in(rehearsal, self.module)
+        relations = relations_in(rehearsal, self.module, copies)
         settings: dict[str, Any] = {"module": self.module, "ignore": self.ignore, "relations": relations}
         for steps in rehearsal.attempts(samples_of(inputs)):
             graph = trace(pl_module, inputs, steps=steps, **settings)
             if not graph.untraced:
                 break
         self.state.training_batch_like = rehearsal.batch_like
-        tell_of_relations(graph)
         tell_of_steps = say if rehearsal.serves_as_it_likes else warn
         for name, why in graph.untraced.items():
             tell_of_steps(
@@ -537,8 +540,10 @@ class PruningCallback(Schedule, Callback):
             self.run.batches = None
             metrics = self.run.validator.around(plan, found)
             teacher = self._teacher_from_now()
+            rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
+            copies = [candidate.follower for candidate in followers(rehearsal)]
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
-            report = prune_in_training(trainer, plan, found)
+            report = prune_in_training(trainer, plan, found, copies)
             self.state.steps_done = step
             self.state.teacher = teacher
             if self.reset_monitors:

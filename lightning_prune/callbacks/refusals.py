@@ -1,7 +1,7 @@
 """Refusals: what cannot work together with pruning, said before training starts."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -16,8 +16,10 @@ from lightning.pytorch.strategies import (
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
+from lightning_prune.callbacks.followers import Candidate
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.namesakes import namesakes
+from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import plan_in_force
 
 if TYPE_CHECKING:
@@ -120,13 +122,26 @@ def refuse_short_run(trainer: "pl.Trainer", callback: "PruningCallback") -> None
     )
 
 
-def refuse_averaged_models(pl_module: "pl.LightningModule", graph: ChannelGraph) -> None:
-    """Raise a ValueError if the module or a callback of somebody's holds an average of weights that can be pruned."""
+def refuse_averaged_models(
+    pl_module: "pl.LightningModule", graph: ChannelGraph, followers: Sequence[Candidate]
+) -> None:
+    """Raise a ValueError if the module or a callback of somebody's has an average that is not pruned with the weights.
+
+    Args:
+        pl_module: The LightningModule.
+        graph: The traced model.
+        followers: The copies of weights that are pruned with them.
+    """
+    pruned_along = {id(candidate.follower.module) for candidate in followers}
+    own = {id(tensor): name for name, tensor in named_tensors(pl_module).items()}
+    prunable = {one.tensor for group in graph.groups.values() for one in group.slices}
     for place, value in _attributes(pl_module):
         averages = [leaf for leaf in tree_leaves(value) if isinstance(leaf, AveragedModel)]
         for average in averages:
+            names = [own.get(id(tensor)) for tensor in named_tensors(average.module).values()]
+            follows = id(average.module) in pruned_along or bool(prunable.intersection(names))
             source = _averaged_submodule(pl_module, graph, average)
-            if source:
+            if source and not follows:
                 raise ValueError(
                     f"{place} averages the weights of {source!r} in the shapes they have now, which does not follow "
                     "when channels are pruned; use Lightning's WeightAveraging or EMAWeightAveraging callback, which "

@@ -26,7 +26,7 @@ from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.steps import run_step
 from lightning_prune.graph.twin import Twin, set_mode
 
-__all__ = ["TRAINING", "VALIDATION", "Backward", "Rehearsal", "quietened"]
+__all__ = ["TRAINING", "VALIDATION", "Backward", "Rehearsal", "quiet_trainer", "quietened"]
 
 TRAINING = "training_step"
 VALIDATION = "validation_step"
@@ -117,10 +117,14 @@ class Rehearsal:
         """Whether a loader makes its batches by itself, which those of a data set may be unlike."""
         return any(isinstance(one, DataLoader) and "__iter__" in vars(type(one)) for one in self._loaders)
 
-    def first_steps(self) -> Iterator[Step]:
-        """Yield steps on ever more samples, for those who look for one that works."""
+    def first_steps(self, with_hooks: bool = False) -> Iterator[Step]:
+        """Yield steps on ever more samples, for those who look for one that works.
+
+        Args:
+            with_hooks: Whether the hooks of the module around a training step belong to it.
+        """
         for size in self.sizes():
-            yield from self.steps(size)
+            yield from self.steps(size, with_hooks)
 
     def entry(self) -> Step:
         """Return the step by which a module without ``forward`` is entered: the one that measures it, if it has one.
@@ -200,6 +204,7 @@ class Rehearsal:
         optimizers = [_QuietOptimizer(optimizer) for optimizer in self.trainer.optimizers]
         hooks: dict[str, Hook] = {
             "on_after_backward": lambda output: (),
+            "optimizer_step": lambda output: (0, 0, *optimizers[:1], _do_nothing),
             "on_before_zero_grad": lambda output: tuple(optimizers[:1]),
             "on_train_batch_end": lambda output: ({"loss": output}, batch, 0),
             "on_train_epoch_end": lambda output: (),
@@ -257,6 +262,11 @@ def _arguments(parameters: list[inspect.Parameter], batch: Any) -> tuple[Any, ..
     required = [one for one in positional if one.default is one.empty or one.name == "batch_idx"]
     count = 2 if takes_more else len(required)
     return (batch, 0, 0)[: max(1, count)]
+
+
+def quiet_trainer(rehearsal: Rehearsal, model: nn.Module) -> Any:
+    """Return what callbacks may be given in place of the trainer, with a copy of its module."""
+    return _QuietTrainer(rehearsal.trainer, rehearsal.epoch, model)
 
 
 def quietened(trainer: "pl.Trainer", model: nn.Module) -> None:

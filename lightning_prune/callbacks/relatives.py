@@ -1,9 +1,12 @@
 """Relatives: frozen parts of a module, and parts that follow the weights of others, found before training."""
 
 import lightning.pytorch as pl
+from collections.abc import Sequence
+
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
+from lightning_prune.callbacks.followers import Candidate, followed_inside
 from lightning_prune.callbacks.rehearsal import Rehearsal
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.relations import Relations
@@ -13,18 +16,20 @@ from lightning_prune.reporting.loggers import say
 __all__ = ["relations_in", "tell_of_relations"]
 
 
-def relations_in(rehearsal: Rehearsal, module: str) -> Relations:
+def relations_in(rehearsal: Rehearsal, module: str, copies: Sequence[Candidate]) -> Relations:
     """Return which parts of what is pruned are frozen, and which follow others.
 
     Args:
         rehearsal: The steps of the LightningModule.
         module: Dotted name of the submodule to prune, or empty.
+        copies: Copies elsewhere that follow what they are copies of.
     """
     callbacks = rehearsal.trainer.callbacks  # type: ignore[attr-defined]
     frozen = frozen_parts(rehearsal.pl_module, module)
     if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
         frozen = []  # only for some epochs
-    return Relations(frozen)
+    outside = [copy.follower.tensors for copy in copies if copy.callback is None]
+    return Relations(frozen, followed_inside(rehearsal, frozen), outside)
 
 
 def frozen_parts(model: nn.Module, module: str = "") -> list[str]:
@@ -51,12 +56,15 @@ def _is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def tell_of_relations(graph: ChannelGraph) -> None:
-    """Say which frozen parts keep their channels, and what they cost.
+def tell_of_relations(graph: ChannelGraph, copies: Sequence[Candidate]) -> None:
+    """Say which frozen parts keep their channels, and what they cost, and which copies lose channels.
 
     Args:
         graph: The traced model.
+        copies: Copies elsewhere that follow what they are copies of.
     """
+    for copy in copies:
+        say(f"{copy.place} follows the weights of {copy.source or 'the module'!r}, and loses the same channels.")
     for part, flops in graph.frozen.items():
         say(
             f"{part!r} is frozen and keeps its channels; its {flops:,.0f} FLOPs are not part of the budget. To prune it, "

@@ -11,13 +11,17 @@ from lightning_prune.ddp import rewrap
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery import PruneReport, check, pruned
 from lightning_prune.surgery.compensation import Compensation
+from lightning_prune.surgery.pruning import Follower
 from lightning_prune.surgery.replacing import Replacement, in_place
 
 __all__ = ["prune_in_training"]
 
 
 def prune_in_training(
-    trainer: "pl.Trainer", plan: PruningPlan, compensations: Sequence[Compensation] = ()
+    trainer: "pl.Trainer",
+    plan: PruningPlan,
+    compensations: Sequence[Compensation] = (),
+    followers: Sequence[Follower] = (),
 ) -> PruneReport:
     """Prune the module of a trainer and what goes with it, or nothing of it.
 
@@ -29,6 +33,7 @@ def prune_in_training(
         plan: The channels that are kept, the same on every rank.
         compensations: What the module, and each averaged copy after it, is to have in place of some tensors, the same
             on every rank; none to keep the values as they are.
+        followers: What else follows the weights of the module, and loses the same channels.
 
     Returns:
         What has changed.
@@ -39,7 +44,7 @@ def prune_in_training(
     """
     module = trainer.lightning_module
     copies = averaged_copies(trainer)
-    with pruned(module, plan, trainer.optimizers, copies) as report:
+    with pruned(module, plan, trainer.optimizers, copies, followers) as report:
         optimizers = check(module, trainer.optimizers)
         models = [module, *copies] if compensations else []
         replacements: list[Replacement] = []

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lightning_prune.graph.records import Note, Record, Tie
 from lightning_prune.graph.slots import SlotTable, module_of
 
@@ -20,10 +22,12 @@ class Relations:
         frozen: Dotted names of those whose parameters are all frozen: they keep their channels, unless they follow
             others.
         followed: The tensor whose values each of some tensors follows, by name.
+        outside: Tensors that are none of the model's and follow those of it, by the names of these.
     """
 
     frozen: Sequence[str] = ()
     followed: Mapping[str, str] = field(default_factory=dict)
+    outside: Sequence[Mapping[str, Tensor]] = ()
 
     def ties(self, labelled: SlotTable) -> list[Tie]:
         """Return the ties of tensors that follow others: they lose the same channels."""

@@ -1,6 +1,6 @@
 """Run of a model's forward pass on stand-ins of its tensors, with labels on them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Forward:
         names: The names of all modules, by ``id``; that of the model's class for the model itself.
         labelled: The labels of all positions of the tensors of the submodule.
         real: Whether it has to run on real data.
+        outside: Tensors that are none of the model's and follow those of it, by the names of these.
 
     Raises:
         ValueError: If there is no such submodule, or the model cannot be pruned at all.
@@ -63,6 +64,7 @@ class Forward:
         self.labelled = SlotTable(self._shapes_to_label())
         self.real = False
         self.keeps_nothing = False
+        self.outside: Sequence[Mapping[str, Tensor]] = ()
 
     def _shapes_to_label(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Return the names and shapes of the tensors of the submodule."""
@@ -209,13 +211,14 @@ class Forward:
     def _stand_ins(self, tracer: Tracer, kept: KeptPositions) -> dict[int, Tensor]:
         """Return what stands in for each tensor, with its labels, by ``id`` of the tensor."""
         stand_ins = {}
-        for name, tensor in self.tensors.items():
-            kept_here = kept.get(name, {})
-            stand_in = self._stand_in(name, tensor, kept_here)
-            stand_ins[id(tensor)] = stand_in
-            labels = self.labelled.labels(name)
-            if labels:
-                tracer.set_labels(stand_in, _keep_labels(labels, kept_here))
+        for tensors in (self.tensors, *self.outside):
+            for name, tensor in tensors.items():
+                kept_here = kept.get(name, {})
+                stand_in = self._stand_in(name, tensor, kept_here)
+                stand_ins[id(tensor)] = stand_in
+                labels = self.labelled.labels(name)
+                if labels:
+                    tracer.set_labels(stand_in, _keep_labels(labels, kept_here))
         return stand_ins
 
     def _stand_in(self, name: str, tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:

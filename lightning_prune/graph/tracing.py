@@ -80,6 +80,7 @@ def trace(
     """
     with progress(f"Tracing {type(model).__name__}"), as_written():
         forward = Forward(model, module, example_inputs)
+        forward.outside = relations.outside
         patterns = _checked_patterns(ignore, forward.module_names)
         search = _Search(forward, patterns, [StepRun(forward, model, step) for step in steps], relations)
         grouping, operations = search.settle()

@@ -23,6 +23,7 @@ from lightning_prune.surgery.slicing import take
 
 __all__ = [
     "Change",
+    "Follower",
     "PruneReport",
     "check",
     "check_plan",
@@ -40,6 +41,33 @@ class Change(NamedTuple):
 
     before: int
     after: int
+
+
+@dataclass(frozen=True)
+class Follower:
+    """Tensors elsewhere that follow those of a model, such as an average of them, and lose the same channels.
+
+    Attributes:
+        tensors: The tensors, by the names of those that they follow.
+        module: The module that they belong to, if they do.
+    """
+
+    tensors: Mapping[str, Tensor]
+    module: nn.Module | None = None
+
+    def replacements(self, kept: Index) -> Iterator[Replacement]:
+        """Make what is smaller afterwards.
+
+        Args:
+            kept: The positions to keep of the tensors that are followed.
+        """
+        changed = [tensor for name, tensor in self.tensors.items() if name in kept]
+        for name, tensor in self.tensors.items():
+            if name in kept:
+                yield of_slices(tensor, kept[name])
+        if self.module is not None:
+            modules = owning_modules(self.module, changed)
+            yield of_attributes(self.module, partial(_sync, modules))
 
 
 @dataclass(frozen=True)
@@ -106,7 +134,11 @@ def prune(model: nn.Module, plan: PruningPlan, optimizers: Any = ()) -> PruneRep
 
 @contextmanager
 def pruned(
-    model: nn.Module, plan: PruningPlan, optimizers: Iterable[Any] = (), copies: Iterable[nn.Module] = ()
+    model: nn.Module,
+    plan: PruningPlan,
+    optimizers: Iterable[Any] = (),
+    copies: Iterable[nn.Module] = (),
+    followers: Iterable[Follower] = (),
 ) -> Iterator[PruneReport]:
     """Prune as `prune` does, for a block and for good; if anything is raised in it, nothing has been pruned.
 
@@ -115,6 +147,7 @@ def pruned(
         plan: The channels to keep, about the original model.
         optimizers: The optimizers that train the model.
         copies: Copies of the model, such as averages of its weights, that lose the same channels.
+        followers: Tensors elsewhere that follow those of the model, and lose the same channels.
 
     Yields:
         What changed of the model.
@@ -128,6 +161,8 @@ def pruned(
     cuts = [_Cut.of(each, plan) for each in (model, *copies)]
     check_state(optimizers, named_tensors(model).values(), cuts[0].tensors, cuts[0].kept)
     replacements = [replacement for cut in cuts for replacement in cut.replacements(found)]
+    for follower in followers:
+        replacements.extend(follower.replacements(cuts[0].kept))
     params_before = _count(cuts[0].parameters)
     with in_place(replacements):
         params = Change(params_before, _count(cuts[0].parameters))
@@ -394,6 +429,10 @@ def _of_record(model: nn.Module, plan: PruningPlan | None, changed: Iterable[Ten
 
 
 def _finish(model: nn.Module, plan: PruningPlan | None, modules: Iterable[nn.Module]) -> None:
+    _sync(modules)
+    record_plan(model, plan)
+
+
+def _sync(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         sync_attributes(module)
-    record_plan(model, plan)

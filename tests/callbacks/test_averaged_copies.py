@@ -1,8 +1,9 @@
 """Averaged copies of the weights lose the same channels and keep their history."""
 
+import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import battery
 import lightning as L
@@ -29,8 +30,11 @@ AVERAGES: dict[str, Any] = {
 class Naive(L.Callback):
     """Average the weights in the shapes of the original model; what is removed stands still."""
 
-    def __init__(self) -> None:
-        self.average: dict[str, Tensor] = {}
+    averages: ClassVar[dict[int, dict[str, Tensor]]] = {}  # not on the callback, where they would be pruned along
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        return self.averages.setdefault(id(self), {})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         plan = plan_in_force(pl_module)
@@ -102,14 +106,32 @@ class Holding(battery.ResidualClassifier):
         return optim.SGD([*self.body.parameters(), *self.other.parameters()], 0.1)
 
 
+def shapes(model: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in model.parameters()]
+
+
 @pytest.mark.parametrize("hidden", [False, True])
-def test_an_averaged_model_of_what_is_pruned_is_refused(hidden: bool, tmp_path: Path) -> None:
+def test_an_averaged_model_of_what_is_pruned_is_pruned_along(hidden: bool, tmp_path: Path) -> None:
+    module, _ = battery.train(tmp_path, PruningCallback(round_to=2), module=Holding(hidden), max_epochs=2)
+    average = module.averages[0] if hidden else module.averages
+    assert shapes(average.module) == shapes(module.body) != shapes(Holding(hidden).body)
+    assert average.module[0].out_features == len(average.module[0].bias)
+
+
+class Silent(Holding):
+    """An average that is not brought up to date in the first steps, so that nothing shows what it follows."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        pass
+
+
+def test_an_averaged_model_that_does_not_show_what_it_follows_is_refused(tmp_path: Path) -> None:
     said = (
-        "'averages' of Holding averages the weights of 'body' in the shapes they have now, which does not follow when "
+        "'averages' of Silent averages the weights of 'body' in the shapes they have now, which does not follow when "
         "channels are pruned; use Lightning's WeightAveraging or EMAWeightAveraging callback, which does."
     )
     with pytest.raises(ValueError, match="^" + re.escape(said)):
-        battery.train(tmp_path, PruningCallback(round_to=2), module=Holding(hidden))
+        battery.train(tmp_path, PruningCallback(round_to=2), module=Silent(hidden=True))
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -136,10 +158,75 @@ def without_average() -> Holding:
     return module
 
 
-def test_an_averaged_model_that_a_callback_holds_is_refused(tmp_path: Path) -> None:
-    said = "'average' of ByHand averages the weights of 'body' in the shapes they have now, which does not follow when"
-    with pytest.raises(ValueError, match="^" + re.escape(said)):
-        battery.train(tmp_path, PruningCallback(round_to=2), ByHand(), module=without_average())
+class OfNames(ByHand):
+    """The same in a dictionary, whose entries are made anew."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.kept = {"of": {name: value.clone() for name, value in pl_module.state_dict().items()}}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        of = self.kept["of"]
+        for name, value in pl_module.state_dict().items():
+            of[name] = 0.9 * of[name] + 0.1 * value
+
+
+class InOrder(ByHand):
+    """The same in a list, in the order of the parameters."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.shadow = [value.detach().clone() for value in pl_module.parameters()]
+
+    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        for value, shadow in zip(pl_module.parameters(), self.shadow, strict=True):
+            shadow.sub_(0.1 * (shadow - value.detach()))
+
+    on_train_batch_end = L.Callback.on_train_batch_end
+
+
+class Wrapped(ByHand):
+    """The same in a wrapper, made late."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.ema = nn.ModuleDict({"module": copy.deepcopy(pl_module.body)})
+
+    on_fit_start = L.Callback.on_fit_start
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema["module"].parameters()), list(pl_module.body.parameters()), 0.1)
+
+
+@pytest.mark.parametrize("kind", [ByHand, OfNames, InOrder, Wrapped])
+def test_an_average_that_a_callback_keeps_is_pruned_along(kind: Any, tmp_path: Path) -> None:
+    kept = kind()
+    module, _ = battery.train(tmp_path, PruningCallback(round_to=2), kept, module=without_average(), max_epochs=3)
+    assert shapes(module.body) != shapes(without_average().body)
+    if kind is OfNames:
+        assert {name: value.shape for name, value in kept.kept["of"].items()} == {
+            name: value.shape for name, value in module.state_dict().items()
+        }
+    elif kind is InOrder:
+        assert [value.shape for value in kept.shadow] == shapes(module)
+    else:
+        model = kept.average.module if kind is ByHand else kept.ema["module"]
+        assert shapes(model) == shapes(module.body)
+        assert model[0].out_features == len(model[0].bias)
+
+
+class Taught(ByHand):
+    """A teacher that starts as what is trained, and does not change."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.teacher = copy.deepcopy(pl_module.body).requires_grad_(False)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.teacher(args[1][0].flatten(1))
+
+
+def test_a_teacher_that_a_callback_keeps_is_not_pruned(tmp_path: Path) -> None:
+    taught = Taught()
+    battery.train(tmp_path, PruningCallback(round_to=2), taught, module=without_average(), max_epochs=2)
+    assert shapes(taught.teacher) == shapes(without_average().body)
 
 
 def test_an_averaged_model_of_another_part_that_a_callback_holds_does_not_matter(tmp_path: Path) -> None:

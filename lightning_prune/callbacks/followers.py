@@ -1,0 +1,270 @@
+"""Followers: copies of weights that a module or a callback of somebody's keeps, and brings up to date by itself.
+
+A copy has the names and the shapes of what it is a copy of. Whether it follows that, or is a teacher that does not
+change, is seen on twins: other weights are put in, a training step and the hooks around it run, and the copy has changed
+or has not.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_prune.callbacks.rehearsal import TRAINING, Rehearsal, quiet_trainer
+from lightning_prune.graph.entry import Step
+from lightning_prune.graph.neutral import neutral_state
+from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.graph.twin import Twin, set_mode
+from lightning_prune.surgery.pruning import Follower
+
+__all__ = ["Candidate", "candidates", "followed_inside", "followers"]
+
+_DEPTH = 3  # of the objects in which copies are looked for
+_NOT_SEARCHED = (Tensor, pl.Trainer, Dataset, DataLoader, torch.optim.Optimizer, type)
+
+
+Sources = Mapping[str, dict[str, Tensor]]  # the tensors of each submodule by name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A copy of weights.
+
+    Attributes:
+        place: Where it is, in words.
+        callback: The callback that keeps it; None if the module does.
+        kept: The module, or the dictionary or list of tensors.
+        source: Dotted name of the submodule that it is a copy of.
+        follower: Its tensors, by the names of those that they are copies of.
+    """
+
+    place: str
+    callback: Callback | None
+    kept: Any
+    source: str
+    follower: Follower
+
+
+def followers(rehearsal: Rehearsal) -> list[Candidate]:
+    """Return the copies that follow what they are copies of.
+
+    Args:
+        rehearsal: The steps of the LightningModule.
+    """
+    return _that_change(rehearsal, list(candidates(rehearsal.trainer, rehearsal.pl_module)))
+
+
+def _that_change(rehearsal: Rehearsal, found: list[Candidate]) -> list[Candidate]:
+    """Return those of some copies that a training step, or the hooks around it, change."""
+    if not found:
+        return []
+    for step in rehearsal.first_steps(with_hooks=True):
+        if step.name == TRAINING:
+            changed = _Experiment(rehearsal, found).changed(step)
+            if changed:
+                return changed
+    return []
+
+
+def followed_inside(rehearsal: Rehearsal, frozen: Sequence[str]) -> dict[str, str]:
+    """Return which tensors of frozen parts of a module follow others of it, by way of a callback.
+
+    Args:
+        rehearsal: The steps of the LightningModule.
+        frozen: Dotted names of the frozen parts.
+    """
+    pl_module = rehearsal.pl_module
+    callbacks = rehearsal.trainer.callbacks  # type: ignore[attr-defined]
+    if not frozen or not any(map(_is_somebodys, callbacks)):
+        return {}  # what the module itself does is traced
+    sources = {name: named_tensors(module) for name, module in pl_module.named_modules() if not _is_in(name, frozen)}
+    found = []
+    for name in frozen:
+        candidate = _outermost(pl_module.get_submodule(name), sources, name, None)
+        if candidate is not None:
+            found.append(candidate)
+    names = {id(tensor): name for name, tensor in named_tensors(pl_module).items()}
+    followed = {}
+    for candidate in _that_change(rehearsal, found):
+        for source, tensor in candidate.follower.tensors.items():
+            followed[names[id(tensor)]] = source
+    return followed
+
+
+def _is_in(name: str, parts: Sequence[str]) -> bool:
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+
+# -- finding copies ----------------------------------------------------------------------------------------------------
+
+
+def candidates(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Iterator[Candidate]:
+    """Yield the copies of weights that a module keeps where torch does not look, and those of callbacks."""
+    own = {id(module) for module in pl_module.modules()}
+    own |= {id(tensor) for tensor in named_tensors(pl_module).values()}
+    sources = {name: named_tensors(module) for name, module in pl_module.named_modules()}
+    for place, callback, value in _attributes(trainer, pl_module):
+        for copy in _copies_in(value, own, _DEPTH):
+            candidate = _outermost(copy, sources, place, callback)
+            if candidate is not None:
+                yield candidate
+
+
+def _outermost(copy: Any, sources: Sources, place: str, callback: Callback | None) -> Candidate | None:
+    """Return the outermost part of what may be a copy that is one, as averages are wrapped."""
+    for part in copy.modules() if isinstance(copy, nn.Module) else [copy]:
+        match = _match(part, sources)
+        if match is not None:
+            module = part if isinstance(part, nn.Module) else None
+            source, tensors = match
+            return Candidate(place, callback, part, source, Follower(tensors, module))
+    return None
+
+
+def _attributes(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Iterator[tuple[str, Callback | None, Any]]:
+    """Yield the attributes of a module, its submodules and the callbacks, each with its name in words."""
+    hidden = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
+    for prefix, module in pl_module.named_modules():
+        for name, value in vars(module).items():
+            if name not in hidden:
+                dotted = f"{prefix}.{name}".lstrip(".")
+                yield f"{dotted!r} of {type(pl_module).__name__}", None, value
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, WeightAveraging) and _is_somebodys(callback):
+            for name, value in vars(callback).items():
+                yield f"{name!r} of {type(callback).__name__}", callback, value
+
+
+def _is_somebodys(callback: Callback) -> bool:
+    """Tell whether a callback belongs neither to Lightning nor to this package."""
+    return type(callback).__module__.partition(".")[0] not in ("lightning", "pytorch_lightning", "lightning_prune")
+
+
+def _copies_in(value: Any, own: set[int], depth: int) -> Iterator[Any]:
+    """Yield the modules, the dictionaries of tensors and the lists of tensors in a value that are not the module's."""
+    if id(value) in own or isinstance(value, _NOT_SEARCHED) or depth == 0:
+        return
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    items = _items(value)
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    if len(tensors) > 1 and not any(id(tensor) in own for tensor in tensors):
+        yield value
+    for item in items:
+        yield from _copies_in(item, own, depth - 1)
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return list(value)
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _match(copy: Any, sources: Sources) -> tuple[str, dict[str, Tensor]] | None:
+    """Return the submodule that has the names and shapes of a copy, and its tensors by the names of that one's."""
+    for name, tensors in sources.items():
+        for named in _as_named(copy, tensors):
+            if len(named) > 1 and all(_fits(tensor, tensors.get(key)) for key, tensor in named.items()):
+                prefix = f"{name}." if name else ""
+                return name, {f"{prefix}{key}": tensor for key, tensor in named.items()}
+    return None
+
+
+def _fits(tensor: Tensor, source: Tensor | None) -> bool:
+    return source is not None and source.shape == tensor.shape
+
+
+def _as_named(copy: Any, source: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of a copy by names: a list is in the order of the parameters, of all or of those trained."""
+    if isinstance(copy, nn.Module):
+        tensors = named_tensors(copy)
+        if tensors.keys() == source.keys():
+            yield tensors
+    elif isinstance(copy, Mapping):
+        named = {key: value for key, value in copy.items() if isinstance(value, Tensor)}
+        yield named
+    elif isinstance(copy, list | tuple):
+        parameters = [key for key, tensor in source.items() if isinstance(tensor, nn.Parameter)]
+        trained = [key for key in parameters if source[key].requires_grad]
+        for keys in (parameters, trained):
+            if len(keys) == len(copy) and all(isinstance(item, Tensor) for item in copy):
+                yield dict(zip(keys, copy, strict=True))
+
+
+# -- whether they follow -----------------------------------------------------------------------------------------------
+
+
+class _Experiment:
+    """A training step of a twin with other weights, and what that makes of copies.
+
+    Args:
+        rehearsal: The steps of the LightningModule.
+        found: The copies.
+    """
+
+    def __init__(self, rehearsal: Rehearsal, found: list[Candidate]) -> None:
+        self.rehearsal = rehearsal
+        self.found = found
+
+    def changed(self, step: Step) -> list[Candidate]:
+        """Return the copies that are others after a step."""
+        module = self.rehearsal.pl_module
+        with neutral_state(module):
+            twin = Twin(module)
+            copies = [self._copy_of(twin, candidate) for candidate in self.found]
+            before = [_values(copy) for copy in copies]
+            set_mode(twin.model, training=True)
+            run = step.ready(twin.model)
+            for parameter in twin.model.parameters():
+                if parameter.requires_grad and parameter.is_floating_point():
+                    parameter.add_(1)
+            with suppress(Exception):
+                run(*step.args)
+            self._run_callbacks(twin, step)
+            after = [_values(copy) for copy in copies]
+        changes = zip(self.found, before, after, strict=True)
+        return [candidate for candidate, one, other in changes if not _same(one, other)]
+
+    def _copy_of(self, twin: Twin, candidate: Candidate) -> Any:
+        """Return what a twin has in place of a copy."""
+        if candidate.callback is not None:
+            twin.of(candidate.callback)
+        return twin.of(candidate.kept)
+
+    def _run_callbacks(self, twin: Twin, step: Step) -> None:
+        """Run the hooks of callbacks that keep copies."""
+        trainer = quiet_trainer(self.rehearsal, twin.model)
+        hooks: dict[str, tuple[Any, ...]] = {
+            "on_train_batch_start": (step.args[0], 0),
+            "on_before_zero_grad": tuple(trainer.optimizers[:1]),
+            "on_train_batch_end": (None, step.args[0], 0),
+            "on_train_epoch_end": (),
+        }
+        keeping = {id(candidate.callback) for candidate in self.found}
+        any_may = id(None) in keeping  # a copy that the module keeps
+        for callback in self.rehearsal.trainer.callbacks:  # type: ignore[attr-defined]
+            if not (id(callback) in keeping or (any_may and _is_somebodys(callback))):
+                continue
+            for name, args in hooks.items():
+                if is_overridden(name, callback, Callback):
+                    with suppress(Exception):
+                        getattr(twin.of(callback), name)(trainer, twin.model, *args)
+
+
+def _values(copy: Any) -> list[Tensor]:
+    items = list(named_tensors(copy).values()) if isinstance(copy, nn.Module) else _items(copy)
+    return [item.clone() for item in items if isinstance(item, Tensor)]
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
