@@ -6,7 +6,7 @@ one, all before the module itself is pruned. What they log is kept, and goes to 
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -35,6 +35,7 @@ from lightning_prune.surgery.replacing import in_place
 __all__ = ["Validator"]
 
 Metrics: TypeAlias = dict[str, float]
+Logged: TypeAlias = dict[str, tuple[float, float]]  # sum over samples and their number, by name
 
 
 class Validator:
@@ -76,21 +77,28 @@ class Validator:
     def _validated(self, plan: PruningPlan | None = None, compensation: Compensation | None = None) -> Metrics:
         if not self._works:
             return {}
+        of_ranks = _of_all_ranks(self._tried(plan, compensation))
+        failures = [result for result in of_ranks if isinstance(result, str)]
+        if not failures:
+            return _means([result for result in of_ranks if not isinstance(result, str)])
+        self._works = False
+        module = type(self._trainer.lightning_module).__name__
+        warn(
+            f"The validation metrics right before and right after prunes are not told: the validation of {module} fails "
+            f"on a copy of it, with {failures[0]} Set validate_batches=0 to do without."
+        )
+        return {}
+
+    def _tried(self, plan: PruningPlan | None, compensation: Compensation | None) -> Logged | str:
+        """Return what is logged on this rank, or what failed: a rank that fails may not let the others wait."""
         try:
             batches = ValidationBatches(self._trainer, self._count, type(self).__name__)
             if not gives_samples(batches.loader):  # a stream would lose them
-                self._works = False
                 return {}
             with self._copied(plan, compensation) as model:
-                return _of_all_ranks(_Run(self._trainer, model).metrics(batches))
+                return _Run(self._trainer, model).logged(batches)
         except Exception as raised:
-            self._works = False
-            module = type(self._trainer.lightning_module).__name__
-            warn(
-                f"The validation metrics right before and right after prunes are not told: the validation of {module} "
-                f"fails on a copy of it, with {type(raised).__name__}: {raised} Set validate_batches=0 to do without."
-            )
-            return {}
+            return f"{type(raised).__name__}: {raised}"
 
     @contextmanager
     def _copied(self, plan: PruningPlan | None, compensation: Compensation | None) -> Iterator[nn.Module]:
@@ -115,16 +123,20 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
 
 
-def _of_all_ranks(means: Mapping[str, tuple[float, float]]) -> Metrics:
-    """Return the means over all ranks, of the sum and the weight that each has."""
-    of_ranks: list[Any] = [means]
-    if distributed.is_available() and distributed.is_initialized():
-        of_ranks = [None] * distributed.get_world_size()
-        distributed.all_gather_object(of_ranks, means)
+def _of_all_ranks(result: Logged | str) -> list[Logged | str]:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [result]
+    of_ranks: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(of_ranks, result)
+    return of_ranks
+
+
+def _means(of_ranks: Iterable[Logged]) -> Metrics:
+    """Return the means over all ranks."""
     sums: dict[str, float] = defaultdict(float)
     weights: dict[str, float] = defaultdict(float)
-    for of_rank in of_ranks:
-        for name, (total, weight) in of_rank.items():
+    for logged in of_ranks:
+        for name, (total, weight) in logged.items():
             sums[name] += total
             weights[name] += weight
     return {name: sums[name] / weights[name] for name in sorted(sums) if weights[name]}
@@ -145,10 +157,10 @@ class _Run:
         self._trainer = trainer
         self._model = model
         several = len(tree_leaves(trainer.val_dataloaders)) > 1
-        self._logged = _Logged("/dataloader_idx_0" if several else "")
+        self._logged = _Log("/dataloader_idx_0" if several else "")
 
-    def metrics(self, batches: ValidationBatches) -> dict[str, tuple[float, float]]:
-        """Return sum and weight of each metric on this rank."""
+    def logged(self, batches: ValidationBatches) -> Logged:
+        """Return what is logged on this rank."""
         self._put_aside()
         model = self._model
         with self._trainer.precision_plugin.val_step_context():
@@ -161,7 +173,7 @@ class _Run:
                 model.on_validation_batch_end(output, batch, number)
             self._logged.begin(None)
             model.on_validation_epoch_end()
-            return self._logged.means()
+            return self._logged.totals_and_weights()
 
     def _put_aside(self) -> None:
         """Let the copy log here, and see no logger."""
@@ -193,7 +205,7 @@ class _Aside:
 
 
 @dataclass
-class _Logged:
+class _Log:
     """What a validation logs, as sums and weights over its batches.
 
     Attributes:
@@ -225,7 +237,7 @@ class _Logged:
             number = value.detach().double() if isinstance(value, Tensor) else value
             self.totals[name].append((number, batch_size or self.samples))
 
-    def means(self) -> dict[str, tuple[float, float]]:
+    def totals_and_weights(self) -> Logged:
         """Return the sum and the weight of each metric."""
         found = {name: (float(metric.compute()), 1.0) for name, metric in self.computed.items()}
         for name, logged in self.totals.items():

@@ -22,6 +22,7 @@ from lightning_prune.surgery.compensation_report import CompensationReport
 __all__ = ["Compensation", "History", "Layer", "MetricsAround", "Prune", "layers_at", "read_histories", "write_history"]
 
 FORMAT_VERSION = 4  # 2 had no compensation, 3 no metrics around prunes
+FEW = 4  # metrics that are told of at each prune; files and loggers have all
 _FORMER_NAMES = {"held": "unprunable", "left": "after"}  # of version 1
 
 
@@ -100,8 +101,8 @@ class MetricsAround:
 
     @property
     def lines(self) -> list[str]:
-        """The metrics in words, one a line."""
-        return [self._told(name) for name in self.names]
+        """The first metrics in words, one a line."""
+        return [self._told(name) for name in self.names[:FEW]]
 
     def _told(self, name: str) -> str:
         told = f"{name}: {self.before[name]:.4f} before, "

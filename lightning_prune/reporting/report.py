@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_prune.files import written_whole
 from lightning_prune.reporting.charts import LineChart, Mark, line_chart
-from lightning_prune.reporting.history import History, Layer, Prune, read_histories
+from lightning_prune.reporting.history import FEW, History, Layer, Prune, read_histories
 from lightning_prune.reporting.measurement import Measurement
 
 __all__ = ["render", "templates", "write_report"]
@@ -230,7 +230,7 @@ class Page:
         """The validation metrics around each prune, and at the end."""
         rows = []
         for prune in self.history.prunes:
-            for name in prune.metrics.names:
+            for name in prune.metrics.names[:FEW]:
                 around = prune.metrics
                 told = [_number(metrics, name) for metrics in (around.before, around.uncompensated, around.after)]
                 row = MetricRow(str(prune.step), name, (told[0], told[1], told[2]))

@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import battery
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_prune as lp
-from lightning_prune.callbacks import PruningCallback
+from lightning_prune.callbacks import PruningCallback, validating
 from lightning_prune.callbacks.batches import training_batches
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.history import History, MetricsAround, read_histories
@@ -216,3 +217,16 @@ def test_histories_without_them_are_read(tmp_path: Path) -> None:
 def test_a_wrong_number_is_refused() -> None:
     with pytest.raises(ValueError, match="validate_batches must be a whole number of at least 0; got -1"):
         PruningCallback(validate_batches=-1)
+
+
+def test_ranks_count_by_their_samples_and_one_that_fails_ends_it_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks: list[Any] = [{"val/a": (3.0, 4.0), "val/b": (1.0, 1.0)}, {"val/a": (0.0, 2.0)}]
+    trainer = SimpleNamespace(enable_validation=True, lightning_module=nn.Linear(1, 1))
+    validator = validating.Validator(trainer, 4)
+    monkeypatch.setattr(validating.Validator, "_tried", lambda *_: ranks[0])
+    monkeypatch.setattr(validating, "_of_all_ranks", lambda own: [own, *ranks[1:]])
+    assert validator.now() == {"val/a": 0.5, "val/b": 1.0}
+    ranks.append("KeyError: 'x'")
+    with pytest.warns(UserWarning, match=r"the validation of Linear fails on a copy of it, with KeyError: 'x' Set"):
+        assert validator.now() == {}
+    assert validator.now() == {}  # and says it once
