@@ -32,7 +32,7 @@ def start_anew(trainer: "pl.Trainer", budget_is_met: bool) -> None:
     Args:
         trainer: The trainer.
         budget_is_met: Whether this was the last prune: from then on what is saved as best is within the budget. Files
-            that were saved before stay where they are.
+            that were saved before stay where they are, unless all of a callback's have one name.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, namesakes(EarlyStopping)):
@@ -40,17 +40,21 @@ def start_anew(trainer: "pl.Trainer", budget_is_met: bool) -> None:
             callback.best_score = _worst(callback.mode)
     if budget_is_met:
         for saver in model_checkpoints(trainer):
-            _forget_best(saver)
+            if saver.monitor is not None:  # others name what they have saved last
+                _forget_best(saver)
 
 
 def _forget_best(saver: ModelCheckpoint) -> None:
-    """Let a callback begin as it was made, but for the name of its last file, which the next one takes the place of."""
-    saver.best_k_models = {}
+    """Let a callback begin as it was made, but for the names of files that the next ones take the place of."""
+    worst = _worst(saver.mode)
+    one_name = saver.filename is not None and "{" not in saver.filename  # "best": who loads that has to get the new one
+    files = saver.best_k_models if one_name else {}
+    saver.best_k_models = dict.fromkeys(files, worst)
     saver.best_model_path = ""
     saver.best_model_score = None
     saver.current_score = None
-    saver.kth_best_model_path = ""
-    saver.kth_value = _worst(saver.mode)
+    saver.kth_best_model_path = next(iter(files), "")
+    saver.kth_value = worst
 
 
 def _worst(mode: str) -> torch.Tensor:

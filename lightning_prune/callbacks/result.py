@@ -49,14 +49,14 @@ def named_result(trainer: "pl.Trainer", known: Iterable[str], budget_is_met: boo
     Returns:
         The path, or "" if no file could be written, of which a warning says why.
     """
-    for saver in _with_an_outdated_last(trainer):
+    for saver in _outdated(trainer, "last_model_path"):
         _write(trainer, saver.last_model_path, saver.save_weights_only)
     path = found_result(trainer, known)
     if not path:
         path = decided_by_first_rank(trainer, lambda: _free_path(trainer))
         path = _checked(trainer, path, _write(trainer, path))
-    for saver in model_checkpoints(trainer):
-        if budget_is_met and saver.save_top_k != 0 and not saver.best_model_path:
+    if budget_is_met:
+        for saver in _outdated(trainer, "best_model_path"):
             saver.best_model_path = path  # the only file within the budget is the best one
     return path
 
@@ -103,19 +103,25 @@ def _named_files(trainer: "pl.Trainer") -> Iterator[str]:
         yield from reversed(saver.best_k_models)
 
 
-def _with_an_outdated_last(trainer: "pl.Trainer") -> list[ModelCheckpoint]:
-    """Return the ModelCheckpoints whose last file is not one of the pruned network; to be called on all ranks."""
+def _outdated(trainer: "pl.Trainer", name: str) -> list[ModelCheckpoint]:
+    """Return the ModelCheckpoints one of whose files is not one of the pruned network; to be called on all ranks.
+
+    Args:
+        trainer: The trainer.
+        name: Where they name the file: as the last one, or as the best one. That is left alone if it is the best by a
+            metric, which is for the setting of the pruning callback to forget; one that was forgotten is outdated.
+    """
     savers = model_checkpoints(trainer)
-    places: list[int] = decided_by_first_rank(trainer, lambda: _outdated(trainer, savers))
-    return [savers[place] for place in places]
+    if name == "best_model_path":
+        savers = [saver for saver in savers if saver.save_top_k != 0]
+        savers = [saver for saver in savers if saver.monitor is None or not saver.best_model_path]
+    else:
+        savers = [saver for saver in savers if saver.last_model_path]
 
+    def places() -> list[int]:
+        return [place for place, saver in enumerate(savers) if not _has_plan(trainer, getattr(saver, name))]
 
-def _outdated(trainer: "pl.Trainer", savers: list[ModelCheckpoint]) -> list[int]:
-    places = []
-    for place, saver in enumerate(savers):
-        if saver.last_model_path and not _has_plan(trainer, saver.last_model_path):
-            places.append(place)
-    return places
+    return [savers[place] for place in decided_by_first_rank(trainer, places)]
 
 
 def _has_plan(trainer: "pl.Trainer", path: str) -> bool:

@@ -130,6 +130,8 @@ TABLE: dict[str, Row] = {
     "weights only, monitor, save_last": Row([{**BY_LOSS, "save_weights_only": True, "save_last": True}], 3, 3, PRUNED),
     "now and then": Row([{"train_time_interval": timedelta(days=1)}], 5, None, PRUNED),
     "all the time": Row([{"train_time_interval": timedelta(0)}], 5, None, DEFAULT),
+    "one name": Row([{"filename": "best", "save_last": True}], 5, 5, "last.ckpt"),
+    "one name, monitor": Row([{**BY_LOSS, "filename": "best", "save_last": True}], 3, 3, PRUNED),
     "every eighth step": Row([{"every_n_train_steps": 8}], 3, None, PRUNED),
     "a metric that is never logged": Row([{"monitor": "loss"}], 5, None, PRUNED, {"limit_val_batches": 0}),
     "several": Row([{**BY_LOSS, "filename": "best"}, {"save_top_k": 0, "save_last": True}], 3, None, "last.ckpt"),
@@ -152,6 +154,8 @@ def test_what_each_file_holds(name: str, tmp_path: Path, caplog: pytest.LogCaptu
     assert (result.parent, result.name) == (tmp_path / "checkpoints", row.result)
     assert ran.epoch_in(str(result)) == end
     assert (tmp_path / "checkpoints" / PRUNED).exists() == (row.result == PRUNED)
+    if "one name" in name:
+        assert {path.name for path in result.parent.iterdir()} == {"best.ckpt", "last.ckpt", row.result}
     assert f"checkpoint: {result}\n" in caplog.text
     assert plan_in_force(lp.load_pruned(Small, result)) == plan_in_force(ran.module)
     if saver is not None and saver.best_model_path:
