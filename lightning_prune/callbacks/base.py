@@ -556,6 +556,7 @@ class PruningCallback(Schedule, Callback):
                 f"Prune {step} of {self.steps} has pruned nothing: the next smaller network in steps of "
                 f"round_to={self.round_to} is below the budget. Lower round_to, or take fewer steps."
             )
+        self._warn_if_narrow(plan, step)
         told = "\n".join([self._headline(trainer, plan, step), str(report), *metrics.lines])
         say(told)
 
@@ -623,6 +624,16 @@ class PruningCallback(Schedule, Callback):
         warn(
             f"Prunes {self.steps_done + 1} to {due} of {self.steps} happen at once, before epoch {epoch}: the run goes "
             "on from a checkpoint without them. To spread them, raise start_epoch."
+        )
+
+    def _warn_if_narrow(self, plan: PruningPlan, step: int) -> None:
+        narrow = planning.narrow_groups(self.run.graph, plan)
+        if not narrow:
+            return
+        told = ", ".join(f"{name} {fraction:.1%}" for name, fraction in narrow.items())
+        warn(
+            f"Prune {step} of {self.steps} leaves hardly any channels of {told}, and far more of the others: all that "
+            "comes behind has to do with these. Raise min_channels, or name another criterion, such as 'coherent_obs'."
         )
 
     def _warn_if_short(self) -> None:

@@ -17,6 +17,8 @@ from lightning_prune.graph.substitution import named_tensors
 __all__ = ["coherent_obs"]
 
 _RIDGE = 1e-3  # of the mean variance of the channels
+_ENOUGH = 4  # samples for each channel
+_MOST_SHRUNK = 0.9
 _BLOCKS = 32  # a block is this share of the channels that are kept so far
 _TINY = torch.finfo(torch.float64).tiny
 _LEAST_FLOPS = 1e-12  # of the sum over groups
@@ -51,7 +53,9 @@ def coherent_obs(graph: ChannelGraph, batches: Iterable[Any] | None = None, loss
     Note:
         Backward elimination with compensation is Optimal Brain Surgeon (Hassibi and Stork, 1993) on whole channels.
         Interpretations: the Hessian at a layer is that of the squared change of the outputs of the network, by random
-        projections; the term of errors that add up is this package's own. Channels go in blocks of a thirty-second.
+        projections; the term of errors that add up is this package's own. Channels go in blocks of a thirty-second. Of
+        fewer samples than four times the channels, the covariance is drawn to its mean variance: else others would seem
+        to repeat a channel that happen to fit.
 
     Example:
         >>> from torch import nn
@@ -228,7 +232,8 @@ def _terms_at(layer: Sensitivity, group: str, weight: Tensor) -> _Terms:
     diagonal = covariance.diagonal()
     scale = diagonal.mean()
     scale = scale.clamp_min(_TINY)
-    diagonal.add_(_RIDGE * scale)
+    ridge = _RIDGE + _shrinkage(covariance, layer.count(group))
+    diagonal.add_(ridge * scale)
     inverse = torch.linalg.inv(covariance)
     inverse = inverse + inverse.T
     inverse = inverse / 2
@@ -244,6 +249,29 @@ def _terms_at(layer: Sensitivity, group: str, weight: Tensor) -> _Terms:
     summed = taps.sum(2, keepdim=True)
     uniform = _squared(summed, layer.uniform)
     return _Terms(inverse, varying, uniform, means)
+
+
+def _shrinkage(covariance: Tensor, count: int) -> float:
+    """Return the ridge that a covariance of few samples needs besides, as a share of the mean variance.
+
+    Where there are hardly more samples than channels, every channel seems to be repeated by the others. The ridge is
+    that of oracle approximating shrinkage (Chen et al., 2010), fading out until there are four samples for a channel.
+
+    Args:
+        covariance: (channels, channels).
+        count: How many samples it is of, counting positions.
+    """
+    channels = len(covariance)
+    lacking = 1 - count / (_ENOUGH * channels)
+    if channels < 2 or lacking <= 0:
+        return 0.0
+    total = float(covariance.trace()) ** 2
+    squares = float(covariance.square().sum())
+    spread = squares - total / channels
+    wanted = squares * (1 - 2 / channels) + total
+    known = (count + 1 - 2 / channels) * spread
+    share = min(_MOST_SHRUNK, wanted / max(known, _TINY))
+    return lacking * share / (1 - share)
 
 
 def _squared(weight: Tensor, sensitivity: Tensor) -> Tensor:

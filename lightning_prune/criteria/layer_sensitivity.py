@@ -98,6 +98,10 @@ class Sensitivity:
         """(out_channels,) mean squared sum of the gradients over positions."""
         return self._uniform / self._samples
 
+    def count(self, group: str) -> int:
+        """Return how many samples and positions the covariance of a group is of."""
+        return self._inputs[group].count
+
     def covariance(self, group: str) -> Tensor:
         """Return the covariance of channels over samples and positions: (channels, channels) float64."""
         return _covariance(self._inputs[group])

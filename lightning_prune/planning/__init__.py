@@ -7,6 +7,7 @@ from lightning_prune.planning.by_time import measured_fraction
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.limits import Limits
 from lightning_prune.planning.metrics import METRICS, Metric, metric_named
+from lightning_prune.planning.narrow import narrow_groups
 from lightning_prune.planning.profiling import profile
 from lightning_prune.planning.reachability import check_reachable, reachable
 from lightning_prune.planning.scores import checked_scores
@@ -24,6 +25,7 @@ __all__ = [
     "measure_latency",
     "measured_fraction",
     "metric_named",
+    "narrow_groups",
     "plan",
     "plan_by_layer",
     "profile",

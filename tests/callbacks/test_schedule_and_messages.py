@@ -152,6 +152,19 @@ def test_a_prune_that_removes_nothing_says_so(tmp_path: Path) -> None:
         battery.train(tmp_path, callback)
 
 
+class OfStem(PruningCallback):
+    """Leaves one channel of the first layer alone, of 24."""
+
+    def make_plan(self, trainer: L.Trainer, graph: Any, keep: float) -> Any:
+        return graph.plan({"stem": torch.tensor([5])}), {}
+
+
+def test_a_layer_that_is_left_with_hardly_any_channels_is_named(tmp_path: Path) -> None:
+    callback = OfStem(round_to=1, compensate="none")
+    with pytest.warns(UserWarning, match=r"Prune 1 of 1 leaves hardly any channels of stem 4\.2%, and far more of the"):
+        battery.train(tmp_path, callback, module=battery.ResidualClassifier(24), max_epochs=2)
+
+
 def test_scalars_have_their_documented_names(tmp_path: Path) -> None:
     board = TensorBoardLogger(tmp_path, "board")
     battery.train(

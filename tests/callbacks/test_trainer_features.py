@@ -724,7 +724,7 @@ class LogsInForward(battery.ResidualClassifier):
         super().log(name, *arguments, **settings)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "sensitiveness", "rl_joint", "learn_to_prune"])
+@pytest.mark.parametrize("name", ["default", "sensitiveness", "rl_joint", "learn_to_prune"])
 def test_what_a_model_logs_in_its_forward_is_of_training_alone(name: str, tmp_path: Path) -> None:
     hooks: set[str | None] = set()
     module, trainer = battery.train(tmp_path, battery.make_callback(name), module=LogsInForward(hooks.add))

@@ -11,7 +11,12 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.callbacks import AFIEEarlyPruneCallback, PruningCallback, TaylorRankCallback
+from lightning_prune.callbacks import (
+    AFIEEarlyPruneCallback,
+    PruningCallback,
+    RLJointPruneCallback,
+    TaylorRankCallback,
+)
 from lightning_prune.criteria import CRITERIA, register, score
 from lightning_prune.criteria.registry import find, needs_data
 
@@ -111,6 +116,8 @@ def test_callbacks_refuse_a_criterion_when_they_are_made() -> None:
             ValueError, match=rf"Criterion 'taylor' needs a loss, and {kind.__name__} scores without labels"
         ):
             kind(**{setting: "taylor"})
+    with pytest.raises(ValueError, match="Criterion 'apoz' needs data, and RLJointPruneCallback gives it none"):
+        RLJointPruneCallback(within="apoz")
     with pytest.raises(TypeError, match="criterion"):
         TaylorRankCallback(criterion="l2")
 
@@ -120,6 +127,9 @@ def test_callbacks_refuse_a_criterion_when_they_are_made() -> None:
     ("kind", "arguments", "expected"),
     [
         ("PruningCallback", "criterion: l2", {"criterion": "l2"}),
+        ("PruningCallback", "{}", {"criterion": "coherent_obs", "compensate": "auto"}),
+        ("PruningCallback", "{criterion: apoz, compensate: fold}", {"criterion": "apoz", "compensate": "fold"}),
+        ("LearnToPruneCallback", "{}", {"criterion": "l1", "compensate": "none"}),
         ("PruningCallback", "criterion: {name: magnitude, p: 2}", {"criterion": {"name": "magnitude", "p": 2}}),
         ("TaylorRankCallback", "{variant: b, normalize: false}", {"variant": "b", "normalize": False}),
         ("AFIEEarlyPruneCallback", "{within: random, metric: channels}", {"criterion": "random", "metric": "channels"}),

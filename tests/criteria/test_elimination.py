@@ -288,3 +288,21 @@ def test_large_maps_are_run_in_parts(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(in_parts[name], values, rtol=1e-6, atol=0)
     [parts] = [list(layer_sensitivity._parts((X, torch.ones(3))))]
     assert len(parts) == 1  # which has no samples of the same number
+
+
+def test_few_samples_do_not_make_channels_worthless():
+    """Any 60 channels fit the others on 20 samples; of independent channels with like weights all are worth the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(80, 80), nn.Tanh(), nn.Linear(80, 40)).double().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(80))
+        model[0].bias.zero_()
+    x = torch.randn(4000, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    graph = lp.trace(model, x[:1])
+
+    def least(samples: int) -> float:
+        scores = coherent_obs(graph, [x[:samples]])["0"]
+        return float(scores.quantile(0.25) / scores.quantile(0.75))
+
+    assert least(4000) > 0.7
+    assert least(20) > 0.4

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune.planning import CostModel, check_reachable, plan_by_layer, reachable
+from lightning_prune.planning import CostModel, check_reachable, narrow_groups, plan_by_layer, reachable
 
 
 class Network(nn.Module):
@@ -335,3 +335,13 @@ def test_no_time_is_measured_of_a_model_without_values():
 def test_filters_without_weights_can_be_scored():
     graph = lp.trace(nn.Sequential(nn.Linear(0, 16), nn.ReLU(), nn.Linear(16, 3)), torch.zeros(2, 0))
     assert lp.criteria.magnitude(graph)["0"].tolist() == [0.0] * 16
+
+
+def test_groups_are_narrow_beside_what_is_kept_of_all() -> None:
+    layers = [nn.Linear(1, 40), nn.Linear(40, 40), nn.Linear(40, 20), nn.Linear(20, 1)]
+    graph = lp.trace(nn.Sequential(*layers), torch.zeros(1, 1))
+    kept = {"0": torch.arange(2), "1": torch.arange(40), "2": torch.arange(20)}  # 62 of 100
+    assert narrow_groups(graph, graph.plan(kept)) == {"0": 0.05}
+    kept = {"0": torch.arange(2), "1": torch.arange(14), "2": torch.arange(20)}  # 36 of 100
+    assert narrow_groups(graph, graph.plan(kept)) == {}
+    assert narrow_groups(graph, graph.plan({})) == {}

@@ -1,0 +1,35 @@
+"""Narrow groups: those that a plan leaves hardly anything of, while it keeps most of the others."""
+
+from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.pruning_plan import PruningPlan
+
+__all__ = ["narrow_groups"]
+
+_NARROW = 0.1  # of the fraction that is kept of all channels
+
+
+def narrow_groups(graph: ChannelGraph, plan: PruningPlan) -> dict[str, float]:
+    """Return the groups that keep less than a tenth of what is kept of all channels, with the fraction that they keep.
+
+    All that comes behind has to do with what runs through such a group, and neither compensation nor training helps.
+
+    Args:
+        graph: The traced model.
+        plan: The channels to keep.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_prune import trace
+        >>> model = nn.Sequential(nn.Linear(1, 20), nn.Linear(20, 20), nn.Linear(20, 1))
+        >>> graph = trace(model, torch.zeros(1, 1))
+        >>> narrow_groups(graph, graph.plan({"0": torch.tensor([3])}))
+        {'0': 0.05}
+    """
+    widths = plan.widths
+    sizes = {name: group.size for name, group in graph.groups.items()}
+    kept = {name: widths.get(name, size) for name, size in sizes.items()}
+    total = max(1, sum(sizes.values()))
+    of_all = sum(kept.values()) / total
+    fractions = {name: kept[name] / size for name, size in sizes.items()}
+    return {name: fraction for name, fraction in fractions.items() if fraction < _NARROW * of_all}
