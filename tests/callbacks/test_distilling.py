@@ -21,7 +21,8 @@ from lightning_prune.callbacks.distilling import Listener, distill_settings, log
 from lightning_prune.pruning_plan import plan_in_force
 
 pytestmark = pytest.mark.filterwarnings("ignore:Prune . of .")  # prunes nothing, in steps of two channels
-ONE_PRUNE: dict[str, Any] = {"keep": 0.5, "start_epoch": 1, "round_to": 2, "distill": True}
+PLAINLY: dict[str, Any] = {"criterion": "l1", "compensate": "none"}
+ONE_PRUNE: dict[str, Any] = {"keep": 0.5, "start_epoch": 1, "round_to": 2, "distill": True, **PLAINLY}
 THREE_PRUNES = {**ONE_PRUNE, "steps": 3, "distill": {"temperature": 2.0, "share": 0.7}}
 
 

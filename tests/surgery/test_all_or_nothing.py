@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -279,6 +279,15 @@ def test_statistics_are_as_they_were_when_a_batch_fails():
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C interrupt: shells that run a program in the background have it ignore that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_signals_wait_until_the_end_of_a_block():
     seen, earlier = [], signal.signal(signal.SIGUSR1, lambda *_: seen.append("a checkpoint is asked for"))
 
@@ -298,6 +307,7 @@ def test_signals_wait_until_the_end_of_a_block():
         signal.signal(signal.SIGUSR1, earlier)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_block_in_another_thread_leaves_signals_alone():
     seen = []
 
