@@ -16,12 +16,12 @@ from lightning_prune.callbacks.compensation_step import Compensator, arguments_o
 from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.example_inputs import samples_of
-from lightning_prune.callbacks.followers import Candidate, followers
+from lightning_prune.callbacks.followers import Candidate, followers, note_copies
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.rehearsal import Rehearsal
-from lightning_prune.callbacks.relatives import relations_in, tell_of_relations
+from lightning_prune.callbacks.relatives import frozen_parts, relations_in, tell_of_relations
 from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
 from lightning_prune.callbacks.run import Run as BaseRun
 from lightning_prune.callbacks.schedule import Schedule, check_whole_number
@@ -365,6 +365,7 @@ class PruningCallback(Schedule, Callback):
         """Trace the model, and refuse what cannot be pruned."""
         check(pl_module, trainer.optimizers)
         rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
+        note_copies(rehearsal, frozen_parts(pl_module, self.module))
         copies = followers(rehearsal)
         graph = self._trace_steps(rehearsal, copies)
         tell_of_relations(graph, copies)
@@ -418,6 +419,7 @@ class PruningCallback(Schedule, Callback):
             plan = agreed_plan(trainer, lambda: made)
             compensations = self._compensator.compensations(plan, seed=step)
             rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
+            note_copies(rehearsal, [])
             copies = [candidate.follower for candidate in followers(rehearsal)]
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
             report = prune_in_training(trainer, plan, compensations, copies)
