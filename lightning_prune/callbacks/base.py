@@ -19,13 +19,13 @@ from lightning_prune.callbacks.example_inputs import example_inputs as find_exam
 from lightning_prune.callbacks.example_inputs import samples_of
 from lightning_prune.callbacks.extensions import extend_lightning
 from lightning_prune.callbacks.monitors import start_anew
-from lightning_prune.callbacks.followers import Candidate, followers
+from lightning_prune.callbacks.followers import Candidate, followers, note_copies
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.rehearsal import Rehearsal
-from lightning_prune.callbacks.relatives import relations_in, tell_of_relations
+from lightning_prune.callbacks.relatives import frozen_parts, relations_in, tell_of_relations
 from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
 from lightning_prune.callbacks.result import found_result, interrupted_result, named_result
 from lightning_prune.callbacks.run import Run as BaseRun
@@ -483,6 +483,7 @@ class PruningCallback(Schedule, Callback):
         """Trace the model, and refuse what cannot be pruned."""
         check(pl_module, trainer.optimizers)
         rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
+        note_copies(rehearsal, frozen_parts(pl_module, self.module))
         copies = followers(rehearsal)
         graph = self._trace_steps(rehearsal, copies)
         tell_of_relations(graph, copies)
@@ -541,6 +542,7 @@ class PruningCallback(Schedule, Callback):
             metrics = self.run.validator.around(plan, found)
             teacher = self._teacher_from_now()
             rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
+            note_copies(rehearsal, [])
             copies = [candidate.follower for candidate in followers(rehearsal)]
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
             report = prune_in_training(trainer, plan, found, copies)

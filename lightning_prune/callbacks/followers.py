@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune.callbacks.rehearsal import TRAINING, Rehearsal, quiet_trainer
+from lightning_prune.compiled import as_written
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import Twin, set_mode
 from lightning_prune.surgery.pruning import Follower
 
-__all__ = ["Candidate", "candidates", "followed_inside", "followers"]
+__all__ = ["Candidate", "candidates", "followed_inside", "followers", "note_copies"]
 
 _DEPTH = 3  # of the objects in which copies are looked for
 _NOT_SEARCHED = (Tensor, pl.Trainer, Dataset, DataLoader, torch.optim.Optimizer, type)
@@ -84,18 +85,37 @@ def followed_inside(rehearsal: Rehearsal, frozen: Sequence[str]) -> dict[str, st
     callbacks = rehearsal.trainer.callbacks  # type: ignore[attr-defined]
     if not frozen or not any(map(_is_somebodys, callbacks)):
         return {}  # what the module itself does is traced
-    sources = {name: named_tensors(module) for name, module in pl_module.named_modules() if not _is_in(name, frozen)}
-    found = []
-    for name in frozen:
-        candidate = _outermost(pl_module.get_submodule(name), sources, name, None)
-        if candidate is not None:
-            found.append(candidate)
+    found = list(_frozen_copies(pl_module, frozen))
     names = {id(tensor): name for name, tensor in named_tensors(pl_module).items()}
     followed = {}
     for candidate in _that_change(rehearsal, found):
         for source, tensor in candidate.follower.tensors.items():
             followed[names[id(tensor)]] = source
     return followed
+
+
+def note_copies(rehearsal: Rehearsal, frozen: Sequence[str]) -> None:
+    """Let a rehearsal know whether there are copies of weights, inside the module or elsewhere.
+
+    Args:
+        rehearsal: The steps of the LightningModule.
+        frozen: Dotted names of the frozen parts.
+    """
+    elsewhere = candidates(rehearsal.trainer, rehearsal.pl_module)
+    inside = _frozen_copies(rehearsal.pl_module, frozen)
+    rehearsal.keeps_copies = any(True for _ in elsewhere) or any(True for _ in inside)
+
+
+def _frozen_copies(pl_module: "pl.LightningModule", frozen: Sequence[str]) -> Iterator[Candidate]:
+    """Yield the frozen parts of a module that have the names and shapes of another part."""
+    sources = {}
+    for name, module in pl_module.named_modules():
+        if not _is_in(name, frozen):
+            sources[name] = named_tensors(module)
+    for name in frozen:
+        candidate = _outermost(pl_module.get_submodule(name), sources, name, None)
+        if candidate is not None:
+            yield candidate
 
 
 def _is_in(name: str, parts: Sequence[str]) -> bool:
@@ -219,7 +239,7 @@ class _Experiment:
     def changed(self, step: Step) -> list[Candidate]:
         """Return the copies that are others after a step."""
         module = self.rehearsal.pl_module
-        with neutral_state(module):
+        with neutral_state(module), as_written():
             twin = Twin(module)
             copies = [self._copy_of(twin, candidate) for candidate in self.found]
             before = [_values(copy) for copy in copies]

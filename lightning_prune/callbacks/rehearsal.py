@@ -15,12 +15,14 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.callbacks.batches import gives_samples, load_validation_split, moved, samples, validating
 from lightning_prune.callbacks.descriptions import described, like
+from lightning_prune.compiled import as_written
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.steps import run_step
@@ -58,6 +60,7 @@ class Rehearsal:
         epoch: The epoch that steps find themselves in; default the present one.
 
     Attributes:
+        keeps_copies: Whether the module may bring copies of weights up to date at the end of an epoch.
         batch_like: The same, for a run that is resumed from this one; None where it may draw one.
     """
 
@@ -74,6 +77,7 @@ class Rehearsal:
         self.batch_like = batch_like
         self._loaders, self._structure = tree_flatten(trainer.train_dataloader)
         self._can_choose = all(gives_samples(loader) for loader in self._loaders)
+        self.keeps_copies = False
         self._only_batch: Any = None
         self._last_batch: Any = None
 
@@ -168,7 +172,7 @@ class Rehearsal:
         return False
 
     def _run_with_gradients(self, step: Step, watch: Callable[[nn.Module], Backward]) -> None:
-        with torch.inference_mode(False), torch.enable_grad(), preserving_random_state(self.pl_module):
+        with torch.inference_mode(False), torch.enable_grad(), preserving_random_state(self.pl_module), as_written():
             twin = Twin(self.pl_module).model
             set_mode(twin, training=True)
             run = step.ready(twin)
@@ -207,8 +211,9 @@ class Rehearsal:
             "optimizer_step": lambda output: (0, 0, *optimizers[:1], _do_nothing),
             "on_before_zero_grad": lambda output: tuple(optimizers[:1]),
             "on_train_batch_end": lambda output: ({"loss": output}, batch, 0),
-            "on_train_epoch_end": lambda output: (),
         }
+        if self.keeps_copies:  # else there is no reason to run what may write files
+            hooks["on_train_epoch_end"] = lambda output: ()
         return {name: given for name, given in hooks.items() if is_overridden(name, self.pl_module)}
 
     def _works(self, step: Step, **named: Any) -> bool:
@@ -290,6 +295,8 @@ def _prepare(trainer: "pl.Trainer", epoch: int, model: nn.Module) -> None:
             attributes["optimizers"] = partial(_alone_or_all, quiet.optimizers)
             attributes["lr_schedulers"] = partial(_alone_or_all, quiet.lr_schedulers)
             attributes["all_gather"] = partial(_gathered, trainer.world_size)
+        elif isinstance(module, nn.SyncBatchNorm) and not _is_without_data(model):
+            attributes["forward"] = partial(_BatchNorm.forward, module)
         elif isinstance(module, Metric | MetricCollection) and _is_without_data(model):
             attributes["forward"] = partial(_measured, module)
             attributes["update"] = _do_nothing

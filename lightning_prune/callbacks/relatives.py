@@ -13,7 +13,7 @@ from lightning_prune.graph.relations import Relations
 from lightning_prune.graph.run import submodule_of
 from lightning_prune.reporting.loggers import say
 
-__all__ = ["relations_in", "tell_of_relations"]
+__all__ = ["frozen_parts", "relations_in", "tell_of_relations"]
 
 
 def relations_in(rehearsal: Rehearsal, module: str, copies: Sequence[Candidate]) -> Relations:

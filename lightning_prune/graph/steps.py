@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_prune.compiled import as_written
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.memory import Memory
 from lightning_prune.graph.neutral import neutral_state
@@ -133,7 +134,7 @@ def run_step(model: nn.Module, step: Step, stop_at: Sequence[str] = (), **named:
     Raises:
         Exception: Whatever the step raises.
     """
-    with neutral_state(model):
+    with neutral_state(model), as_written():
         twin = Twin(model).model
         set_mode(twin, step.training)
         run = step.ready(twin)
