@@ -291,7 +291,7 @@ def test_large_maps_are_run_in_parts(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_few_samples_do_not_make_channels_worthless():
-    """Any 60 channels fit the others on 20 samples; of independent channels with like weights all are worth the same."""
+    """On 20 samples any 20 channels fit all others, which independent ones do not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(80, 80), nn.Tanh(), nn.Linear(80, 40)).double().eval()
     with torch.no_grad():
