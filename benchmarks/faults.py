@@ -62,9 +62,9 @@ MEASURED_BY: dict[str, tuple[str, int, int]] = {
     "taylor": ("lightning_prune.callbacks.taylor.finish", 3, 1),
     "taylor_gate": ("lightning_prune.callbacks.taylor.finish", 3, 1),
     "afie": ("lightning_prune.callbacks.afie.afie", 2, 1),
-    "sensitiveness": ("lightning_prune.callbacks.sensitiveness.classification", 3, 3),
-    "rl_joint": ("lightning_prune.callbacks.rl_joint.classification", 1, 3),
-    "learn_to_prune": ("lightning_prune.callbacks.learn_to_prune.classification", 3, 3),
+    "sensitiveness": ("lightning_prune.callbacks.monitoring.classification", 3, 3),
+    "rl_joint": ("lightning_prune.callbacks.monitoring.classification", 1, 3),
+    "learn_to_prune": ("lightning_prune.callbacks.monitoring.classification", 3, 3),
 }
 
 

@@ -24,7 +24,7 @@ from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
-from lightning_prune.callbacks.rehearsal import Rehearsal
+from lightning_prune.callbacks.rehearsal import TRAINING, Rehearsal, quietened
 from lightning_prune.callbacks.relatives import frozen_parts, relations_in, tell_of_relations
 from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
 from lightning_prune.callbacks.result import found_result, interrupted_result, named_result
@@ -434,7 +434,16 @@ class PruningCallback(Schedule, Callback):
 
     @property
     def _prune_batches(self) -> PruneBatches:
-        return PruneBatches(self.run.trainer, self.compensate_batches, self.run_on_batch)
+        run = self._run_training_step if self.run.runs_by_steps else self.run_on_batch
+        return PruneBatches(self.run.trainer, self.compensate_batches, run)
+
+    def _run_training_step(self, model: nn.Module, batch: Any) -> Any:
+        """Run a copy of the module as ``training_step`` does: it hands something else to the network than `forward`."""
+        trainer = self.run.trainer
+        step = Rehearsal(trainer, trainer.lightning_module).step(TRAINING, batch)
+        quietened(trainer, model)
+        run: Any = getattr(model, TRAINING)
+        return run(*step.args) if step is not None else None
 
     @property
     def _takes_batches(self) -> bool:
@@ -458,12 +467,24 @@ class PruningCallback(Schedule, Callback):
             return
         who = type(self).__name__
         try:
-            self._prune_batches.check(" with ".join(needing) or who, self.module)
+            self._try_batches(" with ".join(needing) or who)
         except ValueError as reason:
             if needing:
                 raise
             self.run.runs_on_batches = False
             warn(f"{who} ranks channels without batches and does not compensate for the prune: {reason}")
+
+    def _try_batches(self, setting: str) -> None:
+        """Run the module on a training batch by its ``forward``, or else as ``training_step`` runs it."""
+        try:
+            self._prune_batches.check(setting, self.module)
+        except ValueError as reason:
+            self.run.runs_by_steps = True
+            try:
+                self._prune_batches.check(setting, self.module)
+            except ValueError:
+                self.run.runs_by_steps = False
+                raise reason from None
 
     def _batches(self) -> list[Any]:
         """Draw the batches that this prune looks at, once."""

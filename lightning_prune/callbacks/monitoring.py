@@ -1,13 +1,14 @@
 """Monitoring: sub-networks are measured by what the module's own ``validation_step`` logs."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from lightning_prune.namesakes import namesakes
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -17,6 +18,7 @@ from lightning_prune.callbacks.run import Run
 from lightning_prune.callbacks.state import State
 from lightning_prune.candidates import classification
 from lightning_prune.candidates.measures import Evaluate, labelled
+from lightning_prune.callbacks.trainer_state import has_own
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.steps import run_step
 
@@ -66,7 +68,7 @@ def measure_in(callback: Measuring) -> Evaluate:
     trainer = callback.run.trainer
     module = trainer.lightning_module
     if callback.monitor is not None:
-        if not is_overridden(VALIDATION, module):
+        if not has_own(module, VALIDATION):
             raise ValueError(
                 f"monitor={callback.monitor!r} is measured by validation_step, which {type(module).__name__} does not "
                 "have."
@@ -128,7 +130,7 @@ def logged_by(trainer: "pl.Trainer", model: nn.Module, batch: Any) -> dict[str, 
     if step is not None:
         method: Callable[..., Any] = getattr(model, VALIDATION)
         method(*step.args)
-        if is_overridden(_END_OF_EPOCH, trainer.lightning_module):
+        if has_own(trainer.lightning_module, _END_OF_EPOCH):
             getattr(model, _END_OF_EPOCH)()
     return {name: _number(value) for name, value in logged.items() if _is_number(value)}
 
@@ -161,19 +163,16 @@ def _number(value: Any) -> float:
 
 def _refuse_unused_labels(rehearsal: Rehearsal) -> None:
     """Raise a ValueError if neither training nor validation depends on what would be taken for labels."""
+    known: list[bool] = []
     for size in rehearsal.sizes(2):
         steps = rehearsal.steps(size)
-        try:
-            known = [_depends_on_labels(rehearsal, step) for step in steps]
-        except Exception:  # of batches of another form, which are refused when they are measured
-            continue
-        if known and not any(known):
-            raise ValueError(
-                f"{type(rehearsal.pl_module).__name__} does not learn from the labels that are in its batches, so "
-                "that its accuracy would mean nothing; name a metric that its validation_step logs with monitor, or "
-                "give evaluate."
-            )
-        return
+        with suppress(Exception):  # of batches of another form, which are refused when they are measured
+            known += [_depends_on_labels(rehearsal, step) for step in steps]
+    if known and not any(known):
+        raise ValueError(
+            f"{type(rehearsal.pl_module).__name__} does not learn from the labels that are in its batches, so that its "
+            "accuracy would mean nothing; name a metric that its validation_step logs with monitor, or give evaluate."
+        )
 
 
 def _depends_on_labels(rehearsal: Rehearsal, step: Step) -> bool:
@@ -194,6 +193,7 @@ def _outcome(rehearsal: Rehearsal, step: Step) -> list[float]:
         step.prepare(model)
         vars(model)["log"] = _Log(logged)
         vars(model)["log_dict"] = _LogAll(logged)
+        vars(model)["manual_backward"] = partial(_Log(logged), "manual_backward")
 
     torch.manual_seed(0)
     returned = run_step(rehearsal.pl_module, replace(step, prepare=prepare))

@@ -12,7 +12,6 @@ from lightning_prune.namesakes import namesakes
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,6 +22,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_prune.callbacks.batches import gives_samples, load_validation_split, moved, samples, validating
 from lightning_prune.callbacks.descriptions import described, like
 from lightning_prune.compiled import as_written
+from lightning_prune.callbacks.trainer_state import has_own
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.steps import run_step
@@ -194,7 +194,7 @@ class Rehearsal:
             name: `TRAINING` or `VALIDATION`.
             batch: The batch.
         """
-        if not is_overridden(name, self.pl_module):
+        if not has_own(self.pl_module, name):
             return None
         parameters = inspect.signature(getattr(self.pl_module, name)).parameters
         if "dataloader_iter" in parameters:
@@ -214,7 +214,7 @@ class Rehearsal:
         }
         if self.keeps_copies:  # else there is no reason to run what may write files
             hooks["on_train_epoch_end"] = lambda output: ()
-        return {name: given for name, given in hooks.items() if is_overridden(name, self.pl_module)}
+        return {name: given for name, given in hooks.items() if has_own(self.pl_module, name)}
 
     def _works(self, step: Step, **named: Any) -> bool:
         try:
@@ -242,7 +242,7 @@ class Rehearsal:
         return self._only_batch
 
     def _validation(self, size: int) -> Step | None:
-        if not is_overridden(VALIDATION, self.pl_module):
+        if not has_own(self.pl_module, VALIDATION):
             return None
         with validating(self.trainer):
             load_validation_split(self.trainer)

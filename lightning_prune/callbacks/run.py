@@ -29,6 +29,7 @@ class Run:
         epoch: The epoch that has begun.
         untried: The groups that were pruned since the last training step.
         runs_on_batches: Whether the module can be run on training batches.
+        runs_by_steps: Whether it is run on them by its ``training_step``, since `forward` does not take them.
         batches: Those that the prune that is being made looks at, once they are drawn.
         validator: What tells the validation metrics around prunes.
         distiller: What joins the teacher's share to the loss, if there is to be a teacher.
@@ -43,6 +44,7 @@ class Run:
     epoch: int | None = None
     untried: list[str] = field(default_factory=list)
     runs_on_batches: bool = True
+    runs_by_steps: bool = False
     batches: list[Any] | None = None
     distiller: Distiller | None = None
     evaluate: Evaluate = classification

@@ -7,12 +7,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_prune.namesakes import namesakes
 
 __all__ = [
-    "averaged_copies", "is_fitting", "is_validation_metric", "log_epoch", "log_mean", "loss_scale", "metrics", "unlogged",
+    "averaged_copies", "has_own", "is_fitting", "is_validation_metric", "log_epoch", "log_mean", "loss_scale", "metrics", "unlogged",
 ]  # fmt: skip
 
 
@@ -24,6 +25,18 @@ def is_fitting(trainer: "pl.Trainer") -> bool:
     """
     function = trainer.state.fn
     return function is not None and function.value == TrainerFn.FITTING.value
+
+
+def has_own(pl_module: "pl.LightningModule", name: str) -> bool:
+    """Tell whether a LightningModule, of either package, has a method of its own in place of Lightning's.
+
+    Args:
+        pl_module: The LightningModule.
+        name: Name of the method.
+    """
+    kinds = namesakes(pl.LightningModule)
+    parent = next(kind for kind in kinds if isinstance(pl_module, kind))
+    return is_overridden(name, pl_module, parent)
 
 
 def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:

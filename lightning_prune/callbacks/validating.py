@@ -21,6 +21,7 @@ from torchmetrics import Metric
 
 from lightning_prune.callbacks.batches import ValidationBatches, gives_samples
 from lightning_prune.callbacks.ranks import decided_by_first_rank
+from lightning_prune.callbacks.rehearsal import VALIDATION, Rehearsal, quietened
 from lightning_prune.callbacks.trainer_state import averaged_copies, is_validation_metric
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.twin import refusing_calls, set_mode, twin_in_evaluation
@@ -156,6 +157,7 @@ class _Run:
     def __init__(self, trainer: "pl.Trainer", model: Any) -> None:
         self._trainer = trainer
         self._model = model
+        self._rehearsal = Rehearsal(trainer, trainer.lightning_module)
         several = len(tree_leaves(trainer.val_dataloaders)) > 1
         self._logged = _Log("/dataloader_idx_0" if several else "")
 
@@ -169,7 +171,7 @@ class _Run:
             for number, batch in enumerate(batches):
                 self._logged.begin(batch)
                 model.on_validation_batch_start(batch, number)
-                output = model.validation_step(batch, **self._indices(number))
+                output = model.validation_step(*self._arguments(batch, number))
                 model.on_validation_batch_end(output, batch, number)
             self._logged.begin(None)
             model.on_validation_epoch_end()
@@ -177,31 +179,22 @@ class _Run:
 
     def _put_aside(self) -> None:
         """Let the copy log here, and see no logger."""
-        aside = _Aside(self._trainer)
+        quietened(self._trainer, self._model)
         set_mode(self._model, training=False)
         for module in self._model.modules():
             if isinstance(module, Metric):
                 module.reset()
             if isinstance(module, namesakes(pl.LightningModule)):
-                vars(module).update(log=self._logged.log, _trainer=aside)
+                vars(module)["log"] = self._logged.log
+                del vars(module)["log_dict"]  # that of the class hands all to `log`
 
-    def _indices(self, number: int) -> dict[str, int]:
-        """Return the numbers of a batch and of its loader that the validation step asks for."""
-        asked = inspect.signature(self._model.validation_step).parameters
-        numbers = {"batch_idx": number, "dataloader_idx": 0}
-        return {name: value for name, value in numbers.items() if name in asked}
-
-
-class _Aside:
-    """A trainer as a validation sees it, without loggers."""
-
-    def __init__(self, trainer: "pl.Trainer") -> None:
-        self._real = trainer
-        self.logger = DummyLogger()
-        self.loggers = [self.logger]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
+    def _arguments(self, batch: Any, number: int) -> tuple[Any, ...]:
+        """Return what the validation step is given: the batch, its number and that of its loader, if it asks for them."""
+        step = self._rehearsal.step(VALIDATION, batch)
+        if step is None:
+            raise TypeError("it draws its batches by itself.")
+        further = (number, 0)[: len(step.args) - 1]
+        return (batch, *further)
 
 
 @dataclass

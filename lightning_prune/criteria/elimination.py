@@ -95,13 +95,13 @@ def _costs_seen(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None) 
 
 def _scale(expected: Scores, seen: Scores) -> float:
     """Return what makes expected costs comparable with those seen: the quotient of their means over the same groups."""
-    if not seen:
-        return 1.0
     of_expected = 0.0
     of_seen = 0.0
     for name, costs in seen.items():
         of_seen += float(costs.mean())
         of_expected += float(expected[name].mean())
+    if not of_seen > 0:  # nothing was seen, or nothing of worth
+        return 1.0
     return of_seen / max(of_expected, _TINY)
 
 

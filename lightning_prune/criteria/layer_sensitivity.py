@@ -247,9 +247,10 @@ class _Watched:
             layer = self.found[name]
             inputs = step.x.detach()
             layer.add_inputs(inputs, self._number)
-            # The place in the backward pass: what is changed in place afterwards has another.
-            edge = get_gradient_edge(output)
-            self._edges.append((name, step, edge))
+            if output.requires_grad:  # which the model may have switched off
+                # The place in the backward pass: what is changed in place afterwards has another.
+                edge = get_gradient_edge(output)
+                self._edges.append((name, step, edge))
         return output
 
 

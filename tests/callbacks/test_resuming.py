@@ -205,8 +205,7 @@ DISAGREEING: dict[str, Meddling] = {
     "strength": (RLJointPruneCallback, "strength", 0.09, "strength of Meddled is 5e-05 on rank 0 and 0.09 on rank 1"),
     "function": (
         RLJointPruneCallback, "evaluate", measured,
-        "evaluate of Meddled is 'lightning_prune.candidates.measures.classification' on rank 0 and "
-        "'test_resuming.measured' on rank 1",
+        "evaluate of Meddled is None on rank 0 and 'test_resuming.measured' on rank 1",
     ),
 }  # fmt: skip
 

@@ -159,6 +159,7 @@ class OfStem(PruningCallback):
         return graph.plan({"stem": torch.tensor([5])}), {}
 
 
+@pytest.mark.filterwarnings("ignore:Training has ended with")
 def test_a_layer_that_is_left_with_hardly_any_channels_is_named(tmp_path: Path) -> None:
     callback = OfStem(round_to=1, compensate="none")
     with pytest.warns(UserWarning, match=r"Prune 1 of 1 leaves hardly any channels of stem 4\.2%, and far more of the"):

@@ -59,11 +59,14 @@ class Trained(L.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.01)
 
 
+BY_WEIGHTS: dict[str, Any] = {"criterion": "l1", "compensate": "none"}
+
+
 def fit(
     module: L.LightningModule, *, data: Any = sample, callback: PruningCallback | None = None, **loading: Any
 ) -> PruningCallback:
     """Try out a project for three batches, with a prune before the last one."""
-    callback = callback or PruningCallback(keep=0.5, round_to=1)
+    callback = callback or PruningCallback(keep=0.5, round_to=1, **BY_WEIGHTS)
     trainer = L.Trainer(
         fast_dev_run=3, accelerator="cpu", logger=False, callbacks=[callback], enable_progress_bar=False,
         enable_model_summary=False, barebones=False,
@@ -147,6 +150,15 @@ def test_inputs_are_what_the_network_is_given(name: str) -> None:
     fit(plain)
     assert [shape for shape in widths(module)] == widths(plain) != widths(Trained())
     assert callback.history.before.cost_model_flops == 8 * 16 + 16 * 24 + 24 * 4  # of one sample
+
+
+@pytest.mark.parametrize("name", [name for name in PROJECTS if name != "nested"])  # whose steps do not call forward
+def test_scores_and_compensation_run_the_network_as_training_does(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    kind, data, loading = PROJECTS[name]
+    callback = fit(kind(), data=data, callback=PruningCallback(keep=0.5, round_to=1), **loading)
+    assert not [one for one in recwarn if "without batches" in str(one.message)]
+    (prune,) = callback.history.prunes
+    assert prune.compensation.method == "refit"
 
 
 class Boxes(L.LightningModule):
@@ -242,7 +254,7 @@ class Stream(IterableDataset[Any]):
 
 def test_a_resumed_run_looks_at_no_batch_of_a_stream() -> None:
     first = fit(Trained(), data=DataLoader(Stream(), 4))
-    again, stream = PruningCallback(keep=0.5, round_to=1), Stream()
+    again, stream = PruningCallback(keep=0.5, round_to=1, **BY_WEIGHTS), Stream()
     again.load_state_dict(first.state_dict())
     loader = DataLoader(stream, 4)
     seen = []

@@ -4,6 +4,7 @@ import io
 import logging
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,9 @@ def test_fit_prunes_saves_and_says_how_to_load(
     for word in ("parameters", "FLOPs", "latency (ms)", "val/accuracy", "before", "after", "ratio", "logs/quickstart"):
         assert word in told
     path = tmp_path / "logs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
-    loading = told.partition("load it:")[2].splitlines()[:3]
+    loading, _, rest = told.partition("load it:")[2].partition("model = ")
     names: dict[str, object] = {}
-    exec("\n".join(line.strip() for line in loading), names)  # the very lines that were printed
+    exec(textwrap.dedent(f"{loading}model = {rest.splitlines()[0]}"), names)  # the very lines that were printed
     model = names["model"]
     assert isinstance(model, ImageClassifier)
     size = sum(p.numel() for p in model.parameters())

@@ -1,6 +1,8 @@
 """Backward elimination with compensation, against one that solves each step anew."""
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +182,54 @@ def test_what_no_layer_is_seen_to_consume_is_scored_by_its_weights_on_the_scale_
     assert float((costs["b"] / expected["b"]).std()) > 1e-3 * costs["b"].mean()
 
 
+def test_layers_that_run_without_gradients_are_scored_by_their_weights():
+    """As in front of a head that is trained alone."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+            self.head = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1)).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.body(x)
+            return self.head(x)
+
+    torch.manual_seed(1)
+    model = randomised(Frozen()).eval()
+    graph = lp.trace(model, X[:1])
+    scores = coherent_obs(graph, [X])
+    without = coherent_obs(graph)
+    assert scores["body.0"].argsort().tolist() == without["body.0"].argsort().tolist()
+    assert scores["head.0"].argsort().tolist() != without["head.0"].argsort().tolist()
+    quotients = torch.cat([scores[name] / without[name] for name in ("body.0", "body.2")])
+    torch.testing.assert_close(quotients, quotients[:1].expand_as(quotients))
+
+
+@pytest.mark.parametrize("output", ["argmax", "none", "record"])
+def test_whatever_a_model_returns_is_looked_into(output: str):
+    @dataclass
+    class Record:
+        logits: Tensor
+
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = randomised(network())
+
+        def forward(self, x: Tensor) -> Any:
+            logits = self.layers(x)
+            return {"argmax": logits.argmax(1), "none": None, "record": Record(logits)}[output]
+
+    model = Returning().eval()
+    graph = lp.trace(model.layers, X[:1])
+    expected = coherent_obs(graph, [X]) if output == "record" else coherent_obs(graph)
+    found = coherent_obs(lp.trace(model, X[:1]), [X])
+    for name, values in expected.items():
+        torch.testing.assert_close(found[f"layers.{name}"], values)
+
+
 def test_tokens_are_positions():
     """A linear layer over the last axis is a convolution without a kernel."""
 
@@ -291,7 +341,7 @@ def test_large_maps_are_run_in_parts(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_few_samples_do_not_make_channels_worthless():
-    """Any 60 channels fit the others on 20 samples; of independent channels with like weights none is worth less."""
+    """On 20 samples any 20 channels fit all others, which independent ones do not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(80, 80), nn.Tanh(), nn.Linear(80, 40)).double().eval()
     with torch.no_grad():
