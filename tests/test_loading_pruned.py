@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback
 from lightning_prune.files import Unread, read_without_objects
+from lightning_prune.importing import imported
 from lightning_prune.pruning_plan import plan_in_force
 
 
@@ -390,3 +391,32 @@ def test_fabric_sets_up_before_the_prune_or_after_it(early: bool, tmp_path: Path
 def _saved(model: nn.Module, path: Path) -> Path:
     lp.save(model, path)
     return path
+
+
+class Imports(TakesNet):
+    """Imports what a setting names."""
+
+    def __init__(self, net: nn.Module, optimizer: Any = None, tool: str = "colorsys.rgb_to_hls") -> None:
+        super().__init__(net, optimizer)
+        imported(tool)
+
+
+def test_what_hyper_parameters_name_is_imported_where_the_file_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, path = Imports(net()), tmp_path / "a.ckpt"
+    lp.prune(module, lp.trace(module, torch.zeros(1, 1, 8, 8)).plan({"net.3": torch.arange(5)}))
+    of_lightning = {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0}
+    lp.save(module, path, hyper_parameters=dict(module.hparams), **of_lightning)
+    ways: list[Any] = [
+        lambda: lp.load_pruned(Imports, path, net=net()),
+        lambda: lp.load_pruned(Imports, path, weights_only=False),
+        lambda: Imports.load_from_checkpoint(path, weights_only=False),
+    ]
+    for way in ways:
+        monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+        if way is ways[0]:
+            with pytest.raises(ValueError, match="name the module 'colorsys', which is not imported on the word of a"):
+                way()
+        else:
+            assert battery.differences(module, way()) == []

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
-from lightning_prune.checkpoint import load_onto, saved_plan, widened
+from lightning_prune.checkpoint import load_onto, made, saved_plan, widened
 from lightning_prune.namesakes import PACKAGES
 from lightning_prune.surgery import prune
 
@@ -69,7 +69,7 @@ def _extend_load_from_checkpoint(saving: Any, lightning_module: type) -> None:
             return load_state(cls, checkpoint, *args, **kwargs)
         if _is_more_than_lightning_does(checkpoint, kwargs):
             strict = args[0] if args else kwargs.pop("strict", None)
-            return load_onto(cls, checkpoint, kwargs, strict)
+            return load_onto(made(cls, checkpoint, kwargs, is_trusted=True), checkpoint, strict)
         # The class makes the module in its original shape, and finds weights of that shape.
         module: Any = load_state(cls, widened(checkpoint, plan), *args, **kwargs)
         prune(module, plan)

@@ -1,6 +1,6 @@
 """Checkpoints of pruned models: the plan travels with the weights, and the original class takes its shape from it."""
 
-from lightning_prune.checkpoint.loading import asked_for, load_onto, load_pruned
+from lightning_prune.checkpoint.loading import asked_for, load_onto, load_pruned, made
 from lightning_prune.checkpoint.names import renamed_for
 from lightning_prune.checkpoint.plain import load, save
 from lightning_prune.checkpoint.plans import (
@@ -23,6 +23,7 @@ __all__ = [
     "load",
     "load_onto",
     "load_pruned",
+    "made",
     "plan_belongs_to",
     "refuse_other_shapes",
     "renamed_for",

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from lightning_prune.files import Unread, read_checkpoint
 from lightning_prune.importing import nothing_imported_for
 from lightning_prune.surgery import check_plan, complete, prune
 
-__all__ = ["asked_for", "load_onto", "load_pruned"]
+__all__ = ["asked_for", "load_onto", "load_pruned", "made"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Checkpoint = Mapping[str, Any]
@@ -61,27 +62,27 @@ def load_pruned(
         )
     checkpoint = read_checkpoint(path, map_location, weights_only)
     try:
-        return load_onto(model, checkpoint, settings).eval()
+        instance = made(model, checkpoint, settings, is_trusted=weights_only is False)
+        return load_onto(instance, checkpoint).eval()
     except RuntimeError as raised:
         raise ValueError(f"The checkpoint {str(path)!r} is of another architecture. {raised}") from raised
 
 
-def load_onto(
-    model: Model | type[Model], checkpoint: Checkpoint, settings: Mapping[str, Any], strict: bool | None = None
-) -> Model:
-    """Make a model if there is none yet, and give it the shape and the weights that are in a checkpoint.
+def load_onto(instance: Any, checkpoint: Checkpoint, strict: bool | None = None) -> Any:
+    """Give a model the shape and the weights that are in a checkpoint.
 
     Args:
-        model: A class or an instance, pruned already or not.
+        instance: The model, pruned already or not.
         checkpoint: What a Trainer has saved; it is not changed.
-        settings: Arguments for the class, in place of the hyper-parameters in the checkpoint.
         strict: Whether all names have to be the same; default what the model says.
 
+    Returns:
+        The model.
+
     Raises:
-        ValueError: If the checkpoint is damaged, of another architecture, or lacks the arguments that the class needs.
+        ValueError: If the checkpoint is damaged, or of another architecture.
         RuntimeError: If names differ.
     """
-    instance: Any = _made(model, checkpoint, settings)
     saved_plan(checkpoint)  # refuses what is damaged
     checkpoint = renamed_for(instance, checkpoint)
     plan = saved_plan(checkpoint)
@@ -104,10 +105,24 @@ def load_onto(
 # -- making an instance ------------------------------------------------------------------------------------------------
 
 
-def _made(model: Model | type[Model], checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Model:
-    """Return an instance with all its layers."""
+def made(
+    model: Model | type[Model], checkpoint: Checkpoint, settings: Mapping[str, Any], is_trusted: bool = False
+) -> Model:
+    """Return an instance with all its layers.
+
+    Args:
+        model: A class, or the instance.
+        checkpoint: What a Trainer has saved.
+        settings: Arguments for the class, in place of the hyper-parameters in the checkpoint.
+        is_trusted: Whether modules that the hyper-parameters name may be imported.
+
+    Raises:
+        ValueError: If the checkpoint lacks the arguments that the class needs.
+        TypeError: If there are arguments for an instance.
+    """
     if isinstance(model, type):
-        instance: Any = _instantiate(model, checkpoint, settings)
+        with nullcontext() if is_trusted else _nothing_imported(model, checkpoint):
+            instance: Any = _instantiate(model, checkpoint, settings)
     elif settings:
         raise TypeError(
             f"{', '.join(settings)}: arguments are for a class, and an instance of {type(model).__name__} was given."
@@ -119,6 +134,13 @@ def _made(model: Model | type[Model], checkpoint: Checkpoint, settings: Mapping[
     if isinstance(model, type):
         instance.to(_device_of(checkpoint["state_dict"]))
     return instance
+
+
+def _nothing_imported(model: type[nn.Module], checkpoint: Checkpoint) -> AbstractContextManager[None]:
+    """Let nothing be imported on the word of the hyper-parameters, but what is of the package of the class."""
+    saved = _hyper_parameters(checkpoint)
+    saved.pop("_instantiator", None)  # Lightning's own
+    return nothing_imported_for(saved, model.__module__.partition(".")[0])
 
 
 def _device_of(weights: Mapping[str, Any]) -> Any:
@@ -136,10 +158,8 @@ def _instantiate(model: type[Model], checkpoint: Checkpoint, settings: Mapping[s
     saved.pop("_instantiator", None)
     arguments = _arguments(model, saved, checkpoint.get("hparams_name"), settings, made_by_parser)
     _refuse_unread(model, arguments)
-    package = model.__module__.partition(".")[0]
     try:
-        with nothing_imported_for(saved, package):
-            return _instantiate_by_parser(model, arguments) if made_by_parser else model(**arguments)
+        return _instantiate_by_parser(model, arguments) if made_by_parser else model(**arguments)
     except (TypeError, argparse.ArgumentError) as raised:
         raise ValueError(
             f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "

@@ -76,7 +76,7 @@ def load(model: Model, path: str | Path, *, map_location: Any = "cpu") -> Model:
     check(model)
     checkpoint = read_checkpoint(path, map_location, weights_only=True)
     try:
-        load_onto(_unwrapped(model), checkpoint, {})
+        load_onto(_unwrapped(model), checkpoint)
     except RuntimeError as raised:
         raise ValueError(f"{str(path)!r} is of another architecture. {raised}") from raised
     return model
