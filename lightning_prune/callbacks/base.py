@@ -15,7 +15,6 @@ from lightning_prune.callbacks import refusals
 from lightning_prune.callbacks.compensation_step import Compensator, arguments_of, run_forward
 from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
-from lightning_prune.callbacks.example_inputs import samples_of
 from lightning_prune.callbacks.followers import Candidate, followers, note_copies
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
@@ -32,6 +31,7 @@ from lightning_prune.callbacks.surgery_step import prune_in_training
 from lightning_prune.callbacks.trainer_state import log_epoch, unlogged
 from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.graph import ChannelGraph, trace
+from lightning_prune.graph.nested import first_length
 from lightning_prune.progress import progress, show_with
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History
@@ -384,7 +384,7 @@ class PruningCallback(Schedule, Callback):
             self.state.batch_like = described(inputs)
         relations = relations_in(rehearsal, self.module, copies)
         settings: dict[str, Any] = {"module": self.module, "ignore": self.ignore, "relations": relations}
-        for steps in rehearsal.attempts(samples_of(inputs)):
+        for steps in rehearsal.attempts(first_length(inputs) or 1):
             graph = trace(pl_module, inputs, steps=steps, **settings)
             if not graph.untraced:
                 break
