@@ -16,7 +16,6 @@ from lightning_prune.callbacks.compensation_step import compensations
 from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.distilling import Distill, Distiller, distill_settings, logits_of, weights_now
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
-from lightning_prune.callbacks.example_inputs import samples_of
 from lightning_prune.callbacks.extensions import extend_lightning
 from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.followers import Candidate, followers, note_copies
@@ -38,6 +37,7 @@ from lightning_prune.callbacks.trainer_state import log_epoch, log_mean, unlogge
 from lightning_prune.callbacks.validating import Validator
 from lightning_prune.criteria.registry import find, needs_data, needs_loss, takes_data
 from lightning_prune.graph import ChannelGraph, trace
+from lightning_prune.graph.nested import first_length
 from lightning_prune.progress import progress, show_with
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History
@@ -523,7 +523,7 @@ class PruningCallback(Schedule, Callback):
             self.state.batch_like = described(inputs)
         relations = relations_in(rehearsal, self.module, copies)
         settings: dict[str, Any] = {"module": self.module, "ignore": self.ignore, "relations": relations}
-        for steps in rehearsal.attempts(samples_of(inputs)):
+        for steps in rehearsal.attempts(first_length(inputs) or 1):
             graph = trace(pl_module, inputs, steps=steps, **settings)
             if not graph.untraced:
                 break

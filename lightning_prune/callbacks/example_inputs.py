@@ -17,7 +17,7 @@ from lightning_prune.graph.nested import nested_tensors, with_tensors
 from lightning_prune.graph.run import submodule_of
 from lightning_prune.graph.steps import first_call
 
-__all__ = ["example_inputs", "samples_of"]
+__all__ = ["example_inputs"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -115,10 +115,3 @@ def _one_sample(inputs: Any) -> Any:
     if isinstance(inputs, Tensor) or (len(lengths) == 1 and len(tensors) > 1):
         return with_tensors(inputs, lambda tensor: tensor[:1])
     return inputs
-
-
-def samples_of(inputs: Any) -> int:
-    """Return how many samples example inputs are: the length of their first tensor."""
-    for tensor in nested_tensors(inputs):
-        return max(1, len(tensor)) if tensor.dim() else 1
-    return 1

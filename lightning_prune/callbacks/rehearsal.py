@@ -281,7 +281,13 @@ def quietened(trainer: "pl.Trainer", model: nn.Module) -> None:
         trainer: The trainer.
         model: The copy.
     """
-    _prepare(trainer, trainer.current_epoch, model)
+    _prepare(trainer, last_epoch(trainer), model)
+
+
+def last_epoch(trainer: "pl.Trainer") -> int:
+    """Return the epoch that a trainer is in; after the last one, where Lightning counts on, that one."""
+    epochs = trainer.max_epochs
+    return trainer.current_epoch if epochs in (None, -1) else min(trainer.current_epoch, epochs - 1)
 
 
 def _prepare(trainer: "pl.Trainer", epoch: int, model: nn.Module) -> None:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
+
+from lightning_prune.graph.nested import first_length
 
 __all__ = [
     "Evaluate",
@@ -142,10 +143,12 @@ def samples_in(batch: Any) -> int:
     Raises:
         ValueError: If there is no tensor in it.
     """
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return len(leaf)
-    raise ValueError(f"There is no tensor in a batch of type {type(batch).__name__}; batches must be made of tensors.")
+    found = first_length(batch)
+    if found is None:
+        raise ValueError(
+            f"There is no tensor in a batch of type {type(batch).__name__}; batches must be made of tensors."
+        )
+    return found
 
 
 def as_measurement(returned: Any) -> Measurement:

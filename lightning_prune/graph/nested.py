@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["nested_tensors", "with_tensors"]
+__all__ = ["first_length", "nested_tensors", "with_tensors"]
 
 
 def nested_tensors(value: Any) -> Iterator[Tensor]:
@@ -54,6 +54,23 @@ def _slot_names(kind: type) -> Iterator[str]:
         for name in [slots] if isinstance(slots, str) else slots:
             if name != "__dict__":
                 yield name
+
+
+def first_length(value: Any) -> int | None:
+    """Return the length of the first tensor in nested values that has axes: the number of samples in a batch.
+
+    Args:
+        value: Any value.
+
+    Example:
+        >>> import torch
+        >>> first_length([torch.tensor(1.0), {"x": torch.zeros(3, 2)}])
+        3
+    """
+    for tensor in nested_tensors(value):
+        if tensor.dim() > 0:
+            return len(tensor)
+    return None
 
 
 def with_tensors(value: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_prune.graph.nested import first_length
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.surgery.compensation.copies import shared_twin
 from lightning_prune.surgery.compensation.operators import Step
@@ -127,7 +127,7 @@ class Lockstep:
             except StopIteration:
                 return
             self.batches_seen += 1
-            self.samples_seen += _samples_of(batch)
+            self.samples_seen += first_length(batch) or 0
             whole = self._paused_run(named_tensors(self._model), batch, before=False)
             pruned = self._paused_run(self._tensors, batch, before=True)
             self._lanes.append(_Lane(whole, pruned))
@@ -135,11 +135,3 @@ class Lockstep:
     def _paused_run(self, tensors: Mapping[str, Tensor], batch: Any, before: bool) -> PausedRun:
         copied = shared_twin(self._model, tensors)
         return PausedRun(lambda: self._run(copied, batch), names_of(tensors), self._pending, before, self._streams)
-
-
-def _samples_of(batch: Any) -> int:
-    """Return the length of the first tensor of a batch."""
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return len(leaf)
-    return 0
