@@ -439,6 +439,25 @@ def test_a_wrong_step_of_an_optimizer_is_called_wrong():
     assert "1 wrong" in optimizers.table({"some": {"outcome": "WRONG", "masked twin": 0.5, "small twin": None}})
 
 
+# -- free channels -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_free_channels_is_what_its_records_give_and_none_is_falsely_exact():
+    records = json.loads((files.RESULTS / "free_channels.json").read_text())
+    free_channels = import_module("free_channels")
+    assert (files.RESULTS / "free_channels.md").read_text() == free_channels.page(records)
+    assert not {"falsely mask-exact", "outputs of other shapes"} & {record["wrong"] for record in records.values()}
+
+
+def test_shares_of_channels_leave_outputs_out():
+    free_channels = import_module("free_channels")
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3))
+    layers.spare = torch.nn.Linear(4, 4)
+    layers.forward = lambda x: layers[2](layers[1](layers[0](x)))
+    found = free_channels.shares(free_channels.lp.trace(layers, torch.zeros(1, 2)))
+    assert (found["exact"], found["inexact"], found["unprunable"], found["outputs"]) == (0, 1, 0, 3)
+
+
 # -- links -------------------------------------------------------------------------------------------------------------
 
 

@@ -20,15 +20,20 @@ class KeptLabels:
 
     Args:
         is_kept: (labels,) which labels are kept.
+        is_prunable: (labels,) which labels belong to groups; those of others need not be at the same places, as where
+            a network picks rows by values.
 
     Example:
-        >>> kept = KeptLabels(np.array([True, True, False, True]))
+        >>> kept = KeptLabels(np.array([True, True, False, True]), np.array([False, True, True, False]))
         >>> kept.among(torch.tensor([3, 2, 1]))
         tensor([3, 1])
+        >>> kept.agree({0: torch.tensor([3])}, {}), kept.agree({0: torch.tensor([1])}, {})
+        (True, False)
     """
 
-    def __init__(self, is_kept: ndarray) -> None:
+    def __init__(self, is_kept: ndarray, is_prunable: ndarray) -> None:
         self._is_kept = torch.from_numpy(is_kept)
+        self._is_prunable = is_prunable
         self._known_to_agree: set[tuple[int, int]] = set()
 
     def among(self, labels: Labels) -> Labels:
@@ -48,10 +53,17 @@ class KeptLabels:
         both = id(expected), id(found)  # most operators pass on the very labels that they are given
         if both in self._known_to_agree:
             return True
-        agree = torch.equal(self.among(expected), found)
+        agree = torch.equal(self.among(expected), found) or not self._any_prunable(expected, found)
         if agree:
             self._known_to_agree.add(both)
         return agree
+
+    def _any_prunable(self, *axes: Labels) -> bool:
+        for labels in axes:
+            is_prunable = self._is_prunable[labels.numpy()]
+            if is_prunable.any():
+                return True
+        return False
 
 
 def first_shift(full: Record, small: Record, kept: KeptLabels, start: int, stop: int) -> int | None:

@@ -346,4 +346,5 @@ class TrialRunner:
                 labels = self.forward.labelled.labels(tensor)[axis]
                 is_kept[labels.numpy()] = False
                 is_kept[labels[positions].numpy()] = True
-        return KeptLabels(is_kept)
+        is_prunable = self.grouping.group_of >= 0
+        return KeptLabels(is_kept, is_prunable)

@@ -493,6 +493,10 @@ def bilinear() -> Network:
     )
 
 
+def put_in_by_number(x: Tensor) -> Tensor:
+    return torch.zeros_like(x).index_put((torch.tensor([4, 0, 2, 1, 3]),), x)
+
+
 def partly_convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     first, others = x.split([8, 12], dim=1)
     return torch.cat((convolution(first), others), 1)
@@ -565,6 +569,18 @@ FREE: dict[str, tuple[nn.Module, Any, str, dict[str, dict[int, list[int]]]]] = {
     "added by number": (
         Network(
             lambda net, x: net.head(added_by_number(net.stem(x))),
+            stem=nn.Linear(3, 8),
+            head=nn.Linear(8, 2),
+        ),
+        ROWS,
+        "stem",
+        STEM | {"head.weight": {1: [1, 4]}},
+    ),
+    "put in by number": (
+        Network(
+            lambda net, x: net.head(
+                x.new_zeros(5, net.stem.out_features).index_put((torch.tensor([4, 0, 2, 1, 3]),), net.stem(x))
+            ),
             stem=nn.Linear(3, 8),
             head=nn.Linear(8, 2),
         ),
@@ -744,6 +760,22 @@ def test_free_at_these_positions(case: str):
     assert graph.groups[name].mask_exact
     for _ in range(2):
         assert difference(model, graph, random_plan(graph), inputs) <= 1e-9
+
+
+def test_what_rows_are_picked_by_values_does_not_count():
+    """Of fewer channels other rows may be picked, which puts the outputs of the network at other places."""
+
+    def run(net: Network, x: Tensor) -> Tensor:
+        y = net.head(net.stem(x))
+        return y[y[:, 0] > 0].reshape(-1, 1)
+
+    model = Network(run, stem=nn.Linear(3, 8, bias=False), head=nn.Linear(8, 2, bias=False))
+    with torch.no_grad():
+        model.stem.weight.copy_(torch.tensor([-2.0, 1.0]).repeat(4)[:, None])
+        model.head.weight.fill_(1)
+    x = torch.tensor([[1.0, 0, 0], [1, 0, 0], [-1, 0, 0]])
+    assert len(model(x)) == 2
+    assert list(lp.trace(model, x).groups) == ["stem"]
 
 
 @pytest.mark.parametrize("between", [nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Unflatten(1, (-1, 8, 8)))])

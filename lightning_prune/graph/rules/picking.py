@@ -91,6 +91,26 @@ def index(tracer: Tracer, call: Call) -> None:
     tracer.set_labels(output, output_labels)
 
 
+@rule("aten.index_put", "aten.index_put_")
+def index_put(tracer: Tracer, call: Call) -> None:
+    """Tie the channels behind the axes that values are put into by number; all others are unprunable."""
+    x, indices, values = call.args[:3]
+    first_behind = max(_indexed_axes(indices)) + 1
+    picked = range(first_behind)
+    output_labels = _mark_picked(tracer, call, picked)
+    labels_of_values = dict(tracer.all_labels(values))
+    for axis in range(first_behind, x.dim()):
+        values_axis = axis - x.dim() + values.dim()
+        labels_of_values.pop(values_axis, None)
+        if values_axis >= 0 and values.shape[values_axis] == x.shape[axis]:
+            labels = tracer.tie_axes(x, axis, values, values_axis, "is put into a tensor of fixed size")
+            if labels is not None:
+                output_labels[axis] = labels
+    for labels in labels_of_values.values():
+        tracer.mark_unprunable(labels, f"has its channels picked by {plain_name(call)}")
+    tracer.set_labels(call.output, output_labels)
+
+
 def _indexed_axes(indices: list[Tensor | None]) -> set[int]:
     """Return the axes that are indexed; a mask is over as many as it has itself."""
     indexed: set[int] = set()

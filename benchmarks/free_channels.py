@@ -1,0 +1,227 @@
+"""Count the channels that can be pruned in networks that were not written for it, and prune each at random.
+
+For each network: the share of channels that can be pruned so that pruning equals masking, of those that can be pruned
+otherwise, and why the others cannot. What is an output of the network, or is not used by it, is left out. All groups
+are pruned at random, and the network is run (is it broken?); all mask-exact ones are pruned again and compared with the
+masked twin in float64 (at most 1e-9 apart, relative). Beside it, the share of channels that Torch-Pruning takes out
+when it is asked for half of all, times two, or what it raises.
+
+Networks come from packages in an environment of their own::
+
+    python -m venv free && free/bin/pip install -e .[benchmark] timm segmentation-models-pytorch transformers \
+        ultralytics monai diffusers torchaudio
+    free/bin/python benchmarks/free_channels.py [--results benchmarks/results/free_channels.json] [families ...]
+
+A run that is stopped goes on where it was. The page is written beside the file.
+"""
+
+import argparse
+import copy
+import signal
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import stored
+import torch
+from free_networks import FAMILIES, Built
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from engine import randomised
+from masked_twin import distance, draw_pruned, judge, outputs_of, pruned_copy
+
+import lightning_prune as lp
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.planning.cost import CostModel
+
+RESULTS = Path(__file__).parent / "results" / "free_channels.json"
+PATIENCE = 240  # seconds of processor time for each network
+PATIENCE_WITH_OTHERS = 60
+LARGE = 40_000_000  # parameters of networks that are not judged in float64
+LIMIT = 1e-9
+OUTPUT = "is an output of the network"
+UNUSED = "is used by no operator of the forward pass in evaluation mode"
+COLUMNS = [
+    "network", "parameters (M)", "trace (s)", "mask-exact", "not mask-exact", "unprunable", "why most are",
+    "masked - pruned", "Torch-Pruning",
+]  # fmt: skip
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raise a TimeoutError in a block that takes too much processor time."""
+
+    def expire(number: int, frame: object) -> None:
+        raise TimeoutError(f"takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGPROF, expire)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def examined(build: Callable[[], Built]) -> dict[str, Any]:
+    """Return the record of a network, or what is raised."""
+    torch.manual_seed(0)
+    record: dict[str, Any] = {}
+    try:
+        with at_most(PATIENCE):
+            model, inputs = build()
+            model = model.eval()
+            record["params"] = sum(parameter.numel() for parameter in model.parameters())
+            start = time.process_time()
+            graph = lp.trace(model, inputs)
+            record["trace"] = time.process_time() - start
+            record |= {**shares(graph), "wrong": "", "apart": None}
+            record |= judged(model, graph, inputs)
+    except Exception as raised:
+        record["wrong"] = f"{type(raised).__name__}: {raised}".splitlines()[0][:160]
+        return record
+    record["theirs"] = theirs(build)
+    return record
+
+
+def shares(graph: ChannelGraph) -> dict[str, Any]:
+    """Return the share of channels of each kind, of all but the outputs of the network."""
+    free = CostModel(graph, "channels").original
+    of_exact = sum(group.channels for group in graph.groups.values() if group.mask_exact)
+    of_all = sum(group.channels for group in graph.groups.values())
+    exact = free * of_exact / max(of_all, 1)
+    why: Counter[str] = Counter()
+    for unprunable in graph.unprunable.values():
+        reason = unprunable.reason.partition(": ")[2].partition(" (")[0]
+        why[reason] += unprunable.channels
+    outputs = why.pop(OUTPUT, 0)
+    why.pop(UNUSED, None)
+    total = max(free + why.total(), 1)
+    return {
+        "exact": exact / total,
+        "inexact": (free - exact) / total,
+        "unprunable": why.total() / total,
+        "outputs": outputs,
+        "why": {reason: channels / total for reason, channels in why.most_common(3)},
+    }
+
+
+@torch.no_grad()
+def judged(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Prune all groups at random, and compare the mask-exact ones with their masked twin."""
+    original = outputs_of(model, inputs)
+    smaller = outputs_of(pruned_copy(model, graph, draw_pruned(graph, list(graph.groups))), inputs)
+    if any(x.shape != y.shape and y.dim() > 2 for x, y in zip(original, smaller, strict=False)):
+        return {"wrong": "outputs of other shapes"}
+    if sum(parameter.numel() for parameter in model.parameters()) > LARGE:
+        return {}
+    model = randomised(copy.deepcopy(model).double()) if model.training else copy.deepcopy(model).double()
+    inputs = torch.utils._pytree.tree_map(_in_double, inputs)
+    found = judge(model, graph, draw_pruned(graph), inputs)
+    again = distance(outputs_of(model, inputs), outputs_of(model, inputs))
+    wrong = "falsely mask-exact" if found.apart > max(LIMIT, 10 * again) else ""
+    return {"apart": found.apart, "wrong": wrong}
+
+
+def _in_double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+
+def theirs(build: Callable[[], Built]) -> Any:
+    """Return the share of channels that Torch-Pruning can prune, or what is raised."""
+    import torch_pruning
+
+    try:
+        with at_most(PATIENCE_WITH_OTHERS):
+            torch.manual_seed(0)
+            model, inputs = build()
+            model = model.eval()
+            before = _channels(model)
+            importance = torch_pruning.importance.MagnitudeImportance(p=1)
+            pruner = torch_pruning.pruner.BasePruner(model, inputs, importance=importance, pruning_ratio=0.5)
+            pruner.step()
+            model(*inputs)
+            return 2 * (1 - _channels(model) / before)
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}".splitlines()[0][:80]
+
+
+def _channels(model: nn.Module) -> int:
+    """Count the channels that convolutions and linear layers produce."""
+    count = 0
+    for module in model.modules():
+        count += getattr(module, "out_channels", 0) if hasattr(module, "kernel_size") else 0
+        count += module.out_features if isinstance(module, nn.Linear) else 0
+    return count
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def page(records: dict[str, Any]) -> str:
+    """Return a table of the families, and one of the networks of each."""
+    by_family: dict[str, dict[str, Any]] = {}
+    for key, record in records.items():
+        family, _, name = key.partition(" | ")
+        by_family.setdefault(family, {})[name] = record
+    lines = ["# Free channels", "", "| family | networks | mean | smallest | wrong |", "|---|---|---|---|---|"]
+    lines += [_family(family, networks) for family, networks in by_family.items()]
+    for family, networks in by_family.items():
+        lines += ["", f"## {family}", "", HEAD]
+        lines += [_row(name, record) for name, record in networks.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _family(family: str, networks: dict[str, Any]) -> str:
+    free = [record["exact"] + record["inexact"] for record in networks.values() if "exact" in record]
+    wrong = sum(1 for record in networks.values() if record["wrong"])
+    mean, least = (f"{statistics.mean(free):.2f}", f"{min(free):.2f}") if free else ("-", "-")
+    return f"| {family} | {len(networks)} | {mean} | {least} | {wrong} |"
+
+
+def _row(name: str, record: dict[str, Any]) -> str:
+    other = record.get("theirs", "-")
+    if isinstance(other, float):
+        other = f"{other:.2f}"
+    if "exact" not in record:
+        return f"| {name} | - | - | - | - | - | {record['wrong']} | - | {other} |"
+    why = "; ".join(f"{reason} {share:.2f}" for reason, share in record["why"].items())
+    apart = "-" if record["apart"] is None else f"{record['apart']:.0e}"
+    apart = f"{record['wrong']} ({apart})" if record["wrong"] else apart
+    cells = [f"{record[kind]:.2f}" for kind in ("exact", "inexact", "unprunable")]
+    params = f"{record['params'] / 1e6:.1f}"
+    return f"| {name} | {params} | {record['trace']:.1f} | {' | '.join(cells)} | {why} | {apart} | {other} |".replace(
+        "\n", " "
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    settings = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    results = stored.load(settings.results)
+    for family in settings.families:
+        for name, build in FAMILIES[family]():
+            key = f"{family} | {name}"
+            if key not in results:
+                results[key] = examined(build)
+                stored.save(settings.results, results)
+                print(_row(key, results[key]), flush=True)
+    stored.save(settings.results, results)
+    with stored.whole(settings.results.with_suffix(".md")) as partial:
+        partial.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
