@@ -95,4 +95,5 @@ def _thinned(x: Tensor) -> Tensor:
     while step < shortest and numbers > _ENOUGH * step**axes:
         step += 1
     every = [slice(None, None, step)] * axes
-    return x[(slice(None), slice(None), *every)]
+    index = (slice(None), slice(None), *every)
+    return x[index]
