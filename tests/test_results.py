@@ -77,6 +77,14 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
             ("net", "L1, refit", "seconds left of 60", "2", -10.0),
         ],
     ),
+    "compensation_cost.json": (
+        {"net, 8 images | refit | 0": {"error": 0.5, "seconds": 2.0, "mib": 300.0, "flops": 0.5}},
+        [
+            ("net, 8 images", "refit", "error of the logits", "0", 0.5),
+            ("net, 8 images", "refit", "seconds of a core", "0", 2.0),
+            ("net, 8 images", "refit", "MiB beyond the network", "0", 300.0),
+        ],
+    ),
     "two_classes.json": (
         {"vgg | pruned | 0": {"accuracy": 0.5, "filters": 0.25, "widths": {}, "speed_1": 2.0, "speed_32": 3.0}},
         [

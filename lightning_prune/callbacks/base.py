@@ -12,21 +12,22 @@ from typing_extensions import override
 
 from lightning_prune import criteria, planning
 from lightning_prune.callbacks import refusals
+from lightning_prune.callbacks.bars import follow
 from lightning_prune.callbacks.compensation_step import compensations
 from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.distilling import Distill, Distiller, distill_settings, logits_of, weights_now
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.extensions import extend_lightning
-from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.followers import Candidate, followers, note_copies
+from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.rehearsal import TRAINING, Rehearsal, quietened
 from lightning_prune.callbacks.relatives import frozen_parts, relations_in, tell_of_relations
-from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
 from lightning_prune.callbacks.result import found_result, interrupted_result, named_result
+from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
 from lightning_prune.callbacks.run import Run as BaseRun
 from lightning_prune.callbacks.schedule import Schedule, check_whole_number
 from lightning_prune.callbacks.settings import refuse_other_settings
@@ -41,9 +42,7 @@ from lightning_prune.graph.nested import first_length
 from lightning_prune.progress import progress, show_with
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History
-from lightning_prune.reporting.loggers import folder
-from lightning_prune.callbacks.bars import follow
-from lightning_prune.reporting.loggers import say, warn
+from lightning_prune.reporting.loggers import folder, say, warn
 from lightning_prune.surgery import check, uninterrupted
 from lightning_prune.surgery.compensation import METHODS, Compensation
 from lightning_prune.unlabelled import run_forward

@@ -9,13 +9,13 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.batches import first_loaders_share
-from lightning_prune.unlabelled import forward_arguments
 from lightning_prune.callbacks.descriptions import like
 from lightning_prune.callbacks.rehearsal import Rehearsal
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.nested import nested_tensors, with_tensors
 from lightning_prune.graph.run import submodule_of
 from lightning_prune.graph.steps import first_call
+from lightning_prune.unlabelled import forward_arguments
 
 __all__ = ["example_inputs"]
 

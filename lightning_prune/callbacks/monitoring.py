@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
-from lightning_prune.namesakes import namesakes
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -16,11 +15,12 @@ from torchmetrics import Metric
 from lightning_prune.callbacks.rehearsal import VALIDATION, Rehearsal, quietened
 from lightning_prune.callbacks.run import Run
 from lightning_prune.callbacks.state import State
+from lightning_prune.callbacks.trainer_state import has_own
 from lightning_prune.candidates import classification
 from lightning_prune.candidates.measures import Evaluate, labelled
-from lightning_prune.callbacks.trainer_state import has_own
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.steps import run_step
+from lightning_prune.namesakes import namesakes
 
 __all__ = ["check_measure", "measure_in"]
 

@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_prune.planning.metrics import METRICS
 from lightning_prune.callbacks.settings import settings_of
 from lightning_prune.callbacks.trainer_state import metrics
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import plan_in_force
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.planning.metrics import METRICS
 from lightning_prune.progress import progress
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import Compensation, History, MetricsAround
 from lightning_prune.reporting.loggers import log_end, log_history, log_prune, run_folder, say, warn
 from lightning_prune.reporting.measurement import Measurement, measure
 from lightning_prune.reporting.summary import summarize, whereabouts
-
 from lightning_prune.surgery.compensation import CompensationReport
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks.followers import Candidate
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.namesakes import namesakes
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.namesakes import namesakes
 from lightning_prune.pruning_plan import plan_in_force
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def _refuse_overlap(callback: "PruningCallback", other: "PruningCallback") -> No
     """Raise a ValueError if two callbacks prune the same submodule, one prunes a submodule of the other's, or both teach."""
     if callback.distill and other.distill:
         names = type(callback).__name__, type(other).__name__
-        raise ValueError(f"{' and '.join(names)} both have distill; set it for one of them, whose teacher is the whole model.")
+        raise ValueError(
+            f"{' and '.join(names)} both have distill; set it for one of them, whose teacher is the whole model."
+        )
     inner, outer = sorted((callback.module, other.module), key=len, reverse=True)
     if outer not in ("", inner) and not inner.startswith(outer + "."):
         return

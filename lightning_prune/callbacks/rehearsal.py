@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning_prune.namesakes import namesakes
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -21,12 +20,13 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_prune.callbacks.batches import gives_samples, load_validation_split, moved, samples, validating
 from lightning_prune.callbacks.descriptions import described, like
-from lightning_prune.compiled import as_written
 from lightning_prune.callbacks.trainer_state import has_own
+from lightning_prune.compiled import as_written
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.steps import run_step
 from lightning_prune.graph.twin import Twin, set_mode
+from lightning_prune.namesakes import namesakes
 
 __all__ = ["TRAINING", "VALIDATION", "Backward", "Rehearsal", "quiet_trainer", "quietened"]
 

@@ -1,6 +1,5 @@
 """Relatives: frozen parts of a module, and parts that follow the weights of others, found before training."""
 
-import lightning.pytorch as pl
 from collections.abc import Sequence
 
 from lightning.pytorch.callbacks import BaseFinetuning

@@ -33,7 +33,9 @@ def tell_what_holds(callback: "PruningCallback", recorder: Recorder) -> None:
     if "distill" in changed:  # which is about all training, and not about the prunes to come
         before, after = changed.pop("distill")
         recorder.history.settings["distill"] = after
-        warn(f"{type(callback).__name__} goes on with distill={after!r}, after {before!r} in the run of the checkpoint.")
+        warn(
+            f"{type(callback).__name__} goes on with distill={after!r}, after {before!r} in the run of the checkpoint."
+        )
     if not changed:
         return
     former, new = _told(changed, "before"), _told(changed, "after")
@@ -59,9 +61,7 @@ def _told(changed: Mapping[str, Changed], which: str) -> str:
     return ", ".join(f"{name}={getattr(values, which)!r}" for name, values in changed.items())
 
 
-def tell_of_other_callbacks(
-    trainer: "pl.Trainer", callback: "PruningCallback", states: Mapping[str, Any]
-) -> None:
+def tell_of_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback", states: Mapping[str, Any]) -> None:
     """Say that a callback begins anew, where a checkpoint was written with another pruning callback in its place.
 
     Args:

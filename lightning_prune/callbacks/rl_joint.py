@@ -14,9 +14,9 @@ from typing_extensions import override
 from lightning_prune.callbacks.alignment import Alignment
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit, training_batches
+from lightning_prune.callbacks.monitoring import check_measure, measure_in
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.schedule import check_whole_number
-from lightning_prune.callbacks.monitoring import check_measure, measure_in
 from lightning_prune.callbacks.state import under
 from lightning_prune.callbacks.trainer_state import log_epoch, loss_scale, unlogged
 from lightning_prune.criteria.registry import find, needs_data

@@ -74,7 +74,9 @@ class SensitivenessCallback(PruningCallback):
 
         sensitiveness: dict[str, float] = field(
             default_factory=dict,
-            metadata=under("damage", "levels", "draws", "seed", "limit_batches", "evaluate", "monitor", "mode", "ignore"),
+            metadata=under(
+                "damage", "levels", "draws", "seed", "limit_batches", "evaluate", "monitor", "mode", "ignore"
+            ),
         )
 
     cap = 0.99

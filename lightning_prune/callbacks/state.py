@@ -14,7 +14,17 @@ from torch.utils._pytree import tree_map
 
 from lightning_prune.reporting.history import History
 
-__all__ = ["State", "deal_out", "from_checkpoint", "gather", "per_rank", "stored", "to_checkpoint", "under", "without_what_depends_on"]
+__all__ = [
+    "State",
+    "deal_out",
+    "from_checkpoint",
+    "gather",
+    "per_rank",
+    "stored",
+    "to_checkpoint",
+    "under",
+    "without_what_depends_on",
+]
 
 _FORM = "lightning_prune"  # in the metadata of a field
 _SETTINGS = "lightning_prune_settings"  # also

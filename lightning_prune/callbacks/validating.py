@@ -4,7 +4,6 @@ The validation step runs on copies of the module: of the network as it is, of th
 one, all before the module itself is pruned. What they log is kept, and goes to no logger.
 """
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
-from lightning_prune.namesakes import namesakes
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
@@ -25,6 +22,7 @@ from lightning_prune.callbacks.rehearsal import VALIDATION, Rehearsal, quietened
 from lightning_prune.callbacks.trainer_state import averaged_copies, is_validation_metric
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.twin import refusing_calls, set_mode, twin_in_evaluation
+from lightning_prune.namesakes import namesakes
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.history import MetricsAround

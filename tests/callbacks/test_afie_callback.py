@@ -63,5 +63,7 @@ def test_another_module_is_measured_anew(tmp_path: Path) -> None:
 def test_a_budget_beyond_the_cap_is_refused_before_training(tmp_path: Path) -> None:
     module = battery.ResidualClassifier(width=200)  # of which 2 must stay, and 4 of the wider layer
     callback = AFIEEarlyPruneCallback(keep=0.008, metric="channels", round_to=1)
-    with pytest.raises(ValueError, match=r"cannot be reached: .* and at most 0.99 of a layer may be pruned\. Raise keep"):
+    with pytest.raises(
+        ValueError, match=r"cannot be reached: .* and at most 0.99 of a layer may be pruned\. Raise keep"
+    ):
         battery.train(tmp_path, callback, module=module)

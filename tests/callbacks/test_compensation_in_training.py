@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, IterableDataset
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback, compensation_step, surgery_step
 from lightning_prune.callbacks.batches import training_batches
-
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.history import History, read_histories
 from lightning_prune.unlabelled import run_forward
@@ -354,7 +353,9 @@ def test_where_forward_does_not_take_batches_the_default_warns_and_does_without(
     assert plan_in_force(module) is not None
     assert callback.history.prunes[0].compensation is None
     with pytest.raises(ValueError, match="criterion='apoz' runs Wanting on training batches, which fails with"):
-        battery.train(tmp_path / "apoz", PruningCallback(**settings, criterion="apoz"), **{**train, "module": Wanting()})
+        battery.train(
+            tmp_path / "apoz", PruningCallback(**settings, criterion="apoz"), **{**train, "module": Wanting()}
+        )
 
 
 def test_a_submodule_that_forward_does_not_run_is_ranked_without_batches(tmp_path: Path) -> None:

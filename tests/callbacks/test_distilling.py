@@ -168,13 +168,13 @@ def test_the_loss_is_the_mean_over_forward_passes_on_the_inputs_as_they_were(tmp
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"module": "inner", "example_inputs": [1, 1, 8, 8]}], ids=["all is pruned", "the network is pruned"]
+    "settings",
+    [{}, {"module": "inner", "example_inputs": [1, 1, 8, 8]}],
+    ids=["all is pruned", "the network is pruned"],
 )
 def test_the_network_may_be_called_directly(settings: dict[str, Any], tmp_path: Path) -> None:
     callback = PruningCallback(**{**THREE_PRUNES, "steps": 1}, **settings)
-    module, _ = battery.train(
-        tmp_path, callback, module=seeded(Within).double(), precision="64-true", max_epochs=2
-    )
+    module, _ = battery.train(tmp_path, callback, module=seeded(Within).double(), precision="64-true", max_epochs=2)
     reference, _ = battery.train(
         tmp_path / "reference", PruningCallback(**{**THREE_PRUNES, "steps": 1}), module=seeded(Plain).double(),
         precision="64-true", max_epochs=2,
@@ -276,9 +276,7 @@ class Watching(L.Callback):
 
 
 def hooks_of(model: nn.Module) -> list[str]:
-    return [
-        name for module in model.modules() for name, value in vars(module).items() if "hook" in name and value
-    ]
+    return [name for module in model.modules() for name, value in vars(module).items() if "hook" in name and value]
 
 
 def test_the_teacher_is_no_part_of_what_is_trained_and_ends_with_the_fit(tmp_path: Path) -> None:
@@ -347,7 +345,9 @@ def test_works_with_other_settings_of_the_trainer(settings: dict[str, Any], tmp_
 )
 def test_compiled_networks(how: str, tmp_path: Path) -> None:
     torch.compiler.reset()
-    reference, _ = battery.train(tmp_path / "reference", PruningCallback(**ONE_PRUNE), module=seeded(Within), max_epochs=2)
+    reference, _ = battery.train(
+        tmp_path / "reference", PruningCallback(**ONE_PRUNE), module=seeded(Within), max_epochs=2
+    )
     module = seeded(Within)
     if how == "network.compile()":
         module.inner.compile(backend="eager")

@@ -5,11 +5,11 @@ import pytest
 from battery import train
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_prune.planning.cost import Products
 from lightning_prune.callbacks import AFIEEarlyPruneCallback, PruningCallback
-from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.planning import by_time, metrics, profiling
+from lightning_prune.planning.cost import Products
 from lightning_prune.planning.segments import Segment
+from lightning_prune.pruning_plan import plan_in_force
 
 
 @pytest.fixture(autouse=True)

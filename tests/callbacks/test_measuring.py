@@ -99,7 +99,14 @@ def closed_while_pruning(window: Window, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def watched_run(callback: PruningCallback, window: Window, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closed_while_pruning(window, monkeypatch):
-        battery.train(root, window, callback, Behind(window), max_epochs=max(3, callback.last_prune_epoch + 1), limit_train_batches=2)
+        battery.train(
+            root,
+            window,
+            callback,
+            Behind(window),
+            max_epochs=max(3, callback.last_prune_epoch + 1),
+            limit_train_batches=2,
+        )
 
 
 @pytest.mark.parametrize("name", battery.CALLBACKS)
@@ -163,7 +170,10 @@ def test_checkpoints_written_by_what_measures_load(tmp_path: Path) -> None:
             trainers[0].save_checkpoint(path)
             saved = torch.load(path, weights_only=True)["state_dict"]
             assert all(torch.equal(saved[key], value) for key, value in expected.items())
-            assert battery.differences(lp.load_pruned(battery.ResidualClassifier, path), trainers[0].lightning_module) == []
+            assert (
+                battery.differences(lp.load_pruned(battery.ResidualClassifier, path), trainers[0].lightning_module)
+                == []
+            )
             written += 1
         output = model(batch[0])
         return F.cross_entropy(output, batch[1]), (output.argmax(1) == batch[1]).float().mean()

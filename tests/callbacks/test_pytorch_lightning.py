@@ -68,7 +68,9 @@ def run(package: Any, root: Path, name: str, path: Any = None, **settings: Any) 
 
 
 @installed
-@pytest.mark.filterwarnings("ignore:Prune . of .", "ignore:Found keys that are not in", "ignore:You're using the Weight")
+@pytest.mark.filterwarnings(
+    "ignore:Prune . of .", "ignore:Found keys that are not in", "ignore:You're using the Weight"
+)
 @pytest.mark.parametrize(
     "name", ["taylor", *(pytest.param(name, marks=pytest.mark.long) for name in battery.CALLBACKS if name != "taylor")]
 )
@@ -102,6 +104,8 @@ def test_two_forked_ranks_hand_the_pruned_module_back(tmp_path: Path) -> None:
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = import_module("pytorch_lightning")
     monkeypatch.setattr(package, "__version__", "2.4.0")
-    message = rf"The Trainer is that of pytorch_lightning 2.4.0, .* pip install pytorch-lightning=={lightning.__version__}"
+    message = (
+        rf"The Trainer is that of pytorch_lightning 2.4.0, .* pip install pytorch-lightning=={lightning.__version__}"
+    )
     with pytest.raises(ValueError, match=message):
         run(package, tmp_path, "magnitude")

@@ -15,7 +15,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
@@ -145,7 +144,9 @@ TABLE: dict[str, Row] = {
 def test_what_each_file_holds(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = TABLE[name]
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        ran = run(tmp_path, *(ModelCheckpoint(tmp_path / "checkpoints", **saver) for saver in row.savers), **row.trainer)
+        ran = run(
+            tmp_path, *(ModelCheckpoint(tmp_path / "checkpoints", **saver) for saver in row.savers), **row.trainer
+        )
     saver: Any = ran.trainer.checkpoint_callback
     end = max(ran.after)
     best, last = (ran.epoch_in(getattr(saver, f"{which}_model_path", "")) for which in ("best", "last"))

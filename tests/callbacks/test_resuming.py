@@ -21,7 +21,6 @@ from lightning_prune.callbacks import (
 from lightning_prune.planning import CostModel
 from lightning_prune.pruning_plan import plan_in_force
 
-
 LONG = pytest.mark.long  # more of the same kinds
 
 
@@ -67,11 +66,22 @@ def kept(module: Any, metric: str = "flops") -> float:
     ("changes", "told"),
     [
         ({"keep": 0.3}, "with keep=0.5, now with keep=0.3"),
-        pytest.param({"keep": 0.9, "metric": "params"}, "with keep=0.5, metric='flops', now with keep=0.9, metric='params'", marks=LONG),
+        pytest.param(
+            {"keep": 0.9, "metric": "params"},
+            "with keep=0.5, metric='flops', now with keep=0.9, metric='params'",
+            marks=LONG,
+        ),
         pytest.param({"start_epoch": 2}, "with start_epoch=1, now with start_epoch=2", marks=LONG),
         pytest.param({"steps": 2}, "with steps=3, now with steps=2", marks=LONG),
-        pytest.param({"criterion": {"name": "random", "seed": 1}}, "with criterion='l1', now with criterion={'name': 'random'", marks=LONG),
-        ({"round_to": 1, "min_channels": 2, "ignore": ["stem"]}, r"with round_to=2, min_channels=1, ignore=\[\], now with round_to=1, min_channels=2"),
+        pytest.param(
+            {"criterion": {"name": "random", "seed": 1}},
+            "with criterion='l1', now with criterion={'name': 'random'",
+            marks=LONG,
+        ),
+        (
+            {"round_to": 1, "min_channels": 2, "ignore": ["stem"]},
+            r"with round_to=2, min_channels=1, ignore=\[\], now with round_to=1, min_channels=2",
+        ),
     ],
 )
 def test_after_the_last_prune_what_the_checkpoint_holds_is_in_force(
@@ -122,7 +132,9 @@ FORGOTTEN: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["taylor", *(pytest.param(name, marks=LONG) for name in FORGOTTEN if name != "taylor")])
+@pytest.mark.parametrize(
+    "name", ["taylor", *(pytest.param(name, marks=LONG) for name in FORGOTTEN if name != "taylor")]
+)
 def test_what_was_learned_under_other_settings_is_forgotten(name: str, tmp_path: Path) -> None:
     changes, forgotten = FORGOTTEN[name]
     path = checkpoint(tmp_path, name, step=9)  # in the epoch after the first prune
@@ -141,7 +153,11 @@ def test_what_was_learned_under_other_settings_is_forgotten(name: str, tmp_path:
         ({"keep": 0.3}, "search, searched_epoch, best, in_force, figures"),
         ({"start_epoch": 4}, "search"),
         pytest.param({"agent": "ppo-clip"}, "search", marks=LONG),
-        pytest.param({"search_settings": {"agent_updates": 1, "environment_updates": 1, "environment_size": 3}}, "search", marks=LONG),
+        pytest.param(
+            {"search_settings": {"agent_updates": 1, "environment_updates": 1, "environment_size": 3}},
+            "search",
+            marks=LONG,
+        ),
         ({"strength": 1e-3}, ""),
     ],
 )

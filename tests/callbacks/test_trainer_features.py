@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import lightning_prune as lp
-from lightning_prune.planning.cost import CostModel
 from lightning_prune.callbacks.trainer_state import unlogged
+from lightning_prune.planning.cost import CostModel
 from lightning_prune.pruning_plan import plan_in_force
 
 # What only reads the weights at a prune, and what follows every step; where gradients matter, what changes them too.

@@ -119,7 +119,9 @@ def test_all_kinds_of_logging_are_understood_and_nothing_is_left_behind(tmp_path
     (prune,) = callback.history.prunes
     epoch = callback.history.epochs[0]
     assert prune.metrics.before == pytest.approx({name: epoch[name] for name in names}, abs=1e-6)
-    assert callback.history.metrics_at_end == pytest.approx({name: callback.history.after.metrics[name] for name in names})
+    assert callback.history.metrics_at_end == pytest.approx(
+        {name: callback.history.after.metrics[name] for name in names}
+    )
     assert prune.metrics.before["val/own"] == pytest.approx(prune.metrics.before["val/joined"])
 
 
@@ -199,7 +201,10 @@ def test_they_are_told_in_file_and_page(tmp_path: Path, caplog: pytest.LogCaptur
     page = " ".join(render([history], "run").split())
     before, without, after = (f"{number:.4f}" for number in numbers)
     assert f"<td>val/accuracy</td> <td>{before}</td> <td>{without}</td> <td>{after}</td>" in page
-    assert f"<td>end</td> <td>val/accuracy</td> <td></td> <td></td> <td>{history.metrics_at_end['val/accuracy']:.4f}" in page
+    assert (
+        f"<td>end</td> <td>val/accuracy</td> <td></td> <td></td> <td>{history.metrics_at_end['val/accuracy']:.4f}"
+        in page
+    )
     assert f"val/accuracy: {before} before, {without} pruned, {after} compensated" in caplog.text
 
 

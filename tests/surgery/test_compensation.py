@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import lightning_prune as lp
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
-from lightning_prune.surgery.compensation import compensating, normalisation
+from lightning_prune.surgery.compensation import compensating, least_squares, normalisation
 from lightning_prune.surgery.compensation.least_squares import Moments
 from lightning_prune.surgery.compensation.operators import READ_CALL, as_matrix, from_matrix
 from lightning_prune.surgery.compensation.sampling import Places
@@ -594,6 +594,31 @@ def test_outputs_whose_sum_is_not_finite_are_taken_if_they_are():
     huge[3, 1] = torch.inf
     with pytest.raises(ValueError, match="'layer' returns numbers that are not finite"):
         compensating._check_finite("layer", [meeting])
+
+
+@pytest.mark.parametrize("samples", [12, 40])  # fewer than there are inputs of a layer, and not many more
+def test_a_refit_to_few_samples_is_one_for_others_too(samples: int, monkeypatch: pytest.MonkeyPatch):
+    convs = [nn.Sequential(nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()) for _ in range(3)]
+    model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), *convs, nn.Flatten(), nn.Linear(24 * 9, 4))
+    model = randomised(model.double()).eval()
+    x, others = torch.randn(samples + 200, 3, 3, 3, dtype=torch.float64).split([samples, 200])
+    plan = lp.plan(graph := lp.trace(model, x[:1]), lp.criteria.magnitude(graph), keep=0.5, round_to=1)
+    plain, refitted = (error(pruned(model, plan, method, x), model, others) for method in ("none", "refit"))
+    assert refitted < plain
+    monkeypatch.setattr(least_squares, "_RIDGES", ())  # nothing but what fits the samples best
+    assert refitted < error(pruned(model, plan, "refit", x), model, others)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(20, 30), (90, 30)])
+def test_samples_of_one_owner_are_set_aside_together(rows: int, columns: int):
+    """What every other owner contradicts is not believed, however many samples there are of each."""
+    owners = torch.arange(4).repeat_interleave(rows // 4)
+    inputs = torch.randn(4, columns, dtype=torch.float64)[owners]  # all that a sample tells is whose it is
+    outputs = torch.randn(4, 2, dtype=torch.float64)[owners]
+    prior = torch.zeros(2, columns, dtype=torch.float64)
+    told = least_squares.fit_samples(inputs, outputs, prior, False, owners)
+    seen = owners != 3
+    assert (outputs - inputs @ told.T)[~seen].square().sum() <= 1.2 * outputs[~seen].square().sum()
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lightning_prune.surgery.compensation.sampling import at_places, places_in
 from lightning_prune.surgery.compensation.survey import names_of
 from lightning_prune.surgery.compensation.work import Work
 
-__all__ = ["channel_map", "fold", "folded_weight"]
+__all__ = ["channel_map", "fold", "folded_weight", "keeping"]
 
 Blocks = Mapping[str, Sequence[Block]]
 """The input channels of layers, by the names of their weights."""
@@ -105,10 +105,20 @@ def channel_map(moments: Moments, kept: Tensor, intercept: bool) -> Tensor:
         kept: (kept channels,) int64.
         intercept: Whether something behind takes up a constant.
     """
-    prior = moments.xx.new_zeros(moments.yx.shape)
-    columns = torch.arange(len(kept))
-    prior[kept, columns] = 1
+    channels = len(moments.yx)
+    prior = keeping(kept.to(moments.yx.device), channels)
     return fit_moments(moments, prior, intercept)
+
+
+def keeping(kept: Tensor, channels: int) -> Tensor:
+    """Return the map that leaves kept channels as they are: (channels, kept channels) float64.
+
+    Args:
+        kept: (kept channels,) int64.
+        channels: How many there are.
+    """
+    every = torch.eye(channels, dtype=torch.float64, device=kept.device)
+    return every[:, kept]
 
 
 def folded_weight(weight: Tensor, axis: int, kept: Tensor, blocks: Sequence[Block], maps: Sequence[Tensor]) -> Tensor:

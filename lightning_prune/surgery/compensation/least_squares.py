@@ -1,6 +1,7 @@
 """Least squares with a prior: the linear map that is nearest to another and fits what was seen."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -8,6 +9,9 @@ from torch import Tensor
 __all__ = ["Moments", "fit_moments", "fit_samples"]
 
 RIDGE = 1e-3  # of the mean variance of the inputs, where they explain nothing of the outputs
+_RIDGES = (1e-2, 1e-1, 1.0, 10.0, inf)  # that are tried beside it where samples are few; the last leaves what there was
+_PLENTY = 16  # samples for each input, from which on they are not few
+_ONE_OF = 4  # so many owners of samples, one is set aside
 _FLOOR = 1e-12
 _EXACT = 1e-10  # a smaller ridge is that of a map that fits exactly
 _ATTEMPTS = 13  # to make a matrix positive, up to a ridge of ten times its mean diagonal
@@ -130,7 +134,7 @@ def _add_products(total: Tensor, x: Tensor) -> None:
         total[stop:, start:stop] = total[start:stop, stop:].T
 
 
-def fit_moments(moments: Moments, prior: Tensor, intercept: bool) -> Tensor:
+def fit_moments(moments: Moments, prior: Tensor, intercept: bool, ridge: float | None = None) -> Tensor:
     """Return the map from inputs to outputs that fits moments, where nothing is known like a prior one.
 
     The ridge that draws it to the prior is in proportion to what inputs leave unexplained of the outputs: a map that
@@ -140,16 +144,20 @@ def fit_moments(moments: Moments, prior: Tensor, intercept: bool) -> Tensor:
         moments: What was seen.
         prior: (outputs, inputs) float64.
         intercept: Whether the map is to be about the deviations from the means, and the rest is for a bias.
+        ridge: Another ridge than that, as a share of the mean variance of the inputs.
 
     Returns:
         (outputs, inputs) float64.
     """
     xx, yx, yy = moments.second(centred=intercept)
     scale = xx.diagonal().mean()
-    if not scale > 0:
+    if ridge == inf or not scale > 0:
         return prior
     product = prior @ xx
     rest = yx - product
+    if ridge is not None:
+        factor = _factor(xx, ridge * scale)
+        return prior + _solved(factor, rest)
     factor = _factor(xx, _FLOOR * scale)
     unexplained = 1.0
     inputs = len(xx)
@@ -188,30 +196,83 @@ def _solved(factor: Tensor, rest: Tensor) -> Tensor:
     return torch.cholesky_solve(rest.T, factor).T
 
 
-def fit_samples(inputs: Tensor, outputs: Tensor, prior: Tensor, intercept: bool) -> Tensor:
+def fit_samples(inputs: Tensor, outputs: Tensor, prior: Tensor, intercept: bool, owners: Tensor) -> Tensor:
     """Return the map that fits samples, as `fit_moments` does, at the cost of their number if that is smaller.
+
+    Where they are few for so many inputs, what fits them need not fit others: some are set aside, and the ridge is
+    the one with which those are told best from the rest. The same owners are set aside at each layer, and nothing is
+    fitted to them there: they show what others will be like.
 
     Args:
         inputs: (n, inputs).
         outputs: (n, outputs).
         prior: (outputs, inputs) float64.
         intercept: As in `fit_moments`.
+        owners: (n,) int64, what each comes from, such as an image: samples of one owner are set aside together.
     """
-    if len(inputs) > inputs.shape[1]:
+    rows, columns = inputs.shape
+    if rows > _PLENTY * columns:
         moments = Moments.like(inputs, outputs)
         moments.add(inputs, outputs)
         return fit_moments(moments, prior, intercept)
+    aside = _set_aside(owners)
+    if rows > columns:
+        return _fit_by_inputs(inputs, outputs, prior, intercept, aside)
+    return _fit_by_samples(inputs, outputs, prior, intercept, aside)
+
+
+def _set_aside(owners: Tensor) -> Tensor:
+    """Return which samples are set aside: (n,) bool."""
+    is_aside = owners % _ONE_OF == _ONE_OF - 1
+    if bool(is_aside.any()):
+        return is_aside
+    numbers = torch.arange(len(owners), device=owners.device)
+    return numbers % _ONE_OF == _ONE_OF - 1
+
+
+def _fit_by_inputs(inputs: Tensor, outputs: Tensor, prior: Tensor, intercept: bool, aside: Tensor) -> Tensor:
+    """Fit by the moments of the inputs, with the ridge that tells the samples best that are set aside."""
+    moments = Moments.like(inputs, outputs)
+    moments.add(inputs[~aside], outputs[~aside])
+    x = inputs[aside].double()
+    y = outputs[aside].double()
+
+    def error(ridge: float | None) -> float:
+        fitted = fit_moments(moments, prior, intercept, ridge)
+        rest = y - x @ fitted.T
+        if intercept:
+            rest = rest - (moments.mean_y - fitted @ moments.mean_x)
+        return float(rest.square().sum())
+
+    ridge = min((None, *_RIDGES), key=error)
+    return fit_moments(moments, prior, intercept, ridge)
+
+
+def _fit_by_samples(inputs: Tensor, outputs: Tensor, prior: Tensor, intercept: bool, aside: Tensor) -> Tensor:
+    """Fit by the products of the samples with each other, and the ridge that tells those best that are set aside."""
     x = inputs.double()
     y = outputs.double()
     if intercept:
         x = x - x.mean(0)
         y = y - y.mean(0)
     products = x @ x.T  # (n, n)
-    scale = products.diagonal().sum() / x.shape[1]
-    if not scale > 0:
+    variance = products.diagonal().mean() / x.shape[1]
+    if not variance > 0:
         return prior
-    products.diagonal().add_(RIDGE * scale)
     rest = y - x @ prior.T
-    factor = torch.linalg.cholesky(products)
-    by_sample = torch.cholesky_solve(rest, factor)  # (n, outputs)
-    return prior + by_sample.T @ x
+    [seen] = (~aside).nonzero(as_tuple=True)
+    [others] = aside.nonzero(as_tuple=True)
+
+    def shares(rows: Tensor, ridge: float) -> Tensor:
+        if ridge == inf:
+            return torch.zeros_like(rest[rows])
+        matrix = products[rows[:, None], rows]
+        factor = _factor(matrix, ridge * variance * len(rows))
+        return torch.cholesky_solve(rest[rows], factor)
+
+    def error(ridge: float) -> float:
+        told = products[others[:, None], seen] @ shares(seen, ridge)
+        return float((rest[others] - told).square().sum())
+
+    ridge = min((RIDGE, *_RIDGES), key=error)
+    return prior + shares(seen, ridge).T @ x[seen]

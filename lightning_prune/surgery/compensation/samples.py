@@ -24,11 +24,13 @@ class Samples:
         places: The samples and positions of each batch.
         windows: (n, taps, in_channels) what the pruned layer is given.
         outputs: (n, out_channels) what its kept channels are to be.
+        owners: (n,) int64 the number of the sample, such as an image, among all batches.
     """
 
     places: list[Places]
     windows: Tensor
     outputs: Tensor
+    owners: Tensor
 
 
 def samples_of(work: Work, name: str, meetings: Sequence[Meeting]) -> Samples:
@@ -42,6 +44,8 @@ def samples_of(work: Work, name: str, meetings: Sequence[Meeting]) -> Samples:
     places = []
     windows = []
     outputs = []
+    owners = []
+    before = 0
     for number, meeting in enumerate(meetings):
         layer = meeting.pruned
         assert isinstance(layer, Linear)
@@ -52,7 +56,9 @@ def samples_of(work: Work, name: str, meetings: Sequence[Meeting]) -> Samples:
         places.append(chosen)
         windows.append(layer.windows(chosen, output.shape[2:]))
         outputs.append(work.kept_outputs(name, meeting, at_places(output, chosen)))
-    return Samples(places, torch.cat(windows), torch.cat(outputs))
+        owners.append(chosen.sample + before)
+        before += len(output)
+    return Samples(places, torch.cat(windows), torch.cat(outputs), torch.cat(owners))
 
 
 def with_drift(work: Work, name: str, meetings: Sequence[Meeting], samples: Samples) -> Samples:

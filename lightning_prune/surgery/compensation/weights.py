@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_prune.surgery.compensation.folding import channel_map, folded_weight
+from lightning_prune.surgery.compensation.folding import folded_weight, keeping
 from lightning_prune.surgery.compensation.inputs import Block
-from lightning_prune.surgery.compensation.least_squares import Moments, fit_samples
+from lightning_prune.surgery.compensation.least_squares import fit_samples
 from lightning_prune.surgery.compensation.lockstep import Meeting
 from lightning_prune.surgery.compensation.operators import Linear, as_matrix, from_matrix
 from lightning_prune.surgery.compensation.samples import Samples, samples_of, with_drift
@@ -95,7 +95,7 @@ def _fit_by_group(samples: Samples, prior: Tensor, intercept: bool) -> Tensor:
     fitted = []
     for group in range(groups):
         inputs = windows[:, :, group].flatten(1)
-        of_group = fit_samples(inputs, outputs[:, group], prior[group], intercept)
+        of_group = fit_samples(inputs, outputs[:, group], prior[group], intercept, samples.owners)
         fitted.append(of_group)
     return torch.stack(fitted)
 
@@ -108,31 +108,36 @@ def _folded(work: Work, name: str, meetings: Sequence[Meeting], blocks: Sequence
     intercept = work.takes_up_means(name)
     maps = []
     for block in blocks:
-        moments = _moments(meetings, block, kept)
-        maps.append(channel_map(moments, block.kept, intercept))
+        now, before, owners = _channels(meetings, block, kept)
+        prior = keeping(block.kept.to(before.device), before.shape[1])
+        of_kept = fit_samples(now, before, prior, intercept, owners)
+        maps.append(of_kept)
     weight = work.with_kept_outputs(name)
     return folded_weight(weight.double(), axis, kept, blocks, maps)
 
 
-def _moments(meetings: Sequence[Meeting], block: Block, kept: Tensor) -> Moments:
-    """Return moments of the kept channels now, and with these of all channels as they were before the prune."""
+def _channels(meetings: Sequence[Meeting], block: Block, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the kept channels now, all channels as they were before the prune, and the samples that they are of."""
     kept_now = block.kept_positions_in(kept)
-    found = None
+    width = block.positions.shape[1]
+    now = []
+    before = []
+    owners = []
+    earlier = 0
     for number, meeting in enumerate(meetings):
         whole = meeting.whole.x
         pruned = meeting.pruned.x
         numbers = whole.shape[1] + pruned.shape[1]
         places = places_in(whole, numbers, len(meetings), number)
         inputs = at_places(whole, places)
-        before = block.rows(inputs)
+        before.append(block.rows(inputs))
         inputs = at_places(pruned, places)
-        now = inputs[:, kept_now.T]
-        now = now.flatten(0, 1)
-        if found is None:
-            found = Moments.like(now, before)
-        found.add(now, before)
-    assert found is not None
-    return found
+        by_position = inputs[:, kept_now.T]
+        now.append(by_position.flatten(0, 1))
+        numbered = places.sample + earlier
+        owners.append(numbered.repeat_interleave(width))
+        earlier += len(whole)
+    return torch.cat(now), torch.cat(before), torch.cat(owners)
 
 
 def _product(layer: Linear, weight: Tensor, windows: Tensor) -> Tensor:
