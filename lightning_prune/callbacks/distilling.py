@@ -158,7 +158,7 @@ class Call:
 class Listener:
     """Notes the forward passes of a network that gradients will flow through; of calls within calls, the outer ones.
 
-    Its hooks are there while a step lasts. Compiled code does not notice hooks that come and go, and has them all along.
+    Its hooks are there while a step lasts. Compiled code does not notice hooks that come and go: it has them all along.
 
     Args:
         modules: What counts as the network, by dotted name.
@@ -370,7 +370,7 @@ class Distiller:
         self._listener.stop()
 
     def _network_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return the module once more with some weights, which are not copied; with copies of its own where there are none."""
+        """Return the module once more with some weights, which are not copied; the others are copies of its own."""
         module = self._trainer.lightning_module
         tensors = {}
         for name, own in named_tensors(module).items():

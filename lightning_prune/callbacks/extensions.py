@@ -10,8 +10,8 @@ package that could set anything up, and ``load_from_checkpoint`` has not even a 
 - ``lightning.pytorch.core.saving._load_state``, which is private: ``load_from_checkpoint`` makes the module and loads
   its weights in this one function, and no hook of a class that knows nothing of pruning is called in between.
 
-Both were read in Lightning 2.6. A callback does the same when a Trainer of ``pytorch_lightning`` sets it up, which may have
-been imported later. Modules that were never pruned are not touched.
+Both were read in Lightning 2.6. A callback does the same when a Trainer of ``pytorch_lightning`` sets it up, which may
+have been imported later. Modules that were never pruned are not touched.
 """
 
 import sys
@@ -79,7 +79,7 @@ def _extend_load_from_checkpoint(saving: Any, lightning_module: type) -> None:
 
 
 def _is_more_than_lightning_does(checkpoint: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Tell whether a module is made of modules, which may be pruned already, or has other names where it is compiled."""
+    """Tell whether a module is made of modules, which may be pruned already, or has other names once compiled."""
     saved = checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     made_of_modules = any(isinstance(leaf, nn.Module) for leaf in tree_leaves([dict(saved), settings]))
     return made_of_modules or any("_orig_mod" in name for name in checkpoint["state_dict"])

@@ -1,8 +1,8 @@
 """Followers: copies of weights that a module or a callback of somebody's keeps, and brings up to date by itself.
 
 A copy has the names and the shapes of what it is a copy of. Whether it follows that, or is a teacher that does not
-change, is seen on twins: other weights are put in, a training step and the hooks around it run, and the copy has changed
-or has not.
+change, is seen on twins: other weights are put in, a training step and the hooks around it run, and the copy has
+changed or has not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

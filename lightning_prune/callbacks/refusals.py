@@ -93,7 +93,7 @@ def _prunes(callback: Any) -> bool:
 
 
 def _refuse_overlap(callback: "PruningCallback", other: "PruningCallback") -> None:
-    """Raise a ValueError if two callbacks prune the same submodule, one prunes a submodule of the other's, or both teach."""
+    """Raise a ValueError if two callbacks prune the same submodule, or one inside the other, or both teach."""
     if callback.distill and other.distill:
         names = type(callback).__name__, type(other).__name__
         raise ValueError(

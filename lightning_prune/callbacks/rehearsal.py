@@ -142,8 +142,8 @@ class Rehearsal:
                     return replace(step, training=False)
         raise ValueError(
             f"No example input is to be had from a batch of type {type(self._last_batch).__name__}, as no step of "
-            f"{type(self.pl_module).__name__} works with it on a copy; set example_input_array on it, or example_inputs "
-            "on the callback."
+            f"{type(self.pl_module).__name__} works with it on a copy; set example_input_array on it, or "
+            "example_inputs on the callback."
         )
 
     def forward_takes(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:

@@ -66,6 +66,6 @@ def tell_of_relations(graph: ChannelGraph, copies: Sequence[Candidate]) -> None:
         say(f"{copy.place} follows the weights of {copy.source or 'the module'!r}, and loses the same channels.")
     for part, flops in graph.frozen.items():
         say(
-            f"{part!r} is frozen and keeps its channels; its {flops:,.0f} FLOPs are not part of the budget. To prune it, "
-            f"name it with module={part!r}, or let it be trained."
+            f"{part!r} is frozen and keeps its channels; its {flops:,.0f} FLOPs are not part of the budget. To prune "
+            f"it, name it with module={part!r}, or let it be trained."
         )

@@ -34,7 +34,8 @@ __all__ = ["RLJointPruneCallback"]
 # Settings that choices of widths, and what an agent has learned, mean something under alone.
 _OF_BUDGET = ("keep", "metric", "round_to", "min_channels", "ignore", "criterion")
 _OF_SEARCH = (
-    "agent", "episodes", "seed", "search_settings", "start_epoch", "recalibrate_batches", "limit_batches", "evaluate", "monitor", "mode",
+    "agent", "episodes", "seed", "search_settings", "start_epoch", "recalibrate_batches", "limit_batches", "evaluate",
+    "monitor", "mode",
 )  # fmt: skip
 
 

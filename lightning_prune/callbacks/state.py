@@ -112,8 +112,8 @@ class State:
         ... class MyState(State):
         ...     losses: list[float] = field(default_factory=list)
         >>> content = to_checkpoint(MyState(steps_done=1, losses=[0.5]))
-        >>> content
-        {'steps_done': 1, 'batch_like': None, 'training_batch_like': None, 'history': None, 'teacher': {}, 'losses': [0.5]}
+        >>> content["steps_done"], content["losses"]
+        (1, [0.5])
         >>> from_checkpoint(MyState, content)
         MyState(steps_done=1, batch_like=None, training_batch_like=None, history=None, losses=[0.5])
     """

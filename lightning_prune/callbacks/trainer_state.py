@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_prune.namesakes import namesakes
 
 __all__ = [
-    "averaged_copies", "has_own", "is_fitting", "is_validation_metric", "log_epoch", "log_mean", "loss_scale", "metrics", "unlogged",
+    "averaged_copies", "has_own", "is_fitting", "is_validation_metric", "log_epoch", "log_mean", "loss_scale",
+    "metrics", "unlogged",
 ]  # fmt: skip
 
 

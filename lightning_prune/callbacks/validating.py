@@ -83,8 +83,8 @@ class Validator:
         self._works = False
         module = type(self._trainer.lightning_module).__name__
         warn(
-            f"The validation metrics right before and right after prunes are not told: the validation of {module} fails "
-            f"on a copy of it, with {failures[0]} Set validate_batches=0 to do without."
+            f"The validation metrics right before and right after prunes are not told: the validation of {module} "
+            f"fails on a copy of it, with {failures[0]} Set validate_batches=0 to do without."
         )
         return {}
 
@@ -101,7 +101,7 @@ class Validator:
 
     @contextmanager
     def _copied(self, plan: PruningPlan | None, compensation: Compensation | None) -> Iterator[nn.Module]:
-        """Make a copy of what is validated, pruned and compensated if it is to be; no rank has statistics of its own."""
+        """Make a copy of what is validated, pruned and compensated if asked for; no rank has statistics of its own."""
         copies = averaged_copies(self._trainer)
         model = copies[0] if copies else self._trainer.lightning_module
         several = self._trainer.world_size > 1
@@ -187,7 +187,7 @@ class _Run:
                 del vars(module)["log_dict"]  # that of the class hands all to `log`
 
     def _arguments(self, batch: Any, number: int) -> tuple[Any, ...]:
-        """Return what the validation step is given: the batch, its number and that of its loader, if it asks for them."""
+        """Return what the validation step is given: the batch, its number and that of its loader, if asked for."""
         step = self._rehearsal.step(VALIDATION, batch)
         if step is None:
             raise TypeError("it draws its batches by itself.")
@@ -215,8 +215,8 @@ class _Log:
         self.samples = lengths[0] if lengths else 1
 
     def log(
-        self, name: str, value: Any, *_: Any, on_epoch: bool | None = None, reduce_fx: str | Callable[..., Any] = "mean",
-        add_dataloader_idx: bool = True, batch_size: int | None = None, **__: Any,
+        self, name: str, value: Any, *_: Any, on_epoch: bool | None = None,
+        reduce_fx: str | Callable[..., Any] = "mean", add_dataloader_idx: bool = True, batch_size: int | None = None, **__: Any,
     ) -> None:  # fmt: skip
         """Take what ``self.log`` of a module is given; only means over an epoch are of use."""
         if not is_validation_metric(name) or on_epoch is False:

@@ -112,7 +112,7 @@ def test_training_is_that_of_a_plain_loop(settings: dict[str, Any], tmp_path: Pa
     module, _ = battery.train(
         tmp_path, callback, plans, module=seeded(Plain).double(), precision="64-true", max_epochs=4, **settings
     )
-    assert len(set(plan.digest for plan in plans.at.values())) >= 2
+    assert len({plan.digest for plan in plans.at.values()}) >= 2
     expected = naive(plans.at, 4, 2.0, 0.7, accumulate=settings.get("accumulate_grad_batches", 1))
     assert apart(module, expected) <= 1e-9
     assert apart(module, naive(plans.at, 4, 2.0, 0.6, accumulate=settings.get("accumulate_grad_batches", 1))) > 1e-6
@@ -160,7 +160,7 @@ class Within(L.LightningModule):
 
 def test_the_loss_is_the_mean_over_forward_passes_on_the_inputs_as_they_were(tmp_path: Path) -> None:
     callback, plans = PruningCallback(**{**THREE_PRUNES, "steps": 1}), Plans()
-    module, trainer = battery.train(
+    module, _ = battery.train(
         tmp_path, callback, plans, module=seeded(Views).double(), precision="64-true", max_epochs=2
     )
     expected = naive(plans.at, 2, 2.0, 0.7, views=2)
@@ -314,7 +314,7 @@ def test_the_setting_of_a_resumed_run_holds(tmp_path: Path) -> None:
     path = tmp_path / "epoch=1.ckpt"
     other = PruningCallback(**{**ONE_PRUNE, "distill": {"share": 0.2}})
     with pytest.warns(UserWarning, match=r"goes on with distill=\{'share': 0.2\}, after True in"):
-        module, trainer = battery.train(tmp_path / "other", other, ckpt_path=path, max_epochs=3)
+        _, trainer = battery.train(tmp_path / "other", other, ckpt_path=path, max_epochs=3)
     assert "prune/distillation" in trainer.callback_metrics
     assert other.history.settings["distill"] == {"share": 0.2}
     without = PruningCallback(**{**ONE_PRUNE, "distill": False})

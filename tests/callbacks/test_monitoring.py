@@ -50,7 +50,7 @@ def test_a_regression_is_measured_by_what_it_logs(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", MEASURING)
 def test_labels_that_nothing_is_learned_from_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="Regression does not learn from the labels .* logs with monitor, or give eval"
+        ValueError, match=r"Regression does not learn from the labels .* logs with monitor, or give eval"
     ):
         battery.train(tmp_path, MEASURING[name](), module=Regression(), max_epochs=2)
 

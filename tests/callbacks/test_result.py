@@ -1,4 +1,4 @@
-"""The file that is named is the pruned network: what every setting of ModelCheckpoint leaves behind, and what is told."""
+"""The file that is named is the pruned network: what settings of ModelCheckpoint leave behind, and what is told."""
 
 import copy
 import logging
@@ -42,7 +42,7 @@ class Small(L.LightningModule):
     def validation_step(self, batch: list[Tensor], _: int) -> None:
         self.log("val_loss", LOSSES[self.current_epoch])
 
-    def test_step(self, batch: list[Tensor], _: int) -> None:
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self(batch[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -164,7 +164,7 @@ def test_what_each_file_holds(name: str, tmp_path: Path, caplog: pytest.LogCaptu
         assert plan_in_force(ran.module) == plan_in_force(ran.after[end])
 
 
-# -- the other ways in which a run may go -------------------------------------------------------------------------------
+# -- the other ways in which a run may go ------------------------------------------------------------------------------
 
 
 class Stop(L.Callback):

@@ -208,12 +208,12 @@ def measured(module: Any, batch: Any) -> tuple[float, float]:
 
 Meddling = tuple[type[PruningCallback], str, Any, str]
 DISAGREEING: dict[str, Meddling] = {
-    "fraction": (PruningCallback, "keep", 0.6, "keep of Meddled is 0.5 on rank 0 and 0.6 on rank 1; give all ranks the"),
+    "fraction": (PruningCallback, "keep", 0.6, "keep of Meddled is 0.5 on rank 0 and 0.6 on rank 1; give all"),
     "steps": (PruningCallback, "steps", 2, "steps of Meddled is 1 on rank 0 and 2 on rank 1"),  # without end
     "too many steps": (PruningCallback, "steps", 9, "steps of Meddled is 1 on rank 0 and 9 on rank 1"),
     "mapping": (AFIEEarlyPruneCallback, "criterion", {"name": "magnitude", "p": 2}, "criterion of Meddled is 'l1' on"),
     "list": (TaylorRankCallback, "ignore", ["stem"], "ignore of Meddled is [] on rank 0 and ['stem'] on rank 1"),
-    "tensor": (PruningCallback, "example_inputs", torch.zeros(1, 1, 8, 8), "None on rank 0 and 'Tensor of shape (1, 1,"),
+    "tensor": (PruningCallback, "example_inputs", torch.zeros(1, 1, 8, 8), "None on rank 0 and 'Tensor of shape (1,"),
     "company": (
         PruningCallback, "callbacks", PruningCallback(module="first"),
         "Rank 0 prunes by Meddled and rank 1 by Meddled, PruningCallback; give all ranks the same callbacks",

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -37,7 +38,7 @@ def sample(index: int, generator: torch.Generator) -> tuple[Tensor, int]:
 
 def perceptron(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -148,7 +149,7 @@ def test_inputs_are_what_the_network_is_given(name: str) -> None:
     callback = fit(module, data=data, **loading)
     plain = Trained()
     fit(plain)
-    assert [shape for shape in widths(module)] == widths(plain) != widths(Trained())
+    assert widths(module) == widths(plain) != widths(Trained())
     assert callback.history.before.cost_model_flops == 8 * 16 + 16 * 24 + 24 * 4  # of one sample
 
 

@@ -106,7 +106,7 @@ def test_all_kinds_of_logging_are_understood_and_nothing_is_left_behind(tmp_path
         L.seed_everything(0, verbose=False)
         module, logger = Logging(), CSVLogger(tmp_path / str(count), version=0)
         callback = PruningCallback(**ONE_PRUNE, validate_batches=count)
-        _, trainer = battery.train(tmp_path / str(count), callback, module=module, max_epochs=3, logger=logger)
+        battery.train(tmp_path / str(count), callback, module=module, max_epochs=3, logger=logger)
         ends.append((module.state_dict(), module.steps, torch.get_rng_state()))
         texts.append(Path(logger.log_dir, "metrics.csv").read_text())
     (weights, steps, random), (again, steps_again, random_again) = ends

@@ -242,11 +242,11 @@ SETTINGS: dict[str, Row] = {
     ),
     "min_channels above all widths": (
         fit(PruningCallback(min_channels=100)), ValueError,
-        "keep=0.5 of the flops cannot be reached: between 1.000 and 1 can be kept with round_to=8 and min_channels=100.",
+        "keep=0.5 of the flops cannot be reached: between 1.000 and 1 can be kept with round_to=8 and min_channels=100",
     ),
     "round_to above all widths": (
         fit(PruningCallback(keep=0.1, metric="params", round_to=64)), ValueError,
-        "keep=0.1 of the params cannot be reached: between 1.000 and 1 can be kept with round_to=64 and min_channels=1.",
+        "keep=0.1 of the params cannot be reached: between 1.000 and 1 can be kept with round_to=64 and min_channels=1",
     ),
     "pattern with a name from elsewhere": (
         fit(PruningCallback(ignore="model.stem")), ValueError,
@@ -360,8 +360,8 @@ MODELS: dict[str, Row] = {
     ),
     "data without a batch": (
         fit_on(Nothing()), ValueError,
-        "No example input is to be had from a batch of type NoneType, as no step of ResidualClassifier works with it on "
-        "a copy; set example_input_array on it, or example_inputs on the callback.",
+        "No example input is to be had from a batch of type NoneType, as no step of ResidualClassifier works with it "
+        "on a copy; set example_input_array on it, or example_inputs on the callback.",
     ),
     "data in words": (fit_on(Words()), ValueError, "No example input is to be had from a batch of type str, as no"),
 }  # fmt: skip
