@@ -216,7 +216,8 @@ class _Log:
 
     def log(
         self, name: str, value: Any, *_: Any, on_epoch: bool | None = None,
-        reduce_fx: str | Callable[..., Any] = "mean", add_dataloader_idx: bool = True, batch_size: int | None = None, **__: Any,
+        reduce_fx: str | Callable[..., Any] = "mean", add_dataloader_idx: bool = True,
+        batch_size: int | None = None, **__: Any,
     ) -> None:  # fmt: skip
         """Take what ``self.log`` of a module is given; only means over an epoch are of use."""
         if not is_validation_metric(name) or on_epoch is False:

@@ -181,15 +181,22 @@ class Willing(PruningCallback):
         return model(batch[0], True)
 
 
+class Roundabout(Wanting):
+    """Trains past hooks."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.forward(batch[0], flag=True), batch[1])
+
+
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="compensate must be one of auto, none, statistics, fold, refit; got 'refti'"):
         PruningCallback(compensate="refti")
     with pytest.raises(ValueError, match="compensate_batches must be a whole number of at least 1; got 0"):
         PruningCallback(compensate_batches=0)
     settings = {**ONE_PRUNE, "compensate": "refit", "example_inputs": {"images": torch.zeros(1, 1, 8, 8), "flag": True}}
-    with pytest.raises(ValueError, match=r"runs Wanting on training batches, which fails with TypeError: .*flag"):
-        battery.train(tmp_path, PruningCallback(**settings), module=Wanting(), max_epochs=2, limit_val_batches=0)
-    module, _ = battery.train(tmp_path, Willing(**settings), module=Wanting(), max_epochs=2, limit_val_batches=0)
+    with pytest.raises(ValueError, match=r"runs Roundabout on training batches, which fails with TypeError: .*flag"):
+        battery.train(tmp_path, PruningCallback(**settings), module=Roundabout(), max_epochs=2, limit_val_batches=0)
+    module, _ = battery.train(tmp_path, Willing(**settings), module=Roundabout(), max_epochs=2, limit_val_batches=0)
     assert plan_in_force(module) is not None
 
 
@@ -345,20 +352,20 @@ def test_any_criterion_that_needs_no_labels_is_given_batches(tmp_path: Path) -> 
 def test_where_forward_does_not_take_batches_the_default_warns_and_does_without(tmp_path: Path) -> None:
     example = {"images": torch.zeros(1, 1, 8, 8), "flag": True}
     settings: dict[str, Any] = {"round_to": 2, "example_inputs": example}
-    train: dict[str, Any] = {"module": Wanting(), "max_epochs": 2, "limit_val_batches": 0}
+    train: dict[str, Any] = {"module": Roundabout(), "max_epochs": 2, "limit_val_batches": 0}
     callback = PruningCallback(**settings)
     told = r"ranks channels without batches and does not compensate for the prune: .* fails with TypeError: .*flag"
     with pytest.warns(UserWarning, match=told):
         module, _ = battery.train(tmp_path / "default", callback, **train)
     assert plan_in_force(module) is not None
     assert callback.history.prunes[0].compensation is None
-    with pytest.raises(ValueError, match="criterion='apoz' runs Wanting on training batches, which fails with"):
+    with pytest.raises(ValueError, match="criterion='apoz' runs Roundabout on training batches, which fails with"):
         battery.train(
-            tmp_path / "apoz", PruningCallback(**settings, criterion="apoz"), **{**train, "module": Wanting()}
+            tmp_path / "apoz", PruningCallback(**settings, criterion="apoz"), **{**train, "module": Roundabout()}
         )
 
 
-def test_a_submodule_that_forward_does_not_run_is_ranked_without_batches(tmp_path: Path) -> None:
+def test_a_submodule_that_training_alone_runs_is_ranked_by_what_it_is_given_there(tmp_path: Path) -> None:
     class Aside(Wrapping):
         def __init__(self) -> None:
             super().__init__()
@@ -369,6 +376,6 @@ def test_a_submodule_that_forward_does_not_run_is_ranked_without_batches(tmp_pat
 
     callback = PruningCallback(module="aside", example_inputs=[1, 4], round_to=2)
     module = Aside()
-    with pytest.warns(UserWarning, match="ranks channels without batches .* does not run 'aside'"):
-        quiet_trainer(tmp_path, callback).fit(module, DataLoader(battery.images(96), 16))
+    quiet_trainer(tmp_path, callback).fit(module, DataLoader(battery.images(96), 16))
+    assert callback.history.prunes[0].compensation.method == "refit"
     assert plan_in_force(module).widths == {"aside.0": 8}
