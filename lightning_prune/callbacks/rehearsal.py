@@ -119,7 +119,9 @@ class Rehearsal:
     @property
     def serves_as_it_likes(self) -> bool:
         """Whether a loader makes its batches by itself, which those of a data set may be unlike."""
-        return any(isinstance(one, DataLoader) and type(one).__iter__ is not DataLoader.__iter__ for one in self._loaders)
+        return any(
+            isinstance(one, DataLoader) and type(one).__iter__ is not DataLoader.__iter__ for one in self._loaders
+        )
 
     def first_steps(self, with_hooks: bool = False) -> Iterator[Step]:
         """Yield steps on ever more samples, for those who look for one that works.

@@ -4,7 +4,7 @@ import ast
 import os
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -35,18 +35,31 @@ def load_lines(kind: type, path: str, checkpoint: Mapping[str, Any]) -> list[str
     place = _place_of(kind)
     package = _package(place.module or kind.__module__)
     named = loaded_modules_named_in(checkpoint.get("hyper_parameters", {}), package)
-    folders = dict.fromkeys([place.folder, *(_folder_of(_package(module)) for module in named)])
+    folders = [place.folder]
+    for module in named:
+        package = _package(module)
+        folder = _folder_of(package)
+        folders.append(folder)
     lines = ["from lightning_prune import load_pruned"]
-    lines += [f"import sys; sys.path.insert(0, {folder!r})" for folder in folders if folder]
+    wanted = filter(None, dict.fromkeys(folders))
+    lines += [f"import sys; sys.path.insert(0, {folder!r})" for folder in wanted]
     lines += [f"import {module}" for module in named]
     outermost = kind.__qualname__.partition(".")[0]
     lines.append(f"from {place.module} import {outermost}" if place.module else f"# {place.remark}")
-    names = asked_for(kind, checkpoint)
+    return [*lines, *_call(kind, path, asked_for(kind, checkpoint))]
+
+
+def _call(kind: type, path: str, names: Sequence[str]) -> list[str]:
+    """Return the call that loads, and what has to be given to it."""
+    lines = []
     if names:
-        lines.append(f"# give what the file does not hold, as for the training: {', '.join(names)}")
-    name = kind.__name__ if "<locals>" in kind.__qualname__ else kind.__qualname__
-    given = "".join(f", {each}={each}" for each in names)
-    lines.append(f"model = load_pruned({name}, {path!r}{given})")
+        listed = ", ".join(names)
+        lines.append(f"# give what the file does not hold, as for the training: {listed}")
+    is_local = "<locals>" in kind.__qualname__
+    name = kind.__name__ if is_local else kind.__qualname__
+    given = [f"{each}={each}" for each in names]
+    called = ", ".join([name, repr(path), *given])
+    lines.append(f"model = load_pruned({called})")
     return lines
 
 
@@ -93,8 +106,13 @@ def _place_of_script(module: ModuleType | None, defined: str) -> _Place:
 def _is_guarded(script: Path) -> bool:
     """Tell whether a script asks whether it is run or imported."""
     statements = ast.parse(script.read_text()).body
-    tests = [statement.test for statement in statements if isinstance(statement, ast.If)]
-    return any(isinstance(node, ast.Name) and node.id == "__name__" for test in tests for node in ast.walk(test))
+    for statement in statements:
+        if not isinstance(statement, ast.If):
+            continue
+        for node in ast.walk(statement.test):
+            if isinstance(node, ast.Name) and node.id == "__name__":
+                return True
+    return False
 
 
 def _folder_of(package: str) -> str:
@@ -107,10 +125,20 @@ def _folder_of(package: str) -> str:
     if spec is None or not origin or not os.path.isfile(origin):
         return ""
     file = Path(origin).absolute()
-    folder = file.parent.parent if spec.submodule_search_locations else file.parent
-    installed = {Path(path).absolute() for path in sysconfig.get_paths().values()}
-    is_installed = folder in installed or folder.name in ("site-packages", "dist-packages")
-    return "" if is_installed or package == _package(__name__) else str(folder)
+    folder = file.parent
+    if spec.submodule_search_locations:
+        folder = folder.parent
+    is_ours = package == _package(__name__)
+    return "" if is_ours or _is_of_python(folder) else str(folder)
+
+
+def _is_of_python(folder: Path) -> bool:
+    """Tell whether Python looks for modules in a folder anyway."""
+    if folder.name in ("site-packages", "dist-packages"):
+        return True
+    paths = sysconfig.get_paths().values()
+    installed = [Path(path).absolute() for path in paths]
+    return folder in installed
 
 
 def _package(module: str) -> str:
