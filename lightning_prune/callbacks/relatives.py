@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
@@ -10,9 +11,10 @@ from lightning_prune.callbacks.rehearsal import Rehearsal
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.relations import Relations
 from lightning_prune.graph.run import submodule_of
+from lightning_prune.namesakes import namesakes
 from lightning_prune.reporting.loggers import say
 
-__all__ = ["frozen_parts", "relations_in", "tell_of_relations"]
+__all__ = ["frozen_parts", "may_thaw", "relations_in", "tell_of_relations"]
 
 
 def relations_in(rehearsal: Rehearsal, module: str, copies: Sequence[Candidate]) -> Relations:
@@ -23,12 +25,22 @@ def relations_in(rehearsal: Rehearsal, module: str, copies: Sequence[Candidate])
         module: Dotted name of the submodule to prune, or empty.
         copies: Copies elsewhere that follow what they are copies of.
     """
-    callbacks = rehearsal.trainer.callbacks  # type: ignore[attr-defined]
-    frozen = frozen_parts(rehearsal.pl_module, module)
-    if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
-        frozen = []  # only for some epochs
+    is_for_good = not may_thaw(rehearsal.trainer)
+    frozen = frozen_parts(rehearsal.pl_module, module) if is_for_good else []
     outside = [copy.follower.tensors for copy in copies if copy.callback is None]
     return Relations(frozen, followed_inside(rehearsal, frozen), outside)
+
+
+def may_thaw(trainer: "pl.Trainer") -> bool:
+    """Tell whether what is frozen may be trained later on: by a callback for that, or by the module if it says so.
+
+    Args:
+        trainer: The trainer.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, namesakes(BaseFinetuning)) for callback in callbacks):
+        return True
+    return bool(getattr(trainer.lightning_module, "unfreezes", False))
 
 
 def frozen_parts(model: nn.Module, module: str = "") -> list[str]:

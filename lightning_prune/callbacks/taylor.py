@@ -6,13 +6,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.rehearsal import Backward, Rehearsal
+from lightning_prune.callbacks.relatives import may_thaw
 from lightning_prune.callbacks.state import per_rank, under
 from lightning_prune.callbacks.trainer_state import loss_scale
 from lightning_prune.criteria.first_order import check_settings, finish, why_unseen
@@ -187,8 +187,7 @@ class TaylorRankCallback(PruningCallback):
     @override
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         make_collector(graph, self.variant, self.state.totals)  # which refuses what it cannot watch
-        may_thaw = any(isinstance(other, BaseFinetuning) for other in trainer.callbacks)  # type: ignore[attr-defined]
-        if self.steps_done < self.steps and not may_thaw:
+        if self.steps_done < self.steps and not may_thaw(trainer):
             self._refuse_unseen(trainer, graph)
 
     def _refuse_unseen(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:

@@ -133,6 +133,11 @@ class ImageClassifier(L.LightningModule):
         if self.transfer.freeze(self.network, epoch):
             rewrap(self.trainer)
 
+    @property
+    def unfreezes(self) -> bool:
+        """Whether what is frozen at the start is trained later on, so that pruning counts on it."""
+        return self.transfer.unfreeze_epoch is not None
+
     def on_train_epoch_start(self) -> None:
         """Train what is to be trained from this epoch on."""
         self.on_train_start()

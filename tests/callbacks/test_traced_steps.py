@@ -446,6 +446,14 @@ def test_a_frozen_part_is_kept_unless_it_is_asked_for(caplog: pytest.LogCaptureF
     assert widths(asked.net) == widths(Trained().net)
 
 
+def test_what_a_module_trains_later_on_is_pruned() -> None:
+    module = Teacher()
+    module.unfreezes = True
+    callback = fit(module, callback=PruningCallback(keep=0.3, round_to=1, **BY_WEIGHTS))
+    assert callback.history.before.cost_model_flops == 8 * 16 + 16 * 24 + 24 * 4 + 1408
+    assert widths(module.teacher) != widths(Teacher().teacher)
+
+
 class InHook(Momentum):
     """The same, after the step."""
 
