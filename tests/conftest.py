@@ -36,3 +36,10 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _trainers_write_elsewhere(request: pytest.FixtureRequest) -> None:
+    """Let Trainers that the tests of callbacks tell of no folder write where nothing is to be kept."""
+    if request.path.parent.name == "callbacks":
+        request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("tmp_path"))

@@ -616,7 +616,10 @@ def test_copies_in_the_middle_of_a_run_stand_alone(how: str, name: str, tmp_path
         assert early.first.out_channels < whole.first.out_channels
 
 
-@pytest.mark.parametrize(("name", "how"), [("taylor", "torch.compile(module)"), ("magnitude", "module.compile()")])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("taylor", "module.compile()"), pytest.param("magnitude", "torch.compile(module)", marks=pytest.mark.long)],
+)
 def test_compiled_modules(name: str, how: str, tmp_path: Path) -> None:
     torch.compiler.reset()
     module = battery.ResidualClassifier()
@@ -676,7 +679,7 @@ def test_compiled_parts_stay_compiled_after_many_prunes(name: str, tmp_path: Pat
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp_spawn", marks=pytest.mark.long), "ddp_fork", "ddp_notebook"])
 def test_the_parent_of_spawned_ranks_holds_the_pruned_model(strategy: str, tmp_path: Path) -> None:
     module, trainer = battery.train(
         tmp_path, battery.make_callback("taylor"), strategy=strategy, devices=2, accelerator="cpu"

@@ -32,6 +32,12 @@ HERE = [
 # Images as small as the network can bear, where 32 pixels are too few, or more than is needed.
 SIZES = {"alexnet": 64, "torchvision/alexnet": 64, "resnet18": 16, "resnet20": 16, "resnet56": 16}
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+# Large networks, each with a callback that another config trains with too.
+LARGE = {
+    "mobilenet_v2_imagenet_rl_joint", "resnet34_imagenet_rl_joint", "resnet50_imagenet_afie",
+    "vgg16_cifar10_learn_to_prune",
+}  # fmt: skip
+trained = [pytest.param(path, marks=pytest.mark.long if path.stem in LARGE else (), id=path.stem) for path in CONFIGS]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +97,7 @@ def pruner_of(callbacks: list[Callback]) -> PruningCallback:
 
 @pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter.*")
 @pytest.mark.filterwarnings("ignore:Prune .* leaves hardly any channels")  # of weights that are all alike
-@every_config
+@pytest.mark.parametrize("path", trained)
 def test_every_config_trains_and_prunes(path: Path) -> None:
     copied = shipped_configs.copy(path.stem, Path())
     content = yaml.safe_load(copied.read_text())
