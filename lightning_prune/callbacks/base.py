@@ -24,7 +24,7 @@ from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
-from lightning_prune.callbacks.rehearsal import TRAINING, Rehearsal, quietened
+from lightning_prune.callbacks.rehearsal import Rehearsal
 from lightning_prune.callbacks.relatives import frozen_parts, relations_in, tell_of_relations
 from lightning_prune.callbacks.result import found_result, interrupted_result, named_result
 from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
@@ -213,10 +213,9 @@ class PruningCallback(Schedule, Callback):
         Returns:
             (channels,) score of each group, higher is kept; ``-inf`` for channels that have been pruned.
         """
-        if not self._scores_by_batches:
+        if not (self._takes_batches and self.run.batches.serve):
             return criteria.score(graph, self.criterion)
-        batches = self._batches()
-        run = self._prune_batches.run_on
+        batches, run = self.run.batches.of_prune(self.run.step), self.run.batches.run_on
         # The first rank alone: no two machines need to add up in the same order.
         return decided_by_first_rank(trainer, lambda: criteria.score(graph, self.criterion, batches, run))
 
@@ -312,9 +311,10 @@ class PruningCallback(Schedule, Callback):
             tell_what_holds(self, recorder)
             recorder.begin(self)
             self.state.history = recorder.history
-            self.run = self.Run(trainer, graph, recorder, Validator(trainer, self.validate_batches))
+            batches = PruneBatches(trainer, self.compensate_batches, self.run_on_batch)
+            self.run = self.Run(trainer, graph, recorder, Validator(trainer, self.validate_batches), batches)
             if self.steps_done < self.steps:
-                self._check_batches()
+                self._try_batches()
             self._begin_distillation()
             self.prepare(trainer, graph)
 
@@ -432,72 +432,28 @@ class PruningCallback(Schedule, Callback):
         return "run" in vars(self)
 
     @property
-    def _prune_batches(self) -> PruneBatches:
-        run = self._run_training_step if self.run.runs_by_steps else self.run_on_batch
-        return PruneBatches(self.run.trainer, self.compensate_batches, run)
-
-    def _run_training_step(self, model: nn.Module, batch: Any) -> Any:
-        """Run a copy of the module as ``training_step`` does: it hands something else to the network than `forward`."""
-        trainer = self.run.trainer
-        step = Rehearsal(trainer, trainer.lightning_module).step(TRAINING, batch)
-        quietened(trainer, model)
-        run: Any = getattr(model, TRAINING)
-        return run(*step.args) if step is not None else None
-
-    @property
     def _takes_batches(self) -> bool:
         """Whether the criterion can be given batches without labels."""
         function = find(self.criterion)
         return takes_data(function) and not needs_loss(function)
 
-    @property
-    def _scores_by_batches(self) -> bool:
-        return self._takes_batches and self.run.runs_on_batches
-
-    def _check_batches(self) -> None:
-        """Try the module on a training batch: raise a ValueError if a setting needs that, else warn and do without."""
+    def _try_batches(self) -> None:
+        """Try the module on a training batch, if scores or compensation look at some."""
         needing = []
-        if self.compensate in METHODS and self.compensate != "none":
+        if self.compensate not in ("auto", "none"):
             needing.append(f"compensate={self.compensate!r}")
         if self._takes_batches and needs_data(find(self.criterion)):
             needing.append(f"criterion={self.criterion!r}")
-        wanted = self._takes_batches or self.compensate == "auto"
-        if not needing and not wanted:
-            return
-        who = type(self).__name__
-        try:
-            self._try_batches(" with ".join(needing) or who)
-        except ValueError as reason:
-            if needing:
-                raise
-            self.run.runs_on_batches = False
-            warn(f"{who} ranks channels without batches and does not compensate for the prune: {reason}")
-
-    def _try_batches(self, setting: str) -> None:
-        """Run the module on a training batch by its ``forward``, or else as ``training_step`` runs it."""
-        try:
-            self._prune_batches.check(setting, self.module)
-        except ValueError as reason:
-            self.run.runs_by_steps = True
-            try:
-                self._prune_batches.check(setting, self.module)
-            except ValueError:
-                self.run.runs_by_steps = False
-                raise reason from None
-
-    def _batches(self) -> list[Any]:
-        """Draw the batches that this prune looks at, once."""
-        if self.run.batches is None:
-            self.run.batches = self._prune_batches.draw(seed=self.run.step)
-        return self.run.batches
+        if needing or self._takes_batches or self.compensate == "auto":
+            self.run.batches.try_out(needing, type(self).__name__, self.module)
 
     def _compensations(self, plan: PruningPlan) -> list[Compensation]:
-        method = self.compensate
+        batches, method = self.run.batches, self.compensate
         if method == "auto":
-            method = _BEST if self.run.runs_on_batches else "none"
+            method = _BEST if batches.serve else "none"
         if method == "none":
             return []
-        return compensations(self.run.trainer, plan, method, self._batches(), self._prune_batches.run_on)
+        return compensations(self.run.trainer, plan, method, batches.of_prune(self.run.step), batches.run_on)
 
     def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> ChannelGraph:
         """Trace the model, and refuse what cannot be pruned."""
@@ -558,7 +514,7 @@ class PruningCallback(Schedule, Callback):
             made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
             plan = agreed_plan(trainer, lambda: made)
             found = self._compensations(plan)
-            self.run.batches = None
+            self.run.batches.forget()
             metrics = self.run.validator.around(plan, found)
             teacher = self._teacher_from_now()
             rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)

@@ -1,6 +1,6 @@
 """The training batches that prunes look at: what they are, and how the module runs on them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,8 +9,10 @@ from torch import nn
 
 from lightning_prune.callbacks.batches import training_batches
 from lightning_prune.callbacks.ranks import decided_by_first_rank
+from lightning_prune.callbacks.rehearsal import TRAINING, Rehearsal, quietened
 from lightning_prune.graph.entry import as_call
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.reporting.loggers import warn
 from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
 from lightning_prune.surgery.compensation.lockstep import Run
 
@@ -22,49 +24,93 @@ _REMEDY = (
 )
 
 
-@dataclass(frozen=True)
 class PruneBatches:
-    """Draw training batches for scores and compensation, and run the module on them without their labels.
+    """The training batches that scores and compensation look at, without their labels.
 
     All ranks draw the same ones; the first rank works with them, in the precision of the weights.
 
     Args:
         trainer: The trainer.
-        count: Number of batches.
-        run: Runs the LightningModule, or a copy, on a batch.
+        count: Number of batches for a prune.
+        forward: Runs the LightningModule, or a copy, on what ``forward`` takes from a batch.
+
+    Attributes:
+        serve: Whether the module can be run on them.
     """
 
-    trainer: "pl.Trainer"
-    count: int
-    run: Run
+    def __init__(self, trainer: "pl.Trainer", count: int, forward: Run) -> None:
+        self.serve = True
+        self._trainer = trainer
+        self._count = count
+        self._run = forward
+        self._drawn: list[Any] | None = None
 
-    def draw(self, seed: int) -> list[Any]:
-        """Return the batches of one prune.
+    def of_prune(self, step: int) -> list[Any]:
+        """Return the batches of one prune; they are drawn once, and kept until `forget`.
 
         Args:
-            seed: Decides which samples of the training split, and how they are augmented.
+            step: Number of the prune; decides which samples of the training split, and how they are augmented.
         """
-        return training_batches(self.trainer, self.count, seed, of_all_ranks=True)
+        if self._drawn is None:
+            self._drawn = training_batches(self._trainer, self._count, seed=step, of_all_ranks=True)
+        return self._drawn
+
+    def forget(self) -> None:
+        """Give the batches of a prune that has been made back."""
+        self._drawn = None
 
     def run_on(self, model: nn.Module, batch: Any) -> Any:
         """Run the LightningModule, a copy or an average of it, on a batch."""
         device = next(iter(named_tensors(model).values())).device  # averages may lie on another one than the module
-        return self.run(model, move_data_to_device(batch, device))
+        return self._run(model, move_data_to_device(batch, device))
 
-    def check(self, setting: str, submodule: str) -> None:
-        """Raise a ValueError, on all ranks, if there is no batch or the module cannot be run on one.
+    def try_out(self, needing: Sequence[str], who: str, submodule: str) -> None:
+        """Run a copy of the module on a batch, by its ``forward``, or else as its ``training_step`` does.
 
         Args:
-            setting: What looks at the batches, for the message.
+            needing: The settings that cannot do without. If there are none, and the module cannot be run, a warning
+                says so, and batches do not serve.
+            who: Name of the callback.
             submodule: Dotted name of the submodule that is pruned; empty for the module itself.
+
+        Raises:
+            ValueError: On all ranks, if some setting cannot do without, and there is no batch or the module cannot be
+                run on one.
         """
-        batches = training_batches(self.trainer, 1, seed=0, of_all_ranks=True)
+        try:
+            self._find_a_way(" with ".join(needing) or who, submodule)
+        except ValueError as reason:
+            if needing:
+                raise
+            self.serve = False
+            warn(f"{who} ranks channels without batches and does not compensate for the prune: {reason}")
+
+    def _find_a_way(self, setting: str, submodule: str) -> None:
+        batches = training_batches(self._trainer, 1, seed=0, of_all_ranks=True)
         if not batches:
             raise ValueError(f"{setting} looks at training batches, and this run has none.")
-        decided_by_first_rank(self.trainer, lambda: self._try(batches[0], setting, submodule))
+        forward = self._run
+        try:
+            decided_by_first_rank(self._trainer, lambda: self._try(batches[0], setting, submodule))
+        except ValueError as reason:
+            self._run = self._training_step
+            try:
+                decided_by_first_rank(self._trainer, lambda: self._try(batches[0], setting, submodule))
+            except ValueError:
+                self._run = forward
+                raise reason from None
+
+    def _training_step(self, model: nn.Module, batch: Any) -> Any:
+        """Run a copy of the module as in training, where it hands to the network what `forward` would not find."""
+        step = Rehearsal(self._trainer, self._trainer.lightning_module).step(TRAINING, batch)
+        if step is None:
+            raise ValueError("training_step draws its batches by itself.")
+        quietened(self._trainer, model)
+        run: Any = getattr(model, TRAINING)
+        return run(*step.args)
 
     def _try(self, batch: Any, setting: str, submodule: str) -> None:
-        module = self.trainer.lightning_module
+        module = self._trainer.lightning_module
         name = type(module).__name__
         runs: list[bool] = []
         try:

@@ -1,11 +1,11 @@
 """The run of a pruning callback: what refers to the module, the graph or the trainer while it trains."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import lightning.pytorch as pl
 
 from lightning_prune.callbacks.distilling import Distiller
+from lightning_prune.callbacks.prune_batches import PruneBatches
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.validating import Validator
 from lightning_prune.candidates import classification
@@ -28,9 +28,7 @@ class Run:
         step: Number of the prune that is being made, or was made last, from 1.
         epoch: The epoch that has begun.
         untried: The groups that were pruned since the last training step.
-        runs_on_batches: Whether the module can be run on training batches.
-        runs_by_steps: Whether it is run on them by its ``training_step``, since `forward` does not take them.
-        batches: Those that the prune that is being made looks at, once they are drawn.
+        batches: The training batches that prunes look at.
         validator: What tells the validation metrics around prunes.
         distiller: What joins the teacher's share to the loss, if there is to be a teacher.
         evaluate: What measures sub-networks, in callbacks that do.
@@ -40,12 +38,10 @@ class Run:
     graph: ChannelGraph
     recorder: Recorder
     validator: Validator
+    batches: PruneBatches
     step: int = 0
     epoch: int | None = None
     untried: list[str] = field(default_factory=list)
-    runs_on_batches: bool = True
-    runs_by_steps: bool = False
-    batches: list[Any] | None = None
     distiller: Distiller | None = None
     evaluate: Evaluate = classification
 
