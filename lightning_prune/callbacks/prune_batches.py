@@ -116,8 +116,8 @@ class PruneBatches:
         try:
             with undisturbed(module):
                 twin = shared_twin(module, named_tensors(module))
-                pruned = twin.get_submodule(submodule)
-                pruned.register_forward_pre_hook(lambda *_: runs.append(True))
+                for part in twin.get_submodule(submodule).modules():  # a step may run its layers one by one
+                    part.register_forward_pre_hook(lambda *_: runs.append(True))
                 self.run_on(twin, batch)
         except Exception as raised:
             kind = type(raised).__name__

@@ -153,7 +153,7 @@ def test_inputs_are_what_the_network_is_given(name: str) -> None:
     assert callback.history.before.cost_model_flops == 8 * 16 + 16 * 24 + 24 * 4  # of one sample
 
 
-@pytest.mark.parametrize("name", [name for name in PROJECTS if name != "nested"])  # whose steps do not call forward
+@pytest.mark.parametrize("name", PROJECTS)
 def test_scores_and_compensation_run_the_network_as_training_does(name: str, recwarn: pytest.WarningsRecorder) -> None:
     kind, data, loading = PROJECTS[name]
     callback = fit(kind(), data=data, callback=PruningCallback(keep=0.5, round_to=1), **loading)
