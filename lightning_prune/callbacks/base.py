@@ -611,7 +611,7 @@ class PruningCallback(Schedule, Callback):
         told = ", ".join(f"{name} {fraction:.1%}" for name, fraction in narrow.items())
         warn(
             f"Prune {step} of {self.steps} leaves hardly any channels of {told}, and far more of the others: all that "
-            "comes behind has to do with these. Raise min_channels, or name another criterion, such as 'coherent_obs'."
+            "comes behind has to do with these. Raise min_channels, or name another criterion."
         )
 
     def _warn_if_short(self) -> None:

@@ -67,6 +67,8 @@ class PruneBatches:
     def try_out(self, needing: Sequence[str], who: str, submodule: str) -> None:
         """Run a copy of the module on a batch, by its ``forward``, or else as its ``training_step`` does.
 
+        Of a batch whose first entry is a list, ``forward`` is given one of that list, or else all of it.
+
         Args:
             needing: The settings that cannot do without. If there are none, and the module cannot be run, a warning
                 says so, and batches do not serve.
@@ -89,16 +91,23 @@ class PruneBatches:
         batches = training_batches(self._trainer, 1, seed=0, of_all_ranks=True)
         if not batches:
             raise ValueError(f"{setting} looks at training batches, and this run has none.")
-        forward = self._run
+        ways = self._run, _run_first_entry, self._training_step
+        reasons = []
+        for self._run in ways:
+            reason = self._reason_against(batches[0], setting, submodule)
+            if reason is None:
+                return
+            reasons.append(reason)
+        self._run = ways[0]
+        raise reasons[0]
+
+    def _reason_against(self, batch: Any, setting: str, submodule: str) -> ValueError | None:
+        """Return why the module cannot be run in the way that is being tried, the same on all ranks."""
         try:
-            decided_by_first_rank(self._trainer, lambda: self._try(batches[0], setting, submodule))
+            decided_by_first_rank(self._trainer, lambda: self._try(batch, setting, submodule))
         except ValueError as reason:
-            self._run = self._training_step
-            try:
-                decided_by_first_rank(self._trainer, lambda: self._try(batches[0], setting, submodule))
-            except ValueError:
-                self._run = forward
-                raise reason from None
+            return reason
+        return None
 
     def _training_step(self, model: nn.Module, batch: Any) -> Any:
         """Run a copy of the module as in training, where it hands to the network what `forward` would not find."""
@@ -128,6 +137,12 @@ class PruneBatches:
             raise ValueError(
                 f"{setting} runs {name} on training batches, which does not run {submodule or name!r}. {_REMEDY}"
             )
+
+
+def _run_first_entry(model: nn.Module, batch: Any) -> Any:
+    """Run a model on the first entry of a batch as it is, such as a list of images."""
+    first, *_ = batch
+    return model(first)
 
 
 def arguments_of(example_inputs: Any) -> int:
