@@ -78,7 +78,8 @@ def _refuse_difference(first: Described, other: Described, rank: int) -> None:
     names, others = (", ".join(name for name, _ in described) for described in (first, other))
     if names != others:
         raise ValueError(
-            f"Rank 0 prunes by {names} and rank {rank} by {others}; give all the same callbacks in the same order."
+            f"Rank 0 prunes by {names} and rank {rank} by {others}; give all ranks the same callbacks in the same "
+            "order."
         )
     for (name, settings), (_, others_settings) in zip(first, other, strict=True):
         for setting in settings.keys() | others_settings.keys():
