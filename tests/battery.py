@@ -23,40 +23,18 @@ from lightning_prune.callbacks import (
     TaylorRankCallback,
 )
 
+MAGNITUDE: dict[str, Any] = {
+    "keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "criterion": "l1", "compensate": "none",
+}  # fmt: skip
 # Settings that make each callback prune three times within `EPOCHS` epochs.
 CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
     "default": (
         PruningCallback,
         {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "compensate_batches": 2},
     ),
-    "magnitude": (
-        PruningCallback,
-        {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "criterion": "l1", "compensate": "none"},
-    ),
-    "magnitude_refit": (
-        PruningCallback,
-        {
-            "keep": 0.5,
-            "steps": 3,
-            "start_epoch": 1,
-            "round_to": 2,
-            "criterion": "l1",
-            "compensate": "refit",
-            "compensate_batches": 2,
-        },
-    ),
-    "magnitude_distilled": (
-        PruningCallback,
-        {
-            "keep": 0.5,
-            "steps": 3,
-            "start_epoch": 1,
-            "round_to": 2,
-            "criterion": "l1",
-            "compensate": "none",
-            "distill": {"temperature": 2.0, "share": 0.5},
-        },
-    ),
+    "magnitude": (PruningCallback, MAGNITUDE),
+    "magnitude_refit": (PruningCallback, {**MAGNITUDE, "compensate": "refit", "compensate_batches": 2}),
+    "magnitude_distilled": (PruningCallback, {**MAGNITUDE, "distill": {"temperature": 2.0, "share": 0.5}}),
     "taylor": (TaylorRankCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
     "taylor_gate": (
         TaylorRankCallback,

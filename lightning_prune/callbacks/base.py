@@ -18,7 +18,7 @@ from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.distilling import Distill, Distiller, distill_settings, logits_of, weights_now
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.extensions import extend_lightning
-from lightning_prune.callbacks.followers import Candidate, followers, note_copies
+from lightning_prune.callbacks.followers import Candidate, followers
 from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
@@ -459,8 +459,7 @@ class PruningCallback(Schedule, Callback):
         """Trace the model, and refuse what cannot be pruned."""
         check(pl_module, trainer.optimizers)
         rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
-        note_copies(rehearsal, frozen_parts(pl_module, self.module))
-        copies = followers(rehearsal)
+        copies = followers(rehearsal, frozen_parts(pl_module, self.module))
         graph = self._trace_steps(rehearsal, copies)
         tell_of_relations(graph, copies)
         refusals.refuse_averaged_models(pl_module, graph, copies)
@@ -518,7 +517,6 @@ class PruningCallback(Schedule, Callback):
             metrics = self.run.validator.around(plan, found)
             teacher = self._teacher_from_now()
             rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
-            note_copies(rehearsal, [])
             copies = [candidate.follower for candidate in followers(rehearsal)]
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
             report = prune_in_training(trainer, plan, found, copies)

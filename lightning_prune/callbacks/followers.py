@@ -25,7 +25,7 @@ from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import Twin, set_mode
 from lightning_prune.surgery.pruning import Follower
 
-__all__ = ["Candidate", "candidates", "followed_inside", "followers", "note_copies"]
+__all__ = ["Candidate", "candidates", "followed_inside", "followers"]
 
 _DEPTH = 3  # of the objects in which copies are looked for
 _NOT_SEARCHED = (Tensor, pl.Trainer, Dataset, DataLoader, torch.optim.Optimizer, type)
@@ -53,13 +53,17 @@ class Candidate:
     follower: Follower
 
 
-def followers(rehearsal: Rehearsal) -> list[Candidate]:
-    """Return the copies that follow what they are copies of.
+def followers(rehearsal: Rehearsal, frozen: Sequence[str] = ()) -> list[Candidate]:
+    """Return the copies that follow what they are copies of; the rehearsal notes whether there are any copies at all.
 
     Args:
         rehearsal: The steps of the LightningModule.
+        frozen: Dotted names of the frozen parts, which may be copies too.
     """
-    return _that_change(rehearsal, list(candidates(rehearsal.trainer, rehearsal.pl_module)))
+    found = list(candidates(rehearsal.trainer, rehearsal.pl_module))
+    inside = list(_frozen_copies(rehearsal.pl_module, frozen))
+    rehearsal.keeps_copies = bool(found or inside)
+    return _that_change(rehearsal, found)
 
 
 def _that_change(rehearsal: Rehearsal, found: list[Candidate]) -> list[Candidate]:
@@ -92,18 +96,6 @@ def followed_inside(rehearsal: Rehearsal, frozen: Sequence[str]) -> dict[str, st
         for source, tensor in candidate.follower.tensors.items():
             followed[names[id(tensor)]] = source
     return followed
-
-
-def note_copies(rehearsal: Rehearsal, frozen: Sequence[str]) -> None:
-    """Let a rehearsal know whether there are copies of weights, inside the module or elsewhere.
-
-    Args:
-        rehearsal: The steps of the LightningModule.
-        frozen: Dotted names of the frozen parts.
-    """
-    elsewhere = candidates(rehearsal.trainer, rehearsal.pl_module)
-    inside = _frozen_copies(rehearsal.pl_module, frozen)
-    rehearsal.keeps_copies = any(True for _ in elsewhere) or any(True for _ in inside)
 
 
 def _frozen_copies(pl_module: "pl.LightningModule", frozen: Sequence[str]) -> Iterator[Candidate]:

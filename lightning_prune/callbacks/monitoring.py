@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_prune.callbacks.rehearsal import VALIDATION, Rehearsal, quietened
+from lightning_prune.callbacks.rehearsal import VALIDATION, Rehearsal, let_log, quietened
 from lightning_prune.callbacks.run import Run
 from lightning_prune.callbacks.state import State
 from lightning_prune.callbacks.trainer_state import has_own
@@ -20,7 +20,6 @@ from lightning_prune.candidates import classification
 from lightning_prune.candidates.measures import Evaluate, labelled
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.steps import run_step
-from lightning_prune.namesakes import namesakes
 
 __all__ = ["check_measure", "measure_in"]
 
@@ -124,9 +123,7 @@ def logged_by(trainer: "pl.Trainer", model: nn.Module, batch: Any) -> dict[str, 
         if isinstance(module, Metric):
             module.reset()
             vars(module)["sync_on_compute"] = False
-        elif isinstance(module, namesakes(pl.LightningModule)):
-            vars(module)["log"] = _Log(logged)
-            vars(module)["log_dict"] = _LogAll(logged)
+    let_log(model, _Log(logged))
     if step is not None:
         method: Callable[..., Any] = getattr(model, VALIDATION)
         method(*step.args)
@@ -143,13 +140,6 @@ class _Log:
 
     def __call__(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self._logged[name] = value
-
-
-class _LogAll(_Log):
-    """Note all that is logged at once."""
-
-    def __call__(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        self._logged.update(values)
 
 
 def _number(value: Any) -> float:
@@ -191,8 +181,7 @@ def _outcome(rehearsal: Rehearsal, step: Step) -> list[float]:
 
     def prepare(model: nn.Module) -> None:
         step.prepare(model)
-        vars(model)["log"] = _Log(logged)
-        vars(model)["log_dict"] = _LogAll(logged)
+        let_log(model, _Log(logged))
         vars(model)["manual_backward"] = partial(_Log(logged), "manual_backward")
 
     torch.manual_seed(0)

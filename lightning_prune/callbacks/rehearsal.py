@@ -28,7 +28,7 @@ from lightning_prune.graph.steps import run_step
 from lightning_prune.graph.twin import Twin, set_mode
 from lightning_prune.namesakes import namesakes
 
-__all__ = ["TRAINING", "VALIDATION", "Backward", "Rehearsal", "quiet_trainer", "quietened"]
+__all__ = ["TRAINING", "VALIDATION", "Backward", "Rehearsal", "let_log", "quiet_trainer", "quietened"]
 
 TRAINING = "training_step"
 VALIDATION = "validation_step"
@@ -72,7 +72,7 @@ class Rehearsal:
         epoch: int | None = None,
     ) -> None:
         self.trainer = trainer
-        self.epoch = trainer.current_epoch if epoch is None else epoch
+        self.epoch = last_epoch(trainer) if epoch is None else epoch
         self.pl_module = pl_module
         self.batch_like = batch_like
         self._loaders, self._structure = tree_flatten(trainer.train_dataloader)
@@ -284,6 +284,19 @@ def quietened(trainer: "pl.Trainer", model: nn.Module) -> None:
         model: The copy.
     """
     _prepare(trainer, last_epoch(trainer), model)
+
+
+def let_log(model: nn.Module, log: Callable[..., None]) -> None:
+    """Let all that a quietened copy logs be handed to a function; what is logged at once comes name by name.
+
+    Args:
+        model: The copy.
+        log: Takes what ``self.log`` is given.
+    """
+    for module in model.modules():
+        if isinstance(module, namesakes(pl.LightningModule)):
+            vars(module)["log"] = log
+            vars(module).pop("log_dict", None)  # that of the class hands all to `log`
 
 
 def last_epoch(trainer: "pl.Trainer") -> int:

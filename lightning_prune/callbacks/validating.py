@@ -18,11 +18,10 @@ from torchmetrics import Metric
 
 from lightning_prune.callbacks.batches import ValidationBatches, gives_samples
 from lightning_prune.callbacks.ranks import decided_by_first_rank
-from lightning_prune.callbacks.rehearsal import VALIDATION, Rehearsal, quietened
+from lightning_prune.callbacks.rehearsal import VALIDATION, Rehearsal, let_log, quietened
 from lightning_prune.callbacks.trainer_state import averaged_copies, is_validation_metric
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.twin import refusing_calls, set_mode, twin_in_evaluation
-from lightning_prune.namesakes import namesakes
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.history import MetricsAround
@@ -182,9 +181,7 @@ class _Run:
         for module in self._model.modules():
             if isinstance(module, Metric):
                 module.reset()
-            if isinstance(module, namesakes(pl.LightningModule)):
-                vars(module)["log"] = self._logged.log
-                del vars(module)["log_dict"]  # that of the class hands all to `log`
+        let_log(self._model, self._logged.log)
 
     def _arguments(self, batch: Any, number: int) -> tuple[Any, ...]:
         """Return what the validation step is given: the batch, its number and that of its loader, if asked for."""
