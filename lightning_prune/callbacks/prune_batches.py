@@ -141,8 +141,9 @@ class PruneBatches:
 
 def _run_first_entry(model: nn.Module, batch: Any) -> Any:
     """Run a model on the first entry of a batch as it is, such as a list of images."""
-    first, *_ = batch
-    return model(first)
+    if not isinstance(batch, list | tuple):  # the first row of a tensor is no entry
+        raise TypeError(f"a batch of type {type(batch).__name__} has no entries")
+    return model(batch[0])
 
 
 def arguments_of(example_inputs: Any) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_prune as lp
-from lightning_prune.callbacks import PruningCallback, compensation_step, surgery_step
+from lightning_prune.callbacks import PruningCallback, compensation_step, prune_batches, surgery_step
 from lightning_prune.callbacks.batches import training_batches
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.history import History, read_histories
@@ -179,6 +179,13 @@ class Willing(PruningCallback):
 
     def run_on_batch(self, model: nn.Module, batch: Any) -> Any:
         return model(batch[0], True)
+
+
+def test_a_tensor_is_no_list_of_entries() -> None:
+    images = [torch.ones(3), torch.zeros(3)]
+    assert prune_batches._run_first_entry(nn.Identity(), [images, []]) is images
+    with pytest.raises(TypeError, match="a batch of type Tensor has no entries"):
+        prune_batches._run_first_entry(nn.Identity(), torch.zeros(2, 3))
 
 
 class Roundabout(Wanting):
