@@ -1,5 +1,7 @@
 """Render docs/results.md: each claim of the papers beside our figure, and the tables that the figures come from.
 
+The picture and the table of the README are made from the same files.
+
 What is claimed, by which command it is checked and what would bear it out stands in ``claims.yaml``; every figure comes
 from the files in ``results``. Nothing of the page is typed in by hand::
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import first_page
 import yaml
 from result_files import Figures, Values, hardware_of, read
 from result_plots import FINETUNED, LOOKS, Plot, draw, plots
@@ -188,10 +191,20 @@ def all_plots() -> list[Plot]:
     return [plot for name, about in files.items() for plot in drawn(name, about)]
 
 
+def of_first_page() -> tuple[first_page.Picture, str]:
+    """Return the picture and the whole text of the README."""
+    content = yaml.safe_load(CLAIMS.read_text())
+    after, finetuned = (read(name, content["files"][name]) for name in ("compensation.json", "criteria_finetune.json"))
+    lines = first_page.table(after, finetuned, content["first_page"])
+    return first_page.picture(finetuned), first_page.with_table(first_page.README.read_text(), lines)
+
+
 def outdated() -> list[str]:
     """Return the names of the files that are not what the results give."""
     found = [] if PAGE.exists() and PAGE.read_text() == render() else [PAGE.name]
-    for plot in all_plots():
+    picture, readme = of_first_page()
+    found += [] if first_page.README.read_text() == readme else [first_page.README.name]
+    for plot in (*all_plots(), picture):
         file = PAGE.parent / FOLDER / plot.file
         found += [] if file.exists() and plot.digest in file.read_text() else [plot.file]
     return found
@@ -212,6 +225,9 @@ def main() -> None:
     for plot in all_plots():
         write(PAGE.parent / FOLDER / plot.file, draw(plot))
     write(PAGE, render().encode())
+    picture, readme = of_first_page()
+    write(PAGE.parent / FOLDER / picture.file, picture.draw())
+    write(first_page.README, readme.encode())
 
 
 if __name__ == "__main__":

@@ -369,12 +369,28 @@ def test_a_figure_of_other_points_is_refused(tmp_path: Path, monkeypatch: pytest
     (plot,) = plotting.plots(figures, ["ours"])
     monkeypatch.setattr(script, "PAGE", tmp_path / "results.md")
     monkeypatch.setattr(script, "all_plots", lambda: [plot])
+    picture, readme = script.of_first_page()
+    script.write(tmp_path / script.FOLDER / picture.file, picture.digest.encode())
+    monkeypatch.setattr(script.first_page, "README", tmp_path / "README.md")
+    script.write(tmp_path / "README.md", readme.replace("**", "").encode())
+    monkeypatch.setattr(script, "of_first_page", lambda: (picture, readme))
     script.write(script.PAGE, script.render().encode())
-    assert script.outdated() == [plot.file]
+    assert script.outdated() == ["README.md", plot.file]
+    script.write(tmp_path / "README.md", readme.encode())
     script.write(tmp_path / script.FOLDER / plot.file, b"of other points")
     assert script.outdated() == [plot.file]
     script.write(tmp_path / script.FOLDER / plot.file, f"<svg>{plot.digest}</svg>".encode())
     assert script.outdated() == []
+
+
+def test_the_first_page_shows_the_better_of_the_rivals():
+    values = {"not pruned": 90.0, "coherent OBS, refit": 80.0, "Torch-Pruning, group norm, statistics": 60.0}
+    values["Torch-Pruning, group norm, uniform, statistics"] = 70.0
+    after = {"net": {row: {"right after (%)": {"0": value}} for row, value in values.items()}}
+    finetuned = {"net": {"coherent OBS, refit, distilled": {"fine-tuned (%)": {"0": 85.0, "1": 87.0}}}}
+    lines = script.first_page.table(after, finetuned, {"net": "Net"}).splitlines()
+    assert lines[2] == "| Net, right after the prune, without training | 90.0 | **80.0** | 70.0 |"
+    assert lines[3] == "| Net, after fine-tuning, all at the same cost | 90.0 | **86.0 ± 1.4** | not run |"
 
 
 # -- files of results --------------------------------------------------------------------------------------------------
