@@ -36,6 +36,8 @@ RIVALS = ["Torch-Pruning, group norm", "Torch-Pruning, group norm, uniform"]
 VALIDATED = 5  # of so many images of the validation split one is looked at
 METHODS = ["none", "statistics", "fold", "refit"]
 OF_RIVALS = METHODS[:2]
+IMAGES = 1024  # training images that are looked at
+MORE_IMAGES = {"resnet20": 2048}  # where the validation split tells them apart, and a minute of a core allows for them
 
 
 def whole(runner: Runner, model: nn.Module, settings: argparse.Namespace) -> dict[str, Any]:
@@ -85,6 +87,7 @@ def accuracies(runner: Runner, model: nn.Module, settings: argparse.Namespace) -
 def run(settings: argparse.Namespace, results: dict[str, Any]) -> None:
     for seed in range(settings.seeds):
         for network in settings.networks:
+            settings.images = MORE_IMAGES.get(network, IMAGES)
             keys = wanted(network, seed, settings)
             for key, (_, _, keep) in keys.items():
                 stored.check(results.get(key, {}), stored.made_with(settings, keep=keep))
@@ -168,7 +171,6 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[*CRITERIA, *RIVALS], choices=list(ROWS), metavar="ROW")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=1024, help="training images that are looked at")
     parser.add_argument("--every", type=int, default=1, help="of how many images one is tested")
     parser.add_argument("--device", default="cpu", choices=["cpu"])
     parser.add_argument("--work", default="logs/criteria_finetune", help="where trained networks are kept")

@@ -47,6 +47,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], tuple[int, float], tuple[int, flo
     "resnet56": ("resnet56", {}, (40, 0.01), (60, 0.01)),
     "resnet20, published": ("resnet20", {}, (0, 0.01), (120, 0.01)),
     "resnet56, published": ("resnet56", {}, (0, 0.01), (60, 0.01)),
+    "mobilenet_v2/4": ("mobilenet_v2", {"width": 0.25}, (700, 0.05), (120, 0.01)),
+    "densenet, growth 12": ("small_densenet.small_densenet", {}, (700, 0.05), (120, 0.01)),
     "resnet56, 400 epochs": ("resnet56", {}, (200 * EPOCH, 0.1), (200 * EPOCH, 0.01)),
     "vgg16_bn, 400 epochs": ("vgg16_bn", {}, (200 * EPOCH, 0.05), (200 * EPOCH, 0.01)),
 }

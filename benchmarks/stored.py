@@ -21,7 +21,7 @@ import torch
 _NOT_SETTINGS = {
     "root", "work", "results", "weights",
     "networks", "rows", "methods", "seeds", "table", "batch", "env", "agents", "sac_steps", "ppo_steps",
-    "callbacks", "moments", "worlds",
+    "callbacks", "moments", "worlds", "plans", "seed",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Pruning after training, in one call: a network goes in, a smaller one that works comes out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,18 @@ from lightning_prune.criteria.registry import score
 from lightning_prune.graph import trace
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.surgery.compensation import check_method, prune
+from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
 from lightning_prune.surgery.compensation.lockstep import Run
 from lightning_prune.surgery.pruning import PruneReport
 from lightning_prune.unlabelled import arguments_of_forward, forward_arguments
 
 __all__ = ["prune_for"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional arguments and named ones."""
+
+Entry = Callable[[nn.Module, Any], Arguments]
+"""Given a model and a batch, returns what the model is called with."""
 
 _SAMPLES = 512  # more tell hardly more
 
@@ -40,9 +48,9 @@ def prune_for(
     Args:
         model: The network, a LightningModule or any other module, on any device.
         batches: Data like that which the network is for, such as a loader; labels are not used. A batch is a tensor; a
-            list or tuple, of which as many of the first entries are taken as ``forward`` cannot do without; or a
-            dictionary, of which those are taken that ``forward`` has a name for. Batches are drawn until they
-            have 512 samples.
+            list or tuple, of which as many of the first entries are taken as ``forward`` cannot do without, or the
+            first one whole if it is a list itself, such as of images, that ``forward`` takes; or a dictionary, of
+            which those are taken that ``forward`` has a name for. Batches are drawn until they have 512 samples.
         keep: Fraction of the original cost that may be kept, in (0, 1].
         metric: What the fraction is of: ``"flops"``, ``"params"``, ``"channels"``, or ``"latency"`` as measured on the
             device of the network with the first batch.
@@ -73,15 +81,15 @@ def prune_for(
     drawn = list(_drawn(batches))
     if not drawn:
         raise ValueError("prune_for looks at data: give batches, some hundred samples without labels.")
-    arguments = arguments_of_forward(model)
-    args, kwargs = _arguments(model, drawn[0], arguments)
+    entry = _entry(model, drawn[0])
+    args, kwargs = _arguments(model, drawn[0], entry)
     graph = trace(model, kwargs or args, ignore=ignore)
     if not graph.groups:
         reasons = dict.fromkeys(unprunable.reason for unprunable in graph.unprunable.values())
         told = "; ".join(reasons) or "no layer makes channels"
         raise ValueError(f"prune_for finds nothing to prune: {told}.")
     planning.check_reachable(graph, keep, metric, round_to)
-    run: Run = partial(_run, arguments=arguments)
+    run: Run = partial(_run, entry=entry)
     scores = score(graph, "coherent_obs", drawn, run)
     planned = planning.plan(graph, scores, keep, metric, round_to)
     return prune(model, planned, compensate=compensate, batches=drawn, run=run)
@@ -107,17 +115,35 @@ def _samples_of(batch: Any) -> int:
     return 1
 
 
-def _arguments(model: nn.Module, batch: Any, arguments: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _entry(model: nn.Module, batch: Any) -> Entry:
+    """Return what a model is called with out of a batch: what is found to work, where a batch begins with a list."""
+    usual = partial(forward_arguments, arguments=arguments_of_forward(model))
+    if not isinstance(batch, list | tuple) or not isinstance(batch[0], list | tuple):
+        return usual
+    with undisturbed(model):
+        twin = shared_twin(model, named_tensors(model))
+        for entry in (usual, _first_entry):
+            with suppress(Exception):  # of any kind: the model is not written for it
+                _run(twin, batch, entry)
+                return entry
+    return usual  # which is refused with its own words
+
+
+def _first_entry(model: nn.Module, batch: Any) -> Arguments:
+    return (batch[0],), {}
+
+
+def _arguments(model: nn.Module, batch: Any, entry: Entry) -> Arguments:
     """Return what the model is called with, on its device."""
     device = next(iter(named_tensors(model).values()), torch.zeros(())).device
 
     def move(leaf: Any) -> Any:
         return leaf.to(device) if hasattr(leaf, "to") else leaf
 
-    moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(move, forward_arguments(model, batch, arguments))
+    moved: Arguments = tree_map(move, entry(model, batch))
     return moved
 
 
-def _run(model: nn.Module, batch: Any, arguments: int) -> Any:
-    args, kwargs = _arguments(model, batch, arguments)
+def _run(model: nn.Module, batch: Any, entry: Entry) -> Any:
+    args, kwargs = _arguments(model, batch, entry)
     return model(*args, **kwargs)

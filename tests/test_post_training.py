@@ -73,6 +73,15 @@ class OfDictionary(Named):
         return self.layers(batch["pixels"])
 
 
+class OfList(Named):
+    """Takes a list of images, as detectors do."""
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        if images[0].dim() != 3:
+            raise ValueError("images have three axes")
+        return self.layers(torch.stack(list(images)))
+
+
 @pytest.mark.parametrize(
     ("kind", "batches"),
     [
@@ -85,8 +94,22 @@ class OfDictionary(Named):
         (Named, [UserDict(images=part, label=torch.zeros(32)) for part in PARTS]),
         (Two, [(part / 2, part / 2, torch.zeros(32)) for part in PARTS]),
         (OfDictionary, [{"pixels": part} for part in PARTS]),
+        (OfList, [(list(part), [{"label": 0}] * 32) for part in PARTS]),
+        (network, [([part], [torch.zeros(32)]) for part in PARTS]),
     ],
-    ids=["pairs", "lists", "loader", "generator", "defaults", "dictionaries", "mappings", "two inputs", "one argument"],
+    ids=[
+        "pairs",
+        "lists",
+        "loader",
+        "generator",
+        "defaults",
+        "dictionaries",
+        "mappings",
+        "two inputs",
+        "one argument",
+        "lists of images",
+        "nested",
+    ],
 )
 def test_batches_are_what_there_is(kind: Any, batches: Any) -> None:
     torch.manual_seed(1)

@@ -94,6 +94,8 @@ class CifarMobileNetV2(MobileNetV2):
         num_classes: Number of classes, at least 1.
         in_channels: Channels of the images.
         dropout: Probability in [0, 1] with which the classifier drops an input while training.
+        width: Scales the number of channels of all layers, which stay multiples of 8, but for that of the last one,
+            which never falls below 1280.
 
     Example:
         >>> import torch
@@ -102,9 +104,12 @@ class CifarMobileNetV2(MobileNetV2):
         torch.Size([2, 10])
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.2) -> None:
+    def __init__(
+        self, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.2, width: float = 1.0
+    ) -> None:
         stages = [list(stage) for stage in V2_STAGES]
-        super().__init__(num_classes=num_classes, inverted_residual_setting=stages, dropout=dropout)
-        first = nn.Conv2d(in_channels, 32, 3, stride=1, padding=1, bias=False)
+        super().__init__(num_classes, width_mult=width, inverted_residual_setting=stages, dropout=dropout)
+        channels = self.features[0][0].out_channels
+        first = nn.Conv2d(in_channels, channels, 3, stride=1, padding=1, bias=False)
         initialize_he(first)
         self.features[0][0] = first

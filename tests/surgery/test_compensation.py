@@ -596,17 +596,37 @@ def test_outputs_whose_sum_is_not_finite_are_taken_if_they_are():
         compensating._check_finite("layer", [meeting])
 
 
-@pytest.mark.parametrize("samples", [12, 40])  # fewer than there are inputs of a layer, and not many more
-def test_a_refit_to_few_samples_is_one_for_others_too(samples: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("method", "samples"), [("refit", 12), ("refit", 40), ("fold", 4)])
+def test_what_is_fitted_to_few_samples_serves_others_too(method: str, samples: int, monkeypatch: pytest.MonkeyPatch):
+    """Fewer than there are inputs of a layer, or not many more."""
     convs = [nn.Sequential(nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()) for _ in range(3)]
     model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), *convs, nn.Flatten(), nn.Linear(24 * 9, 4))
     model = randomised(model.double()).eval()
     x, others = torch.randn(samples + 200, 3, 3, 3, dtype=torch.float64).split([samples, 200])
     plan = lp.plan(graph := lp.trace(model, x[:1]), lp.criteria.magnitude(graph), keep=0.5, round_to=1)
-    plain, refitted = (error(pruned(model, plan, method, x), model, others) for method in ("none", "refit"))
-    assert refitted < plain
+    plain, fitted = (error(pruned(model, plan, each, x), model, others) for each in ("none", method))
+    assert fitted < plain
     monkeypatch.setattr(least_squares, "_RIDGES", ())  # nothing but what fits the samples best
-    assert refitted < error(pruned(model, plan, "refit", x), model, others)
+    assert fitted < error(pruned(model, plan, method, x), model, others)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_moments_tell_the_error_on_samples_that_are_set_aside(intercept: bool):
+    x = torch.randn(50, 6, dtype=torch.float64) + 3
+    y = torch.randn(50, 4, dtype=torch.float64) - 2
+    moments = least_squares.Moments.like(x[:10], y[:10])
+    aside = moments.empty()
+    moments.add(x[:30], y[:30])
+    aside.add(x[30:], y[30:])
+    fitted = torch.randn(4, 6, dtype=torch.float64)
+    constant = torch.randn(4, dtype=torch.float64) if intercept else torch.zeros(4, dtype=torch.float64)
+    naive = (y[30:] - x[30:] @ fitted.T - constant).square().sum(1).mean()
+    torch.testing.assert_close(aside.error(fitted, constant), float(naive))
+    moments.join(aside)
+    whole = least_squares.Moments.like(x[:10], y[:10])
+    whole.add(x, y)
+    for one, other in zip(moments.second(intercept), whole.second(intercept), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(20, 30), (90, 30)])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.surgery.compensation.copies import shared_twin
 from lightning_prune.surgery.compensation.inputs import Block
-from lightning_prune.surgery.compensation.least_squares import Moments, fit_moments
+from lightning_prune.surgery.compensation.least_squares import Moments, fit_apart, set_aside
 from lightning_prune.surgery.compensation.lockstep import Run
 from lightning_prune.surgery.compensation.operators import Step
 from lightning_prune.surgery.compensation.runs import Watch
@@ -18,6 +18,9 @@ from lightning_prune.surgery.compensation.survey import names_of
 from lightning_prune.surgery.compensation.work import Work
 
 __all__ = ["channel_map", "fold", "folded_weight", "keeping"]
+
+Apart = tuple[Moments, Moments]
+"""Of samples that are fitted to, and of those that are set aside."""
 
 Blocks = Mapping[str, Sequence[Block]]
 """The input channels of layers, by the names of their weights."""
@@ -42,14 +45,14 @@ def fold(work: Work, names: Sequence[str], batches: Iterable[Any], run: Run) -> 
         _fold_weight(work, name, blocks[name], moments[name])
 
 
-def _fold_weight(work: Work, name: str, blocks: Sequence[Block], moments: Sequence[Moments]) -> None:
+def _fold_weight(work: Work, name: str, blocks: Sequence[Block], moments: Sequence[Apart]) -> None:
     """Fold one weight, and the means into the bias that goes with it."""
     axis = work.survey.in_axis[name]
     assert axis is not None
     intercept = work.takes_up_means(name)
     maps = []
     for block, found in zip(blocks, moments, strict=True):
-        of_kept = channel_map(found, block.kept, intercept)
+        of_kept = channel_map(*found, block.kept, intercept)
         maps.append(of_kept)
     weight = work.with_kept_outputs(name)
     kept = work.kept_along(name, axis)
@@ -61,8 +64,9 @@ def _fold_weight(work: Work, name: str, blocks: Sequence[Block], moments: Sequen
     if bias is None:
         return
     constant = bias.double()
-    for block, found, of_kept in zip(blocks, moments, maps, strict=True):
-        unexplained = found.mean_y - of_kept @ found.mean_x  # (channels,)
+    fitted_to = [found for found, _ in moments]
+    for block, seen, of_kept in zip(blocks, fitted_to, maps, strict=True):
+        unexplained = seen.mean_y - of_kept @ seen.mean_x  # (channels,)
         taps = _taps(weight, axis)
         consumed = taps[:, block.positions].double()
         by_channel = consumed.sum((2, 3))
@@ -70,9 +74,11 @@ def _fold_weight(work: Work, name: str, blocks: Sequence[Block], moments: Sequen
     work.write(bias, constant)
 
 
-def _input_moments(model: nn.Module, batches: Iterable[Any], run: Run, blocks: Blocks) -> dict[str, list[Moments]]:
+def _input_moments(model: nn.Module, batches: Iterable[Any], run: Run, blocks: Blocks) -> dict[str, list[Apart]]:
     """Return the moments of the channels that layers consume: of the kept ones, and with these of all."""
-    found: dict[str, list[Moments]] = {name: [] for name in blocks}
+    found: dict[str, list[Apart]] = {name: [] for name in blocks}
+    earlier = 0  # samples, in batches before
+    samples = 0
 
     def note(name: str, step: Step, proceed: Callable[[], Any]) -> Any:
         if name in blocks:
@@ -80,34 +86,43 @@ def _input_moments(model: nn.Module, batches: Iterable[Any], run: Run, blocks: B
         return proceed()
 
     def add(name: str, x: Tensor) -> None:
+        nonlocal samples
+        samples = max(samples, len(x))
         places = places_in(x, x.shape[1], share=1, seed=0)
         inputs = at_places(x, places)
+        is_aside = set_aside(places.sample + earlier)
         moments = found[name]
         for number, block in enumerate(blocks[name]):
             channels = block.rows(inputs)
             kept = channels[:, block.kept]
             if number == len(moments):
-                moments.append(Moments.like(kept, channels))
-            moments[number].add(kept, channels)
+                like = Moments.like(kept, channels)
+                moments.append((like, like.empty()))
+            parts = is_aside.repeat_interleave(len(kept) // len(is_aside))
+            for part, some in zip((~parts, parts), moments[number], strict=True):
+                some.add(kept[part], channels[part])
 
     names = names_of(named_tensors(model))
     with Watch(names, note):
         for batch in batches:
             run(model, batch)
+            earlier += samples
+            samples = 0
     return found
 
 
-def channel_map(moments: Moments, kept: Tensor, intercept: bool) -> Tensor:
+def channel_map(moments: Moments, aside: Moments, kept: Tensor, intercept: bool) -> Tensor:
     """Return the map from the kept channels to all that fits moments: (channels, kept channels) float64.
 
     Args:
         moments: Of the kept channels, and with these of all.
+        aside: The same of samples that are set aside where there are few; they are joined otherwise.
         kept: (kept channels,) int64.
         intercept: Whether something behind takes up a constant.
     """
     channels = len(moments.yx)
     prior = keeping(kept.to(moments.yx.device), channels)
-    return fit_moments(moments, prior, intercept)
+    return fit_apart(moments, aside, prior, intercept)
 
 
 def keeping(kept: Tensor, channels: int) -> Tensor:

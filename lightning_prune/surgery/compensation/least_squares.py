@@ -1,12 +1,12 @@
 """Least squares with a prior: the linear map that is nearest to another and fits what was seen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "fit_moments", "fit_samples"]
+__all__ = ["Moments", "fit_apart", "fit_moments", "fit_samples", "set_aside"]
 
 RIDGE = 1e-3  # of the mean variance of the inputs, where they explain nothing of the outputs
 _RIDGES = (1e-2, 1e-1, 1.0, 10.0, inf)  # that are tried beside it where samples are few; the last leaves what there was
@@ -81,6 +81,40 @@ class Moments:
             _add_products(self.xx, x)
             self.yx.addmm_(y.T, x)
             self.yy += y.square().sum(0)
+
+    def empty(self) -> "Moments":
+        """Return moments of nothing yet, about the same shift as these: they can be joined."""
+        return replace(
+            self,
+            count=0,
+            x=torch.zeros_like(self.x),
+            y=torch.zeros_like(self.y),
+            xx=torch.zeros_like(self.xx),
+            yx=torch.zeros_like(self.yx),
+            yy=torch.zeros_like(self.yy),
+        )
+
+    def join(self, other: "Moments") -> None:
+        """Add what another has summed about the same shift."""
+        self.count += other.count
+        self.x += other.x
+        self.y += other.y
+        self.xx += other.xx
+        self.yx += other.yx
+        self.yy += other.yy
+
+    def error(self, fitted: Tensor, constant: Tensor) -> float:
+        """Return the mean squared error of a map with a constant, summed over the outputs.
+
+        Args:
+            fitted: (outputs, inputs) float64.
+            constant: (outputs,) float64.
+        """
+        xx, yx, yy = self.second(centred=True)
+        of_map = (fitted @ xx - 2 * yx) * fitted
+        offset = self.mean_y - fitted @ self.mean_x - constant
+        total = yy.sum() + of_map.sum() + offset.square().sum()
+        return float(total)
 
     @property
     def mean_x(self) -> Tensor:
@@ -215,34 +249,51 @@ def fit_samples(inputs: Tensor, outputs: Tensor, prior: Tensor, intercept: bool,
         moments = Moments.like(inputs, outputs)
         moments.add(inputs, outputs)
         return fit_moments(moments, prior, intercept)
-    aside = _set_aside(owners)
+    aside = set_aside(owners)
+    if not bool(aside.any()):  # of the samples of so few owners some are
+        numbers = torch.arange(rows, device=owners.device)
+        aside = set_aside(numbers)
     if rows > columns:
-        return _fit_by_inputs(inputs, outputs, prior, intercept, aside)
+        moments = Moments.like(inputs, outputs)
+        others = moments.empty()
+        moments.add(inputs[~aside], outputs[~aside])
+        others.add(inputs[aside], outputs[aside])
+        return fit_apart(moments, others, prior, intercept)
     return _fit_by_samples(inputs, outputs, prior, intercept, aside)
 
 
-def _set_aside(owners: Tensor) -> Tensor:
-    """Return which samples are set aside: (n,) bool."""
-    is_aside = owners % _ONE_OF == _ONE_OF - 1
-    if bool(is_aside.any()):
-        return is_aside
-    numbers = torch.arange(len(owners), device=owners.device)
-    return numbers % _ONE_OF == _ONE_OF - 1
+def set_aside(owners: Tensor) -> Tensor:
+    """Return which samples are set aside where they are few: (n,) bool.
+
+    Args:
+        owners: (n,) int64, as for `fit_samples`.
+    """
+    return owners % _ONE_OF == _ONE_OF - 1
 
 
-def _fit_by_inputs(inputs: Tensor, outputs: Tensor, prior: Tensor, intercept: bool, aside: Tensor) -> Tensor:
-    """Fit by the moments of the inputs, with the ridge that tells the samples best that are set aside."""
-    moments = Moments.like(inputs, outputs)
-    moments.add(inputs[~aside], outputs[~aside])
-    x = inputs[aside].double()
-    y = outputs[aside].double()
+def fit_apart(moments: Moments, aside: Moments, prior: Tensor, intercept: bool) -> Tensor:
+    """Return the map that fits moments, as `fit_moments` does, those of samples that are set aside among them.
+
+    Where samples are few, those are left out, and the ridge is the one with which they are told best.
+
+    Args:
+        moments: Of the samples that are not set aside.
+        aside: Of those that are, about the same shift.
+        prior: (outputs, inputs) float64.
+        intercept: As in `fit_moments`.
+    """
+    samples = moments.count + aside.count
+    is_plenty = samples > _PLENTY * len(moments.x)
+    if is_plenty or not aside.count or not moments.count:
+        moments.join(aside)
+        return fit_moments(moments, prior, intercept)
 
     def error(ridge: float | None) -> float:
         fitted = fit_moments(moments, prior, intercept, ridge)
-        rest = y - x @ fitted.T
+        constant = torch.zeros_like(moments.mean_y)
         if intercept:
-            rest = rest - (moments.mean_y - fitted @ moments.mean_x)
-        return float(rest.square().sum())
+            constant = moments.mean_y - fitted @ moments.mean_x
+        return aside.error(fitted, constant)
 
     ridge = min((None, *_RIDGES), key=error)
     return fit_moments(moments, prior, intercept, ridge)
