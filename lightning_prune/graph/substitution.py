@@ -78,17 +78,16 @@ def _prefixed_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
-
-    def walk(module: nn.Module, prefix: str) -> None:
+    waiting = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
         found.append((prefix, module))
-        for name, child in module._modules.items():
+        for name, child in reversed(module._modules.items()):
             if child is not None:
-                walk(child, f"{prefix}{name}.")
-
-    walk(model, "")
+                waiting.append((f"{prefix}{name}.", child))
     return found
 
 

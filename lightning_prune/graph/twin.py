@@ -19,7 +19,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
-from functools import partial, singledispatch
+from functools import cache, partial, singledispatch
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -41,6 +41,7 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.Siz
 _NOT_OF_THE_NETWORK = frozenset({"_trainer", "_fabric"})  # attributes by which Lightning's modules know who runs them
 _COMPILED = "_compiled_call_impl"  # what `nn.Module.compile` leaves; it runs the model itself
 _AS_WRITTEN = "_torchdynamo_orig_callable"  # on compiled functions
+_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if type(value) is OrderedDict)
 _SHARED_KINDS = (type, ModuleType, Enum, Dataset, DataLoader, Sampler, torch.optim.Optimizer, PruningPlan)
 _SHARED_PACKAGES = sys.stdlib_module_names | {"torch", "lightning", "lightning_fabric", "pytorch_lightning"}
 _OWN_KINDS = (SimpleNamespace, RemovableHandle, _WrappedHook)  # of these packages
@@ -104,9 +105,8 @@ class Twin:
         known = self._counterparts.get(id(value), self)
         if known is not self:
             return known
-        if kind is OrderedDict and not value:  # of which every module has a dozen, for hooks
-            return self.note(value, OrderedDict())
-        return _counterpart(value, self)
+        make = _maker(kind)
+        return make(value, self)
 
     def note(self, value: Any, counterpart: Any, fill: Callable[[], None] | None = None) -> Any:
         """Note what the twin has in place of a value, and what fills it, before anything looks for what is in it."""
@@ -120,8 +120,12 @@ class Twin:
         """Give an object the counterparts of the attributes of another."""
         attributes = vars(counterpart)
         for name, attribute in vars(value).items():
-            is_counterpart = type(attribute) in _PLAIN or name in _NOT_OF_THE_NETWORK
-            attributes[name] = attribute if is_counterpart else self.counterpart(attribute)
+            if type(attribute) in _PLAIN or name in _NOT_OF_THE_NETWORK:
+                attributes[name] = attribute
+            elif type(attribute) is OrderedDict and name in _HOOKS and not attribute:  # every module has a dozen
+                attributes[name] = OrderedDict()
+            else:
+                attributes[name] = self.counterpart(attribute)
 
     def note_sizes(self, module: nn.Module, counterpart: nn.Module) -> None:
         """Note that the tensors of a module have other shapes than those of its twin, if it is so."""
@@ -132,6 +136,12 @@ class Twin:
 
 
 # -- what takes the place of values, by their kind ---------------------------------------------------------------------
+
+
+@cache
+def _maker(kind: type) -> Callable[[Any, Twin], Any]:
+    """Return what makes the counterparts of values of a kind, looked up once for each."""
+    return _counterpart.dispatch(kind)
 
 
 @singledispatch
@@ -171,6 +181,7 @@ def _fill_object(value: Any, blank: Any, twin: Twin) -> None:
             object.__setattr__(blank, name, twin.counterpart(getattr(value, name)))
 
 
+@cache
 def _slots(kind: type) -> list[str]:
     names: list[str] = []
     for base in kind.__mro__:
@@ -364,7 +375,8 @@ def set_mode(model: nn.Module, training: bool) -> None:
         training: Whether it is training mode.
     """
     for module in submodules(model):
-        module.training = training
+        if module.training != training:
+            module.training = training
 
 
 @contextmanager
