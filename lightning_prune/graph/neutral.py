@@ -80,7 +80,7 @@ def _unfused_layers() -> Iterator[None]:
 
 @contextmanager
 def _unsearched_memory() -> Iterator[None]:
-    """Do not search for objects that only refer to each other: to search the thousands of a pass takes as long as it."""
+    """Do not search for objects that only refer to each other, which takes as long as the pass that creates them."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -105,7 +105,7 @@ class Twin:
         known = self._counterparts.get(id(value), self)
         if known is not self:
             return known
-        make = _maker(kind)
+        make = _function_for(kind)
         return make(value, self)
 
     def note(self, value: Any, counterpart: Any, fill: Callable[[], None] | None = None) -> Any:
@@ -139,7 +139,7 @@ class Twin:
 
 
 @cache
-def _maker(kind: type) -> Callable[[Any, Twin], Any]:
+def _function_for(kind: type) -> Callable[[Any, Twin], Any]:
     """Return what makes the counterparts of values of a kind, looked up once for each."""
     return _counterpart.dispatch(kind)
 
