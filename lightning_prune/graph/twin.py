@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.graph.neutral import preserving_random_state
-from lightning_prune.graph.sizes import sync_attributes
+from lightning_prune.graph.sizes import has_registered_sizes, sync_attributes
 from lightning_prune.graph.substitution import submodules
 from lightning_prune.pruning_plan import PruningPlan
 
@@ -128,7 +128,10 @@ class Twin:
                 attributes[name] = self.counterpart(attribute)
 
     def note_sizes(self, module: nn.Module, counterpart: nn.Module) -> None:
-        """Note that the tensors of a module have other shapes than those of its twin, if it is so."""
+        """Note that the sizes of the counterpart of a module may be others, if they may."""
+        if self._stand_ins and has_registered_sizes(module):
+            self._resized.append(counterpart)
+            return
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if id(tensor) in self._stand_ins and self._stand_ins[id(tensor)].shape != tensor.shape:  # type: ignore[union-attr]
                 self._resized.append(counterpart)
