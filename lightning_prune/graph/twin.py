@@ -19,7 +19,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
-from functools import cache, partial, singledispatch
+from functools import partial, singledispatch
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -71,6 +71,7 @@ class Twin:
         self._stand_ins = stand_ins or {}
         self._counterparts: dict[int, Any] = dict(self._stand_ins)  # by id of what they stand for
         self._originals: list[Any] = []  # as long as they are there, their ids mean them
+        self._functions: dict[Any, Callable[[Any, Twin], Any]] = {}  # by kind, looked up once
         self._to_fill: deque[Callable[[], None]] = deque()
         self._resized: list[nn.Module] = []
         self._model = model
@@ -105,7 +106,9 @@ class Twin:
         known = self._counterparts.get(id(value), self)
         if known is not self:
             return known
-        make = _function_for(kind)
+        make = self._functions.get(kind)
+        if make is None:
+            make = self._functions[kind] = _counterpart.dispatch(kind)
         return make(value, self)
 
     def note(self, value: Any, counterpart: Any, fill: Callable[[], None] | None = None) -> Any:
@@ -139,12 +142,6 @@ class Twin:
 
 
 # -- what takes the place of values, by their kind ---------------------------------------------------------------------
-
-
-@cache
-def _function_for(kind: type) -> Callable[[Any, Twin], Any]:
-    """Return what makes the counterparts of values of a kind, looked up once for each."""
-    return _counterpart.dispatch(kind)
 
 
 @singledispatch
@@ -184,7 +181,6 @@ def _fill_object(value: Any, blank: Any, twin: Twin) -> None:
             object.__setattr__(blank, name, twin.counterpart(getattr(value, name)))
 
 
-@cache
 def _slots(kind: type) -> list[str]:
     names: list[str] = []
     for base in kind.__mro__:
