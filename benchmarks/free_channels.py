@@ -12,11 +12,13 @@ Networks come from packages in an environment of their own::
         ultralytics monai diffusers torchaudio
     free/bin/python benchmarks/free_channels.py [--results benchmarks/results/free_channels.json] [families ...]
 
-A run that is stopped goes on where it was. The page is written beside the file.
+Each network has a process of its own, which is ended if it hangs. A run that is stopped goes on where it was. The page
+is written beside the file.
 """
 
 import argparse
 import copy
+import multiprocessing
 import signal
 import statistics
 import sys
@@ -43,7 +45,8 @@ from lightning_prune.planning.cost import CostModel
 
 RESULTS = Path(__file__).parent / "results" / "free_channels.json"
 PATIENCE = 240  # seconds of processor time for each network
-PATIENCE_WITH_OTHERS = 60
+PATIENCE_WITH_OTHERS = 20
+LONGEST = 900  # seconds after which a process is ended, for what takes no processor time or does not let itself be told
 LARGE = 40_000_000  # parameters of networks that are not judged in float64
 LIMIT = 1e-9
 OUTPUT = "is an output of the network"
@@ -69,6 +72,24 @@ def at_most(seconds: int) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+
+
+def examined_apart(build: Callable[[], Built]) -> dict[str, Any]:
+    """Return the record of a network that is examined in a process of its own."""
+    context = multiprocessing.get_context("fork")  # which has imported what the others need
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sending.send(examined(build)))
+    process.start()
+    sending.close()
+    try:
+        if receiving.poll(LONGEST):
+            return receiving.recv()
+        return {"wrong": f"TimeoutError: is not done after {LONGEST} s"}
+    except EOFError:
+        return {"wrong": "its process died"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def examined(build: Callable[[], Built]) -> dict[str, Any]:
@@ -210,12 +231,13 @@ def main() -> None:
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    lp.trace(nn.Linear(2, 2), torch.zeros(1, 2))  # what is imported on first use
     results = stored.load(settings.results)
     for family in settings.families:
         for name, build in FAMILIES[family]():
             key = f"{family} | {name}"
             if key not in results:
-                results[key] = examined(build)
+                results[key] = examined_apart(build)
                 stored.save(settings.results, results)
                 print(_row(key, results[key]), flush=True)
     stored.save(settings.results, results)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from lightning_prune.graph.comparison import Expectations
-from lightning_prune.graph.frames import SourceLine, raising_line
+from lightning_prune.graph.frames import SourceLine
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.records import CallKey, Note, OperatorStep, SplitSite
 from lightning_prune.graph.trial import Entries, Failure, Place, Trial, TrialRunner, unlike_subsets
@@ -294,8 +294,7 @@ class Explanation:
 
 
 def _finding_of_failure(failure: Failure, groups: frozenset[int]) -> Finding:
-    line = raising_line(failure.raised)
-    why = f"{_RELIES}{line}"
+    why = f"{_RELIES}{failure.line}"
     return Finding(groups, failure.key.module, why)
 
 

@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -40,16 +41,17 @@ class SourceLine(NamedTuple):
         return format(str(self), specification)
 
 
-def _is_of_users(code: CodeType) -> bool:
-    """Tell whether code belongs neither to torch nor to this package."""
-    return not code.co_filename.startswith(_NOT_OF_USERS)
+@cache
+def _is_of_users(file: str) -> bool:
+    """Tell whether the code in a file belongs neither to torch nor to this package."""
+    return not file.startswith(_NOT_OF_USERS)
 
 
 def running_line() -> SourceLine:
     """Return the innermost line of somebody's code that runs now."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if _is_of_users(frame.f_code):
+        if _is_of_users(frame.f_code.co_filename):
             return SourceLine(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return SourceLine()
@@ -61,7 +63,7 @@ def raising_line(raised: Exception) -> SourceLine:
     trace = raised.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        if _is_of_users(code):
+        if _is_of_users(code.co_filename):
             line = SourceLine(code.co_filename, trace.tb_lineno)
         trace = trace.tb_next
     return line
@@ -108,6 +110,6 @@ def autograd_functions() -> dict[CodeType, str]:
 def _autograd_functions_below(kind: Any) -> Iterator[tuple[CodeType, str]]:
     for function in kind.__subclasses__():
         code = getattr(inspect.unwrap(function.forward), "__code__", None)
-        if code is not None and _is_of_users(code):
+        if code is not None and _is_of_users(code.co_filename):
             yield code, function.__name__
         yield from _autograd_functions_below(function)

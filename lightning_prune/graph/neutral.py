@@ -1,5 +1,6 @@
 """Neutral state: the settings of Python, NumPy and PyTorch that a traced forward pass runs under."""
 
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ def neutral_state(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(preserving_random_state(model))
-        for neutral in (unfused_attention, _unfused_layers, _unchecked_batch_sizes):
+        for neutral in (unfused_attention, _unfused_layers, _unchecked_batch_sizes, _unsearched_memory):
             stack.enter_context(neutral())
         yield
 
@@ -75,6 +76,18 @@ def _unfused_layers() -> Iterator[None]:
     finally:
         for library, was_enabled in zip(libraries, enabled, strict=True):
             library.enabled = was_enabled
+
+
+@contextmanager
+def _unsearched_memory() -> Iterator[None]:
+    """Do not search for objects that only refer to each other, which takes as long as the pass that creates them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -24,9 +24,14 @@ def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors among the arguments or outputs of an operator, which nests nothing deeper than lists."""
     if isinstance(value, Tensor):
         return [value]
+    found: list[Tensor] = []
     if isinstance(value, tuple | list):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return []
+        for item in value:
+            if isinstance(item, Tensor):  # most are not in a list of their own
+                found.append(item)
+            elif isinstance(item, tuple | list):
+                found += tensors_in(item)
+    return found
 
 
 def numbers_in(values: Iterable[Any]) -> list[float]:

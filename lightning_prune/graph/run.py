@@ -1,6 +1,7 @@
 """Run of a model's forward pass on stand-ins of its tensors, with labels on them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
 from lightning_prune.graph.sizes import class_name
 from lightning_prune.graph.slots import SlotTable
-from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.graph.substitution import named_tensors, submodules
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
 from lightning_prune.graph.twin import NotATwinError, Twin, refusing_calls, set_mode
 from lightning_prune.progress import redraw
@@ -34,8 +35,9 @@ class Forward:
 
     Attributes:
         submodule: The submodule to run.
-        keeps_nothing: Whether the modules of the full network are after a pass as they were before, so that a pass in
-            which they are not run again shows the same.
+        remembered: Whether others may go by what its modules returned, so that it matters what these keep.
+        keeps_nothing: Whether the modules of the full network are known to be after a pass as they were before, so that
+            a pass in which they are not run again shows the same.
         tensors: The parameters and buffers of the model, by name.
         shapes: Their shapes in the original model.
         module_names: The names of all submodules of the model.
@@ -63,6 +65,7 @@ class Forward:
         self.names[id(model)] = type(model).__name__
         self.labelled = SlotTable(self._shapes_to_label())
         self.real = False
+        self.remembered = False
         self.keeps_nothing = False
         self.outside: Sequence[Mapping[str, Tensor]] = ()
 
@@ -80,10 +83,10 @@ class Forward:
     def _kernels(self) -> set[int]:
         """Return the ``id`` of all weights of convolutions, or what these are computed from."""
         kernels: set[int] = set()
-        for module in self.submodule.modules():
+        for module in submodules(self.submodule):
             if isinstance(module, nn.modules.conv._ConvNd):
-                parameters = module.parameters()
-                kernels.update(map(id, parameters))
+                for owner in submodules(module):  # a parametrization has the weight of the layer
+                    kernels.update(map(id, owner._parameters.values()))
         return kernels
 
     def run(self, tracer: Tracer, kept: KeptPositions, training: bool) -> None:
@@ -102,12 +105,15 @@ class Forward:
             twin = Twin(self.submodule, self._stand_ins(tracer, kept))
             set_mode(twin.model, training)
             self._let_in(twin.model)
-            self._watch(tracer, twin)
-            before = what_is_kept(twin.model)
             args, kwargs = with_tensors((self.args, self.kwargs), self._stand_in_of_input)
-            output = self._call(tracer, twin.model, args, kwargs)
-            self.keeps_nothing = before == what_is_kept(twin.model)
+            with self._watching(tracer, twin):
+                before = self._what_is_kept(twin)
+                output = self._call(tracer, twin.model, args, kwargs)
+                self.keeps_nothing = before is not None and before == self._what_is_kept(twin)
         self._mark_outputs(tracer, output)
+
+    def _what_is_kept(self, twin: Twin) -> list[tuple[str, int, int]] | None:
+        return what_is_kept(twin.model) if self.remembered else None
 
     def _let_in(self, model: nn.Module) -> None:
         let_in(model, self.example_inputs)
@@ -117,14 +123,21 @@ class Forward:
         with ValueWatcher(tracer), tracer:
             return model(*args, **kwargs)
 
-    def _watch(self, tracer: Tracer, twin: Twin) -> None:
+    @contextmanager
+    def _watching(self, tracer: Tracer, twin: Twin) -> Iterator[None]:
         """Let a tracer know which module of a twin runs."""
-        for original, module in twin.pairs():
+        pairs = list(twin.pairs())
+        for original, module in pairs:
             forward = module.forward
             rule = tracer.tables.rules.get(class_name(module))
             if rule is not None:
                 forward = tracer.muting(rule, module, forward)
             vars(module)["forward"] = tracer.watched(self.names[id(original)], forward)
+        try:
+            yield
+        finally:
+            for _, module in pairs:  # which would wait for the garbage collector if they referred to themselves
+                vars(module).pop("forward", None)
 
     def _mark_outputs(self, tracer: Tracer, output: Any) -> None:
         outputs = list(nested_tensors(output))

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["class_name", "size_attributes", "sync_attributes"]
+__all__ = ["class_name", "has_registered_sizes", "size_attributes", "sync_attributes"]
 
 Sync = Callable[[Any], None]  # is given a module, whose tensors may have changed shape
 
@@ -111,15 +111,49 @@ def _sync_scale(scale: Any) -> None:
     scale.shape = (scale.scale.shape[0], *scale.shape[1:])
 
 
+def _sync_resampling(layer: Any) -> None:
+    for child in layer.children():
+        if isinstance(child, nn.modules.conv._ConvNd):
+            layer.channels = child.in_channels
+            layer.out_channels = child.out_channels
+
+
+def _sync_mask_generator(generator: Any) -> None:
+    generator.input_dim = generator.input_conv.in_channels
+
+
+def _sync_conv_tasnet(network: Any) -> None:
+    network.enc_num_feats = network.encoder.out_channels
+
+
+def _sync_deep_speech(network: Any) -> None:
+    network.n_hidden = network.bi_rnn.hidden_size
+
+
+def _sync_wave_rnn(network: Any) -> None:
+    network.n_rnn = network.rnn1.hidden_size
+
+
 # By full name: what would take long to import, and users' own.
 _SYNC_BY_CLASS_NAME: dict[str, Sync] = {
     "torchvision.ops.deform_conv.DeformConv2d": _sync_deformable,
     "timm.models.metaformer.Scale": _sync_scale,
+    "diffusers.models.downsampling.Downsample1D": _sync_resampling,
+    "diffusers.models.downsampling.Downsample2D": _sync_resampling,
+    "diffusers.models.upsampling.Upsample1D": _sync_resampling,
+    "diffusers.models.upsampling.Upsample2D": _sync_resampling,
+    "torchaudio.models.conv_tasnet.MaskGenerator": _sync_mask_generator,
+    "torchaudio.models.conv_tasnet.ConvTasNet": _sync_conv_tasnet,
+    "torchaudio.models.deepspeech.DeepSpeech": _sync_deep_speech,
+    "torchaudio.models.wavernn.WaveRNN": _sync_wave_rnn,
 }
 
 
 def size_attributes(*classes: str) -> Callable[[Sync], Sync]:
     """Register a function that brings the size attributes of a module class of your own in step with its tensors.
+
+    The sizes of the modules in it are in step when the function is called: it may go by them, where ``forward`` checks
+    ``x.shape[1] == self.channels``.
 
     Args:
         classes: Full names of module classes, ``"mylib.layers.ChannelScale"``.
@@ -145,6 +179,11 @@ def class_name(module: nn.Module) -> str:
     """Return the full name of the class of a module, ``"torch.nn.modules.linear.Linear"``."""
     kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def has_registered_sizes(module: nn.Module) -> bool:
+    """Tell whether a function is registered by name that brings the size attributes of a module in step."""
+    return class_name(module) in _SYNC_BY_CLASS_NAME
 
 
 def sync_attributes(module: nn.Module) -> None:

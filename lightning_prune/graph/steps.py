@@ -37,6 +37,7 @@ class StepRun(Forward):
         self.args, self.kwargs = step.args, {}
         self.real = False
         self.memory: Memory | None = None
+        self.remembered = False
 
     def _let_in(self, model: nn.Module) -> None:
         """Let the step in later: it is no ``forward``."""

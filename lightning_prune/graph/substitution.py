@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.graph.sizes import sync_attributes
+from lightning_prune.graph.sizes import has_registered_sizes, sync_attributes
 
-__all__ = ["named_tensors", "owning_modules", "replace_tensors", "submodules"]
+__all__ = ["modules_in_step", "named_tensors", "replace_tensors", "submodules"]
 
 
 # -- finding tensors ---------------------------------------------------------------------------------------------------
@@ -55,20 +55,23 @@ def _add_unseen(tensors: Mapping[str, Tensor | None], prefix: str, seen: set[int
             named[prefix + name] = tensor
 
 
-def owning_modules(model: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
-    """Return the submodules that have any of some parameters and buffers as their own.
+def modules_in_step(model: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
+    """Return the submodules whose size attributes follow some parameters and buffers, innermost first.
+
+    These are the submodules that own any of them, and all that users have said the size attributes of: these may write
+    down the sizes of what is in them.
 
     Args:
         model: The model.
         tensors: Parameters and buffers of it; a shared one is owned by several submodules.
     """
     wanted = {id(tensor) for tensor in tensors}
-    owning = []
+    following = []
     for _, module in _prefixed_modules(model):
         own_tensors = (*module._parameters.values(), *module._buffers.values())
-        if any(id(tensor) in wanted for tensor in own_tensors):
-            owning.append(module)
-    return owning
+        if any(id(tensor) in wanted for tensor in own_tensors) or has_registered_sizes(module):
+            following.append(module)
+    return following[::-1]
 
 
 def _prefixed_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -78,17 +81,16 @@ def _prefixed_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
-
-    def walk(module: nn.Module, prefix: str) -> None:
+    waiting = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
         found.append((prefix, module))
-        for name, child in module._modules.items():
+        for name, child in reversed(module._modules.items()):
             if child is not None:
-                walk(child, f"{prefix}{name}.")
-
-    walk(model, "")
+                waiting.append((f"{prefix}{name}.", child))
     return found
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.graph.channel_graph import Group
 from lightning_prune.graph.comparison import KeptLabels, covers, first_shift
-from lightning_prune.graph.frames import SourceLine, running_line
+from lightning_prune.graph.frames import SourceLine, raising_line, running_line
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.operators import OperatorTables, TracerRule
 from lightning_prune.graph.records import Call, CallKey, Known, Labels, ModuleCall, Record
@@ -102,7 +102,7 @@ class Failure:
 
     Attributes:
         key: The call of the module.
-        raised: What it raised.
+        line: The innermost line of somebody's code that raised; known when the trial has ended.
         given: The labels that the operator which failed was given, if an operator did.
         last_output: The labels of the output of the last operator.
         module_inputs: The labels that the module was given.
@@ -113,7 +113,7 @@ class Failure:
     """
 
     key: CallKey
-    raised: Exception
+    line: SourceLine
     given: list[Labels]
     last_output: list[Labels]
     module_inputs: list[Labels]
@@ -168,6 +168,7 @@ class Trial(Tracer):
         self.shrinking = shrinking
         self.kept = kept
         self.failures: list[Failure] = []
+        self._raised: list[Exception] = []  # by the modules that failed
         self._places: dict[Entries, dict[int, Place]] = {entries: {} for entries in Entries}  # by number of the entry
         self._given: list[Labels] = []
 
@@ -214,7 +215,7 @@ class Trial(Tracer):
     def instead_of(self, key: CallKey, start: int, inputs: Any, raised: Exception) -> Any:
         """Note the failure where it happened first, and return what the module would have returned."""
         in_full = self._call_in_full(key, start)
-        noted_in_submodule = bool(self.failures) and self.failures[-1].raised is raised
+        noted_in_submodule = self._raised[-1:] == [raised]
         if not noted_in_submodule:
             self.note_failure(key, inputs, raised, in_full)
         if in_full is None:
@@ -240,10 +241,11 @@ class Trial(Tracer):
         """
         record = self.record
         at = len(record.operator_trace)
+        self._raised.append(raised)
         self.failures.append(
             Failure(
                 key=key,
-                raised=raised,
+                line=_NOWHERE,
                 given=self.labels_of(self.running_inputs),
                 last_output=list(record.output_labels[-1].values()) if record.output_labels else [],
                 module_inputs=self.labels_of(tree_leaves(inputs)),
@@ -254,6 +256,12 @@ class Trial(Tracer):
             )
         )
         self.running_inputs = []
+
+    def end(self) -> None:
+        """Note where failures were raised, and let go of what was raised, which refers to all that ran."""
+        pairs = list(zip(self.failures, self._raised, strict=True))
+        self.failures = [replace(failure, line=raising_line(raised)) for failure, raised in pairs]
+        self._raised = []
 
     def first_shift(self, start: int, stop: int) -> int | None:
         """Find the first of some operators whose output does not have just the kept channels; see `comparison`."""
@@ -327,6 +335,7 @@ class TrialRunner:
         except Exception as raised:
             if not trial.failures:  # a hook of the whole model failed, which is no module's forward
                 trial.note_failure(CallKey(trial.where(), 0), (), raised)
+        trial.end()
         return trial
 
     def _kept_positions(self, shrinking: Shrinking) -> KeptPositions:

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.graph.neutral import preserving_random_state
-from lightning_prune.graph.sizes import sync_attributes
+from lightning_prune.graph.sizes import has_registered_sizes, sync_attributes
 from lightning_prune.graph.substitution import submodules
 from lightning_prune.pruning_plan import PruningPlan
 
@@ -41,6 +41,7 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.Siz
 _NOT_OF_THE_NETWORK = frozenset({"_trainer", "_fabric"})  # attributes by which Lightning's modules know who runs them
 _COMPILED = "_compiled_call_impl"  # what `nn.Module.compile` leaves; it runs the model itself
 _AS_WRITTEN = "_torchdynamo_orig_callable"  # on compiled functions
+_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if type(value) is OrderedDict)
 _SHARED_KINDS = (type, ModuleType, Enum, Dataset, DataLoader, Sampler, torch.optim.Optimizer, PruningPlan)
 _SHARED_PACKAGES = sys.stdlib_module_names | {"torch", "lightning", "lightning_fabric", "pytorch_lightning"}
 _OWN_KINDS = (SimpleNamespace, RemovableHandle, _WrappedHook)  # of these packages
@@ -70,6 +71,7 @@ class Twin:
         self._stand_ins = stand_ins or {}
         self._counterparts: dict[int, Any] = dict(self._stand_ins)  # by id of what they stand for
         self._originals: list[Any] = []  # as long as they are there, their ids mean them
+        self._functions: dict[Any, Callable[[Any, Twin], Any]] = {}  # by kind, looked up once
         self._to_fill: deque[Callable[[], None]] = deque()
         self._resized: list[nn.Module] = []
         self._model = model
@@ -104,9 +106,10 @@ class Twin:
         known = self._counterparts.get(id(value), self)
         if known is not self:
             return known
-        if kind is OrderedDict and not value:  # of which every module has a dozen, for hooks
-            return self.note(value, OrderedDict())
-        return _counterpart(value, self)
+        make = self._functions.get(kind)
+        if make is None:
+            make = self._functions[kind] = _counterpart.dispatch(kind)
+        return make(value, self)
 
     def note(self, value: Any, counterpart: Any, fill: Callable[[], None] | None = None) -> Any:
         """Note what the twin has in place of a value, and what fills it, before anything looks for what is in it."""
@@ -120,11 +123,18 @@ class Twin:
         """Give an object the counterparts of the attributes of another."""
         attributes = vars(counterpart)
         for name, attribute in vars(value).items():
-            is_counterpart = type(attribute) in _PLAIN or name in _NOT_OF_THE_NETWORK
-            attributes[name] = attribute if is_counterpart else self.counterpart(attribute)
+            if type(attribute) in _PLAIN or name in _NOT_OF_THE_NETWORK:
+                attributes[name] = attribute
+            elif type(attribute) is OrderedDict and name in _HOOKS and not attribute:  # every module has a dozen
+                attributes[name] = OrderedDict()
+            else:
+                attributes[name] = self.counterpart(attribute)
 
     def note_sizes(self, module: nn.Module, counterpart: nn.Module) -> None:
-        """Note that the tensors of a module have other shapes than those of its twin, if it is so."""
+        """Note that the sizes of the counterpart of a module may be others, if they may."""
+        if self._stand_ins and has_registered_sizes(module):
+            self._resized.append(counterpart)
+            return
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if id(tensor) in self._stand_ins and self._stand_ins[id(tensor)].shape != tensor.shape:  # type: ignore[union-attr]
                 self._resized.append(counterpart)
@@ -364,7 +374,8 @@ def set_mode(model: nn.Module, training: bool) -> None:
         training: Whether it is training mode.
     """
     for module in submodules(model):
-        module.training = training
+        if module.training != training:
+            module.training = training
 
 
 @contextmanager

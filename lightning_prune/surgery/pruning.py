@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.sizes import sync_attributes
-from lightning_prune.graph.substitution import named_tensors, owning_modules
+from lightning_prune.graph.substitution import modules_in_step, named_tensors
 from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force, record_plan
 from lightning_prune.surgery.compensation_report import CompensationReport
 from lightning_prune.surgery.forgotten import expect_others
@@ -66,7 +66,7 @@ class Follower:
             if name in kept:
                 yield of_slices(tensor, kept[name])
         if self.module is not None:
-            modules = owning_modules(self.module, changed)
+            modules = modules_in_step(self.module, changed)
             yield of_attributes(self.module, partial(_sync, modules))
 
 
@@ -424,7 +424,7 @@ def _count(tensors: Iterable[Tensor]) -> int:
 
 def _of_record(model: nn.Module, plan: PruningPlan | None, changed: Iterable[Tensor]) -> Replacement:
     """Note a plan on a model, whose size attributes then follow the tensors that have changed."""
-    modules = owning_modules(model, changed)
+    modules = modules_in_step(model, changed)
     return of_attributes(model, partial(_finish, model, plan, modules))
 
 

@@ -14,6 +14,7 @@ from lightning_prune.graph.rules import RULES
 IMAGE = torch.zeros(2, 3, 8, 8)
 SCALE = f"{__name__}.ChannelScale"
 HALVES = f"{__name__}.Halves"
+CHECKED = f"{__name__}.Checked"
 
 
 class Scale(torch.autograd.Function):
@@ -50,11 +51,24 @@ class Halves(nn.Module):
         return Scale.apply(x[:, :half], torch.ones(1, 1, 1, 1).to(x)) + x[:, half:]
 
 
+class Checked(nn.Module):
+    """A convolution in a module that checks how many channels it is given, and shapes what it returns by it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1))
+        self.channels, self.sizes = channels, [channels]
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        return self.inner(x).view(len(x), self.channels, -1).view_as(x) + x
+
+
 @pytest.fixture
 def tables() -> Iterator[None]:
     """Take the rules of a test out of the table again."""
     yield
-    for name in (SCALE, HALVES):
+    for name in (SCALE, HALVES, CHECKED):
         RULES.pop(name, None)
         sizes._SYNC_BY_CLASS_NAME.pop(name, None)
 
@@ -92,6 +106,45 @@ def test_a_rule_and_size_attributes_make_it_prunable(tables):
         {"0": [1, 3]},
         {"0.weight": {0: [1, 3]}, "0.bias": {0: [1, 3]}, "1.weight": {0: [1, 3]}, "3.weight": {1: [1, 3]}},
     )
+
+
+def checked_network() -> nn.Module:
+    return randomised(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Sequential(Checked(6)), nn.Conv2d(6, 2, 1)))
+
+
+def test_a_module_that_writes_down_the_sizes_of_others_is_taught_by_these(tables):
+    assert "0: relies on the number" in lp.trace(checked_network(), IMAGE).unprunable["0"].reason
+
+    @size_attributes(CHECKED)
+    def sizes(module):
+        module.channels = module.inner[1].in_channels
+        module.sizes = [module.channels]
+
+    kept, inner = [0, 2, 5], "1.0.inner.1"
+    expected = {
+        "0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept},
+        f"{inner}.weight": {0: kept, 1: kept}, f"{inner}.bias": {0: kept},
+    }  # fmt: skip
+    assert_pruned(checked_network(), IMAGE, {"0": kept}, expected)
+
+
+def test_such_sizes_are_as_they_were_after_tracing_and_after_a_prune_that_fails(tables):
+    @size_attributes(CHECKED)
+    def sizes(module):
+        module.channels = module.inner[1].in_channels
+        module.sizes.append(module.channels)
+        if module.channels == 2:
+            raise ZeroDivisionError
+
+    model = checked_network()
+    graph = lp.trace(model, IMAGE)
+    assert (model[1][0].channels, model[1][0].sizes) == (6, [6])
+    with pytest.raises(ZeroDivisionError):
+        lp.prune(model, graph.plan({"0": torch.tensor([0, 2])}))
+    assert (model[1][0].channels, model[1][0].inner[1].in_channels) == (6, 6)
+    lp.prune(model, graph.plan({"0": torch.tensor([0, 2, 3])}))
+    assert model[1][0].channels == 3
+    assert model(IMAGE).shape == (2, 2, 8, 8)
 
 
 def test_training_goes_on_after_the_prune(tables):
