@@ -3,9 +3,10 @@
 import hashlib
 import json
 import reprlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,10 +14,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.adaptations import Adaptation
 from lightning_prune.plain import MisfitError, made
 
 __all__ = [
     "FORMAT_VERSION",
+    "Index",
     "PlannedGroup",
     "PruningPlan",
     "Slice",
@@ -28,6 +31,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 _RECORD = "_pruning_plan"
+_INSIDE = ".a.b"  # behind the name of a module: where a tensor of a layer in it would be
 _LONGEST_AXIS = 2**28  # beyond all tensors that there are; a list of its positions is still no burden
 _REMEDY = "make it anew with `lightning_prune.plan` or `ChannelGraph.plan`"
 
@@ -207,6 +211,7 @@ class PruningPlan:
         groups: What is kept of each group, by group name. Groups that are absent keep all channels.
         shapes: Original shape of every tensor that the groups touch, by dotted name.
         budget: What was asked and reached, if the plan was made for a budget; see `lightning_prune.planning.Budget`.
+        adaptations: What follows the groups in modules beside their tensors, by the names of these.
 
     Example:
         >>> group = PlannedGroup(size=4, kept=(0, 2), slices=(Slice("conv.weight", 0), Slice("fc.weight", 1)))
@@ -220,6 +225,7 @@ class PruningPlan:
     groups: dict[str, PlannedGroup] = field(default_factory=dict)
     shapes: Shapes = field(default_factory=dict)
     budget: dict[str, Any] | None = field(default=None, compare=False)
+    adaptations: dict[str, Adaptation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parts: dict[str, Any] = {"groups": self.groups, "shapes": self.shapes, "budget": self.budget or {}}
@@ -241,9 +247,9 @@ class PruningPlan:
             raise ValueError(f"The plan is damaged: the shape of {tensor!r} in it is {_shown(shape)}; {_REMEDY}.")
 
     def _check_places(self) -> None:
-        """Raise a ValueError unless the slices lie within their tensors, with room for all along each axis."""
-        room: dict[tuple[str, int], int] = {}  # positions that are left, by tensor and axis
+        """Raise a ValueError unless the slices lie within their tensors, with room for all of a group along an axis."""
         for name, group in self.groups.items():
+            room: dict[tuple[str, int], int] = {}  # positions that are left, by tensor and axis
             size = group.size
             for one in group.slices:
                 shape = self.shapes[one.tensor]
@@ -260,6 +266,11 @@ class PruningPlan:
     def widths(self) -> dict[str, int]:
         """Number of channels that are kept, by group name."""
         return {name: len(group.kept) for name, group in self.groups.items()}
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """How much of the channels of each group is kept, by name."""
+        return {name: Fraction(len(group.kept), group.size) for name, group in self.groups.items()}
 
     @property
     def digest(self) -> str:
@@ -279,14 +290,15 @@ class PruningPlan:
     def _index(self) -> Index:
         index: Index = defaultdict(dict)
         is_kept: dict[tuple[str, int], Tensor] = {}  # (positions,) bool, of axes that several slices may share
-        for group in self.groups.values():
-            if len(group.kept) == group.size:
-                continue
+        pruned = [group for group in self.groups.values() if len(group.kept) < group.size]
+        slices = Counter((one.tensor, one.axis) for group in pruned for one in group.slices)
+        for group in pruned:
             for channel_slice in group.slices:
                 tensor = channel_slice.tensor
                 axis = channel_slice.axis
                 axis_size = self.shapes[tensor][axis]
-                if axis_size == group.size and not channel_slice.table:
+                is_alone = slices[tensor, axis] == 1
+                if is_alone and axis_size == group.size and not channel_slice.table:
                     # The positions are the channels. All such axes share one tensor, so that what others make of it is
                     # made once.
                     index[tensor][axis] = group.channels
@@ -329,16 +341,20 @@ class PruningPlan:
                 _check_follows(name, planned, earlier.groups[name])
         groups = {**earlier.groups, **self.groups}
         shapes = {**earlier.shapes, **self.shapes}
-        return replace(self, groups=groups, shapes=shapes)
+        adaptations = {**earlier.adaptations, **self.adaptations}
+        return replace(self, groups=groups, shapes=shapes, adaptations=adaptations)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values: dictionaries, lists, strings, numbers."""
-        return {
+        content: dict[str, Any] = {
             "version": FORMAT_VERSION,
             "groups": {name: group.to_json() for name, group in self.groups.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "budget": self.budget,
         }
+        if self.adaptations:
+            content["adaptations"] = {name: asdict(one) for name, one in self.adaptations.items()}
+        return content
 
     @classmethod
     def from_json(cls, content: Any) -> "PruningPlan":
@@ -449,15 +465,17 @@ def _join(model: nn.Module, records: Mapping[str, PruningPlan]) -> PruningPlan:
     first_names = _FirstNames(model)
     groups: dict[str, PlannedGroup] = {}
     shapes: Shapes = {}
+    adaptations: dict[str, Adaptation] = {}
     for network, record in records.items():
         prefix = f"{network}." if network else ""
         first_name = partial(first_names, prefix)
         plan = renamed(record, first_name, first_name)
         groups.update(plan.groups)
         shapes.update(plan.shapes)
+        adaptations.update(plan.adaptations)
     first, *others = [record.budget for record in records.values()]
     agreed = all(budget == first for budget in others)
-    return PruningPlan(groups, shapes, first if agreed else None)
+    return PruningPlan(groups, shapes, first if agreed else None, adaptations)
 
 
 class _FirstNames:
@@ -475,7 +493,7 @@ class _FirstNames:
 
     def __call__(self, prefix: str, name: str) -> str:
         """Return the first name of what has a name behind a prefix; groups may have a number behind their module's."""
-        name = prefix + name
+        name = prefix + name if name else prefix.removesuffix(".")
         known, number, digits = name.partition("#")
         if known not in self._known:
             return name
@@ -489,8 +507,9 @@ def _by_network(plan: PruningPlan | None) -> dict[str, PruningPlan]:
     records: dict[str, PruningPlan] = {}
     for groups in _connected(plan):
         shapes = {one.tensor: plan.shapes[one.tensor] for group in groups.values() for one in group.slices}
-        network = _least_module(shapes)
-        record = replace(plan, groups=groups, shapes=shapes)
+        adaptations = {name: one for name, one in plan.adaptations.items() if one.groups() & groups.keys()}
+        network = _least_module([*shapes, *(f"{name}{_INSIDE}" for name in adaptations)])
+        record = replace(plan, groups=groups, shapes=shapes, adaptations=adaptations)
         if network:
             within = partial(_within, network)
             record = renamed(record, within, within)
@@ -499,12 +518,12 @@ def _by_network(plan: PruningPlan | None) -> dict[str, PruningPlan]:
 
 
 def _within(network: str, name: str) -> str:
-    """Return the name that a module or tensor has within a network."""
-    return name.removeprefix(network + ".")
+    """Return the name that a module or tensor has within a network, which has none itself."""
+    return "" if name == network else name.removeprefix(network + ".")
 
 
 def _connected(plan: PruningPlan) -> list[dict[str, PlannedGroup]]:
-    """Divide the groups of a plan into those that share tensors, directly or by way of others."""
+    """Divide the groups of a plan into those that share tensors or adapt the same module, or do so with others."""
     leader_of: dict[str, str] = {}  # by tensor: another one that is in the same part, itself for one of each part
 
     def leader(tensor: str) -> str:
@@ -517,6 +536,10 @@ def _connected(plan: PruningPlan) -> list[dict[str, PlannedGroup]]:
         for one in group.slices:
             leader_of.setdefault(one.tensor, one.tensor)
             leader_of[leader(one.tensor)] = leader(group.slices[0].tensor)
+    for adaptation in plan.adaptations.values():
+        tensors = [plan.groups[name].slices[0].tensor for name in adaptation.groups() if name in plan.groups]
+        for tensor in tensors[1:]:
+            leader_of[leader(tensor)] = leader(tensors[0])
     parts: dict[str, dict[str, PlannedGroup]] = {}
     for name, group in plan.groups.items():
         key = leader(group.slices[0].tensor) if group.slices else ""
@@ -548,7 +571,8 @@ def renamed(plan: PruningPlan, rename: Callable[[str], str], rename_group: Calla
         slices = [replace(one, tensor=rename(one.tensor)) for one in group.slices]
         groups[rename_group(name)] = replace(group, slices=tuple(slices))
     shapes = {rename(name): shape for name, shape in plan.shapes.items()}
-    return replace(plan, groups=groups, shapes=shapes)
+    adaptations = {rename_group(name): one.renamed(rename_group) for name, one in plan.adaptations.items()}
+    return replace(plan, groups=groups, shapes=shapes, adaptations=adaptations)
 
 
 def _check_follows(name: str, planned: PlannedGroup, earlier: PlannedGroup) -> None:

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.graph.adapting import adapt_to
+from lightning_prune.graph.attention import FreeMultiheadAttention, free
+from lightning_prune.graph.counts import number_attributes
 from lightning_prune.graph.entry import as_call, let_in
 from lightning_prune.graph.memory import what_is_kept
 from lightning_prune.graph.nested import nested_tensors, with_tensors
@@ -17,11 +20,12 @@ from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
 from lightning_prune.graph.twin import NotATwinError, Twin, refusing_calls, set_mode
 from lightning_prune.progress import redraw
-from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force
 
-__all__ = ["Forward", "KeptPositions", "submodule_of"]
+__all__ = ["ALL_KEPT", "Forward", "submodule_of"]
 
-KeptPositions = Mapping[str, Mapping[int, Tensor]]  # (kept,) int64 positions, by tensor and axis; absent: all are kept
+ALL_KEPT = PruningPlan()
+_WITH_NUMBERS = (nn.MultiheadAttention, nn.Unflatten)  # of the modules that belong to torch
 
 
 class Forward:
@@ -34,11 +38,14 @@ class Forward:
 
     Attributes:
         submodule: The submodule to run.
+        module: Its dotted name.
+        adaptations: What was adapted in modules when the model was pruned, by their names.
         keeps_nothing: Whether the modules of the full network are after a pass as they were before, so that a pass in
             which they are not run again shows the same.
         tensors: The parameters and buffers of the model, by name.
         shapes: Their shapes in the original model.
         module_names: The names of all submodules of the model.
+        known_names: The same.
         names: The names of all modules, by ``id``; that of the model's class for the model itself.
         labelled: The labels of all positions of the tensors of the submodule.
         real: Whether it has to run on real data.
@@ -50,6 +57,9 @@ class Forward:
 
     def __init__(self, model: nn.Module, module: str, example_inputs: Any) -> None:
         self.submodule = submodule_of(model, module)
+        self.module = module
+        earlier = plan_in_force(model)
+        self.adaptations = {} if earlier is None else earlier.adaptations
         modules = dict(model.named_modules())
         for name, submodule in modules.items():
             _refuse_untraceable(name, submodule)
@@ -61,6 +71,7 @@ class Forward:
         self.module_names = [name for name in modules if name]
         self.names = {id(submodule): name for name, submodule in modules.items()}
         self.names[id(model)] = type(model).__name__
+        self.known_names = frozenset(self.module_names)
         self.labelled = SlotTable(self._shapes_to_label())
         self.real = False
         self.keeps_nothing = False
@@ -86,12 +97,12 @@ class Forward:
                 kernels.update(map(id, parameters))
         return kernels
 
-    def run(self, tracer: Tracer, kept: KeptPositions, training: bool) -> None:
-        """Run with only some positions of some tensors; the tracer's record tells what that showed.
+    def run(self, tracer: Tracer, plan: PruningPlan, training: bool) -> None:
+        """Run with only some channels of the original model; the tracer's record tells what that showed.
 
         Args:
             tracer: The tracer.
-            kept: The positions that are kept.
+            plan: The channels that are kept.
             training: The mode to run in.
 
         Raises:
@@ -99,7 +110,8 @@ class Forward:
         """
         redraw()  # bars go on from run to run
         with neutral_state(self.submodule):
-            twin = Twin(self.submodule, self._stand_ins(tracer, kept))
+            twin = Twin(self.submodule, self._stand_ins(tracer, plan.index()))
+            self._adapt(twin, plan)
             set_mode(twin.model, training)
             self._let_in(twin.model)
             self._watch(tracer, twin)
@@ -108,6 +120,24 @@ class Forward:
             output = self._call(tracer, twin.model, args, kwargs)
             self.keeps_nothing = before == what_is_kept(twin.model)
         self._mark_outputs(tracer, output)
+
+    def _adapt(self, twin: Twin, plan: PruningPlan) -> None:
+        """Bring the numbers in a twin in step with what it has, and let those of the full network be told apart."""
+        adaptations = {**self.adaptations, **plan.adaptations}
+        prefix = f"{self.module}." if self.module else ""
+        own = {name.removeprefix(prefix): one for name, one in adaptations.items() if f"{name}.".startswith(prefix)}
+        if self.module in own:
+            own[""] = own.pop(self.module)
+        adapt_to(twin.model, own, plan.shares)
+        for original, module in twin.pairs():
+            free(module)
+            if not plan.groups and _has_numbers(module):
+                number_attributes(module, self.name_of(original))
+
+    def name_of(self, module: nn.Module) -> str:
+        """Return the dotted name of a submodule of the model."""
+        name = self.names[id(module)]
+        return name if name in self.known_names else ""
 
     def _let_in(self, model: nn.Module) -> None:
         let_in(model, self.example_inputs)
@@ -121,7 +151,9 @@ class Forward:
         """Let a tracer know which module of a twin runs."""
         for original, module in twin.pairs():
             forward = module.forward
-            rule = tracer.tables.rules.get(class_name(module))
+            if isinstance(module, FreeMultiheadAttention):
+                tracer.free_modules.add(self.names[id(original)])
+            rule = tracer.tables.rules.get(class_name(original))
             if rule is not None:
                 forward = tracer.muting(rule, module, forward)
             vars(module)["forward"] = tracer.watched(self.names[id(original)], forward)
@@ -151,7 +183,7 @@ class Forward:
             tracer = make_tracer()
             try:
                 with refusing_calls(self.submodule):
-                    self.run(tracer, {}, training)
+                    self.run(tracer, ALL_KEPT, training)
             except NotATwinError:
                 raise
             except Exception as raised:
@@ -173,7 +205,7 @@ class Forward:
 
     def _run_on_data(self, tracer: Tracer, training: bool) -> None:
         try:
-            self.run(tracer, {}, training)
+            self.run(tracer, ALL_KEPT, training)
         except Exception as raised:
             inputs = nested_tensors((self.args, self.kwargs))
             shapes = [tuple(tensor.shape) for tensor in inputs]
@@ -208,7 +240,7 @@ class Forward:
 
     # -- stand-ins -------------------------------------------------------------------------------------------------
 
-    def _stand_ins(self, tracer: Tracer, kept: KeptPositions) -> dict[int, Tensor]:
+    def _stand_ins(self, tracer: Tracer, kept: Index) -> dict[int, Tensor]:
         """Return what stands in for each tensor, with its labels, by ``id`` of the tensor."""
         stand_ins = {}
         for tensors in (self.tensors, *self.outside):
@@ -245,6 +277,11 @@ class Forward:
         if self.real:
             return leaf.detach().clone()
         return torch.empty_like(leaf, device="meta")
+
+
+def _has_numbers(module: nn.Module) -> bool:
+    """Tell whether the code of a module may compute shapes with numbers that are attributes of it."""
+    return isinstance(module, _WITH_NUMBERS) or not type(module).__module__.startswith("torch.nn.")
 
 
 def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[int, Labels]:

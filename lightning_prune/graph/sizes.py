@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_prune.graph.attention import sync_attention
+
 __all__ = ["class_name", "size_attributes", "sync_attributes"]
 
 Sync = Callable[[Any], None]  # is given a module, whose tensors may have changed shape
@@ -99,6 +101,7 @@ _SYNC_BY_CLASS: dict[type[nn.Module], Sync] = {
     nn.Bilinear: _sync_bilinear,
     nn.RNNBase: _sync_recurrent,
     nn.RNNCellBase: _sync_recurrent_cell,
+    nn.MultiheadAttention: sync_attention,
 }
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.records import Sheet
 from lightning_prune.graph.rules.table import rule
 from lightning_prune.graph.tracer import Call, Labels, Tracer
 
@@ -65,6 +66,9 @@ def _find_axis(tracer: Tracer, spread: Tensor, written: Sequence[int] = ()) -> _
     positions and the other becomes shorter: channels at equal positions along the shorter one are tied.
     """
     varying = _varying_axes(spread)
+    along = tracer.axes_of_split(spread.shape)
+    if set(varying) < set(along) and all(spread.shape[axis] == 1 for axis in set(along) - set(varying)):
+        varying = list(along)
     if not varying:
         one_label = spread.reshape(-1)[:1]
         if len(one_label) > 0:
@@ -72,8 +76,8 @@ def _find_axis(tracer: Tracer, spread: Tensor, written: Sequence[int] = ()) -> _
         return None
     axis = varying[0]
     if len(varying) > 1:
-        sizes = tuple(spread.shape[axis] for axis in varying)
-        shorter = tracer.split_axis(sizes, [written[axis] for axis in varying] if written else ())
+        written = [written[axis] for axis in varying] if written else ()
+        shorter = tracer.split_axis(spread, varying, written)
         axis = varying[shorter]
     labels = _labels_along(spread, axis)
     if len(varying) > 1:
@@ -84,14 +88,21 @@ def _find_axis(tracer: Tracer, spread: Tensor, written: Sequence[int] = ()) -> _
 
 
 def _add_labels(tracer: Tracer, output: Tensor, found: _LabelledAxis) -> None:
-    """Label one more axis of an output; an axis that two kinds of channels share is labelled by neither."""
+    """Label one more axis of an output; one that two kinds of channels share gets the labels that are followed."""
     output_labels = dict(tracer.all_labels(output))
-    other_labels = output_labels.pop(found.axis, None)
-    if other_labels is None:
+    outer = output_labels.pop(found.axis, None)
+    if outer is None:
+        output_labels[found.axis] = found.labels
+        tracer.set_labels(output, output_labels)
+        return
+    if tracer.known.sheet is Sheet.WIDTHS:
         output_labels[found.axis] = found.labels
     else:
-        tracer.mark_unprunable(other_labels, _TWO_KINDS)
         tracer.mark_unprunable(found.labels, _TWO_KINDS)
+    if tracer.known.sheet is Sheet.HEADS:
+        output_labels[found.axis] = outer
+    else:
+        tracer.mark_unprunable(outer, _TWO_KINDS)
     tracer.set_labels(output, output_labels)
 
 

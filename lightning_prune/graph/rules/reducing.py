@@ -109,8 +109,15 @@ def number_of_channel(tracer: Tracer, call: Call) -> None:
 @rule("aten.linalg_vector_norm", "aten.norm")
 def norm(tracer: Tracer, call: Call) -> None:
     """Reduce the axes, which come after the order of the norm among the arguments."""
+    x = call.args[0]
     dim = call.argument(2, "dim")
-    _reduce(tracer, call, dim)
+    order = call.argument(1, "ord", 2)
+    counts_no_zeros = isinstance(order, int | float) and 0 < order < float("inf")
+    tensors = [x] if counts_no_zeros else []
+    reduced = _axes(x, dim)
+    for axis in reduced:
+        tracer.mark_summed(tracer.labels(x, axis), tensors, f"takes {plain_name(call)} over its channels")
+    _label_without(tracer, call, reduced)
 
 
 def _reduce(tracer: Tracer, call: Call, dim: Any) -> None:
