@@ -4,7 +4,7 @@ import hashlib
 import json
 import reprlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, partial
@@ -14,14 +14,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.adaptations import Adaptation
 from lightning_prune.plain import MisfitError, made
 
 __all__ = [
     "FORMAT_VERSION",
+    "Adaptation",
+    "Count",
     "Index",
     "PlannedGroup",
     "PruningPlan",
+    "Shares",
+    "Site",
+    "Size",
     "Slice",
     "plan_in_force",
     "record_plan",
@@ -40,6 +44,129 @@ Index = dict[str, dict[int, Tensor]]
 
 Shapes = dict[str, tuple[int, ...]]
 """Shape by tensor name."""
+
+
+# -- what follows channels beside tensors ------------------------------------------------------------------------------
+
+Shares = Mapping[str, Fraction]
+"""How much of the channels of each group is kept, by name; of groups that are absent all are."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number that counts channels of groups, or multiples of them.
+
+    Attributes:
+        original: What it is in the original model.
+        groups: Names of the groups; it is in proportion with the channels of each.
+
+    Example:
+        >>> Count(768, ("attn#heads", "attn")).now({"attn#heads": Fraction(1, 2), "attn": Fraction(3, 4)})
+        288
+    """
+
+    original: int
+    groups: tuple[str, ...] = ()
+
+    def now(self, shares: Shares) -> int:
+        """Return what the number is when a share of the channels is kept."""
+        number = Fraction(self.original)
+        for group in self.groups:
+            number *= shares.get(group, 1)
+        return int(number)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that code gives to a function, and the one that fits the channels.
+
+    Attributes:
+        place: Which of the sizes it is.
+        asked: What the code says.
+        fitting: What has to be said instead.
+    """
+
+    place: int
+    asked: Count
+    fitting: Count
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a module shapes a tensor, or scales attention by the width of heads.
+
+    Attributes:
+        function: ``"shape"`` for sizes along all axes, ``"split"`` for those of pieces of one axis, ``"scale"`` for
+            attention that is scaled by the root of what it is given.
+        axes: How many axes the tensor has that is given.
+        given: Lengths of some of these axes: (axis, length).
+        sizes: How many sizes the code gives.
+        changed: Those of them that are in proportion with channels.
+    """
+
+    function: str
+    axes: int
+    given: tuple[tuple[int, Count], ...]
+    sizes: int = 0
+    changed: tuple[Size, ...] = ()
+
+    def counts(self) -> Iterator[Count]:
+        """Yield the numbers that follow channels."""
+        for _, count in self.given:
+            yield count
+        for size in self.changed:
+            yield size.asked
+            yield size.fitting
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What has to be adapted in a module when channels of groups are pruned.
+
+    Attributes:
+        numbers: Attributes of it that count channels; of a list or tuple one entry, ``"sizes.1"``.
+        sites: Places where its code computes with other numbers, which are replaced as it runs.
+    """
+
+    numbers: tuple[tuple[str, Count], ...] = ()
+    sites: tuple[Site, ...] = ()
+
+    def groups(self) -> set[str]:
+        """Return the names of the groups that it follows."""
+        found: set[str] = set()
+        for count in self._counts():
+            found.update(count.groups)
+        return found
+
+    def _counts(self) -> Iterator[Count]:
+        for _, count in self.numbers:
+            yield count
+        for site in self.sites:
+            yield from site.counts()
+
+    def renamed(self, rename: Callable[[str], str]) -> "Adaptation":
+        """Return it with other names of groups.
+
+        Args:
+            rename: Gives the new name of a group.
+        """
+
+        def of_count(count: Count) -> Count:
+            return replace(count, groups=tuple(map(rename, count.groups)))
+
+        def of_size(size: Size) -> Size:
+            return replace(size, asked=of_count(size.asked), fitting=of_count(size.fitting))
+
+        numbers = tuple((name, of_count(count)) for name, count in self.numbers)
+        sites = []
+        for site in self.sites:
+            given = tuple((axis, of_count(count)) for axis, count in site.given)
+            changed = tuple(map(of_size, site.changed))
+            sites.append(replace(site, given=given, changed=changed))
+        return Adaptation(numbers, tuple(sites))
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -181,6 +308,12 @@ class PlannedGroup:
         is_pruned[self.channels] = False
         return is_pruned.nonzero()[:, 0]
 
+    def positions_at(self, place: tuple[str, int]) -> Tensor:
+        """Return where all channels lie along an axis of a tensor, given by both: (channels, positions of each)."""
+        every = torch.arange(self.size)
+        found = [one.positions(every).view(self.size, -1) for one in self.slices if (one.tensor, one.axis) == place]
+        return torch.cat(found, dim=1) if found else every.new_zeros(self.size, 0)
+
     @property
     def width(self) -> int:
         """How many positions one channel has in the first slice's axis: output channels of the group's first layer."""
@@ -248,19 +381,27 @@ class PruningPlan:
 
     def _check_places(self) -> None:
         """Raise a ValueError unless the slices lie within their tensors, with room for all of a group along an axis."""
+        room: dict[tuple[str, int], int] = {}  # positions that are left, by tensor and axis
         for name, group in self.groups.items():
-            room: dict[tuple[str, int], int] = {}  # positions that are left, by tensor and axis
             size = group.size
             for one in group.slices:
                 shape = self.shapes[one.tensor]
                 axis_size = shape[one.axis] if one.axis < len(shape) else 0
                 place = one.tensor, one.axis
                 room[place] = room.get(place, axis_size) - one.count(size)
-                if room[place] < 0 or not one.fits(size, axis_size):
+                if not one.fits(size, axis_size) or (room[place] < 0 and not self._lies_across(group, place)):
                     raise ValueError(
                         f"The plan is damaged: the channels of group {name!r} do not fit along axis {one.axis} of "
                         f"{one.tensor!r}, which has shape {tuple(shape)}; {_REMEDY}."
                     )
+
+    def _lies_across(self, group: PlannedGroup, place: tuple[str, int]) -> bool:
+        """Tell whether channels of a group meet each channel of others as often as each other one, as heads do."""
+        own = group.positions_at(place)
+        for other in self.groups.values():
+            if other is not group and not _are_crossed(own, other.positions_at(place)):
+                return False
+        return len(own.unique()) == own.numel()
 
     @property
     def widths(self) -> dict[str, int]:
@@ -588,6 +729,12 @@ def _check_follows(name: str, planned: PlannedGroup, earlier: PlannedGroup) -> N
             f"The plan keeps channels {returning[:5]} of group {name!r}, which have been pruned already; plans are "
             "about the original model, and what is pruned cannot come back."
         )
+
+
+def _are_crossed(first: Tensor, second: Tensor) -> bool:
+    """Tell whether each channel of a group has as many positions in common with each of another: (channels, ...)."""
+    counts = torch.stack([torch.isin(first, positions).sum(dim=1) for positions in second])
+    return bool((counts == counts[0, 0]).all())
 
 
 def _is_count(number: Any, least: int = 0) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-WIDTH, HEADS, WIDTH_OF_HEAD = 20, 4, 6
+WIDTH, HEADS, WIDTH_OF_HEAD = 20, 6, 4
 INNER = HEADS * WIDTH_OF_HEAD
 
 
@@ -60,7 +60,7 @@ class AnyWidth(Form):
 
 class Literal(Form):
     def split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], 4, 6).transpose(1, 2)
+        return x.view(*x.shape[:2], 6, 4).transpose(1, 2)
 
     def merge(self, x: Tensor) -> Tensor:
         return self.proj(x.transpose(1, 2).reshape(len(x), -1, 24))
@@ -105,10 +105,8 @@ class FusedByIndex(Fused):
 
 class Chunked(Fused):
     def forward(self, x: Tensor) -> Tensor:
-        n, t, c = x.shape
-        q, k, v = (
-            part.reshape(n, t, self.num_heads, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
-        )
+        n, t, _ = x.shape
+        q, k, v = (part.reshape(n, t, self.num_heads, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(n, t, -1))
 
 
@@ -122,9 +120,7 @@ class SplitBySize(Fused):
 
 class Einsum(Form):
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x).view(*x.shape[:2], self.num_heads, self.head_dim) for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (layer(x).view(*x.shape[:2], self.num_heads, self.head_dim) for layer in (self.q, self.k, self.v))
         weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scale).softmax(-1)
         return self.proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*x.shape[:2], self.inner))
 
@@ -214,7 +210,6 @@ class Normalised(Form):
 class SingleHead(Form):
     def split(self, x: Tensor) -> Tensor:
         return x
-
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.q(x), self.k(x), self.v(x)

@@ -4,25 +4,28 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_prune.adaptations import Adaptation, Count, Shares
 from lightning_prune.graph.resized import resize
 from lightning_prune.graph.sizes import sync_attributes
-from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.pruning_plan import Adaptation, Count, PruningPlan, Shares
 
 __all__ = ["adapt", "adapt_to"]
 
 
-def adapt(model: nn.Module, plan: PruningPlan, earlier: PruningPlan | None = None) -> None:
+def adapt(model: nn.Module, plan: PruningPlan, earlier: PruningPlan | None = None, module: str = "") -> None:
     """Bring the numbers that modules of a model compute shapes with in step with a plan.
 
     Args:
         model: The model, or a twin of it.
         plan: What is kept of the original model.
         earlier: What was in force before, to go back from where the plan says nothing.
+        module: Dotted name of a submodule, of which ``model`` is a twin.
     """
     adaptations = dict(plan.adaptations)
     if earlier is not None:
         adaptations = {**earlier.adaptations, **adaptations}
+    if module:
+        inside = {name: one for name, one in adaptations.items() if f"{name}.".startswith(f"{module}.")}
+        adaptations = {name[len(module) + 1 :]: one for name, one in inside.items()}
     if adaptations:
         adapt_to(model, adaptations, plan.shares)
 

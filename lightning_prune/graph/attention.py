@@ -14,8 +14,8 @@ _ATTENTION = nn.MultiheadAttention
 class FreeMultiheadAttention(nn.MultiheadAttention):
     """Do what `torch.nn.MultiheadAttention` does, with any number of heads of any width.
 
-    PyTorch's own function takes the width of the stream for that of all heads together. One that has lost heads, or
-    parts of their width, is of this class instead: the same tensors under the same names, and the same arguments. It is
+    PyTorch's own function takes the width of the stream for that of all heads together. One that has fewer heads, or
+    narrower ones, is of this class instead: the same tensors under the same names, and the same arguments. It is
     made by `lightning_prune.prune`, and by loading what that has made; nobody calls its constructor. Scores are scaled
     by the width that heads had at first.
     """
@@ -34,12 +34,30 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
         """Attend; see `torch.nn.MultiheadAttention`."""
         is_batched = query.dim() == 3
         query, key, value = (self._batch_first(x) for x in (query, key, value))
-        q, k, v = self._projected(query, key, value)
-        mask = self._mask(attn_mask, key_padding_mask, q, is_batched)
-        k, v, mask = self._with_additions(k, v, mask)
+        q, k, v = self._projected(
+            query,
+            key,
+            value,
+        )
+        mask = self._mask(
+            attn_mask,
+            key_padding_mask,
+            q,
+            is_batched,
+        )
+        k, v, mask = self._with_additions(
+            k,
+            v,
+            mask,
+        )
         heads = tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         is_causal = is_causal and key_padding_mask is None and not need_weights
-        attended, weights = self._attend(heads, None if is_causal else mask, is_causal, need_weights)
+        attended, weights = self._attend(
+            heads,
+            None if is_causal else mask,
+            is_causal,
+            need_weights,
+        )
         output = self.out_proj(attended.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
@@ -53,7 +71,12 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
             return x.unsqueeze(0)
         return x if self.batch_first else x.transpose(0, 1)
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def _projected(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> list[Tensor]:
         """Return queries, keys and values of all heads: (batch, positions, heads * width of one) each."""
         rows = self._rows()
         weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -62,7 +85,14 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
         biases: Any = (None, None, None)
         if self.in_proj_bias is not None:
             biases = self.in_proj_bias.split(rows)
-        return list(map(functional.linear, (query, key, value), weights, biases))
+        return list(
+            map(
+                functional.linear,
+                (query, key, value),
+                weights,
+                biases,
+            )
+        )
 
     def _rows(self) -> list[int]:
         """Return how many rows queries, keys and values have in the weights that are one."""
@@ -73,7 +103,13 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
             of_keys = (self.in_proj_weight.shape[0] - of_values) // 2
         return [of_keys, of_keys, of_values]
 
-    def _mask(self, mask: Tensor | None, padding: Tensor | None, q: Tensor, is_batched: bool) -> Tensor | None:
+    def _mask(
+        self,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        q: Tensor,
+        is_batched: bool,
+    ) -> Tensor | None:
         """Return what is added to scores, (batch or 1, heads or 1, queries or 1, keys), if anything is."""
         masks = []
         if mask is not None:
@@ -89,12 +125,37 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
             return None
         return masks[0] if len(masks) == 1 else masks[0] + masks[1]
 
-    def _with_additions(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _with_additions(
+        self,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Add the positions that the settings ask for behind the keys and values."""
         added = 0
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(len(k), -1, -1)], dim=1)
-            v = torch.cat([v, self.bias_v.expand(len(v), -1, -1)], dim=1)
+            k = torch.cat(
+                [
+                    k,
+                    self.bias_k.expand(
+                        len(k),
+                        -1,
+                        -1,
+                    ),
+                ],
+                dim=1,
+            )
+            v = torch.cat(
+                [
+                    v,
+                    self.bias_v.expand(
+                        len(v),
+                        -1,
+                        -1,
+                    ),
+                ],
+                dim=1,
+            )
             added += 1
         if self.add_zero_attn:
             k = functional.pad(k, (0, 0, 0, 1))
@@ -105,14 +166,26 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
         return k, v, mask
 
     def _attend(
-        self, heads: tuple[Tensor, ...], mask: Tensor | None, is_causal: bool, need_weights: bool
+        self,
+        heads: tuple[Tensor, ...],
+        mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return what heads attend to, (batch, heads, queries, width), and the weights if they are needed."""
         q, k, v = heads
         dropout = self.dropout if self.training else 0.0
         scale = self.head_dim**-0.5
         if not need_weights:
-            attended = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
+            attended = functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                mask,
+                dropout,
+                is_causal,
+                scale=scale,
+            )
             return attended, None
         scores = (q * scale) @ k.transpose(-2, -1)
         if mask is not None:

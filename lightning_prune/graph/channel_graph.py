@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.adaptations import Adaptation
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.pruning_plan import PlannedGroup, PruningPlan, Slice, plan_in_force, width_in
+from lightning_prune.pruning_plan import Adaptation, PlannedGroup, PruningPlan, Slice, plan_in_force, width_in
 
 __all__ = ["Axis", "ChannelGraph", "Group", "Snapshot", "Term", "Unprunable", "values_of"]
 

@@ -73,10 +73,12 @@ class KeptLabels:
 
 def _is_repeated_less(expected: Labels, found: Labels) -> bool:
     """Tell whether labels are those that are expected but for repetitions, one after the other or side by side."""
-    if not len(found) or len(expected) % len(found):
-        return False
-    times = len(expected) // len(found)
-    return torch.equal(expected, found.repeat(times)) or torch.equal(expected, found.repeat_interleave(times))
+    once = found.unique_consecutive()
+    if len(once) == len(found):  # one after the other
+        once = found[: len(found.unique())]
+        return all(torch.equal(labels, once.repeat(len(labels) // len(once))) for labels in (expected, found))
+    times = len(found) // len(once)
+    return torch.equal(found, once.repeat_interleave(times)) and torch.equal(expected.unique_consecutive(), once)
 
 
 def first_shift(full: Record, small: Record, kept: KeptLabels, start: int, stop: int) -> int | None:

@@ -60,7 +60,10 @@ def number_attributes(module: Any, name: str) -> None:
         if type(value) is int and value > 1:
             attributes[attribute] = _number(value, name, attribute)
         elif type(value) in (list, tuple) and value and all(type(entry) is int for entry in value):
-            numbers = [_number(entry, name, f"{attribute}.{place}") for place, entry in enumerate(value)]
+            numbers = [
+                _number(entry, name, f"{attribute}.{place}") if entry > 1 else entry
+                for place, entry in enumerate(value)
+            ]
             attributes[attribute] = type(value)(numbers)
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lightning_prune.adaptations import Adaptation, Count, Site, Size
 from lightning_prune.graph.channel_graph import Group
 from lightning_prune.graph.counts import AttributeNumber, channels_counted
 from lightning_prune.graph.records import Labels, Shaping
 from lightning_prune.graph.sheets import Sheet
+from lightning_prune.pruning_plan import Adaptation, Count, Site, Size
 
 __all__ = ["OF_ATTENTION", "Fitting"]
 
@@ -95,7 +95,11 @@ class Fitting:
             length: What it is in the full network.
         """
         names: list[str] = []
-        for sheet, labels in zip(self.sheets, along, strict=True):
+        for sheet, labels in zip(
+            self.sheets,
+            along,
+            strict=True,
+        ):
             if labels is None:
                 continue
             numbers = torch.unique(torch.from_numpy(sheet.grouping.group_of[labels.numpy()]))
@@ -109,7 +113,11 @@ class Fitting:
     # -- what is an attribute ---------------------------------------------------------------------------------------
 
     def _note_uses(self, place: _Fitted) -> None:
-        for written, count in zip(place.first.sizes, place.counts, strict=True):
+        for written, count in zip(
+            place.first.sizes,
+            place.counts,
+            strict=True,
+        ):
             if isinstance(written, AttributeNumber) and count is not None:
                 self.uses[written.module, written.attribute].add(count.groups)
 
@@ -123,7 +131,11 @@ class Fitting:
         """Return the attributes that follow channels, by module."""
         numbers: dict[str, dict[str, Count]] = defaultdict(dict)
         for place in self._places():
-            for written, count in zip(place.first.sizes, place.counts, strict=True):
+            for written, count in zip(
+                place.first.sizes,
+                place.counts,
+                strict=True,
+            ):
                 if not isinstance(written, AttributeNumber) or count is None or not count.groups:
                     continue
                 if self._follows((written.module, written.attribute)):
@@ -154,7 +166,11 @@ class Fitting:
             groups = next(iter(self.uses[written.module, written.attribute]))
             return Count(int(written), groups)
         counted = []
-        for sheet, seen in zip(self.sheets, place.seen, strict=True):
+        for sheet, seen in zip(
+            self.sheets,
+            place.seen,
+            strict=True,
+        ):
             counted.append(channels_counted(seen.sizes[number], sheet.record))
         count = self._count(counted, int(written))
         return count or Count(int(written))
@@ -164,8 +180,25 @@ class Fitting:
         given = self._given(place)
         changed = []
         for number, count in enumerate(place.counts):
-            if count is not None and not self._is_right(place, number):
-                changed.append(Size(number, self._asked(place, number), count))
+            if count is None:
+                continue
+            if not self._is_right(place, number):
+                changed.append(
+                    Size(
+                        number,
+                        self._asked(place, number),
+                        count,
+                    )
+                )
+            elif count.groups:  # by which the place is known
+                said = Count(-1) if place.first.sizes[number] == -1 else count
+                changed.append(
+                    Size(
+                        number,
+                        said,
+                        said,
+                    )
+                )
         if place.first.function == "scale":
             last = len(place.first.shape) - 1
             given = tuple((axis, count) for axis, count in given if axis == last)
@@ -174,7 +207,13 @@ class Fitting:
         if not any(self.groups[name].kind in OF_ATTENTION for name in followed):
             return None
         first = place.first
-        return Site(first.function, len(first.shape), given, len(first.sizes), tuple(changed))
+        return Site(
+            first.function,
+            len(first.shape),
+            given,
+            len(first.sizes),
+            tuple(changed),
+        )
 
     def _given(self, place: _Fitted) -> tuple[tuple[int, Count], ...]:
         """Return the axes of the tensor that is given that are in proportion with groups, and their lengths."""

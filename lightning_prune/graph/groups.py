@@ -179,12 +179,13 @@ def form_groups(table: SlotTable, record: Record, elsewhere: ndarray | None = No
     component_of = components(table.count, pairs)
     sides = _sides(table.count, record)
     unprunable = [*notes_on_half_fixed(ties, pairs), *record.unprunable]
-    not_mask_exact = [*record.not_mask_exact, *_not_masked_alone(table, record.ties, sides)]
+    kinds = _kinds(component_of, record)
+    normed = [note for note in record.normed if not kinds.are_summed(note.labels.numpy())]
+    not_mask_exact = [*record.not_mask_exact, *normed, *_not_masked_alone(table, record.ties, sides)]
     why_unprunable = _reasons(component_of, unprunable)
     why_not_mask_exact = _reasons(component_of, not_mask_exact)
 
     numbering = number_labels(table, component_of, record, reason_of=why_unprunable.first)
-    kinds = _kinds(component_of, record)
     builder = _Builder(sides, kinds, why_unprunable, why_not_mask_exact, elsewhere)
     for number, blocks in enumerate(_blocks(table.slots, numbering)):
         builder.add(number, blocks)

@@ -177,12 +177,14 @@ class Split(NamedTuple):
         labels: The labels of all its positions.
         dimensions: How many axes the output has there.
         along: Those of them that it was split into.
+        followed: Which of these has labels.
     """
 
     site: SplitSite
     labels: Labels
     dimensions: int
     along: tuple[int, ...]
+    followed: int
 
     @property
     def place(self) -> "SplitSite":
@@ -204,7 +206,7 @@ class Shaping:
 
     Attributes:
         module: Name of the module that runs.
-        function: What the function does; see `lightning_prune.adaptations.Site`.
+        function: What the function does; see `lightning_prune.pruning_plan.Site`.
         shape: The shape of the tensor that it is given.
         given: The labels of that tensor, by axis.
         sizes: The sizes as the code has them.
@@ -239,6 +241,7 @@ class Record:
         used: Names of the parameters and buffers that an operator was given.
         kinds: Which kind of channels some are.
         summed: Channels that are products are summed over, which are zero where all their weights are.
+        normed: Channels that a norm is taken over, which is the same as masking where products are summed over them.
         splits: The axes that were split into several.
         shapings: The places where code writes sizes of channels.
         computed_with: Attributes that counts of channels are divided by: name of the module, and of the attribute.
@@ -259,6 +262,7 @@ class Record:
     used: set[str] = field(default_factory=set)
     kinds: list[Note] = field(default_factory=list)
     summed: list[Labels] = field(default_factory=list)
+    normed: list[Note] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     shapings: list[Shaping] = field(default_factory=list)
     computed_with: set[tuple[str, str]] = field(default_factory=set)
@@ -274,6 +278,7 @@ class Record:
         self.least_required.extend(other.least_required)
         self.kinds.extend(other.kinds)
         self.summed.extend(other.summed)
+        self.normed.extend(other.normed)
         self.used |= other.used
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_prune.adaptations import Shares, Site
+from lightning_prune.pruning_plan import Shares, Site
 
 __all__ = ["SCALED", "SHAPING", "SPLITTING", "as_written", "resize", "sizes_given"]
 
@@ -27,7 +27,7 @@ class _Fitted:
     """A site with the numbers of now.
 
     Attributes:
-        function: What the code calls there; see `lightning_prune.adaptations.Site`.
+        function: What the code calls there; see `lightning_prune.pruning_plan.Site`.
         axes: How many axes the tensor has that is given.
         given: Lengths of some of these axes.
         sizes: How many sizes the code gives.
@@ -48,7 +48,14 @@ class _Fitted:
         given = tuple((axis, count.now(shares)) for axis, count in site.given)
         changed = tuple((one.place, one.asked.now(shares), one.fitting.now(shares)) for one in site.changed)
         scale = 1 / math.sqrt(site.given[0][1].original) if site.function == "scale" else 0.0
-        return cls(site.function, site.axes, given, site.sizes, changed, scale)
+        return cls(
+            site.function,
+            site.axes,
+            given,
+            site.sizes,
+            changed,
+            scale,
+        )
 
     def is_given(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is as that which is given there."""
@@ -82,17 +89,36 @@ class _Fitting(TorchFunctionMode):
         super().__init__()
         self.sites = sites
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func is SCALED:
             return self._attend(args, kwargs)
         if func in SHAPING or func in SPLITTING:
-            return self._shape(func, args, kwargs)
+            return self._shape(
+                func,
+                args,
+                kwargs,
+            )
         return func(*args, **kwargs)
 
-    def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _shape(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
         function = "shape" if func in SHAPING else "split"
-        tensor, sizes, others = sizes_given(func, args, kwargs)
+        tensor, sizes, others = sizes_given(
+            func,
+            args,
+            kwargs,
+        )
         for site in self.sites:
             if site.function != function or not site.is_given(tensor):
                 continue
@@ -101,7 +127,11 @@ class _Fitting(TorchFunctionMode):
                 fitting = site.fitting(asked)
                 if func in _UNFLATTEN:
                     return tensor.reshape(fitting)
-                return func(tensor, fitting, **others)
+                return func(
+                    tensor,
+                    fitting,
+                    **others,
+                )
         return func(*args, **kwargs)
 
     def _attend(self, args: Any, kwargs: Any) -> Any:
@@ -174,7 +204,11 @@ def _resized(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class that runs as another one does, with sizes that fit."""
     if kind not in _RESIZED:
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        _RESIZED[kind] = type(kind.__name__, (_Resized, kind), names)
+        _RESIZED[kind] = type(
+            kind.__name__,
+            (_Resized, kind),
+            names,
+        )
     return _RESIZED[kind]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.graph.adapting import adapt_to
+from lightning_prune.graph.adapting import adapt
 from lightning_prune.graph.attention import FreeMultiheadAttention, free
 from lightning_prune.graph.counts import number_attributes
 from lightning_prune.graph.entry import as_call, let_in
@@ -14,7 +14,7 @@ from lightning_prune.graph.memory import what_is_kept
 from lightning_prune.graph.nested import nested_tensors, with_tensors
 from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
-from lightning_prune.graph.sizes import class_name
+from lightning_prune.graph.sizes import class_name, has_size_attributes
 from lightning_prune.graph.slots import SlotTable
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
@@ -39,7 +39,7 @@ class Forward:
     Attributes:
         submodule: The submodule to run.
         module: Its dotted name.
-        adaptations: What was adapted in modules when the model was pruned, by their names.
+        earlier: The plan in force.
         keeps_nothing: Whether the modules of the full network are after a pass as they were before, so that a pass in
             which they are not run again shows the same.
         tensors: The parameters and buffers of the model, by name.
@@ -58,8 +58,7 @@ class Forward:
     def __init__(self, model: nn.Module, module: str, example_inputs: Any) -> None:
         self.submodule = submodule_of(model, module)
         self.module = module
-        earlier = plan_in_force(model)
-        self.adaptations = {} if earlier is None else earlier.adaptations
+        self.earlier = plan_in_force(model)
         modules = dict(model.named_modules())
         for name, submodule in modules.items():
             _refuse_untraceable(name, submodule)
@@ -123,12 +122,7 @@ class Forward:
 
     def _adapt(self, twin: Twin, plan: PruningPlan) -> None:
         """Bring the numbers in a twin in step with what it has, and let those of the full network be told apart."""
-        adaptations = {**self.adaptations, **plan.adaptations}
-        prefix = f"{self.module}." if self.module else ""
-        own = {name.removeprefix(prefix): one for name, one in adaptations.items() if f"{name}.".startswith(prefix)}
-        if self.module in own:
-            own[""] = own.pop(self.module)
-        adapt_to(twin.model, own, plan.shares)
+        adapt(twin.model, plan, self.earlier, self.module)
         for original, module in twin.pairs():
             free(module)
             if not plan.groups and _has_numbers(module):
@@ -281,7 +275,9 @@ class Forward:
 
 def _has_numbers(module: nn.Module) -> bool:
     """Tell whether the code of a module may compute shapes with numbers that are attributes of it."""
-    return isinstance(module, _WITH_NUMBERS) or not type(module).__module__.startswith("torch.nn.")
+    if isinstance(module, _WITH_NUMBERS):
+        return True
+    return not has_size_attributes(module) and not type(module).__module__.startswith("torch.nn.")
 
 
 def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[int, Labels]:

@@ -114,6 +114,7 @@ class Search:
         forward: The forward pass.
         known: What has been found out about the network.
         found_unprunable: The channels that did not work.
+        found_beside_attention: Those of them that are none of attention, of which another sheet would show the same.
         training_mode: What is known of training mode.
         untraced: Why steps could not be traced, by name.
         frozen: The frozen submodules that keep their channels.
@@ -123,7 +124,13 @@ class Search:
         resized: Names of the modules that compute with their attributes, so that these are left alone.
     """
 
-    def __init__(self, network: Network, known: Known, other: Sheet | None = None, beside: bool = False) -> None:
+    def __init__(
+        self,
+        network: Network,
+        known: Known,
+        other: Sheet | None = None,
+        beside: bool = False,
+    ) -> None:
         self.network = network
         self.forward = network.forward
         self.steps = network.steps()
@@ -133,6 +140,7 @@ class Search:
         self.tables = OperatorTables(RULES, COSTS)
         self.tables_without_costs = OperatorTables(RULES, {})
         self.found_unprunable: list[Note] = []
+        self.found_beside_attention: list[Note] = []
         self.training_mode = _TrainingMode.NOT_OBSERVED
         self.untraced: dict[str, str] = {}
         self.frozen: list[str] = []
@@ -152,7 +160,11 @@ class Search:
             evaluation: What the full network showed in evaluation mode.
         """
         grouping = self._form_groups(_Observed(evaluation, None))
-        return Sheet(grouping, evaluation, grouping.names)
+        return Sheet(
+            grouping,
+            evaluation,
+            grouping.names,
+        )
 
     def settle(self, evaluation: Record) -> tuple[Sheet, Record]:
         """Return the groups that work, and all that the full network showed.
@@ -165,7 +177,11 @@ class Search:
         if self.steps:
             observed = replace(observed, steps=self._observe_steps(observed.evaluation))
             grouping, observed = self._settle(observed, self._verify_steps)
-        return Sheet(grouping, observed.evaluation, grouping.names), observed.joined()
+        return Sheet(
+            grouping,
+            observed.evaluation,
+            grouping.names,
+        ), observed.joined()
 
     def _settle(self, observed: _Observed, verify: _Verify) -> tuple[Grouping, _Observed]:
         """Return the groups that work, and what the full network has shown."""
@@ -180,10 +196,27 @@ class Search:
                 observed = replace(observed, training=self._observe_training())
             elif self._learn_which_axes_shrink(verdict.findings):  # the groups may be right
                 observed = self._observe_again(observed.steps)
-            elif not self._leaves_attributes_alone(grouping, observed, verdict.findings):
-                self.found_unprunable.extend(finding.note(grouping) for finding in verdict.findings)
+            elif not self._leaves_attributes_alone(
+                grouping,
+                observed,
+                verdict.findings,
+            ):
+                self._note_unprunable(grouping, verdict.findings)
 
-    def _leaves_attributes_alone(self, grouping: Grouping, observed: _Observed, findings: Sequence[Finding]) -> bool:
+    def _note_unprunable(self, grouping: Grouping, findings: Sequence[Finding]) -> None:
+        groups = list(grouping.groups.values())
+        for finding in findings:
+            note = finding.note(grouping)
+            self.found_unprunable.append(note)
+            if not any(groups[number].kind in OF_ATTENTION for number in finding.groups):
+                self.found_beside_attention.append(note)
+
+    def _leaves_attributes_alone(
+        self,
+        grouping: Grouping,
+        observed: _Observed,
+        findings: Sequence[Finding],
+    ) -> bool:
         """Leave the attributes of modules alone in which something did not work, and have them run with other sizes.
 
         Returns:
@@ -221,16 +254,32 @@ class Search:
 
     def _fitting(self, grouping: Grouping, evaluation: Record) -> tuple[Fitting, dict[str, PlannedGroup]]:
         """Return what finds out what follows the groups, and the groups of the other sheet that are pruned too."""
-        own = Sheet(grouping, evaluation, grouping.names)
+        own = Sheet(
+            grouping,
+            evaluation,
+            grouping.names,
+        )
         if self.other is None:
-            return Fitting([own], grouping.groups, self.resized), {}
+            return Fitting(
+                [own],
+                grouping.groups,
+                self.resized,
+            ), {}
         if not self.beside:
             others = {_OTHER + name: group for name, group in self.other.grouping.groups.items()}
             other = replace(self.other, names=list(others))
-            return Fitting([other, own], {**grouping.groups, **others}, self.resized), {}
+            return Fitting(
+                [other, own],
+                {**grouping.groups, **others},
+                self.resized,
+            ), {}
         groups, names = joined_groups(grouping, self.other.grouping)
         beside = {name: _half(groups[name]) for name in names if name and name not in grouping.groups}
-        return Fitting([own, replace(self.other, names=names)], groups, self.resized), beside
+        return Fitting(
+            [own, replace(self.other, names=names)],
+            groups,
+            self.resized,
+        ), beside
 
     # -- observing the full network --------------------------------------------------------------------------------
 
@@ -258,7 +307,14 @@ class Search:
         for run in list(self.steps):
             run.memory = self._memory(evaluation, run.step.training)
             try:
-                tracer = run.observe(partial(Tracer, self.tables_without_costs, self.known), run.step.training)
+                tracer = run.observe(
+                    partial(
+                        Tracer,
+                        self.tables_without_costs,
+                        self.known,
+                    ),
+                    run.step.training,
+                )
             except Exception as raised:
                 self.untraced[run.step.name] = f"{type(raised).__name__}: {raised}"
                 self.steps.remove(run)
@@ -292,7 +348,11 @@ class Search:
         self.frozen = self.network.relations.kept_whole(self.forward.labelled, record)
         record.unprunable += frozen_channels(self.forward.labelled, self.frozen)
         record.unprunable += self.found_unprunable
-        return form_groups(self.forward.labelled, record, self._prunable_elsewhere())
+        return form_groups(
+            self.forward.labelled,
+            record,
+            self._prunable_elsewhere(),
+        )
 
     def _prunable_elsewhere(self) -> np.ndarray | None:
         return self.other.grouping.group_of >= 0 if self.other is not None and self.beside else None
@@ -302,7 +362,14 @@ class Search:
         for labels in record.out_slices:
             module = self.forward.labelled.module_of(labels)
             matching = [pattern for pattern in self.network.ignored if matches_any(pattern, _with_parents(module))]
-            notes.extend(Note(labels, module, f"is ignored by the pattern {pattern!r}") for pattern in matching)
+            notes.extend(
+                Note(
+                    labels,
+                    module,
+                    f"is ignored by the pattern {pattern!r}",
+                )
+                for pattern in matching
+            )
         return notes
 
     def _complex_channels(self) -> list[Note]:
@@ -310,20 +377,42 @@ class Search:
         for name, tensor in self.forward.tensors.items():
             if tensor.is_complex():
                 labels_by_axis = self.forward.labelled.labels(name)
-                notes += [Note(labels, module_of(name), _COMPLEX) for labels in labels_by_axis.values()]
+                notes += [
+                    Note(
+                        labels,
+                        module_of(name),
+                        _COMPLEX,
+                    )
+                    for labels in labels_by_axis.values()
+                ]
         return notes
 
     # -- trying them out -------------------------------------------------------------------------------------------
 
-    def _verifier(self, forward: Forward, grouping: Grouping, observed: _Observed) -> Verifier:
+    def _verifier(
+        self,
+        forward: Forward,
+        grouping: Grouping,
+        observed: _Observed,
+    ) -> Verifier:
         fitted = self._fitted(grouping, observed.evaluation)
-        return Verifier(forward, grouping, self.tables_without_costs, self.known, fitted)
+        return Verifier(
+            forward,
+            grouping,
+            self.tables_without_costs,
+            self.known,
+            fitted,
+        )
 
     def _verify(self, grouping: Grouping, observed: _Observed) -> _Verdict:
         """Try groups in training mode, and in evaluation mode unless that has just been seen to do the same."""
         if not grouping.groups:
             return _Verdict(works=True)
-        verifier = self._verifier(self.forward, grouping, observed)
+        verifier = self._verifier(
+            self.forward,
+            grouping,
+            observed,
+        )
         if self.training_mode is _TrainingMode.NOT_OBSERVED:
             return self._verify_unobserved(verifier, observed.evaluation)
         if self.training_mode is _TrainingMode.OBSERVED:
@@ -359,7 +448,11 @@ class Search:
             if not verdict.works:
                 return verdict
         for run in self.steps if grouping.groups else ():
-            verifier = self._verifier(run, grouping, observed)
+            verifier = self._verifier(
+                run,
+                grouping,
+                observed,
+            )
             trial = verifier.first_trial(run.step.training, observed.steps[run.step.name])
             findings = verifier.findings(trial)
             if findings:
@@ -377,14 +470,34 @@ def _beside_forward(grouping: Grouping, of_forward: Record) -> list[Finding]:
     findings = []
     for number, group in enumerate(grouping.groups.values()):
         if not any(one.tensor in of_forward.used for one in group.slices):
-            findings.append(Finding(frozenset([number]), group.name, _BESIDE))
+            findings.append(
+                Finding(
+                    frozenset([number]),
+                    group.name,
+                    _BESIDE,
+                )
+            )
     return findings
 
 
 def _half(group: Group) -> PlannedGroup:
     """Return about half of the channels of a group, with the first: labels are those of the first head."""
-    kept = tuple(range(0, group.size, 2)) if group.size >= 2 * group.least else tuple(range(group.least))
-    return PlannedGroup(group.size, kept, group.slices)
+    kept = (
+        tuple(
+            range(
+                0,
+                group.size,
+                2,
+            )
+        )
+        if group.size >= 2 * group.least
+        else tuple(range(group.least))
+    )
+    return PlannedGroup(
+        group.size,
+        kept,
+        group.slices,
+    )
 
 
 def matches_any(pattern: str, names: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from numpy import ndarray
 from lightning_prune.graph.channel_graph import Axis, Group, Term
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.records import CostTerm, Labels, Record
+from lightning_prune.pruning_plan import Slice
 
 __all__ = ["Sheet", "joined_groups", "terms_of"]
 
@@ -57,11 +58,11 @@ def joined_groups(inner: Grouping, outer: Grouping) -> tuple[dict[str, Group], l
     """
     groups = dict(inner.groups)
     known = {_identity(group): name for name, group in inner.groups.items()}
-    places = [_places(group) for group in inner.groups.values()]
+    places = _Places(inner.groups.values())
     names = []
     for group in outer.groups.values():
         name = known.get(_identity(group), "")
-        if not name and _lies_across(group, places):
+        if not name and places.lies_across(group):
             name = _new_name(group, groups)
             groups[name] = replace(group, name=name)
         names.append(name)
@@ -78,39 +79,51 @@ def _new_name(group: Group, groups: Mapping[str, Group]) -> str:
     return next(name for name in candidates if name not in groups)
 
 
-Place = tuple[str, int]  # tensor and axis
-Channels = dict[Place, dict[int, int]]  # by place: the channel of each position
+class _Places:
+    """Know which channels of some groups lie where.
 
+    Args:
+        groups: The groups, no two of which lie at the same position.
+    """
 
-def _places(group: Group) -> Channels:
-    """Return the channel that each position belongs to."""
-    places: Channels = {}
-    every = torch.arange(group.size)
-    for one in group.slices:
-        by_channel = one.positions(every).view(group.size, -1)
-        for channel, positions in enumerate(by_channel.tolist()):
-            places.setdefault((one.tensor, one.axis), {}).update(dict.fromkeys(positions, channel))
-    return places
+    def __init__(self, groups: Iterable[Group]) -> None:
+        self._slices: dict[tuple[str, int], list[tuple[Group, Slice]]] = {}
+        for group in groups:
+            for one in group.slices:
+                self._slices.setdefault((one.tensor, one.axis), []).append((group, one))
 
-
-def _lies_across(group: Group, others: Iterable[Channels]) -> bool:
-    """Tell whether each channel of a group has as many positions in common with each of another, where it has any."""
-    own = _places(group)
-    for other in others:
-        for place in own.keys() & other.keys():
-            if not _are_crossed(own[place], other[place]):
-                return False
-    return True
-
-
-def _are_crossed(first: Mapping[int, int], second: Mapping[int, int]) -> bool:
-    shared = first.keys() & second.keys()
-    if not shared:
+    def lies_across(self, group: Group) -> bool:
+        """Tell whether each channel of a group has as many positions in common with each of those that it meets."""
+        own: dict[tuple[str, int], list[ndarray]] = {}
+        for one in group.slices:
+            own.setdefault((one.tensor, one.axis), []).append(_positions(group, one))
+        for place, parts in own.items():
+            of_group = np.concatenate(parts, axis=1)  # (channels, positions of each)
+            for others in self._at(place).values():
+                if not _are_crossed(of_group, np.concatenate(others, axis=1)):
+                    return False
         return True
-    pairs = [(first[position], second[position]) for position in shared]
-    _, counts = np.unique(np.array(pairs), axis=0, return_counts=True)
-    combinations = len(set(first.values())) * len(set(second.values()))
-    return len(counts) == combinations and len(set(counts.tolist())) == 1
+
+    def _at(self, place: tuple[str, int]) -> dict[str, list[ndarray]]:
+        """Return the positions of the groups that lie along an axis, by name."""
+        found: dict[str, list[ndarray]] = {}
+        for group, one in self._slices.get(place, ()):
+            found.setdefault(group.name, []).append(_positions(group, one))
+        return found
+
+
+def _positions(group: Group, one: Slice) -> ndarray:
+    """Return where the channels of a group lie: (channels, positions of each)."""
+    every = torch.arange(group.size)
+    return one.positions(every).view(group.size, -1).numpy()
+
+
+def _are_crossed(first: ndarray, second: ndarray) -> bool:
+    channel_of = np.full(1 + max(first.max(), second.max()), _NONE)
+    channel_of[second] = np.arange(len(second))[:, None]
+    met = channel_of[first]  # (channels, positions of each) of the other group, -1 for none
+    counts = np.stack([(met == channel).sum(axis=1) for channel in range(len(second))])
+    return bool((counts == counts[0, 0]).all())
 
 
 # -- lengths -----------------------------------------------------------------------------------------------------------
@@ -166,10 +179,33 @@ class _Lengths:
     def _blocks(self, axis: Sequence[Labels | int]) -> Iterator[tuple[list[str], int]]:
         """Yield the groups that positions along an axis belong to together, and how many do."""
         size = max(one if isinstance(one, int) else len(one) for one in axis)
-        columns = [sheet.names_along(one, size) for sheet, one in zip(self.sheets, axis, strict=True)]
-        numbers, counts = np.unique(np.stack(columns, axis=1), axis=0, return_counts=True)
-        for row, positions in zip(numbers.tolist(), counts.tolist(), strict=True):
-            names = [sheet.names[number] for sheet, number in zip(self.sheets, row, strict=True) if number >= 0]
+        columns = [
+            sheet.names_along(one, size)
+            for sheet, one in zip(
+                self.sheets,
+                axis,
+                strict=True,
+            )
+        ]
+        numbers, counts = np.unique(
+            np.stack(columns, axis=1),
+            axis=0,
+            return_counts=True,
+        )
+        for row, positions in zip(
+            numbers.tolist(),
+            counts.tolist(),
+            strict=True,
+        ):
+            names = [
+                sheet.names[number]
+                for sheet, number in zip(
+                    self.sheets,
+                    row,
+                    strict=True,
+                )
+                if number >= 0
+            ]
             yield sorted(set(filter(None, names))), positions
 
 
@@ -192,4 +228,8 @@ def terms_of(
             for factor, factor_axes in factors:
                 coefficient *= factor
                 axes += factor_axes
-            yield Term(coefficient, tuple(axes), same[0].module)
+            yield Term(
+                coefficient,
+                tuple(axes),
+                same[0].module,
+            )

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_prune.graph.attention import sync_attention
 
-__all__ = ["class_name", "size_attributes", "sync_attributes"]
+__all__ = ["class_name", "has_size_attributes", "size_attributes", "sync_attributes"]
 
 Sync = Callable[[Any], None]  # is given a module, whose tensors may have changed shape
 
@@ -148,6 +148,11 @@ def class_name(module: nn.Module) -> str:
     """Return the full name of the class of a module, ``"torch.nn.modules.linear.Linear"``."""
     kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def has_size_attributes(module: nn.Module) -> bool:
+    """Tell whether `sync_attributes` knows what a module writes down of the shapes of its tensors."""
+    return class_name(module) in _SYNC_BY_CLASS_NAME or isinstance(module, tuple(_SYNC_BY_CLASS))
 
 
 def sync_attributes(module: nn.Module) -> None:

@@ -27,7 +27,16 @@ def cost_terms(forward: Forward, groups: Mapping[str, Group], sheets: Sequence[S
         "flops": zip(*(sheet.record.costs for sheet in sheets), strict=True),
         **{metric: ([cost] * len(sheets) for cost in costs) for metric, costs in of_tensors.items()},
     }
-    return {metric: list(terms_of(costs, sheets, groups)) for metric, costs in by_metric.items()}
+    return {
+        metric: list(
+            terms_of(
+                costs,
+                sheets,
+                groups,
+            )
+        )
+        for metric, costs in by_metric.items()
+    }
 
 
 def _parameters(forward: Forward) -> list[CostTerm]:
@@ -47,7 +56,11 @@ def _elements(forward: Forward, name: str) -> CostTerm:
     for axis, size in enumerate(forward.shapes[name]):
         if axis not in labels:
             fixed *= size
-    return CostTerm(fixed, tuple(labels.values()), _module(name))
+    return CostTerm(
+        fixed,
+        tuple(labels.values()),
+        _module(name),
+    )
 
 
 def _channels(forward: Forward, groups: Mapping[str, Group]) -> list[CostTerm]:
@@ -57,7 +70,11 @@ def _channels(forward: Forward, groups: Mapping[str, Group]) -> list[CostTerm]:
         for out_slice in group.out_slices:
             tensor, axis = out_slice.tensor, out_slice.axis
             labels = forward.labelled.labels(tensor)[axis]
-            terms[tensor, axis] = CostTerm(1, (labels,), _module(tensor))
+            terms[tensor, axis] = CostTerm(
+                1,
+                (labels,),
+                _module(tensor),
+            )
     return list(terms.values())
 
 

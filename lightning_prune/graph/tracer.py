@@ -231,7 +231,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         """Note sizes that code gives a function.
 
         Args:
-            function: What the function does; see `lightning_prune.adaptations.Site`.
+            function: What the function does; see `lightning_prune.pruning_plan.Site`.
             tensor: The tensor that it is given.
             sizes: The sizes as the code has them.
             labels: The labels along the axis that each is of.

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.adaptations import Adaptation
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph, Group, Unprunable
 from lightning_prune.graph.entry import Step
@@ -15,6 +14,7 @@ from lightning_prune.graph.fitting import Fitting
 from lightning_prune.graph.records import Known, Record, Split
 from lightning_prune.graph.records import Sheet as Which
 from lightning_prune.graph.relations import NO_RELATIONS, Relations
+from lightning_prune.graph.rules.rearranging import TWO_KINDS
 from lightning_prune.graph.run import Forward
 from lightning_prune.graph.settling import Network, Search, matches_any
 from lightning_prune.graph.sheets import Sheet, joined_groups
@@ -23,6 +23,7 @@ from lightning_prune.graph.terms import cost_terms, take_out
 from lightning_prune.graph.ties import TiedPairs, components, of_attention
 from lightning_prune.graph.unnamed import name_the_rest
 from lightning_prune.progress import progress
+from lightning_prune.pruning_plan import Adaptation
 
 __all__ = ["trace"]
 
@@ -71,12 +72,32 @@ def trace(
         {'3': Unprunable(channels=10, reason='3: is an output of the network')}
     """
     with progress(f"Tracing {type(model).__name__}"), as_written():
-        forward = Forward(model, module, example_inputs)
+        forward = Forward(
+            model,
+            module,
+            example_inputs,
+        )
         forward.outside = relations.outside
         patterns = _checked_patterns(ignore, forward.module_names)
-        runs = partial(_step_runs, forward, model, steps)
-        seen = _see(Network(forward, patterns, runs, relations))
-        terms = cost_terms(forward, seen.groups, seen.sheets)
+        runs = partial(
+            _step_runs,
+            forward,
+            model,
+            steps,
+        )
+        seen = _see(
+            Network(
+                forward,
+                patterns,
+                runs,
+                relations,
+            )
+        )
+        terms = cost_terms(
+            forward,
+            seen.groups,
+            seen.sheets,
+        )
     return ChannelGraph(
         model,
         seen.groups,
@@ -92,7 +113,14 @@ def trace(
 
 
 def _step_runs(forward: Forward, model: nn.Module, steps: Sequence[Step]) -> list[StepRun]:
-    return [StepRun(forward, model, step) for step in steps]
+    return [
+        StepRun(
+            forward,
+            model,
+            step,
+        )
+        for step in steps
+    ]
 
 
 def _checked_patterns(ignore: Sequence[str], module_names: Sequence[str]) -> list[str]:
@@ -128,18 +156,47 @@ def _see(network: Network) -> _Seen:
     """Find the groups of a network, of which there are two kinds along one axis where that is split into heads."""
     search = Search(network, Known())
     evaluation = search.observe()
-    sites = _split_into_heads(network.forward, evaluation)
-    if not sites:
+    splits = _split_into_heads(network.forward, evaluation)
+    if not splits:
         sheet, joined = search.settle(evaluation)
-        return _put_together(search, [sheet], joined)
-    inner = Search(network, _following(search.known, Which.WIDTHS, sites))
-    outer = Search(network, _following(search.known, Which.HEADS, sites))
-    of_widths = inner.observe()
+        return _put_together(
+            search,
+            [sheet],
+            joined,
+        )
+    inner = Search(
+        network,
+        _following(
+            search.known,
+            Which.WIDTHS,
+            splits,
+        ),
+    )
+    outer = Search(
+        network,
+        _following(
+            search.known,
+            Which.HEADS,
+            splits,
+        ),
+    )
+    of_widths = evaluation if _follows_widths(splits, evaluation) else inner.observe()
     outer.other = inner.first_sheet(of_widths)
     of_heads, _ = outer.settle(outer.observe())
     inner.other, inner.beside, inner.resized = of_heads, True, outer.resized
+    inner.found_unprunable.extend(outer.found_beside_attention)
     sheet, joined = inner.settle(of_widths)
-    return _put_together(inner, [sheet, of_heads], joined)
+    return _put_together(
+        inner,
+        [sheet, of_heads],
+        joined,
+    )
+
+
+def _follows_widths(splits: Sequence[Split], evaluation: Record) -> bool:
+    """Tell whether labels have followed the width of heads all along."""
+    merged = any(note.why == TWO_KINDS for note in evaluation.unprunable)
+    return not merged and all(split.followed == split.site.axes - 1 for split in splits)
 
 
 def _following(known: Known, which: Which, splits: Sequence[Split]) -> Known:
@@ -147,7 +204,12 @@ def _following(known: Known, which: Which, splits: Sequence[Split]) -> Known:
     behind = 1 if which is Which.WIDTHS else 2
     axes = {split.site: split.site.axes - behind for split in splits}
     along = {split.place: split.along for split in splits}
-    return replace(known, shrinking_axis={**known.shrinking_axis, **axes}, sheet=which, split_along=along)
+    return replace(
+        known,
+        shrinking_axis={**known.shrinking_axis, **axes},
+        sheet=which,
+        split_along=along,
+    )
 
 
 def _split_into_heads(forward: Forward, evaluation: Record) -> list[Split]:
@@ -165,12 +227,21 @@ def _put_together(search: Search, sheets: Sequence[Sheet], joined: Record) -> _S
     for number, other in enumerate(others, start=1):
         groups, names = joined_groups(sheet.grouping, other.grouping)
         sheets = [*sheets[:number], replace(other, names=names)]
-    name_the_rest(search.forward, sheet.grouping, groups, joined)
+    name_the_rest(
+        search.forward,
+        sheet.grouping,
+        groups,
+        joined,
+    )
     return _Seen(
         groups,
         sheets,
         sheet.grouping.unprunable,
-        Fitting(sheets, groups, search.resized).adaptations(),
+        Fitting(
+            sheets,
+            groups,
+            search.resized,
+        ).adaptations(),
         search.untraced,
         search.frozen,
     )

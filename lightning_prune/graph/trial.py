@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_prune.adaptations import Adaptation
 from lightning_prune.graph.channel_graph import Group
 from lightning_prune.graph.comparison import KeptLabels, covers, first_shift
 from lightning_prune.graph.frames import SourceLine, running_line
@@ -21,7 +20,7 @@ from lightning_prune.graph.operators import OperatorTables, TracerRule
 from lightning_prune.graph.records import Call, CallKey, Known, Labels, ModuleCall, Record
 from lightning_prune.graph.run import Forward
 from lightning_prune.graph.tracer import Tracer
-from lightning_prune.pruning_plan import Index, PlannedGroup, PruningPlan
+from lightning_prune.pruning_plan import Adaptation, Index, PlannedGroup, PruningPlan
 
 __all__ = ["Entries", "Failure", "Fitted", "Place", "Pruned", "Shrinking", "Trial", "TrialRunner", "unlike_subsets"]
 

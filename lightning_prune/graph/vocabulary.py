@@ -194,7 +194,6 @@ class Vocabulary:
     def tie_parts(self, labels: Labels, size: int) -> None:
         """Cut an axis into parts of some size; say that channels at equal places can only be pruned together."""
         if self.where() in self.free_modules:
-            self.splits = True
             return
         first, others = labels[:size], labels[size:]
         if len(others):  # all parts at once: an image that is flattened with its channels has a hundred thousand
@@ -224,12 +223,13 @@ class Vocabulary:
         """
         self.splits = True
         site = SplitSite(running_line(), len(along))
-        self.record.splits.append(Split(site, spread.reshape(-1), spread.dim(), tuple(along)))
         number_of_tie = len(self.record.ties)  # of the one that the rule is about to make
         self.ties_of_splits[number_of_tie] = site
         computed = find_computed(written, self.record)
         default = len(along) - 1 if computed is None else computed
-        return self.known.shrinking_axis.get(site, default)
+        shorter = self.known.shrinking_axis.get(site, default)
+        self.record.splits.append(Split(site, spread.reshape(-1), spread.dim(), tuple(along), shorter))
+        return shorter
 
     def written_sizes(self, output: Tensor) -> Sequence[int]:
         """Return the shape of an output as the code has it that runs now, in plain numbers where that is not known."""
@@ -264,17 +264,30 @@ class Vocabulary:
             self.record.kinds.append(Note(labels, self.where(), kind))
 
     def mark_summed(self, labels: Labels | None, tensors: Iterable[Tensor], why: str) -> None:
-        """Say that products or powers of some channels are summed up.
+        """Say that products of some channels are summed up.
 
         Args:
             labels: The channels.
-            tensors: What has them; where one of it is zero, so is the product.
+            tensors: The factors; where one of them is zero, so is the product.
             why: What to say where pruning these channels is not the same as masking all of their weights.
         """
         if labels is None:
             return
         if any(map(self.keeps_zero, tensors)):
             self.record.summed.append(labels)
+        else:
+            self.mark_not_mask_exact(labels, why)
+
+    def mark_normed(self, labels: Labels | None, tensor: Tensor, why: str) -> None:
+        """Say that a norm is taken over some channels.
+
+        Args:
+            labels: The channels.
+            tensor: What has them.
+            why: What to say where pruning these channels is not the same as masking them.
+        """
+        if labels is not None and self.keeps_zero(tensor):
+            self.record.normed.append(Note(labels, self.where(), why))
         else:
             self.mark_not_mask_exact(labels, why)
 

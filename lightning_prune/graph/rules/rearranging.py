@@ -16,10 +16,10 @@ from lightning_prune.graph.records import Sheet
 from lightning_prune.graph.rules.table import rule
 from lightning_prune.graph.tracer import Call, Labels, Tracer
 
-__all__: list[str] = []
+__all__ = ["TWO_KINDS"]
 
 _PICKED_OUT = "has one of its channels picked out"
-_TWO_KINDS = "has two kinds of channels along one axis"
+TWO_KINDS = "has two kinds of channels along one axis"
 
 
 class _LabelledAxis(NamedTuple):
@@ -98,11 +98,11 @@ def _add_labels(tracer: Tracer, output: Tensor, found: _LabelledAxis) -> None:
     if tracer.known.sheet is Sheet.WIDTHS:
         output_labels[found.axis] = found.labels
     else:
-        tracer.mark_unprunable(found.labels, _TWO_KINDS)
+        tracer.mark_unprunable(found.labels, TWO_KINDS)
     if tracer.known.sheet is Sheet.HEADS:
         output_labels[found.axis] = outer
     else:
-        tracer.mark_unprunable(outer, _TWO_KINDS)
+        tracer.mark_unprunable(outer, TWO_KINDS)
     tracer.set_labels(output, output_labels)
 
 
@@ -117,7 +117,11 @@ def repeat(tracer: Tracer, call: Call) -> None:
     for axis, labels in labels_by_axis.items():
         spread = _spread(labels, axis, x.shape)
         moved = call.operator(spread, *other_arguments, **call.kwargs)
-        found = _find_axis(tracer, moved)
+        if tracer.known.sheet is Sheet.HEADS and not bool((labels != labels[0]).any()):  # the only head that is left
+            same_axis = axis + moved.dim() - x.dim()
+            found: _LabelledAxis | None = _LabelledAxis(same_axis, _labels_along(moved, same_axis))
+        else:
+            found = _find_axis(tracer, moved)
         if found is not None:
             _add_labels(tracer, call.output, found)
 
@@ -235,8 +239,12 @@ def _find_reshaped_axis(tracer: Tracer, spread: Tensor, written: Sequence[int]) 
     candidates = [axis for axis, size in enumerate(spread.shape) if size == 1]
     if spread.dim() == 1:
         candidates = [0]
-    if not candidates or _varying_axes(spread):
+    if tracer.known.sheet is Sheet.HEADS and tracer.known.split_along and not candidates:
+        candidates = [0]
+    if not candidates or _varying_axes(spread) or tracer.axes_of_split(spread.shape):
         return _find_axis(tracer, spread, written)
+    if tracer.known.sheet is Sheet.HEADS:  # behind the batch
+        candidates = [spread.dim() - 1]
     labels = _labels_along(spread, candidates[0])
     return _LabelledAxis(candidates[0], labels)
 

@@ -1,6 +1,7 @@
 """Operators that pool, resize or reduce."""
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -113,10 +114,10 @@ def norm(tracer: Tracer, call: Call) -> None:
     dim = call.argument(2, "dim")
     order = call.argument(1, "ord", 2)
     counts_no_zeros = isinstance(order, int | float) and 0 < order < float("inf")
-    tensors = [x] if counts_no_zeros else []
+    mark = partial(tracer.mark_normed, tensor=x) if counts_no_zeros else tracer.mark_not_mask_exact
     reduced = _axes(x, dim)
     for axis in reduced:
-        tracer.mark_summed(tracer.labels(x, axis), tensors, f"takes {plain_name(call)} over its channels")
+        mark(tracer.labels(x, axis), why=f"takes {plain_name(call)} over its channels")
     _label_without(tracer, call, reduced)
 
 
