@@ -3,9 +3,10 @@
 import hashlib
 import json
 import reprlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,8 +18,14 @@ from lightning_prune.plain import MisfitError, made
 
 __all__ = [
     "FORMAT_VERSION",
+    "Adaptation",
+    "Count",
+    "Index",
     "PlannedGroup",
     "PruningPlan",
+    "Shares",
+    "Site",
+    "Size",
     "Slice",
     "plan_in_force",
     "record_plan",
@@ -28,6 +35,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 _RECORD = "_pruning_plan"
+_INSIDE = ".a.b"  # behind the name of a module: where a tensor of a layer in it would be
 _LONGEST_AXIS = 2**28  # beyond all tensors that there are; a list of its positions is still no burden
 _REMEDY = "make it anew with `lightning_prune.plan` or `ChannelGraph.plan`"
 
@@ -36,6 +44,129 @@ Index = dict[str, dict[int, Tensor]]
 
 Shapes = dict[str, tuple[int, ...]]
 """Shape by tensor name."""
+
+
+# -- what follows channels beside tensors ------------------------------------------------------------------------------
+
+Shares = Mapping[str, Fraction]
+"""How much of the channels of each group is kept, by name; of groups that are absent all are."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number that counts channels of groups, or multiples of them.
+
+    Attributes:
+        original: What it is in the original model.
+        groups: Names of the groups; it is in proportion with the channels of each.
+
+    Example:
+        >>> Count(768, ("attn#heads", "attn")).now({"attn#heads": Fraction(1, 2), "attn": Fraction(3, 4)})
+        288
+    """
+
+    original: int
+    groups: tuple[str, ...] = ()
+
+    def now(self, shares: Shares) -> int:
+        """Return what the number is when a share of the channels is kept."""
+        number = Fraction(self.original)
+        for group in self.groups:
+            number *= shares.get(group, 1)
+        return int(number)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that code gives to a function, and the one that fits the channels.
+
+    Attributes:
+        place: Which of the sizes it is.
+        asked: What the code says.
+        fitting: What has to be said instead.
+    """
+
+    place: int
+    asked: Count
+    fitting: Count
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a module shapes a tensor, or scales attention by the width of heads.
+
+    Attributes:
+        function: ``"shape"`` for sizes along all axes, ``"split"`` for those of pieces of one axis, ``"scale"`` for
+            attention that is scaled by the root of what it is given.
+        axes: How many axes the tensor has that is given.
+        given: Lengths of some of these axes: (axis, length).
+        sizes: How many sizes the code gives.
+        changed: Those of them that are in proportion with channels.
+    """
+
+    function: str
+    axes: int
+    given: tuple[tuple[int, Count], ...]
+    sizes: int = 0
+    changed: tuple[Size, ...] = ()
+
+    def counts(self) -> Iterator[Count]:
+        """Yield the numbers that follow channels."""
+        for _, count in self.given:
+            yield count
+        for size in self.changed:
+            yield size.asked
+            yield size.fitting
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What has to be adapted in a module when channels of groups are pruned.
+
+    Attributes:
+        numbers: Attributes of it that count channels; of a list or tuple one entry, ``"sizes.1"``.
+        sites: Places where its code computes with other numbers, which are replaced as it runs.
+    """
+
+    numbers: tuple[tuple[str, Count], ...] = ()
+    sites: tuple[Site, ...] = ()
+
+    def groups(self) -> set[str]:
+        """Return the names of the groups that it follows."""
+        found: set[str] = set()
+        for count in self._counts():
+            found.update(count.groups)
+        return found
+
+    def _counts(self) -> Iterator[Count]:
+        for _, count in self.numbers:
+            yield count
+        for site in self.sites:
+            yield from site.counts()
+
+    def renamed(self, rename: Callable[[str], str]) -> "Adaptation":
+        """Return it with other names of groups.
+
+        Args:
+            rename: Gives the new name of a group.
+        """
+
+        def of_count(count: Count) -> Count:
+            return replace(count, groups=tuple(map(rename, count.groups)))
+
+        def of_size(size: Size) -> Size:
+            return replace(size, asked=of_count(size.asked), fitting=of_count(size.fitting))
+
+        numbers = tuple((name, of_count(count)) for name, count in self.numbers)
+        sites = []
+        for site in self.sites:
+            given = tuple((axis, of_count(count)) for axis, count in site.given)
+            changed = tuple(map(of_size, site.changed))
+            sites.append(replace(site, given=given, changed=changed))
+        return Adaptation(numbers, tuple(sites))
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,6 +308,12 @@ class PlannedGroup:
         is_pruned[self.channels] = False
         return is_pruned.nonzero()[:, 0]
 
+    def positions_at(self, place: tuple[str, int]) -> Tensor:
+        """Return where all channels lie along an axis of a tensor, given by both: (channels, positions of each)."""
+        every = torch.arange(self.size)
+        found = [one.positions(every).view(self.size, -1) for one in self.slices if (one.tensor, one.axis) == place]
+        return torch.cat(found, dim=1) if found else every.new_zeros(self.size, 0)
+
     @property
     def width(self) -> int:
         """How many positions one channel has in the first slice's axis: output channels of the group's first layer."""
@@ -207,6 +344,7 @@ class PruningPlan:
         groups: What is kept of each group, by group name. Groups that are absent keep all channels.
         shapes: Original shape of every tensor that the groups touch, by dotted name.
         budget: What was asked and reached, if the plan was made for a budget; see `lightning_prune.planning.Budget`.
+        adaptations: What follows the groups in modules beside their tensors, by the names of these.
 
     Example:
         >>> group = PlannedGroup(size=4, kept=(0, 2), slices=(Slice("conv.weight", 0), Slice("fc.weight", 1)))
@@ -220,6 +358,7 @@ class PruningPlan:
     groups: dict[str, PlannedGroup] = field(default_factory=dict)
     shapes: Shapes = field(default_factory=dict)
     budget: dict[str, Any] | None = field(default=None, compare=False)
+    adaptations: dict[str, Adaptation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parts: dict[str, Any] = {"groups": self.groups, "shapes": self.shapes, "budget": self.budget or {}}
@@ -241,7 +380,7 @@ class PruningPlan:
             raise ValueError(f"The plan is damaged: the shape of {tensor!r} in it is {_shown(shape)}; {_REMEDY}.")
 
     def _check_places(self) -> None:
-        """Raise a ValueError unless the slices lie within their tensors, with room for all along each axis."""
+        """Raise a ValueError unless the slices lie within their tensors, with room for all of a group along an axis."""
         room: dict[tuple[str, int], int] = {}  # positions that are left, by tensor and axis
         for name, group in self.groups.items():
             size = group.size
@@ -250,16 +389,29 @@ class PruningPlan:
                 axis_size = shape[one.axis] if one.axis < len(shape) else 0
                 place = one.tensor, one.axis
                 room[place] = room.get(place, axis_size) - one.count(size)
-                if room[place] < 0 or not one.fits(size, axis_size):
+                if not one.fits(size, axis_size) or (room[place] < 0 and not self._lies_across(group, place)):
                     raise ValueError(
                         f"The plan is damaged: the channels of group {name!r} do not fit along axis {one.axis} of "
                         f"{one.tensor!r}, which has shape {tuple(shape)}; {_REMEDY}."
                     )
 
+    def _lies_across(self, group: PlannedGroup, place: tuple[str, int]) -> bool:
+        """Tell whether channels of a group meet each channel of others as often as each other one, as heads do."""
+        own = group.positions_at(place)
+        for other in self.groups.values():
+            if other is not group and not _are_crossed(own, other.positions_at(place)):
+                return False
+        return len(own.unique()) == own.numel()
+
     @property
     def widths(self) -> dict[str, int]:
         """Number of channels that are kept, by group name."""
         return {name: len(group.kept) for name, group in self.groups.items()}
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """How much of the channels of each group is kept, by name."""
+        return {name: Fraction(len(group.kept), group.size) for name, group in self.groups.items()}
 
     @property
     def digest(self) -> str:
@@ -279,14 +431,15 @@ class PruningPlan:
     def _index(self) -> Index:
         index: Index = defaultdict(dict)
         is_kept: dict[tuple[str, int], Tensor] = {}  # (positions,) bool, of axes that several slices may share
-        for group in self.groups.values():
-            if len(group.kept) == group.size:
-                continue
+        pruned = [group for group in self.groups.values() if len(group.kept) < group.size]
+        slices = Counter((one.tensor, one.axis) for group in pruned for one in group.slices)
+        for group in pruned:
             for channel_slice in group.slices:
                 tensor = channel_slice.tensor
                 axis = channel_slice.axis
                 axis_size = self.shapes[tensor][axis]
-                if axis_size == group.size and not channel_slice.table:
+                is_alone = slices[tensor, axis] == 1
+                if is_alone and axis_size == group.size and not channel_slice.table:
                     # The positions are the channels. All such axes share one tensor, so that what others make of it is
                     # made once.
                     index[tensor][axis] = group.channels
@@ -329,16 +482,20 @@ class PruningPlan:
                 _check_follows(name, planned, earlier.groups[name])
         groups = {**earlier.groups, **self.groups}
         shapes = {**earlier.shapes, **self.shapes}
-        return replace(self, groups=groups, shapes=shapes)
+        adaptations = {**earlier.adaptations, **self.adaptations}
+        return replace(self, groups=groups, shapes=shapes, adaptations=adaptations)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values: dictionaries, lists, strings, numbers."""
-        return {
+        content: dict[str, Any] = {
             "version": FORMAT_VERSION,
             "groups": {name: group.to_json() for name, group in self.groups.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "budget": self.budget,
         }
+        if self.adaptations:
+            content["adaptations"] = {name: asdict(one) for name, one in self.adaptations.items()}
+        return content
 
     @classmethod
     def from_json(cls, content: Any) -> "PruningPlan":
@@ -449,15 +606,17 @@ def _join(model: nn.Module, records: Mapping[str, PruningPlan]) -> PruningPlan:
     first_names = _FirstNames(model)
     groups: dict[str, PlannedGroup] = {}
     shapes: Shapes = {}
+    adaptations: dict[str, Adaptation] = {}
     for network, record in records.items():
         prefix = f"{network}." if network else ""
         first_name = partial(first_names, prefix)
         plan = renamed(record, first_name, first_name)
         groups.update(plan.groups)
         shapes.update(plan.shapes)
+        adaptations.update(plan.adaptations)
     first, *others = [record.budget for record in records.values()]
     agreed = all(budget == first for budget in others)
-    return PruningPlan(groups, shapes, first if agreed else None)
+    return PruningPlan(groups, shapes, first if agreed else None, adaptations)
 
 
 class _FirstNames:
@@ -475,7 +634,7 @@ class _FirstNames:
 
     def __call__(self, prefix: str, name: str) -> str:
         """Return the first name of what has a name behind a prefix; groups may have a number behind their module's."""
-        name = prefix + name
+        name = prefix + name if name else prefix.removesuffix(".")
         known, number, digits = name.partition("#")
         if known not in self._known:
             return name
@@ -489,8 +648,9 @@ def _by_network(plan: PruningPlan | None) -> dict[str, PruningPlan]:
     records: dict[str, PruningPlan] = {}
     for groups in _connected(plan):
         shapes = {one.tensor: plan.shapes[one.tensor] for group in groups.values() for one in group.slices}
-        network = _least_module(shapes)
-        record = replace(plan, groups=groups, shapes=shapes)
+        adaptations = {name: one for name, one in plan.adaptations.items() if one.groups() & groups.keys()}
+        network = _least_module([*shapes, *(f"{name}{_INSIDE}" for name in adaptations)])
+        record = replace(plan, groups=groups, shapes=shapes, adaptations=adaptations)
         if network:
             within = partial(_within, network)
             record = renamed(record, within, within)
@@ -499,12 +659,12 @@ def _by_network(plan: PruningPlan | None) -> dict[str, PruningPlan]:
 
 
 def _within(network: str, name: str) -> str:
-    """Return the name that a module or tensor has within a network."""
-    return name.removeprefix(network + ".")
+    """Return the name that a module or tensor has within a network, which has none itself."""
+    return "" if name == network else name.removeprefix(network + ".")
 
 
 def _connected(plan: PruningPlan) -> list[dict[str, PlannedGroup]]:
-    """Divide the groups of a plan into those that share tensors, directly or by way of others."""
+    """Divide the groups of a plan into those that share tensors or adapt the same module, or do so with others."""
     leader_of: dict[str, str] = {}  # by tensor: another one that is in the same part, itself for one of each part
 
     def leader(tensor: str) -> str:
@@ -517,6 +677,10 @@ def _connected(plan: PruningPlan) -> list[dict[str, PlannedGroup]]:
         for one in group.slices:
             leader_of.setdefault(one.tensor, one.tensor)
             leader_of[leader(one.tensor)] = leader(group.slices[0].tensor)
+    for adaptation in plan.adaptations.values():
+        tensors = [plan.groups[name].slices[0].tensor for name in adaptation.groups() if name in plan.groups]
+        for tensor in tensors[1:]:
+            leader_of[leader(tensor)] = leader(tensors[0])
     parts: dict[str, dict[str, PlannedGroup]] = {}
     for name, group in plan.groups.items():
         key = leader(group.slices[0].tensor) if group.slices else ""
@@ -548,7 +712,8 @@ def renamed(plan: PruningPlan, rename: Callable[[str], str], rename_group: Calla
         slices = [replace(one, tensor=rename(one.tensor)) for one in group.slices]
         groups[rename_group(name)] = replace(group, slices=tuple(slices))
     shapes = {rename(name): shape for name, shape in plan.shapes.items()}
-    return replace(plan, groups=groups, shapes=shapes)
+    adaptations = {rename_group(name): one.renamed(rename_group) for name, one in plan.adaptations.items()}
+    return replace(plan, groups=groups, shapes=shapes, adaptations=adaptations)
 
 
 def _check_follows(name: str, planned: PlannedGroup, earlier: PlannedGroup) -> None:
@@ -564,6 +729,12 @@ def _check_follows(name: str, planned: PlannedGroup, earlier: PlannedGroup) -> N
             f"The plan keeps channels {returning[:5]} of group {name!r}, which have been pruned already; plans are "
             "about the original model, and what is pruned cannot come back."
         )
+
+
+def _are_crossed(first: Tensor, second: Tensor) -> bool:
+    """Tell whether each channel of a group has as many positions in common with each of another: (channels, ...)."""
+    counts = torch.stack([torch.isin(first, positions).sum(dim=1) for positions in second])
+    return bool((counts == counts[0, 0]).all())
 
 
 def _is_count(number: Any, least: int = 0) -> bool:

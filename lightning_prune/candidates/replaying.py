@@ -118,7 +118,7 @@ class ReplayingRunner(Runner):
     def run_plainly(self, member: int) -> Measurement:
         candidate = self.candidates[member]
         way = Way.MASKED if self._is_mask_exact(candidate) else Way.SLICED
-        with self.standing_in(self._stand_ins(way, candidate)):
+        with self.standing_in(self._stand_ins(way, candidate), _sliced(way, candidate)):
             return as_measurement(self.evaluate_model())
 
     @override
@@ -129,7 +129,7 @@ class ReplayingRunner(Runner):
             with self.standing_in({}):
                 return self._run_stacked(job.members)
         candidate = self.candidates[job.members[0]]
-        with self.standing_in(self._stand_ins(job.way, candidate)):
+        with self.standing_in(self._stand_ins(job.way, candidate), _sliced(job.way, candidate)):
             return [as_measurement(self._replay.run())]
 
     def _run_stacked(self, members: Sequence[int]) -> list[Measurement]:
@@ -175,6 +175,11 @@ class ReplayingRunner(Runner):
             return True
         groups = [self.graph.group(name) for name in candidate.groups]
         return not any(group.not_mask_exact for group in groups)
+
+
+def _sliced(way: Way, candidate: Candidate) -> PruningPlan | None:
+    """Return what is pruned from the tensors that make the model a candidate, if anything is."""
+    return candidate if way is Way.SLICED and isinstance(candidate, PruningPlan) else None
 
 
 @contextmanager

@@ -16,8 +16,10 @@ from lightning_prune.candidates.candidate import Candidate
 from lightning_prune.candidates.isolation import of_twin
 from lightning_prune.candidates.jobs import Job, Way
 from lightning_prune.candidates.measures import Evaluate, Measurement, as_measurement
+from lightning_prune.graph.adapting import adapt
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.twin import Twin
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 __all__ = ["Runner", "Shortcut"]
 
@@ -142,17 +144,20 @@ class Runner(ABC):
         return max(tolerances, default=0.0)
 
     @contextmanager
-    def standing_in(self, stand_ins: Mapping[str, Tensor]) -> Iterator[None]:
+    def standing_in(self, stand_ins: Mapping[str, Tensor], plan: PruningPlan | None = None) -> Iterator[None]:
         """Let a twin be the model for a while, which has other tensors in the place of some, and shares the rest.
 
         Each pass has one of its own, since it may not come to its end.
 
         Args:
             stand_ins: The tensors, by the name of those that they stand in for.
+            plan: What has been pruned from them, if that makes the difference.
         """
         model, evaluate = self.model, self.evaluate
         by_id = {id(tensor): stand_ins.get(name, tensor) for name, tensor in self.tensors.items()}
         twin = Twin(model, by_id)
+        if plan is not None:
+            adapt(twin.model, plan.after(plan_in_force(model)))
         self.model, self.evaluate = twin.model, of_twin(evaluate, twin)
         try:
             yield

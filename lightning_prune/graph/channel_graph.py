@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.pruning_plan import PlannedGroup, PruningPlan, Slice, plan_in_force, width_in
+from lightning_prune.pruning_plan import Adaptation, PlannedGroup, PruningPlan, Slice, plan_in_force, width_in
 
 __all__ = ["Axis", "ChannelGraph", "Group", "Snapshot", "Term", "Unprunable", "values_of"]
 
@@ -21,11 +21,13 @@ class Group:
         name: Name of the module that produces the channels first.
         size: Number of channels in the original model.
         out_slices: Where weights produce the channels (rows of a convolution, say).
-        in_slices: Where weights consume the channels (columns of the layers behind, say).
+        in_slices: Where weights consume the channels (columns of the layers behind, say). Queries are consumed by the
+            keys that they are multiplied by, and these by them: of such channels all that produces them is among these.
         other_slices: What else is stored per channel: biases, normalisation.
         not_mask_exact: Why pruning a channel is not the same as masking it; empty if it is the same.
         least: How many must be kept: two where an axis of one would be squeezed away, or has no statistics; more than
             are behind the projection of an LSTM.
+        kind: What one channel is: one of "channels", "heads", "query-key", "value" and "stream".
     """
 
     name: str
@@ -35,6 +37,7 @@ class Group:
     other_slices: tuple[Slice, ...]
     not_mask_exact: str = ""
     least: int = 1
+    kind: str = "channels"
 
     @property
     def mask_exact(self) -> bool:
@@ -44,7 +47,8 @@ class Group:
     @property
     def slices(self) -> tuple[Slice, ...]:
         """All slices of a channel."""
-        return self.out_slices + self.other_slices + self.in_slices
+        every = self.out_slices + self.other_slices + self.in_slices
+        return tuple(dict.fromkeys(every))
 
     @property
     def width(self) -> int:
@@ -125,17 +129,28 @@ class Snapshot:
         kept_by_axis = self.plan.kept_along(of_group.tensor)
         if of_group.axis not in kept_by_axis:
             return positions
-        return torch.searchsorted(kept_by_axis[of_group.axis], positions)
+        kept = kept_by_axis[of_group.axis]
+        places = torch.searchsorted(kept, positions)
+        is_left = kept[places.clamp(max=len(kept) - 1)] == positions  # of a head, what all heads have kept of its width
+        return places[is_left]
 
     def rows(self, name: str, of_group: Slice) -> Tensor:
         """Return what one slice has of each channel that the model still has; see `ChannelGraph.rows`."""
         tensor = values_of(self.tensors, of_group.tensor)
         channels = self.kept(name)
-        if not _fills_axis(of_group, len(channels), tensor):
+        if not self._fills_axis(name, of_group, len(channels), tensor):
             positions = self.positions(of_group, channels)
             tensor = tensor.index_select(of_group.axis, positions.to(tensor.device))
         channels_first = tensor.movedim(of_group.axis, 0)  # (kept channels * positions of a channel, other axes ...)
         return channels_first.reshape(len(channels), -1)
+
+    def _fills_axis(self, name: str, of_group: Slice, channels: int, tensor: Tensor) -> bool:
+        """Tell whether an axis has some channels of a group and nothing else, in order, which is most often so."""
+        if of_group.table or of_group.step != of_group.width:
+            return False
+        size = tensor.shape[of_group.axis]
+        original = self.plan.shapes[of_group.tensor][of_group.axis] if of_group.tensor in self.plan.shapes else size
+        return of_group.count(self.groups[name].size) == original and channels * of_group.width == size
 
 
 @dataclass
@@ -156,6 +171,7 @@ class ChannelGraph:
         example_inputs: What it was traced with.
         untraced: Why steps could not be traced, by name.
         frozen: FLOPs of the frozen submodules that keep their channels, by name; they are part of no cost.
+        adaptations: What follows the groups in modules beside their tensors, by the names of these.
     """
 
     model: nn.Module
@@ -167,6 +183,7 @@ class ChannelGraph:
     example_inputs: Any = field(default=None, repr=False)
     untraced: Mapping[str, str] = field(default_factory=dict, repr=False)
     frozen: Mapping[str, float] = field(default_factory=dict, repr=False)
+    adaptations: Mapping[str, Adaptation] = field(default_factory=dict, repr=False)
 
     def plan(self, kept: Mapping[str, Tensor]) -> PruningPlan:
         """Make a plan from the channels that are kept.
@@ -184,7 +201,8 @@ class ChannelGraph:
             if 0 < len(ascending) < group.least:
                 raise ValueError(f"{name!r} has to keep {group.least} channels at least, not {len(ascending)}.")
             planned[name] = PlannedGroup(group.size, tuple(ascending), group.slices)
-        return PruningPlan(planned, self._shapes_of(planned.values()))
+        adaptations = {name: one for name, one in self.adaptations.items() if one.groups() & planned.keys()}
+        return PruningPlan(planned, self._shapes_of(planned.values()), adaptations=adaptations)
 
     def _shapes_of(self, groups: Iterable[PlannedGroup]) -> dict[str, tuple[int, ...]]:
         """Return the original shapes of the tensors that some groups have slices in."""
@@ -334,13 +352,6 @@ def _stale(name: str, found: Tensor | None, expected: tuple[int, ...]) -> str:
     if found is not None:
         change = f"has shape {tuple(found.shape)} now, where pruning has left {expected}"
     return f"The graph is stale: {name!r} {change}; trace the model again."
-
-
-def _fills_axis(of_group: Slice, channels: int, tensor: Tensor) -> bool:
-    """Tell whether an axis has some channels of a group and nothing else, in order, which is most often so."""
-    if of_group.table or of_group.step != of_group.width:
-        return False
-    return channels * of_group.width == tensor.shape[of_group.axis]
 
 
 def _description(group: Group, module: str) -> str:

@@ -22,6 +22,7 @@ class KeptLabels:
         is_kept: (labels,) which labels are kept.
         is_prunable: (labels,) which labels belong to groups; those of others need not be at the same places, as where
             a network picks rows by values.
+        with_others: Whether fewer heads are left too, whose widths an axis has side by side.
 
     Example:
         >>> kept = KeptLabels(np.array([True, True, False, True]), np.array([False, True, True, False]))
@@ -31,7 +32,8 @@ class KeptLabels:
         (True, False)
     """
 
-    def __init__(self, is_kept: ndarray, is_prunable: ndarray) -> None:
+    def __init__(self, is_kept: ndarray, is_prunable: ndarray, with_others: bool = False) -> None:
+        self._with_others = with_others
         self._is_kept = torch.from_numpy(is_kept)
         self._is_prunable = is_prunable
         self._known_to_agree: set[tuple[int, int]] = set()
@@ -53,7 +55,10 @@ class KeptLabels:
         both = id(expected), id(found)  # most operators pass on the very labels that they are given
         if both in self._known_to_agree:
             return True
-        agree = torch.equal(self.among(expected), found) or not self._any_prunable(expected, found)
+        among = self.among(expected)
+        agree = torch.equal(among, found) or not self._any_prunable(expected, found)
+        if not agree and self._with_others:
+            agree = _is_repeated_less(among, found)
         if agree:
             self._known_to_agree.add(both)
         return agree
@@ -64,6 +69,16 @@ class KeptLabels:
             if is_prunable.any():
                 return True
         return False
+
+
+def _is_repeated_less(expected: Labels, found: Labels) -> bool:
+    """Tell whether labels are those that are expected but for repetitions, one after the other or side by side."""
+    once = found.unique_consecutive()
+    if len(once) == len(found):  # one after the other
+        once = found[: len(found.unique())]
+        return all(torch.equal(labels, once.repeat(len(labels) // len(once))) for labels in (expected, found))
+    times = len(found) // len(once)
+    return torch.equal(found, once.repeat_interleave(times)) and torch.equal(expected.unique_consecutive(), once)
 
 
 def first_shift(full: Record, small: Record, kept: KeptLabels, start: int, stop: int) -> int | None:

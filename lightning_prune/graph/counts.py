@@ -7,7 +7,7 @@ import torch
 
 from lightning_prune.graph.records import Labels, Record
 
-__all__ = ["ChannelCount", "channels_counted", "counted_shape", "find_computed"]
+__all__ = ["AttributeNumber", "ChannelCount", "channels_counted", "counted_shape", "find_computed", "number_attributes"]
 
 
 class ChannelCount(int):
@@ -29,9 +29,49 @@ class ChannelCount(int):
 
     def __floordiv__(self, other: Any) -> Any:
         result = super().__floordiv__(other)
+        if isinstance(other, AttributeNumber):
+            self.record.computed_with.add((other.module, other.attribute))
         if not isinstance(result, int):
             return result
         return _count(result, self.labels, self.record)
+
+
+class AttributeNumber(int):
+    """A number that remembers which attribute of which module it is.
+
+    Attributes:
+        module: Name of the module.
+        attribute: Name of the attribute; with that of an entry behind it, ``"sizes.1"``, where it is in a list.
+    """
+
+    module: str
+    attribute: str
+
+
+def number_attributes(module: Any, name: str) -> None:
+    """Let the whole numbers among the attributes of a module remember where they are from.
+
+    Args:
+        module: The module, which nobody else uses.
+        name: Its name.
+    """
+    attributes = vars(module)
+    for attribute, value in list(attributes.items()):
+        if type(value) is int and value > 1:
+            attributes[attribute] = _number(value, name, attribute)
+        elif type(value) in (list, tuple) and value and all(type(entry) is int for entry in value):
+            numbers = [
+                _number(entry, name, f"{attribute}.{place}") if entry > 1 else entry
+                for place, entry in enumerate(value)
+            ]
+            attributes[attribute] = type(value)(numbers)
+
+
+def _number(value: int, module: str, attribute: str) -> AttributeNumber:
+    number = AttributeNumber(value)
+    number.module = module
+    number.attribute = attribute
+    return number
 
 
 def _count(number: int, labels: Labels, record: Record) -> ChannelCount:

@@ -33,9 +33,9 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from lightning_prune.graph.channel_graph import Axis, Group, Term, Unprunable
+from lightning_prune.graph.channel_graph import Axis, Group, Unprunable
 from lightning_prune.graph.numbering import Numbering, number_labels
-from lightning_prune.graph.records import FIXED, CostTerm, Labels, LeastRequired, Note, Record, Tie
+from lightning_prune.graph.records import FIXED, Labels, LeastRequired, Note, Record, Tie
 from lightning_prune.graph.slices import slices_of
 from lightning_prune.graph.slots import Slot, SlotTable, module_of
 from lightning_prune.graph.ties import TiedPairs, components, notes_on_half_fixed, with_same_widths
@@ -146,21 +146,6 @@ class Grouping:
             per_channel.append((name, positions_per_channel))
         return Axis(fixed, tuple(per_channel))
 
-    def term(self, cost: CostTerm, known: dict[int, Axis]) -> Term:
-        """Return a cost as a product of axis lengths.
-
-        Args:
-            cost: The cost.
-            known: The axes seen before, by ``id`` of their labels; new ones are added.
-        """
-        axes = []
-        for labels in cost.axes:
-            key = id(labels)
-            if key not in known:
-                known[key] = self.axis(labels)
-            axes.append(known[key])
-        return Term(cost.coefficient, tuple(axes), cost.module)
-
 
 @dataclass(frozen=True)
 class _Sides:
@@ -178,7 +163,7 @@ class _Block:
     labels: ndarray
 
 
-def form_groups(table: SlotTable, record: Record) -> Grouping:
+def form_groups(table: SlotTable, record: Record, elsewhere: ndarray | None = None) -> Grouping:
     """Form channel groups from what a forward pass showed; the module's docstring does it by hand.
 
     A channel is a component of tied labels in which some weight produces a channel. Channels form a group when they
@@ -187,18 +172,21 @@ def form_groups(table: SlotTable, record: Record) -> Grouping:
     Args:
         table: The labels of all tensors.
         record: What the forward pass showed.
+        elsewhere: (labels,) bool, what can be pruned in another way, of which it is not said that it cannot.
     """
     ties = with_same_widths(table.count, record)
     pairs = TiedPairs.of(ties)
     component_of = components(table.count, pairs)
     sides = _sides(table.count, record)
     unprunable = [*notes_on_half_fixed(ties, pairs), *record.unprunable]
-    not_mask_exact = [*record.not_mask_exact, *_not_masked_alone(table, record.ties, sides)]
+    kinds = _kinds(component_of, record)
+    normed = [note for note in record.normed if not kinds.are_summed(note.labels.numpy())]
+    not_mask_exact = [*record.not_mask_exact, *normed, *_not_masked_alone(table, record.ties, sides)]
     why_unprunable = _reasons(component_of, unprunable)
     why_not_mask_exact = _reasons(component_of, not_mask_exact)
 
     numbering = number_labels(table, component_of, record, reason_of=why_unprunable.first)
-    builder = _Builder(sides, why_unprunable, why_not_mask_exact)
+    builder = _Builder(sides, kinds, why_unprunable, why_not_mask_exact, elsewhere)
     for number, blocks in enumerate(_blocks(table.slots, numbering)):
         builder.add(number, blocks)
     grouping = Grouping(
@@ -265,6 +253,46 @@ def _reasons(component_of: ndarray, notes: Sequence[Note]) -> Reasons:
     return Reasons(notes, component_of, first)
 
 
+_KINDS = ("query-key", "value", "heads", "stream")  # of channels that are of several kinds the first
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """What is known of the kind of channels.
+
+    Attributes:
+        component_of: (labels,) the component of each label.
+        kind_of: (labels,) by component, the number of its kind, that of all kinds for plain channels.
+        is_summed: (labels,) by component, whether products of its channels are summed up.
+    """
+
+    component_of: ndarray
+    kind_of: ndarray
+    is_summed: ndarray
+
+    def kind(self, label: ndarray, slices: int) -> str:
+        """Return the kind of the channels that a label is of, which lie in some number of out-channel slices."""
+        number = self.kind_of[self.component_of[label[0]]]
+        kind = _KINDS[number] if number < len(_KINDS) else "channels"
+        is_one_layer = kind == "stream" and slices == 1
+        return "channels" if is_one_layer else kind
+
+    def are_summed(self, label: ndarray) -> bool:
+        """Tell whether products of the channels that a label is of are summed up."""
+        return bool(self.is_summed[self.component_of[label[0]]])
+
+
+def _kinds(component_of: ndarray, record: Record) -> _Kinds:
+    kind_of = np.full(len(component_of), len(_KINDS))
+    for note in record.kinds:
+        components_of_note = component_of[note.labels.numpy()]
+        kind_of[components_of_note] = np.minimum(kind_of[components_of_note], _KINDS.index(note.why))
+    is_summed = np.zeros(len(component_of), dtype=bool)
+    for labels in record.summed:
+        is_summed[component_of[labels.numpy()]] = True
+    return _Kinds(component_of, kind_of, is_summed)
+
+
 # -- groups and their slices -------------------------------------------------------------------------------------------
 
 
@@ -304,18 +332,29 @@ class _Builder:
 
     Args:
         sides: Which labels are out-channel or in-channel slices.
+        kinds: What is known of the kind of channels.
         why_unprunable: The reasons why components cannot be pruned.
         why_not_mask_exact: The reasons why pruning them is not the same as masking.
+        elsewhere: (labels,) bool, what can be pruned in another way.
 
     Attributes:
         groups: The groups that can be pruned, by name.
         unprunable: The channels that cannot.
     """
 
-    def __init__(self, sides: _Sides, why_unprunable: Reasons, why_not_mask_exact: Reasons) -> None:
+    def __init__(
+        self,
+        sides: _Sides,
+        kinds: _Kinds,
+        why_unprunable: Reasons,
+        why_not_mask_exact: Reasons,
+        elsewhere: ndarray | None,
+    ) -> None:
         self.sides = sides
+        self.kinds = kinds
         self.why_unprunable = why_unprunable
         self.why_not_mask_exact = why_not_mask_exact
+        self.elsewhere = elsewhere
         self.groups: dict[str, Group] = {}
         self.unprunable = UnprunableChannels()
         self._numbers: list[int] = []
@@ -331,13 +370,22 @@ class _Builder:
         reason = self.why_unprunable.about(_first_label(blocks)) or _why_too_small(group)
         if reason:
             self._numbers.append(_NONE)
-            self._add_unprunable(group, reason)
+            if not self._can_be_pruned_elsewhere(blocks):
+                self._add_unprunable(group, reason)
             return
         self._numbers.append(len(self.groups))
         name = group.name
         if name in self.groups:
             name = f"{name}#{number}"
         self.groups[name] = replace(group, name=name)
+
+    def _can_be_pruned_elsewhere(self, blocks: Sequence[_Block]) -> bool:
+        """Tell whether all that produces the channels can be pruned in another way."""
+        if self.elsewhere is None:
+            return False
+        labels = np.concatenate([block.labels.reshape(-1) for block in blocks])
+        produced = labels[self.sides.is_out[labels]]
+        return bool(self.elsewhere[produced].all())
 
     def _add_unprunable(self, group: Group, reason: str) -> None:
         """Add the channels to every module that produces them."""
@@ -365,6 +413,8 @@ class _Builder:
             else:
                 slices = other_slices
             slices.extend(slices_of(block.slot, positions))
+        if self.kinds.are_summed(_first_label(blocks)):
+            in_slices += out_slices + other_slices  # what is not zero there counts in the sum
         return Group(
             name=module_of(out_slices[0].tensor),
             size=len(blocks[0].labels),
@@ -372,6 +422,7 @@ class _Builder:
             in_slices=tuple(in_slices),
             other_slices=tuple(other_slices),
             not_mask_exact=self.why_not_mask_exact.about(_first_label(blocks)),
+            kind=self.kinds.kind(_first_label(blocks), len(out_slices)),
         )
 
 

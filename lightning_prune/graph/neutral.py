@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_prune.graph.substitution import named_tensors
 
@@ -27,6 +28,7 @@ def neutral_state(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(preserving_random_state(model))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # others are not for all widths of heads
         for neutral in (unfused_attention, _unfused_layers, _unchecked_batch_sizes, _unsearched_memory):
             stack.enter_context(neutral())
         yield

@@ -131,5 +131,6 @@ def _distinct_axes(costs: Sequence[CostTerm]) -> list[Labels]:
     by_identity = {}
     for cost in costs:
         for labels in cost.axes:
-            by_identity[id(labels)] = labels
+            if not isinstance(labels, int):
+                by_identity[id(labels)] = labels
     return list(by_identity.values())

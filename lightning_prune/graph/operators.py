@@ -21,6 +21,12 @@ _TAKES_NUMBERS = frozenset({
 })  # fmt: skip
 
 
+_MOVES = frozenset({
+    "aten.view", "aten.permute", "aten.expand", "aten.select", "aten.slice", "aten.split", "aten.clone", "aten.cat",
+    "aten.stack", "aten.constant_pad_nd", "aten.index_select", "aten.index", "aten.roll", "aten.pixel_shuffle",
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Operator:
     """What is known about an operator.
@@ -105,6 +111,7 @@ class OperatorTables:
     def __init__(self, rules: Mapping[str, TracerRule], costs: Mapping[str, TracerRule]) -> None:
         self.rules = rules
         self.costs = costs
+        self.moving = frozenset(rules[name] for name in _MOVES if name in rules)  # values, and changes none
         self._operators: dict[Any, Operator] = {}
 
     def look_up(self, function: Any) -> Operator:

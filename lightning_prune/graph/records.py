@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from lightning_prune.graph.frames import SourceLine
 
 __all__ = [
     "FIXED", "Call", "CallKey", "CostTerm", "Known", "Labels", "LeastRequired", "ModuleCall", "Note", "OperatorStep",
-    "OutputLabels", "Record", "SplitSite", "Tie", "numbers_in", "tensors_in",
+    "OutputLabels", "Record", "Shaping", "Sheet", "Split", "SplitSite", "Tie", "numbers_in", "tensors_in",
 ]  # fmt: skip
 
 Labels = Tensor  # (size of the axis,) int64: the label of each position
@@ -126,12 +127,12 @@ class CostTerm:
 
     Attributes:
         coefficient: What does not depend on any channel.
-        axes: The labels along each axis that can become shorter.
+        axes: The labels along each axis that can become shorter, the size of each other one.
         module: Name of the module that spends it.
     """
 
     coefficient: int
-    axes: tuple[Labels, ...]
+    axes: tuple[Labels | int, ...]
     module: str
 
 
@@ -173,6 +174,58 @@ class SplitSite(NamedTuple):
     axes: int
 
 
+class Split(NamedTuple):
+    """An axis that was split into several.
+
+    Attributes:
+        site: Where.
+        labels: The labels of all its positions.
+        dimensions: How many axes the output has there.
+        along: Those of them that it was split into.
+        followed: Which of these has labels.
+    """
+
+    site: SplitSite
+    labels: Labels
+    dimensions: int
+    along: tuple[int, ...]
+    followed: int
+
+    @property
+    def place(self) -> "SplitSite":
+        """Where it was, with the number of axes that the output has."""
+        return SplitSite(self.site.line, self.dimensions)
+
+
+class Sheet(Enum):
+    """Which channels labels follow where an axis is split into heads and their widths, or merged of them."""
+
+    EITHER = auto()
+    WIDTHS = auto()
+    HEADS = auto()
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """A place where code gives a function sizes of channels, or attention the width that it is scaled by.
+
+    Attributes:
+        module: Name of the module that runs.
+        function: What the function does; see `lightning_prune.pruning_plan.Site`.
+        shape: The shape of the tensor that it is given.
+        given: The labels of that tensor, by axis.
+        sizes: The sizes as the code has them.
+        labels: The labels along the axis that each size is of, None where it has none.
+    """
+
+    module: str
+    function: str
+    shape: tuple[int, ...]
+    given: OutputLabels
+    sizes: tuple[int, ...]
+    labels: tuple[Labels | None, ...]
+
+
 @dataclass
 class Record:
     """What a forward pass showed.
@@ -191,6 +244,12 @@ class Record:
         cut: The labels along each axis that an operator passed only some of on.
         module_calls: The calls of all modules, in the order in which they ended.
         used: Names of the parameters and buffers that an operator was given.
+        kinds: Which kind of channels some are.
+        summed: Channels that are products are summed over, which are zero where all their weights are.
+        normed: Channels that a norm is taken over, which is the same as masking where products are summed over them.
+        splits: The axes that were split into several.
+        shapings: The places where code writes sizes of channels.
+        computed_with: Attributes that counts of channels are divided by: name of the module, and of the attribute.
     """
 
     ties: list[Tie] = field(default_factory=list)
@@ -206,6 +265,12 @@ class Record:
     cut: list[Labels] = field(default_factory=list)
     module_calls: dict[CallKey, ModuleCall] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    kinds: list[Note] = field(default_factory=list)
+    summed: list[Labels] = field(default_factory=list)
+    normed: list[Note] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+    shapings: list[Shaping] = field(default_factory=list)
+    computed_with: set[tuple[str, str]] = field(default_factory=set)
 
     def extend(self, other: "Record") -> None:
         """Add what another pass showed about channels."""
@@ -216,6 +281,9 @@ class Record:
         self.out_slices.extend(other.out_slices)
         self.in_slices.extend(other.in_slices)
         self.least_required.extend(other.least_required)
+        self.kinds.extend(other.kinds)
+        self.summed.extend(other.summed)
+        self.normed.extend(other.normed)
         self.used |= other.used
 
 
@@ -227,7 +295,11 @@ class Known:
         shrinking_axis: Which of the axes that one was split into becomes shorter; the last where nothing is known.
         grouped: Names of the weights of grouped convolutions and normalisations, or where they are read if they are
             computed; one of a single group looks like any other.
+        sheet: Which channels labels follow.
+        split_along: The axes that attention splits channels into, by the place: a single head looks like none.
     """
 
     shrinking_axis: dict[SplitSite, int] = field(default_factory=dict)
     grouped: frozenset[str] = frozenset()
+    sheet: Sheet = Sheet.EITHER
+    split_along: dict[SplitSite, tuple[int, ...]] = field(default_factory=dict)

@@ -7,22 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.graph.adapting import adapt
+from lightning_prune.graph.attention import FreeMultiheadAttention, free
+from lightning_prune.graph.counts import number_attributes
 from lightning_prune.graph.entry import as_call, let_in
 from lightning_prune.graph.memory import what_is_kept
 from lightning_prune.graph.nested import nested_tensors, with_tensors
 from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
-from lightning_prune.graph.sizes import class_name
+from lightning_prune.graph.sizes import class_name, has_size_attributes
 from lightning_prune.graph.slots import SlotTable
 from lightning_prune.graph.substitution import named_tensors, submodules
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
 from lightning_prune.graph.twin import NotATwinError, Twin, refusing_calls, set_mode
 from lightning_prune.progress import redraw
-from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force
 
-__all__ = ["Forward", "KeptPositions", "submodule_of"]
+__all__ = ["ALL_KEPT", "Forward", "submodule_of"]
 
-KeptPositions = Mapping[str, Mapping[int, Tensor]]  # (kept,) int64 positions, by tensor and axis; absent: all are kept
+ALL_KEPT = PruningPlan()
+_WITH_NUMBERS = (nn.MultiheadAttention, nn.Unflatten)  # of the modules that belong to torch
 
 
 class Forward:
@@ -35,12 +39,15 @@ class Forward:
 
     Attributes:
         submodule: The submodule to run.
+        module: Its dotted name.
+        earlier: The plan in force.
         remembered: Whether others may go by what its modules returned, so that it matters what these keep.
         keeps_nothing: Whether the modules of the full network are known to be after a pass as they were before, so that
             a pass in which they are not run again shows the same.
         tensors: The parameters and buffers of the model, by name.
         shapes: Their shapes in the original model.
         module_names: The names of all submodules of the model.
+        known_names: The same.
         names: The names of all modules, by ``id``; that of the model's class for the model itself.
         labelled: The labels of all positions of the tensors of the submodule.
         real: Whether it has to run on real data.
@@ -52,6 +59,8 @@ class Forward:
 
     def __init__(self, model: nn.Module, module: str, example_inputs: Any) -> None:
         self.submodule = submodule_of(model, module)
+        self.module = module
+        self.earlier = plan_in_force(model)
         modules = dict(model.named_modules())
         for name, submodule in modules.items():
             _refuse_untraceable(name, submodule)
@@ -63,6 +72,7 @@ class Forward:
         self.module_names = [name for name in modules if name]
         self.names = {id(submodule): name for name, submodule in modules.items()}
         self.names[id(model)] = type(model).__name__
+        self.known_names = frozenset(self.module_names)
         self.labelled = SlotTable(self._shapes_to_label())
         self.real = False
         self.remembered = False
@@ -89,12 +99,12 @@ class Forward:
                     kernels.update(map(id, owner._parameters.values()))
         return kernels
 
-    def run(self, tracer: Tracer, kept: KeptPositions, training: bool) -> None:
-        """Run with only some positions of some tensors; the tracer's record tells what that showed.
+    def run(self, tracer: Tracer, plan: PruningPlan, training: bool) -> None:
+        """Run with only some channels of the original model; the tracer's record tells what that showed.
 
         Args:
             tracer: The tracer.
-            kept: The positions that are kept.
+            plan: The channels that are kept.
             training: The mode to run in.
 
         Raises:
@@ -102,7 +112,8 @@ class Forward:
         """
         redraw()  # bars go on from run to run
         with neutral_state(self.submodule):
-            twin = Twin(self.submodule, self._stand_ins(tracer, kept))
+            twin = Twin(self.submodule, self._stand_ins(tracer, plan.index()))
+            self._adapt(twin, plan)
             set_mode(twin.model, training)
             self._let_in(twin.model)
             args, kwargs = with_tensors((self.args, self.kwargs), self._stand_in_of_input)
@@ -114,6 +125,19 @@ class Forward:
 
     def _what_is_kept(self, twin: Twin) -> list[tuple[str, int, int]] | None:
         return what_is_kept(twin.model) if self.remembered else None
+
+    def _adapt(self, twin: Twin, plan: PruningPlan) -> None:
+        """Bring the numbers in a twin in step with what it has, and let those of the full network be told apart."""
+        adapt(twin.model, plan, self.earlier, self.module)
+        for original, module in twin.pairs():
+            free(module)
+            if not plan.groups and _has_numbers(module):
+                number_attributes(module, self.name_of(original))
+
+    def name_of(self, module: nn.Module) -> str:
+        """Return the dotted name of a submodule of the model."""
+        name = self.names[id(module)]
+        return name if name in self.known_names else ""
 
     def _let_in(self, model: nn.Module) -> None:
         let_in(model, self.example_inputs)
@@ -129,7 +153,9 @@ class Forward:
         pairs = list(twin.pairs())
         for original, module in pairs:
             forward = module.forward
-            rule = tracer.tables.rules.get(class_name(module))
+            if isinstance(module, FreeMultiheadAttention):
+                tracer.free_modules.add(self.names[id(original)])
+            rule = tracer.tables.rules.get(class_name(original))
             if rule is not None:
                 forward = tracer.muting(rule, module, forward)
             vars(module)["forward"] = tracer.watched(self.names[id(original)], forward)
@@ -164,7 +190,7 @@ class Forward:
             tracer = make_tracer()
             try:
                 with refusing_calls(self.submodule):
-                    self.run(tracer, {}, training)
+                    self.run(tracer, ALL_KEPT, training)
             except NotATwinError:
                 raise
             except Exception as raised:
@@ -186,7 +212,7 @@ class Forward:
 
     def _run_on_data(self, tracer: Tracer, training: bool) -> None:
         try:
-            self.run(tracer, {}, training)
+            self.run(tracer, ALL_KEPT, training)
         except Exception as raised:
             inputs = nested_tensors((self.args, self.kwargs))
             shapes = [tuple(tensor.shape) for tensor in inputs]
@@ -221,7 +247,7 @@ class Forward:
 
     # -- stand-ins -------------------------------------------------------------------------------------------------
 
-    def _stand_ins(self, tracer: Tracer, kept: KeptPositions) -> dict[int, Tensor]:
+    def _stand_ins(self, tracer: Tracer, kept: Index) -> dict[int, Tensor]:
         """Return what stands in for each tensor, with its labels, by ``id`` of the tensor."""
         stand_ins = {}
         for tensors in (self.tensors, *self.outside):
@@ -258,6 +284,13 @@ class Forward:
         if self.real:
             return leaf.detach().clone()
         return torch.empty_like(leaf, device="meta")
+
+
+def _has_numbers(module: nn.Module) -> bool:
+    """Tell whether the code of a module may compute shapes with numbers that are attributes of it."""
+    if isinstance(module, _WITH_NUMBERS):
+        return True
+    return not has_size_attributes(module) and not type(module).__module__.startswith("torch.nn.")
 
 
 def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[int, Labels]:

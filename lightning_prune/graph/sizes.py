@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["class_name", "has_registered_sizes", "size_attributes", "sync_attributes"]
+from lightning_prune.graph.attention import sync_attention
+
+__all__ = ["class_name", "has_registered_sizes", "has_size_attributes", "size_attributes", "sync_attributes"]
 
 Sync = Callable[[Any], None]  # is given a module, whose tensors may have changed shape
 
@@ -99,6 +101,7 @@ _SYNC_BY_CLASS: dict[type[nn.Module], Sync] = {
     nn.Bilinear: _sync_bilinear,
     nn.RNNBase: _sync_recurrent,
     nn.RNNCellBase: _sync_recurrent_cell,
+    nn.MultiheadAttention: sync_attention,
 }
 
 
@@ -184,6 +187,11 @@ def class_name(module: nn.Module) -> str:
 def has_registered_sizes(module: nn.Module) -> bool:
     """Tell whether a function is registered by name that brings the size attributes of a module in step."""
     return class_name(module) in _SYNC_BY_CLASS_NAME
+
+
+def has_size_attributes(module: nn.Module) -> bool:
+    """Tell whether `sync_attributes` knows what a module writes down of the shapes of its tensors."""
+    return has_registered_sizes(module) or isinstance(module, tuple(_SYNC_BY_CLASS))
 
 
 def sync_attributes(module: nn.Module) -> None:

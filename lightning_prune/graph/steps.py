@@ -11,7 +11,7 @@ from lightning_prune.compiled import as_written
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.memory import Memory
 from lightning_prune.graph.neutral import neutral_state
-from lightning_prune.graph.run import Forward
+from lightning_prune.graph.run import ALL_KEPT, Forward
 from lightning_prune.graph.tracer import Tracer, ValueWatcher
 from lightning_prune.graph.twin import Twin, refusing_calls, set_mode
 
@@ -56,7 +56,7 @@ class StepRun(Forward):
 
     def _run_on_data(self, tracer: Tracer, training: bool) -> None:
         with refusing_calls(self.submodule):
-            self.run(tracer, {}, training)
+            self.run(tracer, ALL_KEPT, training)
 
     def _mark_module_unprunable(self, tracer: Tracer, name: str) -> None:
         """Mark what a module does that looks at values, but not the step itself, which may look at a loss."""

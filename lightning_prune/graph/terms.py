@@ -1,37 +1,42 @@
 """Terms of the cost of a model: sums of products of axis lengths, by metric."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from lightning_prune.graph.channel_graph import Axis, Term
-from lightning_prune.graph.groups import Grouping
+from lightning_prune.graph.channel_graph import Group, Term
 from lightning_prune.graph.records import CostTerm
 from lightning_prune.graph.run import Forward
+from lightning_prune.graph.sheets import Sheet, terms_of
 
 __all__ = ["cost_terms", "take_out"]
 
 
-def cost_terms(forward: Forward, grouping: Grouping, operations: Sequence[CostTerm]) -> dict[str, list[Term]]:
+def cost_terms(forward: Forward, groups: Mapping[str, Group], sheets: Sequence[Sheet]) -> dict[str, list[Term]]:
     """Return what a model costs.
 
     Args:
         forward: The forward pass of the model.
-        grouping: Its groups.
-        operations: Its operations, in evaluation mode.
+        groups: Its groups.
+        sheets: What it showed, of its operations too.
 
     Returns:
         The terms of "flops", "params" and "channels".
     """
-    by_metric = {
-        "flops": operations,
-        "params": _parameters(forward),
-        "channels": _channels(forward, grouping),
+    of_tensors = {"params": _parameters(forward), "channels": _channels(forward, groups)}
+    by_metric: dict[str, Iterable[Sequence[CostTerm]]] = {
+        "flops": zip(*(sheet.record.costs for sheet in sheets), strict=True),
+        **{metric: ([cost] * len(sheets) for cost in costs) for metric, costs in of_tensors.items()},
     }
-    known_axes: dict[int, Axis] = {}
-    terms = {}
-    for metric, costs in by_metric.items():
-        terms[metric] = [grouping.term(cost, known_axes) for cost in costs]
-    return terms
+    return {
+        metric: list(
+            terms_of(
+                costs,
+                sheets,
+                groups,
+            )
+        )
+        for metric, costs in by_metric.items()
+    }
 
 
 def _parameters(forward: Forward) -> list[CostTerm]:
@@ -51,17 +56,25 @@ def _elements(forward: Forward, name: str) -> CostTerm:
     for axis, size in enumerate(forward.shapes[name]):
         if axis not in labels:
             fixed *= size
-    return CostTerm(fixed, tuple(labels.values()), _module(name))
+    return CostTerm(
+        fixed,
+        tuple(labels.values()),
+        _module(name),
+    )
 
 
-def _channels(forward: Forward, grouping: Grouping) -> list[CostTerm]:
+def _channels(forward: Forward, groups: Mapping[str, Group]) -> list[CostTerm]:
     """Count every axis of a weight along which channels of groups are produced, each once."""
     terms: dict[tuple[str, int], CostTerm] = {}
-    for group in grouping.groups.values():
+    for group in groups.values():
         for out_slice in group.out_slices:
             tensor, axis = out_slice.tensor, out_slice.axis
             labels = forward.labelled.labels(tensor)[axis]
-            terms[tensor, axis] = CostTerm(1, (labels,), _module(tensor))
+            terms[tensor, axis] = CostTerm(
+                1,
+                (labels,),
+                _module(tensor),
+            )
     return list(terms.values())
 
 

@@ -9,7 +9,7 @@ from numpy import ndarray
 
 from lightning_prune.graph.records import FIXED, Labels, Note, Record, Tie
 
-__all__ = ["TiedPairs", "components", "is_among", "notes_on_half_fixed", "with_same_widths"]
+__all__ = ["TiedPairs", "components", "is_among", "notes_on_half_fixed", "of_attention", "with_same_widths"]
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,25 @@ def with_same_widths(count: int, record: Record) -> list[Tie]:
     if not record.same_widths:
         return ties
     component_of = components(count, TiedPairs.of(ties))
+    of_heads = of_attention(component_of, record)
     for tie in record.same_widths:
         first = component_of[tie.first.numpy()]
         second = component_of[tie.second.numpy()]
+        if of_heads[first].any():  # which become as many as they have to, whatever shapes them
+            continue
         if not np.isin(first, second).any():
             ties.append(tie)
             component_of = _joined(component_of, first, second)
     return ties
+
+
+def of_attention(component_of: ndarray, record: Record) -> ndarray:
+    """Return which components are channels of attention: (labels,) bool."""
+    found = np.zeros(len(component_of), dtype=bool)
+    for note in record.kinds:
+        if note.why != "stream":
+            found[component_of[note.labels.numpy()]] = True
+    return found
 
 
 def _joined(component_of: ndarray, first: ndarray, second: ndarray) -> ndarray:

@@ -23,8 +23,19 @@ from lightning_prune.graph.counts import counted_shape
 from lightning_prune.graph.frames import autograd_functions, first_on_stack
 from lightning_prune.graph.memory import Memory, copied
 from lightning_prune.graph.operators import Operator, OperatorTables, TracerRule
-from lightning_prune.graph.records import FIXED, Call, CallKey, Known, Labels, ModuleCall, numbers_in, tensors_in
+from lightning_prune.graph.records import (
+    FIXED,
+    Call,
+    CallKey,
+    Known,
+    Labels,
+    ModuleCall,
+    Shaping,
+    numbers_in,
+    tensors_in,
+)
 from lightning_prune.graph.recurrent import RECURRENT, run_one_step
+from lightning_prune.graph.resized import SCALED, SHAPING, SPLITTING, sizes_given
 from lightning_prune.graph.sameness import Sameness, set_same_along
 from lightning_prune.graph.vocabulary import Vocabulary
 from lightning_prune.graph.writing import note_write
@@ -34,6 +45,7 @@ __all__ = ["FIXED", "Call", "Labels", "Tracer", "ValueWatcher", "tensors_in"]  #
 _MAKES_CONSTANTS = frozenset({torch.tensor, torch.as_tensor, Tensor.new_tensor})
 _GIVES_SHAPES_OF_OTHERS = frozenset({Tensor.view_as, Tensor.reshape_as})
 _GIVES_SHAPES = frozenset({Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_SHAPES_OF_OTHERS})
+_TAKES_SIZES = SHAPING | SPLITTING | {SCALED}
 _READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 _SPLITS_BY_COUNT = frozenset({Tensor.chunk, torch.chunk, Tensor.tensor_split, torch.tensor_split})
 
@@ -213,6 +225,26 @@ class Tracer(Vocabulary, TorchDispatchMode):
         for output in call.outputs:
             set_same_along(output, axes)
 
+    def note_shaping(
+        self, function: str, tensor: Tensor, sizes: Sequence[int], labels: Sequence[Labels | None]
+    ) -> None:
+        """Note sizes that code gives a function.
+
+        Args:
+            function: What the function does; see `lightning_prune.pruning_plan.Site`.
+            tensor: The tensor that it is given.
+            sizes: The sizes as the code has them.
+            labels: The labels along the axis that each is of.
+        """
+        given = self.all_labels(tensor)
+        seen = Shaping(self.where(), function, tuple(tensor.shape), given, tuple(sizes), tuple(labels))
+        self.record.shapings.append(seen)
+
+    def note_scale(self, query: Tensor, *others: Any, scale: float | None = None, **named: Any) -> None:
+        """Note attention that is scaled by the width of the queries, unless it is given a scale."""
+        if scale is None and len(others) < 6:
+            self.note_shaping("scale", query, (), ())
+
     def note_look(self, tensors: Iterable[Tensor]) -> None:
         """Note that the module which runs looks at the values of tensors."""
         looks_at_network = any(map(self.is_of_network, tensors))
@@ -254,12 +286,19 @@ class Tracer(Vocabulary, TorchDispatchMode):
             why = f"runs {call.name} in a way that its rule does not know ({raised!r})"
             self._mark_all_unprunable(inputs, why)
         outputs = call.outputs
+        if rule in self.tables.moving and all(map(self._is_zero_kept, inputs)):
+            for output in outputs:
+                self.keep_zero(output)
         if any(map(self.shifts_zero, inputs)):
             for output in outputs:
                 self.shift_zero(output)
         self.record.output_labels.append(self.all_labels(outputs[0]) if outputs else {})
         if not self.splits:  # which ties each position to one that is passed on
             self._note_cuts(outputs, given)
+
+    def _is_zero_kept(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor has no channels, or is zero along those all of whose weights are."""
+        return self.keeps_zero(tensor) or not self.all_labels(tensor)
 
     def _note_cuts(self, outputs: list[Tensor], given: list[Labels]) -> None:
         """Note the labels of which outputs have only some."""
@@ -317,8 +356,25 @@ class ValueWatcher(TorchFunctionMode):
         finally:
             tracer.sizes_written = ()
             tracer.parts_wanted = 0
+        if func in _TAKES_SIZES and not tracer.muted:
+            self._note_shaping(func, args, kwargs, output)
         is_size = isinstance(output, torch.Size) or func is Tensor.size
         return self._counted(output, *args, **kwargs) if is_size else output
+
+    def _note_shaping(self, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Note the sizes that code gives, if they are of channels."""
+        tracer = self.tracer
+        if func is SCALED:
+            tracer.note_scale(*args, **kwargs)
+            return
+        tensor, sizes, others = sizes_given(func, args, kwargs)
+        if func in SHAPING:
+            labels = [tracer.labels(output, axis) for axis in range(len(sizes))]
+            tracer.note_shaping("shape", tensor, sizes, labels)
+        elif tracer.where() not in tracer.free_modules:
+            axis = others.get("dim", 0)
+            labels = [tracer.labels(piece, axis) for piece in output]
+            tracer.note_shaping("split", tensor, [sizes] * len(output) if isinstance(sizes, int) else sizes, labels)
 
     def _counted(self, size: Any, tensor: Any = None, dim: int | None = None) -> Any:
         """Return the size of a tensor, all of it or that of one axis, as counts of channels."""

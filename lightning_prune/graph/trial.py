@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -18,11 +18,11 @@ from lightning_prune.graph.frames import SourceLine, raising_line, running_line
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.operators import OperatorTables, TracerRule
 from lightning_prune.graph.records import Call, CallKey, Known, Labels, ModuleCall, Record
-from lightning_prune.graph.run import Forward, KeptPositions
+from lightning_prune.graph.run import Forward
 from lightning_prune.graph.tracer import Tracer
-from lightning_prune.pruning_plan import PlannedGroup, PruningPlan
+from lightning_prune.pruning_plan import Adaptation, Index, PlannedGroup, PruningPlan
 
-__all__ = ["Entries", "Failure", "Place", "Pruned", "Shrinking", "Trial", "TrialRunner", "unlike_subsets"]
+__all__ = ["Entries", "Failure", "Fitted", "Place", "Pruned", "Shrinking", "Trial", "TrialRunner", "unlike_subsets"]
 
 
 _NOWHERE = SourceLine()
@@ -305,6 +305,19 @@ def _is_without_data(output: Any) -> bool:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What is done in a trial beside pruning groups.
+
+    Attributes:
+        adaptations: What follows the groups in modules, by the names of these.
+        beside: Groups that are not tried but pruned in every trial, by name.
+    """
+
+    adaptations: Mapping[str, Adaptation] = field(default_factory=dict)
+    beside: Mapping[str, PlannedGroup] = field(default_factory=dict)
+
+
 class TrialRunner:
     """Run a network with fewer channels in some groups.
 
@@ -313,13 +326,17 @@ class TrialRunner:
         grouping: The groups.
         tables: What operators say about channels.
         known: What the full network has shown.
+        fitted: What follows the groups, and what else is pruned.
     """
 
-    def __init__(self, forward: Forward, grouping: Grouping, tables: OperatorTables, known: Known) -> None:
+    def __init__(
+        self, forward: Forward, grouping: Grouping, tables: OperatorTables, known: Known, fitted: Fitted
+    ) -> None:
         self.forward = forward
         self.grouping = grouping
         self.tables = tables
         self.known = known
+        self.fitted = fitted
 
     def run(self, shrinking: Shrinking, full: Record | None) -> Trial:
         """Return a trial that has run, past all failures if that is possible.
@@ -328,27 +345,27 @@ class TrialRunner:
             shrinking: How the network is made smaller.
             full: What the full network showed in this mode, if that is known.
         """
-        kept = self._kept_positions(shrinking)
-        trial = Trial(self.tables, self.known, full, shrinking, self._kept_labels(kept))
+        plan = self._plan(shrinking)
+        trial = Trial(self.tables, self.known, full, shrinking, self._kept_labels(plan.index()))
         try:
-            self.forward.run(trial, kept, shrinking.training)
+            self.forward.run(trial, plan, shrinking.training)
         except Exception as raised:
             if not trial.failures:  # a hook of the whole model failed, which is no module's forward
                 trial.note_failure(CallKey(trial.where(), 0), (), raised)
         trial.end()
         return trial
 
-    def _kept_positions(self, shrinking: Shrinking) -> KeptPositions:
+    def _plan(self, shrinking: Shrinking) -> PruningPlan:
         groups = list(self.grouping.groups.values())
-        planned = {}
+        planned = dict(self.fitted.beside)
         for number in shrinking.groups:
             group = groups[number]
             kept = _kept_channels(number, group, shrinking.pruned)
             positions = tuple(kept.tolist())
             planned[group.name] = PlannedGroup(group.size, positions, group.slices)
-        return PruningPlan(planned, self.forward.shapes).index()
+        return PruningPlan(planned, self.forward.shapes, adaptations=dict(self.fitted.adaptations))
 
-    def _kept_labels(self, kept: KeptPositions) -> KeptLabels:
+    def _kept_labels(self, kept: Index) -> KeptLabels:
         is_kept = np.ones(self.forward.labelled.count, dtype=bool)
         for tensor, kept_by_axis in kept.items():
             for axis, positions in kept_by_axis.items():
@@ -356,4 +373,4 @@ class TrialRunner:
                 is_kept[labels.numpy()] = False
                 is_kept[labels[positions].numpy()] = True
         is_prunable = self.grouping.group_of >= 0
-        return KeptLabels(is_kept, is_prunable)
+        return KeptLabels(is_kept, is_prunable, with_others=bool(self.fitted.beside))

@@ -1,7 +1,10 @@
 """Parameters that no rule has led to channels: they are named among what cannot be pruned, with the reason."""
 
+from collections.abc import Mapping
+
 from numpy import ndarray
 
+from lightning_prune.graph.channel_graph import Group
 from lightning_prune.graph.groups import Grouping, marked
 from lightning_prune.graph.records import Record
 from lightning_prune.graph.run import Forward
@@ -10,16 +13,17 @@ from lightning_prune.graph.slots import module_of
 __all__ = ["name_the_rest"]
 
 
-def name_the_rest(forward: Forward, grouping: Grouping, record: Record) -> None:
+def name_the_rest(forward: Forward, grouping: Grouping, groups: Mapping[str, Group], record: Record) -> None:
     """Name every parameter of more than one dimension that neither has channels of a group nor produces others.
 
     Args:
         forward: The forward pass.
-        grouping: The groups; gets what else cannot be pruned.
+        grouping: Gets what else cannot be pruned.
+        groups: All groups that can be pruned.
         record: What the full network showed.
     """
     is_in = marked(forward.labelled.count, record.in_slices)
-    for tensor in _unnamed(forward, grouping):
+    for tensor in _unnamed(forward, grouping, groups):
         module = module_of(tensor)
         if tensor in record.used:
             axis, reason = _first_reason(forward, grouping, tensor, is_in)
@@ -29,10 +33,10 @@ def name_the_rest(forward: Forward, grouping: Grouping, record: Record) -> None:
             grouping.unprunable.add(module, forward.shapes[tensor][axis], reason)
 
 
-def _unnamed(forward: Forward, grouping: Grouping) -> list[str]:
+def _unnamed(forward: Forward, grouping: Grouping, groups: Mapping[str, Group]) -> list[str]:
     """Return the parameters of more than one dimension that are named nowhere."""
     named = set(grouping.unprunable.tensors)
-    for group in grouping.groups.values():
+    for group in groups.values():
         named.update(one.tensor for one in group.slices)
     reached = {id(parameter) for parameter in forward.submodule.parameters()}
     unnamed = []

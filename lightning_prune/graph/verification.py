@@ -8,7 +8,7 @@ from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.operators import OperatorTables
 from lightning_prune.graph.records import Known, Record
 from lightning_prune.graph.run import Forward
-from lightning_prune.graph.trial import Pruned, Shrinking, Trial, TrialRunner, unlike_subsets
+from lightning_prune.graph.trial import Fitted, Pruned, Shrinking, Trial, TrialRunner, unlike_subsets
 
 __all__ = ["Verifier"]
 
@@ -21,10 +21,13 @@ class Verifier:
         grouping: The groups to verify.
         tables: What operators say about channels.
         known: What the full network has shown.
+        fitted: What follows the groups, and what else is pruned.
     """
 
-    def __init__(self, forward: Forward, grouping: Grouping, tables: OperatorTables, known: Known) -> None:
-        self.runner = TrialRunner(forward, grouping, tables, known)
+    def __init__(
+        self, forward: Forward, grouping: Grouping, tables: OperatorTables, known: Known, fitted: Fitted
+    ) -> None:
+        self.runner = TrialRunner(forward, grouping, tables, known, fitted)
         self.expectations = Expectations(grouping, forward.labelled.count)
         self.groups = range(len(grouping.groups))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prune.graph.counts import channels_counted, find_computed
 from lightning_prune.graph.frames import is_on_stack, running_line
-from lightning_prune.graph.records import CostTerm, Known, Labels, LeastRequired, Note, Record, SplitSite, Tie
+from lightning_prune.graph.records import CostTerm, Known, Labels, LeastRequired, Note, Record, Split, SplitSite, Tie
 from lightning_prune.graph.sameness import same_along
 
 __all__ = ["Vocabulary"]
@@ -30,6 +30,7 @@ class Vocabulary:
         splits: Whether the operator that runs splits channels in a way that fits any number of them.
         parts_wanted: Into how many parts an axis is split, as the code has it; 0 where it does not tell.
         ties_of_splits: The places that split an axis, by the number of the tie that is due to each.
+        free_modules: Names of the modules that split an axis into what may become of unequal size.
     """
 
     module_frame: ClassVar[CodeType]  # the function whose frame on the call stack is a module that runs
@@ -46,6 +47,7 @@ class Vocabulary:
         self.splits = False
         self.parts_wanted = 0
         self.ties_of_splits: dict[int, SplitSite] = {}
+        self.free_modules: set[str] = set()
 
     # -- what a rule can ask ---------------------------------------------------------------------------------------
 
@@ -94,6 +96,13 @@ class Vocabulary:
         return getattr(tensor, "_shifts_zero", False)
 
     @staticmethod
+    def keeps_zero(tensor: Any) -> bool:
+        """Tell whether a tensor is zero along channels all of whose weights are."""
+        if getattr(tensor, "_is_weight", False):
+            return not getattr(tensor, "_shifts_zero", False)
+        return getattr(tensor, "_keeps_zero", False)
+
+    @staticmethod
     def name_of(tensor: Any) -> str:
         """Return the dotted name of a parameter or buffer, empty for any other tensor."""
         return getattr(tensor, "_dotted_name", "")
@@ -128,6 +137,11 @@ class Vocabulary:
     def shift_zero(tensor: Tensor) -> None:
         """Say that a tensor, and what is computed from it, is not zero where the weights are that it is made of."""
         tensor._shifts_zero = True  # type: ignore[attr-defined]
+
+    @staticmethod
+    def keep_zero(tensor: Tensor) -> None:
+        """Say that a tensor is zero along channels all of whose weights are."""
+        tensor._keeps_zero = True  # type: ignore[attr-defined]
 
     @staticmethod
     def set_of_inputs(tensor: Tensor) -> None:
@@ -179,11 +193,23 @@ class Vocabulary:
 
     def tie_parts(self, labels: Labels, size: int) -> None:
         """Cut an axis into parts of some size; say that channels at equal places can only be pruned together."""
+        if self.where() in self.free_modules:
+            return
         first, others = labels[:size], labels[size:]
         if len(others):  # all parts at once: an image that is flattened with its channels has a hundred thousand
             self.tie(first.repeat(len(others) // size), others, "is split into parts")
 
-    def split_axis(self, sizes: tuple[int, ...], written: Sequence[int] = ()) -> int:
+    def axes_of_split(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the axes that attention is known to split channels into, where one of them may have a single head.
+
+        Args:
+            shape: The shape of the output.
+        """
+        if not self.known.split_along or 1 not in shape:
+            return ()
+        return self.known.split_along.get(SplitSite(running_line(), len(shape)), ())
+
+    def split_axis(self, spread: Tensor, along: Sequence[int], written: Sequence[int] = ()) -> int:
         """Say that an axis is split into several; returns the one that becomes shorter when channels are pruned.
 
         Code that splits channels writes one size down and computes the other; which is which shows only when the
@@ -191,16 +217,19 @@ class Vocabulary:
         shown otherwise.
 
         Args:
-            sizes: The sizes of the axes, outermost first.
-            written: The same as the code has them; nothing where that is not known.
+            spread: The labels at all positions of the output.
+            along: The axes, outermost first.
+            written: Their sizes as the code has them; nothing where these are not known.
         """
         self.splits = True
-        site = SplitSite(running_line(), len(sizes))
+        site = SplitSite(running_line(), len(along))
         number_of_tie = len(self.record.ties)  # of the one that the rule is about to make
         self.ties_of_splits[number_of_tie] = site
         computed = find_computed(written, self.record)
-        default = len(sizes) - 1 if computed is None else computed
-        return self.known.shrinking_axis.get(site, default)
+        default = len(along) - 1 if computed is None else computed
+        shorter = self.known.shrinking_axis.get(site, default)
+        self.record.splits.append(Split(site, spread.reshape(-1), spread.dim(), tuple(along), shorter))
+        return shorter
 
     def written_sizes(self, output: Tensor) -> Sequence[int]:
         """Return the shape of an output as the code has it that runs now, in plain numbers where that is not known."""
@@ -228,6 +257,39 @@ class Vocabulary:
         """Say that pruning these channels is not the same as masking what is read from them."""
         if labels is not None:
             self.record.not_mask_exact.append(Note(labels, self.where(), why))
+
+    def mark_kind(self, labels: Labels | None, kind: str) -> None:
+        """Say which kind of channels some are; see `lightning_prune.graph.Group`."""
+        if labels is not None:
+            self.record.kinds.append(Note(labels, self.where(), kind))
+
+    def mark_summed(self, labels: Labels | None, tensors: Iterable[Tensor], why: str) -> None:
+        """Say that products of some channels are summed up.
+
+        Args:
+            labels: The channels.
+            tensors: The factors; where one of them is zero, so is the product.
+            why: What to say where pruning these channels is not the same as masking all of their weights.
+        """
+        if labels is None:
+            return
+        if any(map(self.keeps_zero, tensors)):
+            self.record.summed.append(labels)
+        else:
+            self.mark_not_mask_exact(labels, why)
+
+    def mark_normed(self, labels: Labels | None, tensor: Tensor, why: str) -> None:
+        """Say that a norm is taken over some channels.
+
+        Args:
+            labels: The channels.
+            tensor: What has them.
+            why: What to say where pruning these channels is not the same as masking them.
+        """
+        if labels is not None and self.keeps_zero(tensor):
+            self.record.normed.append(Note(labels, self.where(), why))
+        else:
+            self.mark_not_mask_exact(labels, why)
 
     def mark_out_slice(self, labels: Labels | None) -> None:
         """Say that these positions of a weight produce channels."""
@@ -263,10 +325,4 @@ class Vocabulary:
 
     def cost(self, coefficient: int, *axes: Labels | int) -> None:
         """Add operations: the coefficient times the length of every axis, given by its labels or as a number."""
-        labelled = []
-        for axis in axes:
-            if isinstance(axis, int):
-                coefficient *= axis
-            else:
-                labelled.append(axis)
-        self.record.costs.append(CostTerm(coefficient, tuple(labelled), self.where()))
+        self.record.costs.append(CostTerm(coefficient, axes, self.where()))

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.compiled import as_written
+from lightning_prune.graph.adapting import adapt
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry import let_in
 from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.twin import Twin, set_mode
 from lightning_prune.planning.timing import placed
+from lightning_prune.pruning_plan import plan_in_force
 
 __all__ = ["Watcher", "at_widths"]
 
@@ -44,6 +46,7 @@ def at_widths(graph: ChannelGraph, widths: Mapping[str, int], watcher: Watcher |
     args, kwargs = placed(graph.example_inputs, submodule)
     with torch.no_grad(), as_written(), preserving_random_state(submodule):
         twin = Twin(submodule, stand_ins)
+        adapt(twin.model, plan, plan_in_force(graph.model), graph.module)
         set_mode(twin.model, training=False)
         let_in(twin.model, graph.example_inputs)
         if watcher is not None:

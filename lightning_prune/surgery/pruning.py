@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.graph.adapting import adapt
 from lightning_prune.graph.sizes import sync_attributes
 from lightning_prune.graph.substitution import modules_in_step, named_tensors
 from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force, record_plan
@@ -429,6 +430,7 @@ def _of_record(model: nn.Module, plan: PruningPlan | None, changed: Iterable[Ten
 
 
 def _finish(model: nn.Module, plan: PruningPlan | None, modules: Iterable[nn.Module]) -> None:
+    adapt(model, plan or PruningPlan(), plan_in_force(model))
     _sync(modules)
     record_plan(model, plan)
 

@@ -163,16 +163,20 @@ def of_item(items: MutableMapping[Any, Any], key: Any, value: Any) -> Replacemen
 
 
 def of_attributes(model: nn.Module, put: Callable[[], object]) -> Replacement:
-    """Replace attributes of submodules, other than submodules, parameters and buffers.
+    """Replace attributes of submodules, other than submodules, parameters and buffers, and their classes.
 
     Args:
         model: The model.
         put: Sets the attributes.
     """
-    attributes = [vars(module) for module in model.modules()]
+    modules = list(model.modules())
+    classes = [type(module) for module in modules]
+    attributes = [vars(module) for module in modules]
     earlier = [dict(named) for named in attributes]
 
     def undo() -> None:
+        for module, kind in zip(modules, classes, strict=True):
+            module.__class__ = kind
         for named, before in zip(attributes, earlier, strict=True):
             for name in named.keys() - before.keys():
                 del named[name]

@@ -80,4 +80,4 @@ def test_one_network_of_every_family(name: str):
 
 def test_reasons_name_lines_of_torchvision():
     graph = lp.trace(torchvision_model("swin_t"), torch.zeros(1, 3, 64, 64, dtype=torch.float64))
-    assert "relies on the number of its channels (swin_transformer.py:" in graph.unprunable["features.0.0"].reason
+    assert "computes with the number of its channels (swin_transformer.py:" in graph.unprunable["features.0.0"].reason

@@ -217,17 +217,11 @@ UNPRUNABLE: dict[str, tuple[Network, Any, str, str]] = {
         "stem",
         "is a batch of matrices of fixed number",
     ),
-    "width of attention": (
-        attending(lambda x: x.unsqueeze(1)),
-        TOKENS,
-        "q",
-        "is the width of an attention head",
-    ),
     "attention over channels": (
         attending(lambda x: x.transpose(1, 2).unsqueeze(1).contiguous()),
         TOKENS,
-        "q",
-        "is a sequence that attention runs over",
+        "k",
+        "runs safe_softmax along its channels",
     ),
     "heads that are given": (
         Network(
@@ -237,7 +231,7 @@ UNPRUNABLE: dict[str, tuple[Network, Any, str, str]] = {
         ),
         (IMAGE, torch.zeros(2, 4, 8, 8)),
         "q",
-        "attends to a fixed number of heads",
+        "is a batch of matrices of fixed number",
     ),
     "other strides": (around(by_other_strides), IMAGE, "stem", "is given strides by hand"),
     "another shape by strides": (around(first_half_by_strides, 4), IMAGE, "stem", "is given strides by hand"),
@@ -349,8 +343,10 @@ INEXACT: dict[str, tuple[Network, Any, str, str, dict[str, int]]] = {
         "Network: is summed up to one number",
         {"stem.weight": 0, "stem.bias": 0},
     ),
-    "queries times keys": (
-        Network(lambda net, x: net.q(x) @ net.k(x).transpose(1, 2), q=nn.Linear(3, 8), k=nn.Linear(3, 8)),
+    "queries times keys that are never zero": (
+        Network(
+            lambda net, x: net.q(x).sigmoid() @ net.k(x).exp().transpose(1, 2), q=nn.Linear(3, 8), k=nn.Linear(3, 8)
+        ),
         TOKENS,
         "q",
         TWO_ACTIVATIONS,

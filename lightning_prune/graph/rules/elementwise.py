@@ -1,6 +1,6 @@
 """Operators that combine tensors element by element, or keep the shape of their input."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -118,10 +118,14 @@ def pointwise(tracer: Tracer, call: Call) -> None:
     tensors = call.given
     has_weights = any(map(tracer.is_weight, tensors))
     shifts_zero = has_weights and not _keeps_zero(tracer, call)
+    zero_tensors = [tensor for tensor in tensors if tracer.all_labels(tensor) and tracer.keeps_zero(tensor)]
+    keeps_zero = bool(zero_tensors) and _is_zero_where(call, zero_tensors)
     for output in call.outputs:
         combine(tracer, tensors, output)
         if shifts_zero:
             tracer.shift_zero(output)
+        if keeps_zero:
+            tracer.keep_zero(output)
 
 
 # What does the same to the tensors at equal places of lists, as the averages of weights are updated.
@@ -156,6 +160,23 @@ def _keeps_zero(tracer: Tracer, call: Call) -> bool:
 
 def _is_zero_where(call: Call, zero_tensors: Iterable[Tensor]) -> bool:
     """Run the operator on tensors of one number each: zero in place of some, one in place of all others."""
+    zero_tensors = list(zero_tensors)
+    zeros = [any(tensor is zero for zero in zero_tensors) for tensor in call.given]
+    key = call.operator, tuple(zeros), repr(_numbers_of(call))
+    if key not in _KNOWN:
+        _KNOWN[key] = _runs_to_zero(call, zero_tensors)
+    return _KNOWN[key]
+
+
+_KNOWN: dict[Any, bool] = {}  # whether an operator returns zero, by what it is given
+
+
+def _numbers_of(call: Call) -> Any:
+    """Return the arguments of a call that are no tensors."""
+    return tree_map(lambda value: None if isinstance(value, Tensor) else value, (call.args, call.kwargs))
+
+
+def _runs_to_zero(call: Call, zero_tensors: Sequence[Tensor]) -> bool:
     numbers = {}
     for tensor in call.given:
         numbers[id(tensor)] = _single_number(tensor, 1)

@@ -32,6 +32,8 @@ def _label_convolved(tracer: Tracer, conv: Convolution, output: Tensor, spatial:
     convolve = _convolve_in_groups if _is_grouped(tracer, conv) else _convolve
     out_channels = convolve(tracer, conv)
     tracer.mark_out_slice(out_channels)
+    if tracer.keeps_zero(conv.weight):
+        tracer.keep_zero(output)
     if conv.bias is not None:
         tracer.tie_to(out_channels, conv.bias, 0, "has a bias of fixed size")
     output_labels = {conv.channel_axis: out_channels, **spatial}
@@ -182,13 +184,26 @@ def _multiply(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> No
         tracer.mark_consumed(right, -2)
         tracer.mark_out_slice(columns)
     if not left_is_weight and not right_is_weight:
-        tracer.mark_not_mask_exact(inner, _TWO_ACTIVATIONS)
+        _multiply_activations(tracer, left, right, inner)
+    elif tracer.keeps_zero(left if left_is_weight else right):
+        tracer.keep_zero(output)
     if output.dim() == 2:
         tracer.set_labels(output, {0: rows, 1: columns})
         return
     batch = tracer.labels(left, 0)
     tracer.tie(batch, tracer.labels(right, 0), "is a batch of matrices of fixed number")
     tracer.set_labels(output, {1: rows, 2: columns, 0: batch})
+
+
+def _multiply_activations(tracer: Tracer, left: Tensor, right: Tensor, inner: Labels | None) -> None:
+    """Say what the channels of attention are: those that scores are summed over, of its values, and its heads."""
+    tracer.mark_summed(inner, (left, right), _TWO_ACTIVATIONS)
+    if left.dim() < 3:
+        return
+    tracer.mark_kind(inner, "query-key")
+    if inner is None and tracer.labels(left, -2) is None:
+        tracer.mark_kind(tracer.labels(right, -1), "value")
+    tracer.mark_kind(tracer.labels(left, 0), "heads")
 
 
 @rule("aten.mv", "aten.addmv")
@@ -286,14 +301,17 @@ def _sum_over(tracer: Tracer, sharing: Sequence[AxisOf], labels: Labels | None) 
 
 @rule("aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_attention_math")
 def attention(tracer: Tracer, call: Call) -> None:
-    """Make the width of queries and keys unprunable, because scores are scaled by it; the output has the values' width.
+    """Tie the width of queries to that of keys, which scores are summed over; the output has that of the values.
 
-    All three are (*heads, sequence, width).
+    All three are (*heads, sequence, width). Scores are scaled by a number that is given, or by the width.
     """
     query, key, value = call.args[:3]
-    for tensor in (query, key):
-        width = tracer.labels(tensor, -1)
-        tracer.mark_unprunable(width, "is the width of an attention head")
+    width = tracer.tie_axes(query, -1, key, -1, "is multiplied by keys of fixed size")
+    tracer.mark_summed(width, (query, key), _TWO_ACTIVATIONS)
+    tracer.mark_kind(width, "query-key")
+    tracer.mark_kind(tracer.labels(value, -1), "value")
+    scale = call.kwargs.get("scale")
+    tracer.computes_with(query.shape[-1] ** -0.5 if scale is None else scale)
     for tensor in (query, key, value):
         sequence = tracer.labels(tensor, -2)
         tracer.mark_unprunable(sequence, "is a sequence that attention runs over")
@@ -304,6 +322,7 @@ def attention(tracer: Tracer, call: Call) -> None:
         for tensor in (key, value):
             tracer.tie(heads, tracer.labels(tensor, axis), "attends to a fixed number of heads")
         output_labels[axis] = heads
+        tracer.mark_kind(heads, "heads")
     output_labels[sequence_axis + 1] = tracer.labels(value, -1)
     attended = call.outputs[0]
     tracer.set_labels(attended, output_labels)

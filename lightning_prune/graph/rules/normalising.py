@@ -59,6 +59,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
     """Tie the channels to the affine parameters; not mask-exact, because the statistics are over all channels."""
     x, normalized_shape, *affine = call.args[:4]
     _mark_statistics(tracer, x, axes=_last_axes(x, len(normalized_shape)))
+    tracer.mark_kind(tracer.labels(x, -1), "stream")
     normalised = call.outputs[0]
     _combine_affine(tracer, x, affine, normalised)
 
@@ -69,6 +70,7 @@ def rms_norm(tracer: Tracer, call: Call) -> None:
     module = call.operator
     x = call.argument(0, "x")
     _mark_statistics(tracer, x, axes=_last_axes(x, len(module.normalized_shape)))
+    tracer.mark_kind(tracer.labels(x, -1), "stream")
     _combine_affine(tracer, x, [module.weight], call.output)
 
 

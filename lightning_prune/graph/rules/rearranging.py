@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.records import Sheet
 from lightning_prune.graph.rules.table import rule
 from lightning_prune.graph.tracer import Call, Labels, Tracer
 
-__all__: list[str] = []
+__all__ = ["TWO_KINDS"]
 
 _PICKED_OUT = "has one of its channels picked out"
-_TWO_KINDS = "has two kinds of channels along one axis"
+TWO_KINDS = "has two kinds of channels along one axis"
 
 
 class _LabelledAxis(NamedTuple):
@@ -65,6 +66,9 @@ def _find_axis(tracer: Tracer, spread: Tensor, written: Sequence[int] = ()) -> _
     positions and the other becomes shorter: channels at equal positions along the shorter one are tied.
     """
     varying = _varying_axes(spread)
+    along = tracer.axes_of_split(spread.shape)
+    if set(varying) < set(along) and all(spread.shape[axis] == 1 for axis in set(along) - set(varying)):
+        varying = list(along)
     if not varying:
         one_label = spread.reshape(-1)[:1]
         if len(one_label) > 0:
@@ -72,8 +76,8 @@ def _find_axis(tracer: Tracer, spread: Tensor, written: Sequence[int] = ()) -> _
         return None
     axis = varying[0]
     if len(varying) > 1:
-        sizes = tuple(spread.shape[axis] for axis in varying)
-        shorter = tracer.split_axis(sizes, [written[axis] for axis in varying] if written else ())
+        written = [written[axis] for axis in varying] if written else ()
+        shorter = tracer.split_axis(spread, varying, written)
         axis = varying[shorter]
     labels = _labels_along(spread, axis)
     if len(varying) > 1:
@@ -84,14 +88,21 @@ def _find_axis(tracer: Tracer, spread: Tensor, written: Sequence[int] = ()) -> _
 
 
 def _add_labels(tracer: Tracer, output: Tensor, found: _LabelledAxis) -> None:
-    """Label one more axis of an output; an axis that two kinds of channels share is labelled by neither."""
+    """Label one more axis of an output; one that two kinds of channels share gets the labels that are followed."""
     output_labels = dict(tracer.all_labels(output))
-    other_labels = output_labels.pop(found.axis, None)
-    if other_labels is None:
+    outer = output_labels.pop(found.axis, None)
+    if outer is None:
+        output_labels[found.axis] = found.labels
+        tracer.set_labels(output, output_labels)
+        return
+    if tracer.known.sheet is Sheet.WIDTHS:
         output_labels[found.axis] = found.labels
     else:
-        tracer.mark_unprunable(other_labels, _TWO_KINDS)
-        tracer.mark_unprunable(found.labels, _TWO_KINDS)
+        tracer.mark_unprunable(found.labels, TWO_KINDS)
+    if tracer.known.sheet is Sheet.HEADS:
+        output_labels[found.axis] = outer
+    else:
+        tracer.mark_unprunable(outer, TWO_KINDS)
     tracer.set_labels(output, output_labels)
 
 
@@ -106,7 +117,11 @@ def repeat(tracer: Tracer, call: Call) -> None:
     for axis, labels in labels_by_axis.items():
         spread = _spread(labels, axis, x.shape)
         moved = call.operator(spread, *other_arguments, **call.kwargs)
-        found = _find_axis(tracer, moved)
+        if tracer.known.sheet is Sheet.HEADS and not bool((labels != labels[0]).any()):  # the only head that is left
+            same_axis = axis + moved.dim() - x.dim()
+            found: _LabelledAxis | None = _LabelledAxis(same_axis, _labels_along(moved, same_axis))
+        else:
+            found = _find_axis(tracer, moved)
         if found is not None:
             _add_labels(tracer, call.output, found)
 
@@ -224,8 +239,12 @@ def _find_reshaped_axis(tracer: Tracer, spread: Tensor, written: Sequence[int]) 
     candidates = [axis for axis, size in enumerate(spread.shape) if size == 1]
     if spread.dim() == 1:
         candidates = [0]
-    if not candidates or _varying_axes(spread):
+    if tracer.known.sheet is Sheet.HEADS and tracer.known.split_along and not candidates:
+        candidates = [0]
+    if not candidates or _varying_axes(spread) or tracer.axes_of_split(spread.shape):
         return _find_axis(tracer, spread, written)
+    if tracer.known.sheet is Sheet.HEADS:  # behind the batch
+        candidates = [spread.dim() - 1]
     labels = _labels_along(spread, candidates[0])
     return _LabelledAxis(candidates[0], labels)
 

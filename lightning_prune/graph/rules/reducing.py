@@ -1,6 +1,7 @@
 """Operators that pool, resize or reduce."""
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -109,8 +110,15 @@ def number_of_channel(tracer: Tracer, call: Call) -> None:
 @rule("aten.linalg_vector_norm", "aten.norm")
 def norm(tracer: Tracer, call: Call) -> None:
     """Reduce the axes, which come after the order of the norm among the arguments."""
+    x = call.args[0]
     dim = call.argument(2, "dim")
-    _reduce(tracer, call, dim)
+    order = call.argument(1, "ord", 2)
+    counts_no_zeros = isinstance(order, int | float) and 0 < order < float("inf")
+    mark = partial(tracer.mark_normed, tensor=x) if counts_no_zeros else tracer.mark_not_mask_exact
+    reduced = _axes(x, dim)
+    for axis in reduced:
+        mark(tracer.labels(x, axis), why=f"takes {plain_name(call)} over its channels")
+    _label_without(tracer, call, reduced)
 
 
 def _reduce(tracer: Tracer, call: Call, dim: Any) -> None:

@@ -63,6 +63,7 @@ def split(tracer: Tracer, call: Call) -> None:
         size = sizes[0]
         tracer.tie_parts(labels, size)
         tracer.splits = tracer.parts_wanted == len(sizes)
+    tracer.splits = tracer.splits or tracer.where() in tracer.free_modules
     slices = labels.split(sizes)
     labels_by_axis = tracer.all_labels(x)
     for output, taken in zip(call.outputs, slices, strict=True):

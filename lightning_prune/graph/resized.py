@@ -1,0 +1,233 @@
+"""Modules whose code shapes tensors by numbers of the original network, run with those that fit the pruned one."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from lightning_prune.pruning_plan import Shares, Site
+
+__all__ = ["SCALED", "SHAPING", "SPLITTING", "as_written", "resize", "sizes_given"]
+
+_UNFLATTEN = frozenset({Tensor.unflatten, torch.unflatten})
+SHAPING = frozenset({Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand}) | _UNFLATTEN
+SPLITTING = frozenset({Tensor.split, torch.split, torch.functional.split, Tensor.split_with_sizes})
+SCALED = functional.scaled_dot_product_attention
+_SITES = "_sites"
+_RESIZED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A site with the numbers of now.
+
+    Attributes:
+        function: What the code calls there; see `lightning_prune.pruning_plan.Site`.
+        axes: How many axes the tensor has that is given.
+        given: Lengths of some of these axes.
+        sizes: How many sizes the code gives.
+        changed: The place of each size to change, what the code says there, and what it is to be.
+        scale: What attention is multiplied by in the original network.
+    """
+
+    function: str
+    axes: int
+    given: tuple[tuple[int, int], ...]
+    sizes: int
+    changed: tuple[tuple[int, int, int], ...]
+    scale: float
+
+    @classmethod
+    def of(cls, site: Site, shares: Shares) -> "_Fitted":
+        """Return a site as it is when a share of the channels is kept."""
+        given = tuple((axis, count.now(shares)) for axis, count in site.given)
+        changed = tuple((one.place, one.asked.now(shares), one.fitting.now(shares)) for one in site.changed)
+        scale = 1 / math.sqrt(site.given[0][1].original) if site.function == "scale" else 0.0
+        return cls(
+            site.function,
+            site.axes,
+            given,
+            site.sizes,
+            changed,
+            scale,
+        )
+
+    def is_given(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is as that which is given there."""
+        if tensor.dim() != self.axes:
+            return False
+        shape = list(tensor.shape)
+        return all(shape[axis] == length for axis, length in self.given)
+
+    def fit(self, sizes: Sequence[int]) -> bool:
+        """Tell whether sizes are those that the code says there."""
+        if len(sizes) != self.sizes:
+            return False
+        return all(sizes[place] == asked for place, asked, _ in self.changed)
+
+    def fitting(self, sizes: Sequence[int]) -> list[int]:
+        """Return the sizes that fit instead."""
+        others = list(sizes)
+        for place, _, fitting in self.changed:
+            others[place] = fitting
+        return others
+
+
+class _Fitting(TorchFunctionMode):
+    """Give functions sizes that fit the channels.
+
+    Args:
+        sites: Where the code says others.
+    """
+
+    def __init__(self, sites: Sequence[_Fitted]) -> None:
+        super().__init__()
+        self.sites = sites
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is SCALED:
+            return self._attend(args, kwargs)
+        if func in SHAPING or func in SPLITTING:
+            return self._shape(
+                func,
+                args,
+                kwargs,
+            )
+        return func(*args, **kwargs)
+
+    def _shape(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
+        function = "shape" if func in SHAPING else "split"
+        tensor, sizes, others = sizes_given(
+            func,
+            args,
+            kwargs,
+        )
+        for site in self.sites:
+            if site.function != function or not site.is_given(tensor):
+                continue
+            asked = [sizes] * site.sizes if isinstance(sizes, int) else sizes
+            if site.fit(asked):
+                fitting = site.fitting(asked)
+                if func in _UNFLATTEN:
+                    return tensor.reshape(fitting)
+                return func(
+                    tensor,
+                    fitting,
+                    **others,
+                )
+        return func(*args, **kwargs)
+
+    def _attend(self, args: Any, kwargs: Any) -> Any:
+        query = args[0] if args else kwargs["query"]
+        if kwargs.get("scale") is None and len(args) < 7:
+            for site in self.sites:
+                if site.function == "scale" and site.is_given(query):
+                    kwargs = {**kwargs, "scale": site.scale}
+                    break
+        return SCALED(*args, **kwargs)
+
+
+def sizes_given(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Return the tensor that a function is given, the sizes or the one of all pieces, and what else it is given.
+
+    Args:
+        func: One of `SHAPING` or `SPLITTING`.
+        args: Its positional arguments.
+        kwargs: Its named arguments.
+    """
+    tensor, *settings = args
+    named = dict(kwargs)
+    if func in _UNFLATTEN:
+        dim, pieces = [*settings, *named.values()]
+        axis = dim % tensor.dim()
+        return tensor, [*tensor.shape[:axis], *pieces, *tensor.shape[axis + 1 :]], {}
+    if func in SHAPING:
+        for name in ("shape", "size"):
+            if name in named:
+                settings = [named.pop(name)]
+        flat = settings[0] if len(settings) == 1 and isinstance(settings[0], list | tuple) else settings
+        return tensor, list(flat), named
+    if len(settings) > 1:
+        named["dim"] = settings[1]
+    for name in ("split_size_or_sections", "split_size", "split_sizes"):
+        if name in named:
+            settings = [named.pop(name)]
+    sizes = settings[0]
+    return tensor, sizes if isinstance(sizes, int) else list(sizes), named
+
+
+class _Resized(nn.Module):
+    """What is put before a class of modules that run with sizes that fit."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as the class does, with sizes that fit."""
+        with _Fitting(vars(self)[_SITES]):
+            return super().forward(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return _blank, (as_written(type(self)),), vars(self)
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    """Return a module that no constructor has run for, as pickles are made from."""
+    resized = _resized(kind)
+    return resized.__new__(resized)
+
+
+def as_written(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that somebody wrote.
+
+    Args:
+        kind: It, or the one that `resize` has made of it.
+    """
+    return kind.__mro__[2] if issubclass(kind, _Resized) else kind
+
+
+def _resized(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that runs as another one does, with sizes that fit."""
+    if kind not in _RESIZED:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        _RESIZED[kind] = type(
+            kind.__name__,
+            (_Resized, kind),
+            names,
+        )
+    return _RESIZED[kind]
+
+
+def resize(module: nn.Module, sites: Sequence[Site], shares: Shares) -> None:
+    """Let a module run with sizes that fit its channels.
+
+    It is then of a class of its own that derives from the one that it had, by the same name; one that has all of its
+    channels is of the class that somebody wrote.
+
+    Args:
+        module: The module.
+        sites: Where its code computes with numbers of the original network.
+        shares: How much of the channels of each group is kept.
+    """
+    written = as_written(type(module))
+    changed = any(shares.get(group, 1) != 1 for site in sites for count in site.counts() for group in count.groups)
+    if not changed:
+        module.__class__ = written
+        vars(module).pop(_SITES, None)
+        return
+    module.__class__ = _resized(written)
+    vars(module)[_SITES] = tuple(_Fitted.of(site, shares) for site in sites)
