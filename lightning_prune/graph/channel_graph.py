@@ -26,6 +26,7 @@ class Group:
         not_mask_exact: Why pruning a channel is not the same as masking it; empty if it is the same.
         least: How many must be kept: two where an axis of one would be squeezed away, or has no statistics; more than
             are behind the projection of an LSTM.
+        kind: What a channel is: one of ``"channels"``, ``"heads"``, ``"query-key"``, ``"value"`` and ``"stream"``.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Group:
     other_slices: tuple[Slice, ...]
     not_mask_exact: str = ""
     least: int = 1
+    kind: str = "channels"
 
     @property
     def mask_exact(self) -> bool:
