@@ -1,8 +1,9 @@
 """What fvcore leaves out though it is made of multiply-adds: handles that count it.
 
 fvcore knows convolutions by an operator that those whose padding is given by name (``padding="same"``) do not run as;
-it knows no recurrent, bilinear and deformable layers; and it counts a product of matrices by the size of the first,
-which is too little where that is repeated for several second ones.
+it knows no recurrent, bilinear and deformable layers, no attention that is written as one operator, and no product that
+is added to a matrix; and it counts a product of matrices by the size of the first, which is too little where that is
+repeated for several second ones.
 """
 
 from collections import Counter
@@ -17,6 +18,8 @@ _RECURRENT = "recurrent layers"
 _REPEATED = "products that repeat a matrix"
 _BILINEAR = "bilinear layers"
 _DEFORMABLE = "deformable convolutions"
+_ATTENTION = "attention as one operator"
+_ADDED = "products added to a matrix"
 
 Handle = Callable[[list[Any], list[Any]], Counter[str]]  # is given what an operator takes and returns in TorchScript
 
@@ -32,7 +35,7 @@ def left_out(by_operator: Mapping[str, float]) -> dict[str, int]:
         {'recurrent layers': 20}
     """
     flops = {}
-    for what in (_CONVOLUTIONS, _RECURRENT, _REPEATED, _BILINEAR, _DEFORMABLE):
+    for what in (_CONVOLUTIONS, _RECURRENT, _REPEATED, _BILINEAR, _DEFORMABLE, _ATTENTION, _ADDED):
         counted = by_operator.get(what, 0)
         if counted:
             flops[what] = int(counted)
@@ -98,6 +101,20 @@ def _matrix_product(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter({"matmul": by_fvcore, _REPEATED: flops - by_fvcore})
 
 
+def _added_product(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Count the multiply-adds of each element of the product."""
+    *_, inner = _shape(inputs[1])
+    return Counter({_ADDED: prod(_shape(outputs[0])) * inner})
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Count the products of queries with keys and of weights with values, whatever a mask leaves out."""
+    *rows, width = _shape(inputs[0])
+    *_, attended, _ = _shape(inputs[1])
+    *_, value_width = _shape(inputs[2])
+    return Counter({_ATTENTION: prod(rows) * attended * (width + value_width)})
+
+
 def _shape(value: Any) -> list[int]:
     """Return the shape of a tensor in TorchScript."""
     sizes: list[int] = value.type().sizes()
@@ -107,6 +124,8 @@ def _shape(value: Any) -> list[int]:
 HANDLES: dict[str, Handle] = {
     "aten::_convolution_mode": _convolution,
     "aten::matmul": _matrix_product,
+    "aten::baddbmm": _added_product,
+    "aten::scaled_dot_product_attention": _attention,
     "aten::lstm": _recurrent,
     "aten::gru": _recurrent,
     "aten::rnn_tanh": _recurrent,
