@@ -4,8 +4,8 @@ fvcore counts convolutions and matrix products by their multiply-adds, normalisa
 with affine parameters, four without; two and one by running statistics), adaptive average pooling by its input, and
 resizing and sampling on a grid by their output; other operators are free, products with a vector too. What fvcore
 leaves out by mistake is counted here: convolutions whose padding is given by name, recurrent, bilinear and deformable
-layers, matrix products in which one matrix is repeated, those that are added to a matrix, and the two products of
-attention that is written as one operator. `lightning_prune.reporting.flops` tells both counts.
+layers, matrix products in which one matrix is repeated, those that are added to a matrix or written as sums over axes,
+and the two products of attention that is written as one operator. `lightning_prune.reporting.flops` tells both counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ def _length(tracer: Tracer, sharing: Sequence[AxisOf]) -> Labels | int:
     return size
 
 
-@_cost("aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm")
+@_cost("aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.addbmm")
 def _matrix_product(tracer: Tracer, call: Call) -> None:
     left, right = call.args[-2:]  # a bias comes first
     *_, columns = tracer.axes(right)

@@ -78,8 +78,8 @@ def build_network_for(
     """Build a network that fits the data.
 
     ``num_classes``, ``in_channels`` and ``image_size`` are passed on to a network that has arguments of these names
-    (torchvision's networks take ``num_classes``, and its vision transformers ``image_size``); what ``network_args`` says
-    has precedence.
+    (torchvision's networks take ``num_classes``, and its vision transformers ``image_size``); what ``network_args``
+    says has precedence.
 
     Args:
         name: As for :func:`build_network`.

@@ -182,6 +182,23 @@ def test_flops_are_those_worked_out_by_hand_and_those_of_the_pruned_network(case
     assert count_flops(model, inputs).total == flops(3)
 
 
+# Products that no channel can be pruned of, in forms that fvcore has no count for.
+UNPRUNABLE: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "a sum over two axes": (lambda x: torch.tensordot(x, torch.ones(2, 8, 8), ([1, 2], [0, 1])), 7 * 2 * 8 * 8),
+    "a sum over one axis": (lambda x: torch.inner(x, torch.ones(8, 8)), 14 * 8 * 8),
+    "products added to matrices": (lambda x: x.baddbmm(x @ x.transpose(1, 2), x), 2 * 7 * 2 * 2 * 8),
+    "products added up": (lambda x: torch.addbmm(x[0], torch.ones(7, 2, 2), x, beta=0, alpha=2), 7 * 2 * 2 * 8),
+}
+
+
+@pytest.mark.parametrize("case", UNPRUNABLE)
+def test_products_of_all_forms_cost_their_multiply_adds(case: str):
+    between, products = UNPRUNABLE[case]
+    model = Between(between, nn.Linear(3, 8), nn.Linear(8, 2)).eval()
+    flops = 14 * 3 * 8 + products + model(STEPS).numel() * 8
+    assert CostModel(lp.trace(model, STEPS), "flops").original == count_flops(model, STEPS).total == flops
+
+
 class Recurrent(nn.Module):
     """A recurrent layer and a linear one, which may run on data alone."""
 

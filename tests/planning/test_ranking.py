@@ -19,6 +19,7 @@ from lightning_prune.callbacks import (
     SensitivenessCallback,
     TaylorRankCallback,
 )
+from lightning_prune.models import SmallImageViT
 from lightning_prune.planning import CostModel, isomorphic_groups, plan_by_layer, reachable
 from lightning_prune.planning.ranking import isomorphic_ranking
 
@@ -83,6 +84,22 @@ def test_a_case_by_hand() -> None:
 def test_groups_are_built_alike_whatever_their_names_and_widths() -> None:
     classes = isomorphic_groups(STAGES)
     assert classes == [["stem"], ["blocks.0.0", "blocks.1.0", "blocks.2.0"], ["blocks.2.3"], ["hidden"]]
+
+
+def test_in_a_vision_transformer_each_kind_of_layer_is_compared_across_blocks() -> None:
+    network = SmallImageViT(in_channels=1, image_size=8, width=8, depth=3, num_heads=2, hidden=12)
+    graph = lp.trace(network, torch.zeros(1, 1, 8, 8))
+    hidden, values = ([f"blocks.{block}.{name}" for block in range(3)] for name in ("linear1", "attention.value"))
+    classes = isomorphic_groups(graph)
+    assert hidden in classes
+    assert values in classes
+    scores = lp.criteria.l1(graph)
+    for number, name in enumerate(hidden):
+        scores[name] = torch.arange(12.0) + 12 * number  # the last block scores highest, and the first one lowest
+    plan = lp.plan(graph, scores, 0.5, "channels", round_to=1, ranking="isomorphic")
+    first, middle, last = (plan.widths[name] for name in hidden)
+    assert (first, last) == (1, 12)
+    assert 4 <= middle <= 6
 
 
 def test_kinds_and_module_types_are_told_apart() -> None:
