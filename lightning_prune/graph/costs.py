@@ -90,10 +90,12 @@ def _recurrent(tracer: Tracer, call: Call) -> None:
 
 
 @_cost(
-    "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention",
-    "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
     "aten._scaled_dot_product_fused_attention_overrideable",
-)  # fmt: skip
+)
 def _attention(tracer: Tracer, call: Call) -> None:
     """Count the products of queries with keys, and of what comes of them with values, whatever a mask leaves out."""
     query, key, value = call.args[:3]
@@ -108,10 +110,16 @@ def _attention(tracer: Tracer, call: Call) -> None:
 
 
 @_cost(
-    "aten.native_batch_norm", "aten.cudnn_batch_norm", "aten._native_batch_norm_legit_no_training",
-    "aten._batch_norm_no_update", "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_functional",
-    "aten._batch_norm_with_update", "aten.miopen_batch_norm", "aten.batch_norm",
-)  # fmt: skip
+    "aten.native_batch_norm",
+    "aten.cudnn_batch_norm",
+    "aten._native_batch_norm_legit_no_training",
+    "aten._batch_norm_no_update",
+    "aten._native_batch_norm_legit",
+    "aten._native_batch_norm_legit_functional",
+    "aten._batch_norm_with_update",
+    "aten.miopen_batch_norm",
+    "aten.batch_norm",
+)
 def _batch_norm(tracer: Tracer, call: Call) -> None:
     """Normalisation of instances runs as one of batches, and counts as one that finds its statistics itself."""
     x = call.args[0]
