@@ -5,7 +5,7 @@ alike (isomorphic ranking) and with the same images of the training set, plainly
 left is trained on with the same data order, steps and learning rate. Rows prune the hidden channels of the MLPs alone,
 whole heads, the width of queries and keys, that of values, the stream, or several of these; "one list" compares the
 channels of all kinds, and two controls choose channels at random. A kind that cannot give half the FLOPs alone gives
-them until a quarter of its channels is kept, and the column of FLOPs says so. A kind that the engine does not free is
+them until an eighth of its channels is kept, and the column of FLOPs says so. A kind that the engine does not free is
 skipped with a message. Accuracy is that on the test images after the last step; nothing is chosen by it.
 
 Results are added to a file as they come, and a run that is started again goes on where it stopped::
@@ -38,9 +38,9 @@ from lightning_prune.models import SmallImageViT
 from lightning_prune.planning import CostModel
 from lightning_prune.pruning_plan import PruningPlan
 
-SIZE = {"width": 64, "depth": 4, "num_heads": 4, "hidden": 128}
+SIZE = {"width": 64, "depth": 4, "num_heads": 4, "hidden": 256}
 SETTING = "ViT of 4 blocks, 64 wide"
-HALF, QUARTER = 0.5, 0.25
+HALF, EIGHTH = 0.5, 0.125
 WARM_UP = 0.1  # of the steps
 WHOLE = "not pruned"
 METHODS = ("none", "refit")
@@ -73,7 +73,7 @@ class Transformer(Runner):
     """The network of one seed, and the rows that start from it."""
 
     def __init__(self, seed: int, settings: argparse.Namespace) -> None:
-        super().__init__("vit", seed, settings)
+        super().__init__(SETTING, seed, settings)
         self.start = self.network()
         self.graph = lp.trace(self.start, EXAMPLE)
         self.scores = cache(self._scores)
@@ -125,7 +125,7 @@ class Transformer(Runner):
         if not names:
             return None
         cost = CostModel(self.graph, "flops")
-        least = cost({name: max(1, int(QUARTER * self.graph.groups[name].size)) for name in names}) / cost.original
+        least = cost({name: max(1, int(EIGHTH * self.graph.groups[name].size)) for name in names}) / cost.original
         scores = {name: self.scores(criterion)[name] for name in names}
         return lp.plan(self.graph, scores, max(HALF, least), round_to=1, ranking=ranking)
 
