@@ -65,6 +65,7 @@ MEASURED_BY: dict[str, tuple[str, int, int]] = {
     "sensitiveness": ("lightning_prune.callbacks.monitoring.classification", 3, 3),
     "rl_joint": ("lightning_prune.callbacks.monitoring.classification", 1, 3),
     "learn_to_prune": ("lightning_prune.callbacks.monitoring.classification", 3, 3),
+    "vit": ("lightning_prune.criteria.score", 3, 1),
 }
 
 
@@ -242,7 +243,7 @@ def _train(run: Run, rank: int, port: int, strike: Strike | None) -> None:
             killer = Killer(strike)
             stack.enter_context(killer.lying_in_wait())
             callbacks = [battery.make_callback(run.callback, **CHANGES), saver, killer]
-        module = battery.ResidualClassifier(norm=run.bits)
+        module = battery.network_of(run.callback)(norm=run.bits)
         if not run.bits:  # Lightning itself would round the weights of a checkpoint before it makes the module double
             module.double()
         battery.train(run.root, *callbacks, module=module, ckpt_path=last, **settings)

@@ -38,6 +38,7 @@ def prune_for(
     round_to: int | str = 8,
     compensate: str = "refit",
     ignore: Sequence[str] = (),
+    ranking: str = "global",
 ) -> PruneReport:
     """Prune a trained network to a budget, in place, so that it works without further training.
 
@@ -58,6 +59,7 @@ def prune_for(
         compensate: What makes up for the prune: ``"refit"``, ``"fold"``, ``"statistics"`` or ``"none"``; see
             `lightning_prune.prune`.
         ignore: Patterns of module names whose channels are not pruned.
+        ranking: With which others a channel is compared: ``"global"`` or ``"isomorphic"``, see `lightning_prune.plan`.
 
     Returns:
         What changed: widths, parameters, the plan with its ``budget``, and what was compensated.
@@ -78,6 +80,7 @@ def prune_for(
     planning.check_keep(keep)
     planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
     check_method(compensate)
+    planning.check_ranking(ranking)
     drawn = list(_drawn(batches))
     if not drawn:
         raise ValueError("prune_for looks at data: give batches, some hundred samples without labels.")
@@ -91,7 +94,7 @@ def prune_for(
     planning.check_reachable(graph, keep, metric, round_to)
     run: Run = partial(_run, entry=entry)
     scores = score(graph, "coherent_obs", drawn, run)
-    planned = planning.plan(graph, scores, keep, metric, round_to)
+    planned = planning.plan(graph, scores, keep, metric, round_to, ranking=ranking)
     return prune(model, planned, compensate=compensate, batches=drawn, run=run)
 
 

@@ -22,6 +22,7 @@ from lightning_prune.callbacks import (
     SensitivenessCallback,
     TaylorRankCallback,
 )
+from lightning_prune.models import SmallImageViT
 
 MAGNITUDE: dict[str, Any] = {
     "keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "criterion": "l1", "compensate": "none",
@@ -61,6 +62,17 @@ CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
         LearnToPruneCallback,
         {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "updates": 3, "samples": 3},
     ),
+    "vit": (
+        PruningCallback,
+        {
+            "keep": 0.5,
+            "steps": 3,
+            "start_epoch": 1,
+            "round_to": 2,
+            "compensate_batches": 2,
+            "ranking": "isomorphic",
+        },
+    ),
 }
 EPOCHS = 5
 BATCHES = 6
@@ -73,22 +85,8 @@ def make_callback(name: str, **changes: Any) -> PruningCallback:
     return kind(**{**validated, **settings, **changes})
 
 
-class ResidualClassifier(L.LightningModule):
-    """A small residual network that knows nothing of pruning; Adam and a schedule, so that there is state to lose."""
-
-    def __init__(self, width: int = 12, norm: bool = True) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.stem = nn.Conv2d(1, width, 3, padding=1)
-        self.first = nn.Conv2d(width, 2 * width, 3, padding=1)
-        self.norm = nn.BatchNorm2d(2 * width) if norm else nn.Identity()
-        self.second = nn.Conv2d(2 * width, width, 3, padding=1)
-        self.head = nn.Linear(width * 4, 4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.stem(images))
-        x = F.relu(x + self.second(F.relu(self.norm(self.first(x)))))
-        return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
+class Classifier(L.LightningModule):
+    """A module that knows nothing of pruning; Adam and a schedule, so that there is state to lose."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch[0]), batch[1])
@@ -106,6 +104,43 @@ class ResidualClassifier(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.Adam(self.parameters(), 1e-2)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)}
+
+
+class ResidualClassifier(Classifier):
+    """A small residual network."""
+
+    def __init__(self, width: int = 12, norm: bool = True) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.first = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(2 * width) if norm else nn.Identity()
+        self.second = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.head = nn.Linear(width * 4, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.stem(images))
+        x = F.relu(x + self.second(F.relu(self.norm(self.first(x)))))
+        return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+class TransformerClassifier(Classifier):
+    """A small vision transformer."""
+
+    def __init__(self, width: int = 12, norm: bool = True) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = SmallImageViT(4, 1, 8, width, depth=1, num_heads=2, hidden=2 * width)
+        if not norm:
+            self.network.stem[1] = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+
+def network_of(name: str) -> type[Classifier]:
+    """Return the class of the module that a row is put through."""
+    return TransformerClassifier if name == "vit" else ResidualClassifier
 
 
 class ResumableLoader(DataLoader):
@@ -153,12 +188,15 @@ def train(
     root: Path,
     *callbacks: Callback,
     ckpt_path: Path | None = None,
-    module: L.LightningModule | None = None,
+    module: L.LightningModule | type[L.LightningModule] = ResidualClassifier,
     **trainer: Any,
 ) -> tuple[L.LightningModule, L.Trainer]:
-    """Train from a fixed seed and keep a checkpoint of every epoch; on as many ranks as the trainer has."""
+    """Train from a fixed seed and keep a checkpoint of every epoch; on as many ranks as the trainer has.
+
+    A class is made a module after the seed has been set.
+    """
     L.seed_everything(0, verbose=False)
-    module = ResidualClassifier() if module is None else module
+    module = module() if isinstance(module, type) else module
     settings: dict[str, Any] = {
         "max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
         "enable_model_summary": False, "default_root_dir": root, "num_sanity_val_steps": 0,

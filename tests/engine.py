@@ -3,6 +3,7 @@
 import copy
 import logging
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -80,10 +81,18 @@ def difference(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, inputs:
 
 
 def counted_flops(model: nn.Module, inputs: Any) -> int:
-    """Return what fvcore counts on the network as it is."""
-    analysis = FlopCountAnalysis(model.eval(), inputs)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    return int(analysis.total())
+    """Return what fvcore counts on the network as it is, with attention written as the products that it is made of."""
+    with patch.object(nn.functional, "scaled_dot_product_attention", attention_in_products):
+        analysis = FlopCountAnalysis(model.eval(), inputs)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return int(analysis.total())
+
+
+def attention_in_products(query: Tensor, key: Tensor, value: Tensor, *_: Any, **settings: Any) -> Tensor:
+    """Do what counts of ``scaled_dot_product_attention``."""
+    if settings.get("enable_gqa"):
+        key, value = (one.repeat_interleave(query.shape[-3] // one.shape[-3], -3) for one in (key, value))
+    return (query @ key.transpose(-2, -1)).softmax(-1) @ value
 
 
 def assert_pruned(model: nn.Module, inputs: Any, kept: dict[str, list[int]], expected: dict[str, dict[int, list[int]]]):

@@ -85,6 +85,15 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
             ("net, 8 images", "refit", "MiB beyond the network", "0", 300.0),
         ],
     ),
+    "small_vit.json": (
+        {"vit | MLP, refit | 0": {"accuracy": 0.5, "pruned": 0.25, "flops": 0.75, "time": 0.125, "widths": {}}},
+        [
+            ("vit", "MLP, refit", "fine-tuned (%)", "0", 50.0),
+            ("vit", "MLP, refit", "when pruned (%)", "0", 25.0),
+            ("vit", "MLP, refit", "FLOPs kept (%)", "0", 75.0),
+            ("vit", "MLP, refit", "time kept (%)", "0", 12.5),
+        ],
+    ),
     "two_classes.json": (
         {"vgg | pruned | 0": {"accuracy": 0.5, "filters": 0.25, "widths": {}, "speed_1": 2.0, "speed_32": 3.0}},
         [

@@ -30,7 +30,7 @@ def test_two_ranks_agree_to_the_last_bit(name: str, two_ranks: Path, tmp_path: P
     assert ranks[0]["difference"] == ranks[1]["difference"] == 0.0
     assert ranks[0]["digest"] == ranks[1]["digest"]
     # The same data in one process, in float64: without batch normalisation it sums the same gradients.
-    plain, callback = battery.ResidualClassifier(norm=False), CALLBACKS[name]()
+    plain, callback = battery.network_of(name)(norm=False), CALLBACKS[name]()
     alone, _ = battery.train(tmp_path / "alone", callback, module=plain, precision="64-true")
     assert ranks[0]["widths"] == plan_in_force(alone).widths
     assert ranks[0]["digest"] == plan_in_force(alone).digest

@@ -81,7 +81,7 @@ CALLBACKS: dict[str, Callable[[], PruningCallback]] = {
 
 def train_with(name: str, nodes: int, devices: int, root: Path) -> dict[str, Any]:
     """Train with a callback, as one process does that takes twice as many images a step."""
-    module = battery.ResidualClassifier(norm=False)
+    module = battery.network_of(name)(norm=False)
     strategy = DDPStrategy(process_group_backend="gloo")
     settings = {"precision": "64-true", "default_root_dir": root}
     return _train(module, CALLBACKS[name](), strategy, nodes, devices, **settings)

@@ -55,6 +55,7 @@ class AFIEEarlyPruneCallback(PruningCallback):
         entropy: dict[str, float] = field(default_factory=dict, metadata=under("flatten", "ignore"))
 
     cap = 0.99  # as in the paper
+    rankings = ("global",)
 
     state: State
 

@@ -96,6 +96,8 @@ class PruningCallback(Schedule, Callback):
             from the last prune: a score of before is one of another network.
         save_result: Whether a run ends with a file that has the plan in force and the weights in memory; where no
             `ModelCheckpoint` has written one, it is ``pruned.ckpt`` in the folder of the checkpoints.
+        ranking: With which others a channel is compared: ``"global"`` for those of all groups, or ``"isomorphic"`` for
+            those of the groups that are built alike, see `lightning_prune.plan`.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -116,6 +118,7 @@ class PruningCallback(Schedule, Callback):
     State: TypeAlias = BaseState
     Run: TypeAlias = BaseRun
     cap: ClassVar[float] = 1.0  # greatest fraction of its channels that a group may lose
+    rankings: ClassVar[Sequence[str]] = planning.RANKINGS  # what ``ranking`` may be
 
     state: BaseState
     run: BaseRun
@@ -139,6 +142,7 @@ class PruningCallback(Schedule, Callback):
         validate_batches: int = 16,
         reset_monitors: bool = True,
         save_result: bool = True,
+        ranking: str = "global",
     ) -> None:
         planning.check_keep(keep)
         planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
@@ -150,6 +154,7 @@ class PruningCallback(Schedule, Callback):
         _check_compensate(compensate)
         check_whole_number("validate_batches", validate_batches, 0)
         distill_settings(distill)  # refuses what it does not know
+        self._check_ranking(ranking)
         self.keep = keep
         self.metric = metric
         self.start_epoch = start_epoch
@@ -167,6 +172,7 @@ class PruningCallback(Schedule, Callback):
         self.distill = dict(distill) if isinstance(distill, Mapping) else distill
         self.reset_monitors = reset_monitors
         self.save_result = save_result
+        self.ranking = ranking
         self.result_path = ""
         self.check_criterion()
         self.state = self.State()
@@ -220,14 +226,15 @@ class PruningCallback(Schedule, Callback):
         return decided_by_first_rank(trainer, lambda: criteria.score(graph, self.criterion, batches, run))
 
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
-        """Make the plan for one prune, on the first rank; by default all channels compete for the budget.
+        """Make the plan for one prune, on the first rank; by default all channels compete as ``ranking`` says.
 
         Args:
             graph: The traced model.
             scores: What `scores` returned.
             keep: Fraction of the original cost that may be kept.
         """
-        return planning.plan(graph, scores, keep, self.metric, self.round_to, self.min_channels)
+        limits = self.round_to, self.min_channels
+        return planning.plan(graph, scores, keep, self.metric, *limits, ranking=self.ranking)
 
     def run_on_batch(self, model: nn.Module, batch: Any) -> Any:
         """Run the LightningModule on a training batch without its labels, for scores and compensation.
@@ -264,6 +271,14 @@ class PruningCallback(Schedule, Callback):
             raise ValueError(
                 f"Criterion {self.criterion!r} needs a loss, and {type(self).__name__} scores without labels; use "
                 "TaylorRankCallback, or score with lightning_prune.criteria.score."
+            )
+
+    def _check_ranking(self, ranking: str) -> None:
+        """Raise a ValueError unless the callback compares channels in this way."""
+        if planning.check_ranking(ranking) not in self.rankings:
+            raise ValueError(
+                f"{type(self).__name__} decides by a method of its own how much each layer gives, so that "
+                f"ranking={ranking!r} has no meaning for it; leave it out, or use PruningCallback."
             )
 
     def check_budget(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:

@@ -131,6 +131,8 @@ class LearnToPruneCallback(PruningCallback):
 
     cap = 0.8
 
+    rankings = ("global",)
+
     state: State
     run: Run
 

@@ -128,6 +128,8 @@ class RLJointPruneCallback(PruningCallback):
 
     cap = 0.8
 
+    rankings = ("global",)
+
     state: State
     run: Run
 

@@ -81,6 +81,8 @@ class SensitivenessCallback(PruningCallback):
 
     cap = 0.99
 
+    rankings = ("global",)
+
     state: State
 
     def __init__(

@@ -2,10 +2,10 @@
 
 fvcore counts convolutions and matrix products by their multiply-adds, normalisation by passes over its input (five
 with affine parameters, four without; two and one by running statistics), adaptive average pooling by its input, and
-resizing and sampling on a grid by their output; other operators are free, products with a vector too. It is asked
-nothing about attention written as one operator, and counts it as free. What fvcore leaves out by mistake is counted
-here: convolutions whose padding is given by name, recurrent, bilinear and deformable layers, and matrix products in
-which one matrix is repeated. `lightning_prune.reporting.flops` tells both counts.
+resizing and sampling on a grid by their output; other operators are free, products with a vector too. What fvcore
+leaves out by mistake is counted here: convolutions whose padding is given by name, recurrent, bilinear and deformable
+layers, matrix products in which one matrix is repeated, those that are added to a matrix or written as sums over axes,
+and the two products of attention that is written as one operator. `lightning_prune.reporting.flops` tells both counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,11 +69,8 @@ def _length(tracer: Tracer, sharing: Sequence[AxisOf]) -> Labels | int:
     return size
 
 
-@_cost("aten.mm", "aten.bmm", "aten.addmm")
+@_cost("aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.addbmm")
 def _matrix_product(tracer: Tracer, call: Call) -> None:
-    if tracer.in_attention:
-        tracer.in_attention = False
-        return
     left, right = call.args[-2:]  # a bias comes first
     *_, columns = tracer.axes(right)
     tracer.cost(1, *tracer.axes(left), columns)
@@ -92,27 +89,37 @@ def _recurrent(tracer: Tracer, call: Call) -> None:
                 tracer.cost(positions, *tracer.axes(cell.projection))
 
 
-@_cost("aten.baddbmm")
-def _biased_batch_product(tracer: Tracer, call: Call) -> None:
-    """Count nothing, as fvcore does, but notice the end of attention."""
-    tracer.in_attention = False
-
-
-@_cost("aten._safe_softmax")
+@_cost(
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_fused_attention_overrideable",
+)
 def _attention(tracer: Tracer, call: Call) -> None:
-    """Take back the product that has just been counted: attention as one operator runs as product, softmax, product."""
-    tracer.record.costs.pop()
-    tracer.in_attention = True
+    """Count the products of queries with keys, and of what comes of them with values, whatever a mask leaves out."""
+    query, key, value = call.args[:3]
+    *rows, width = tracer.axes(query)
+    *_, attended, _ = tracer.axes(key)
+    *_, value_width = tracer.axes(value)
+    tracer.cost(1, *rows, width, attended)
+    tracer.cost(1, *rows, attended, value_width)
 
 
 # -- passes over a tensor ----------------------------------------------------------------------------------------------
 
 
 @_cost(
-    "aten.native_batch_norm", "aten.cudnn_batch_norm", "aten._native_batch_norm_legit_no_training",
-    "aten._batch_norm_no_update", "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_functional",
-    "aten._batch_norm_with_update", "aten.miopen_batch_norm", "aten.batch_norm",
-)  # fmt: skip
+    "aten.native_batch_norm",
+    "aten.cudnn_batch_norm",
+    "aten._native_batch_norm_legit_no_training",
+    "aten._batch_norm_no_update",
+    "aten._native_batch_norm_legit",
+    "aten._native_batch_norm_legit_functional",
+    "aten._batch_norm_with_update",
+    "aten.miopen_batch_norm",
+    "aten.batch_norm",
+)
 def _batch_norm(tracer: Tracer, call: Call) -> None:
     """Normalisation of instances runs as one of batches, and counts as one that finds its statistics itself."""
     x = call.args[0]

@@ -7,6 +7,7 @@ from enum import Enum, auto
 from functools import partial
 
 import numpy as np
+from torch import nn
 
 from lightning_prune.graph.channel_graph import Group
 from lightning_prune.graph.costs import COSTS

@@ -25,7 +25,6 @@ class Vocabulary:
         modules: Names of the modules that run, outermost first.
         of_weights: Whether the operator that runs is given nothing but weights.
         sizes_written: The shape that a tensor is given now, as the code has it.
-        in_attention: Whether it runs between the two matrix products of attention written as one operator.
         grouped: Names of the weights of what works in groups.
         splits: Whether the operator that runs splits channels in a way that fits any number of them.
         parts_wanted: Into how many parts an axis is split, as the code has it; 0 where it does not tell.
@@ -41,7 +40,6 @@ class Vocabulary:
         self.record = Record()
         self.modules: list[str] = []
         self.of_weights = False
-        self.in_attention = False
         self.sizes_written: Sequence[int] = ()
         self.grouped = set(known.grouped)
         self.splits = False

@@ -11,6 +11,7 @@ from lightning_prune.models.small import AlexNet, Conv4, DigitsNet, LeNet
 from lightning_prune.models.small_image_resnet import SmallImageResNet
 from lightning_prune.models.transfer import Transfer
 from lightning_prune.models.vgg import CifarVGG
+from lightning_prune.models.vit import SmallImageViT
 from lightning_prune.models.weights import load_weights
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Optimization",
     "Regularization",
     "SmallImageResNet",
+    "SmallImageViT",
     "Transfer",
     "build_network",
     "load_weights",

@@ -18,6 +18,7 @@ from lightning_prune.models.mobilenet import CifarMobileNetV2, MobileNetV1
 from lightning_prune.models.small import AlexNet, Conv4, DigitsNet, LeNet
 from lightning_prune.models.small_image_resnet import BLOCKS, SmallImageResNet
 from lightning_prune.models.vgg import STAGE_CONVOLUTIONS, CifarVGG
+from lightning_prune.models.vit import SmallImageViT
 
 NetworkFactory = Callable[..., nn.Module]
 
@@ -31,9 +32,11 @@ NETWORKS: dict[str, NetworkFactory] = {
     "digits": DigitsNet,
     "mobilenet_v1": MobileNetV1,
     "mobilenet_v2": CifarMobileNetV2,
+    "vit": SmallImageViT,
 }
 
 TORCHVISION_PREFIX = "torchvision/"
+_VISION_TRANSFORMERS = f"{TORCHVISION_PREFIX}vit_"  # refuse images of another size than they were made for
 
 
 def build_network(name: str, **network_args: Any) -> nn.Module:
@@ -75,7 +78,8 @@ def build_network_for(
     """Build a network that fits the data.
 
     ``num_classes``, ``in_channels`` and ``image_size`` are passed on to a network that has arguments of these names
-    (torchvision's networks take ``num_classes`` only); what ``network_args`` says has precedence.
+    (torchvision's networks take ``num_classes``, and its vision transformers ``image_size``); what ``network_args``
+    says has precedence.
 
     Args:
         name: As for :func:`build_network`.
@@ -99,6 +103,8 @@ def build_network_for(
     fitting = {"num_classes": num_classes, "in_channels": channels, "image_size": height}
     if name.startswith(TORCHVISION_PREFIX):
         accepted = {"num_classes"}  # hidden in torchvision's **kwargs
+        if name.startswith(_VISION_TRANSFORMERS):
+            accepted.add("image_size")
     else:
         accepted = set(inspect.signature(find_factory(name)).parameters)
     arguments = {argument: value for argument, value in fitting.items() if argument in accepted}

@@ -9,19 +9,23 @@ from lightning_prune.planning.limits import Limits
 from lightning_prune.planning.metrics import METRICS, Metric, metric_named
 from lightning_prune.planning.narrow import narrow_groups
 from lightning_prune.planning.profiling import profile
+from lightning_prune.planning.ranking import RANKINGS, check_ranking, isomorphic_groups
 from lightning_prune.planning.reachability import check_reachable, reachable
 from lightning_prune.planning.scores import checked_scores
 from lightning_prune.planning.timing import measure_latency, times_in_turns
 
 __all__ = [
     "METRICS",
+    "RANKINGS",
     "Budget",
     "CostModel",
     "Limits",
     "Metric",
     "check_keep",
+    "check_ranking",
     "check_reachable",
     "checked_scores",
+    "isomorphic_groups",
     "measure_latency",
     "measured_fraction",
     "metric_named",

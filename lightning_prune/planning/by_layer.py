@@ -10,7 +10,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.planning.budget import check_keep
 from lightning_prune.planning.limits import WidthSettings
 from lightning_prune.planning.metrics import metric_named
-from lightning_prune.planning.scores import checked_scores
+from lightning_prune.planning.scores import checked_scores, shares_pruned
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["plan_by_layer"]
@@ -84,8 +84,8 @@ def plan_by_layer(
 def _thresholds(scores: Tensor, layer_score: float) -> Tensor:
     """Return the ``t`` at which each channel is pruned; the channel that scores lowest is pruned first.
 
-    Of n channels the one at place r, from 0 for the best, is pruned when the width asked for falls below r + 1/2, that
-    is beyond ``t = layer_score * (n - r - 1/2) / n``. Ranking all channels by these numbers is searching for ``t``.
+    A channel is pruned when the width asked for falls below its place, that is beyond ``t = layer_score * share``, with
+    the share of `shares_pruned`. Ranking all channels by these numbers is searching for ``t``.
 
     Args:
         scores: (channels,) score of each channel of a group.
@@ -94,10 +94,5 @@ def _thresholds(scores: Tensor, layer_score: float) -> Tensor:
     Returns:
         (channels,) float64; ``inf`` and ``-inf`` where the scores are.
     """
-    size = len(scores)
-    best_first = scores.argsort(descending=True, stable=True)
-    fractions = torch.arange(size, 0, -1, dtype=torch.float64).sub(0.5) / size  # pruned before the r-th best is
-    thresholds = torch.full_like(scores, math.inf)
-    if layer_score < math.inf:
-        thresholds[best_first] = fractions * layer_score
+    thresholds = layer_score * shares_pruned(scores)
     return torch.where(scores.isinf(), scores, thresholds)

@@ -8,6 +8,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.planning.budget import check_keep
 from lightning_prune.planning.limits import WidthSettings
 from lightning_prune.planning.metrics import metric_named
+from lightning_prune.planning.ranking import check_ranking, isomorphic_ranking
 from lightning_prune.planning.scores import checked_scores
 from lightning_prune.pruning_plan import PruningPlan
 
@@ -21,11 +22,14 @@ def plan(
     metric: str = "flops",
     round_to: int | str = 8,
     min_channels: int = 1,
+    ranking: str = "global",
 ) -> PruningPlan:
     """Choose the channels to keep: the best of all groups together that fit the budget.
 
     Channels of all groups are ranked in one list. The lowest are pruned until the rest, rounded, fits the budget; what
-    rounding saved of the budget is given back step by step to the groups whose next channels score highest.
+    rounding saved of the budget is given back step by step to the groups whose next channels score highest. With an
+    isomorphic ranking there is a list for each class of groups that are built alike, and the same share of each list is
+    pruned.
 
     Args:
         graph: The traced model.
@@ -37,12 +41,19 @@ def plan(
         round_to: Layers that lose channels keep a multiple of this many; 1 for no rounding; for latency also
             ``"auto"``, the multiple that keeps most on this device.
         min_channels: Least number of channels of a group.
+        ranking: With which others a channel is compared: ``"global"`` for those of all groups, or ``"isomorphic"`` for
+            those of the groups that are built alike, see `lightning_prune.planning.isomorphic_groups`: scores of heads
+            and of hidden channels, or of layers and their downsampling, need not be comparable then.
 
     Returns:
         The plan. Its ``budget`` tells what was asked, what could be reached, and what was achieved, as fractions.
 
     Raises:
         ValueError: If a setting is out of range, the budget cannot be reached, or scores do not fit the groups.
+
+    Note:
+        The isomorphic ranking is that of Fang et al., "Isomorphic Pruning for Vision Models" (ECCV 2024). What is
+        alike is told by the slices of a group here, and the share is found so that the budget is met.
 
     Example:
         >>> import torch
@@ -57,4 +68,9 @@ def plan(
     """
     check_keep(keep)
     settings = WidthSettings(round_to, min_channels)
-    return metric_named(metric).plan_by_score(graph, checked_scores(graph, scores), keep, settings)
+    chosen = metric_named(metric)
+    known_scores = checked_scores(graph, scores)
+    if check_ranking(ranking) == "isomorphic":
+        shares = isomorphic_ranking(graph, known_scores)
+        return chosen.plan_by_layer(graph, shares, known_scores, keep, settings)
+    return chosen.plan_by_score(graph, known_scores, keep, settings)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_prune.graph.channel_graph import ChannelGraph, Group
 from lightning_prune.graph.finite import REMEDY, cause_in
 
-__all__ = ["best_channels", "checked_scores", "not_rankable"]
+__all__ = ["best_channels", "checked_scores", "not_rankable", "shares_pruned"]
 
 
 def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,6 +56,26 @@ def best_channels(scores: Tensor, width: int) -> Tensor:
         tensor([1, 3])
     """
     return scores.argsort(descending=True, stable=True)[:width]
+
+
+def shares_pruned(scores: Tensor) -> Tensor:
+    """Return what share of some channels is pruned when each of them is, the lowest first: (channels,) float64.
+
+    Of n channels the one at place r, from 0 for the best, is pruned when fewer than r + 1/2 are kept, so that its share
+    is (n - r - 1/2) / n. Of equal channels the last is pruned first.
+
+    Args:
+        scores: (channels,) score of each channel.
+
+    Example:
+        >>> shares_pruned(torch.tensor([0.1, 0.3, 0.2, 0.3]))
+        tensor([0.1250, 0.8750, 0.3750, 0.6250], dtype=torch.float64)
+    """
+    size = len(scores)
+    best_first = scores.argsort(descending=True, stable=True)
+    shares = torch.empty(size, dtype=torch.float64)
+    shares[best_first] = torch.arange(size, 0, -1, dtype=torch.float64).sub(0.5) / size
+    return shares
 
 
 def not_rankable(model: nn.Module, group: str) -> ValueError:

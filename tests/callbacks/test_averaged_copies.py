@@ -52,16 +52,17 @@ class Naive(L.Callback):
 
 
 @pytest.mark.parametrize("first", ["averaging", "pruning"])
-@pytest.mark.parametrize("name", ["magnitude", "taylor"])
+@pytest.mark.parametrize("name", ["magnitude", "taylor", "vit"])
 def test_the_history_is_kept_through_prunes(name: str, first: str, tmp_path: Path) -> None:
     naive, pair = Naive(), [AVERAGES["exponential"](), battery.make_callback(name)]
-    module, trainer = battery.train(tmp_path, naive, *(pair if first == "averaging" else pair[::-1]))
+    callbacks = naive, *(pair if first == "averaging" else pair[::-1])
+    module, trainer = battery.train(tmp_path, *callbacks, module=battery.network_of(name))
     assert trainer.callback_metrics["prune/keep_flops"] <= 0.5
     for key, expected in naive.average.items():  # Lightning leaves its average in the module
         for axis, stays in naive.index.get(key, {}).items():
             expected = expected.index_select(axis, stays)
         torch.testing.assert_close(module.state_dict()[key], expected, msg=key)
-    loaded = lp.load_pruned(battery.ResidualClassifier, trainer.checkpoint_callback.best_model_path)
+    loaded = lp.load_pruned(battery.network_of(name), trainer.checkpoint_callback.best_model_path)
     assert battery.differences(module, loaded) == []  # Lightning saves the average for use
 
 
@@ -70,18 +71,20 @@ def test_the_history_is_kept_through_prunes(name: str, first: str, tmp_path: Pat
     [
         ("exponential", "taylor"),
         ("exponential", "magnitude_refit"),
+        pytest.param("exponential", "vit", marks=pytest.mark.long),
         pytest.param("equal", "taylor", marks=pytest.mark.long),
         pytest.param("parameters alone, every other step", "taylor", marks=pytest.mark.long),
     ],
 )
 def test_resumes_to_the_same_bits(kind: str, name: str, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
-    unbroken, _ = battery.train(tmp_path, battery.make_callback(name), AVERAGES[kind](), saver)
+    network = battery.network_of(name)
+    unbroken, _ = battery.train(tmp_path, battery.make_callback(name), AVERAGES[kind](), saver, module=network)
     paths = sorted((tmp_path / "checkpoints").glob("step=*.ckpt"))
     assert len(paths) == battery.EPOCHS * battery.BATCHES // 4
     for path in paths:
         callbacks = [AVERAGES[kind](), battery.make_callback(name)]
-        resumed, _ = battery.train(tmp_path / path.stem, *callbacks, ckpt_path=path)
+        resumed, _ = battery.train(tmp_path / path.stem, *callbacks, ckpt_path=path, module=network)
         assert battery.differences(unbroken, resumed) == [], path.name
 
 

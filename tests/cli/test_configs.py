@@ -30,12 +30,18 @@ HERE = [
     "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
 ]  # fmt: skip
 # Images as small as the network can bear, where 32 pixels are too few, or more than is needed.
-SIZES = {"alexnet": 64, "torchvision/alexnet": 64, "resnet18": 16, "resnet20": 16, "resnet56": 16}
+SIZES = {
+    "alexnet": 64, "torchvision/alexnet": 64, "resnet18": 16, "resnet20": 16, "resnet56": 16, "vit": 16,
+    "torchvision/swin_t": 112,
+}  # fmt: skip
+# Positions of tokens are among the weights of a vision transformer, so that these are for one size of images.
+WITHOUT_WEIGHTS = {"torchvision/vit_b_16"}
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 # Large networks, each with a callback that another config trains with too.
 LARGE = {
     "mobilenet_v2_imagenet_rl_joint", "resnet34_imagenet_rl_joint", "resnet50_imagenet_afie",
-    "vgg16_cifar10_learn_to_prune",
+    "vgg16_cifar10_learn_to_prune", "vit_b_16_imagenet_isomorphic", "swin_t_imagenet_isomorphic",
+    "convnext_tiny_imagenet_isomorphic",
 }  # fmt: skip
 trained = [pytest.param(path, marks=pytest.mark.long if path.stem in LARGE else (), id=path.stem) for path in CONFIGS]
 
@@ -106,7 +112,8 @@ def test_every_config_trains_and_prunes(path: Path) -> None:
         model["input_shape"][0],
         *(min(size, SIZES.get(model["network"], 32)) for size in model["input_shape"][1:]),
     ]
-    cli = instantiate(copied, f"--model.init_args.input_shape={shape}")
+    without_weights = ["--model.init_args.weights=null"] if model["network"] in WITHOUT_WEIGHTS else []
+    cli = instantiate(copied, f"--model.init_args.input_shape={shape}", *without_weights)
     data: Any = cli.datamodule
     assert list(data.input_shape) == model["input_shape"]
     if hasattr(type(data), "num_classes") and not isinstance(type(data).num_classes, property):

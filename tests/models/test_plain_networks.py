@@ -12,6 +12,7 @@ from lightning_prune.models import (
     LeNet,
     MobileNetV1,
     SmallImageResNet,
+    SmallImageViT,
 )
 from lightning_prune.models.initialization import initialize_he
 
@@ -113,6 +114,43 @@ def test_mobilenet_v1_ends_at_4x4_for_small_images_and_scales():
     assert MobileNetV1(width=0.25, in_channels=1).eval().features(torch.zeros(1, 1, 32, 32)).shape == (1, 256, 4, 4)
     with pytest.raises(ValueError, match=r"width=0.01 gives the first layer no channels: set it to 1/32 or more"):
         MobileNetV1(width=0.01)
+
+
+def test_the_vision_transformer_has_the_parameters_worked_out_by_hand():
+    # A stem of 3 - 48 - 96 with five passes, 64 positions, six blocks, a norm and a head.
+    stem = 9 * 3 * 48 + 2 * 48 + 9 * 48 * 96 + 96
+    block = 2 * 96 + 4 * 96 * 96 + 3 * 96 + 2 * 96 + 96 * 192 + 192 + 192 * 96 + 96  # keys have no bias
+    network = SmallImageViT()
+    assert count_parameters(network) == stem + 64 * 96 + 6 * block + 2 * 96 + 970
+    assert SmallImageViT(7, 1, 8, depth=1)(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+
+
+def test_what_is_left_of_attention_with_narrower_queries_and_keys_is_scaled_as_before():
+    attention = SmallImageViT(width=8, depth=1, num_heads=2).blocks[0].attention
+    x = torch.randn(2, 5, 8)
+    for layer in (attention.query, attention.key):
+        layer.weight.data[3::4] = 0  # the last channel of both heads
+    attention.query.bias.data.zero_()
+    expected = attention(x)
+    for layer in (attention.query, attention.key):
+        layer.weight.data = layer.weight.data[[0, 1, 2, 4, 5, 6]]
+    attention.query.bias.data = torch.zeros(6)
+    torch.testing.assert_close(attention(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 30}, "image_size=30 cannot be cut into tokens: use a multiple of 4"),
+        ({"image_size": 0}, "image_size=0 cannot be cut into tokens"),
+        ({"width": 90}, "width=90 cannot be shared by 4 heads: use a multiple of num_heads"),
+        ({"num_heads": 0}, "cannot be shared by 0 heads"),
+        ({"depth": 0}, "depth=0 leaves no block: use 1 or more"),
+    ],
+)
+def test_a_vision_transformer_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SmallImageViT(**settings)
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(18, 11.22), (34, 21.33), (50, 23.71)])

@@ -48,6 +48,16 @@ def test_torchvision_network_gets_number_of_classes_and_arguments():
     assert network.classifier[-2].p == 0.7
 
 
+def test_vision_transformers_of_torchvision_fit_the_size_of_the_images():
+    with torch.device("meta"):
+        network = build_network_for("torchvision/vit_b_16", 5, (3, 64, 64), {})
+        swin = build_network_for("torchvision/swin_t", 5, (3, 64, 64), {})
+    assert swin.head.out_features == 5
+    assert network.encoder.pos_embedding.shape[1] == 1 + (64 // 16) ** 2
+    assert network.heads.head.out_features == 5
+    assert network(torch.zeros(1, 3, 64, 64, device="meta")).shape == (1, 5)
+
+
 def test_dotted_path_builds_a_class_and_an_annotated_function():
     assert build_network(f"{__name__}.TinyNetwork", num_classes=4).linear.out_features == 4
     assert build_network(f"{__name__}.make_tiny_network", num_classes=4).linear.out_features == 4

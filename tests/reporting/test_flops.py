@@ -135,11 +135,16 @@ def test_what_fvcore_leaves_out_is_counted_and_told() -> None:
 
 def test_layers_of_attention_are_counted_though_pytorch_can_run_them_as_one_operator() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    # By hand: 6 tokens, of which queries, keys, values and outputs are made, 8 to 16 to 8, two norms of five passes.
-    flops = 6 * (4 * 8 * 8 + 2 * 8 * 16 + 2 * 5 * 8)
+    # By hand: 6 tokens, of which queries, keys, values and outputs are made, 8 to 16 to 8, two norms of five passes;
+    # two heads of 4 that attend from 6 tokens to 6.
+    of_layers, of_attention = 6 * (4 * 8 * 8 + 2 * 8 * 16 + 2 * 5 * 8), 2 * 2 * 6 * 6 * 4
     tokens = torch.zeros(1, 6, 8)
-    assert count_flops(layer, tokens).total == flops
-    assert describe(lp.trace(layer, tokens)).splitlines()[1] == f"FLOPs: {flops:,} counted by fvcore"
+    counted = count_flops(layer, tokens)
+    assert (counted.total, counted.left_out) == (of_layers + of_attention, {"attention as one operator": of_attention})
+    assert describe(lp.trace(layer, tokens)).splitlines()[1] == (
+        f"FLOPs: {of_layers + of_attention:,} counted, {of_layers:,} of them by fvcore, which leaves out "
+        f"{of_attention:,} of attention as one operator"
+    )
     assert torch.backends.mha.get_fastpath_enabled()
 
 
