@@ -93,7 +93,7 @@ def trace(
         forward.shapes,
         terms,
         module,
-        example_inputs,
+        forward.example_inputs,
         untraced=search.untraced,
         frozen=take_out(terms, search.frozen),
     )
