@@ -18,7 +18,7 @@ from lightning_prune.callbacks.descriptions import described
 from lightning_prune.callbacks.distilling import Distill, Distiller, distill_settings, logits_of, weights_now
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.extensions import extend_lightning
-from lightning_prune.callbacks.followers import Candidate, followers
+from lightning_prune.callbacks.followers import Candidate, Following, followers, following
 from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
@@ -462,13 +462,14 @@ class PruningCallback(Schedule, Callback):
         if needing or self._takes_batches or self.compensate == "auto":
             self.run.batches.try_out(needing, type(self).__name__, self.module)
 
-    def _compensations(self, plan: PruningPlan) -> list[Compensation]:
+    def _compensations(self, plan: PruningPlan, copies: Following) -> list[Compensation]:
         batches, method = self.run.batches, self.compensate
         if method == "auto":
             method = _BEST if batches.serve else "none"
         if method == "none":
             return []
-        return compensations(self.run.trainer, plan, method, batches.of_prune(self.run.step), batches.run_on)
+        drawn = batches.of_prune(self.run.step)
+        return compensations(self.run.trainer, plan, method, drawn, batches.run_on, copies.copies)
 
     def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> ChannelGraph:
         """Trace the model, and refuse what cannot be pruned."""
@@ -527,12 +528,12 @@ class PruningCallback(Schedule, Callback):
         with unlogged(pl_module), progress(doing):
             made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
             plan = agreed_plan(trainer, lambda: made)
-            found = self._compensations(plan)
+            rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
+            copies = following(rehearsal, frozen_parts(pl_module, self.module), plan)
+            found = self._compensations(plan, copies)
             self.run.batches.forget()
             metrics = self.run.validator.around(plan, found)
             teacher = self._teacher_from_now()
-            rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
-            copies = [candidate.follower for candidate in followers(rehearsal)]
         with uninterrupted(), unlogged(pl_module):  # a checkpoint that a signal asks for holds all of this, or nothing
             report = prune_in_training(trainer, plan, found, copies)
             self.state.steps_done = step

@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = ["described", "like"]
 
 _PLAIN = (bool, int, float, str, type(None))
+_FEW = 1024  # values that are kept: lengths, boxes and labels mean something, and zeros in their place may be refused
 
 
 def described(inputs: Any) -> Any:
@@ -17,10 +18,10 @@ def described(inputs: Any) -> Any:
         inputs: Nested inputs.
 
     Example:
-        >>> described(torch.zeros(1, 3))
-        {'shape': [1, 3], 'dtype': 'float32'}
-        >>> described(({"x": torch.zeros(2)}, [1]))
-        {'tuple': [{'dict': [['x', {'shape': [2], 'dtype': 'float32'}]]}, {'list': [{'value': 1}]}]}
+        >>> described(torch.zeros(1, 3, 224, 224))
+        {'shape': [1, 3, 224, 224], 'dtype': 'float32'}
+        >>> described(({"length": torch.tensor([5])}, [1]))
+        {'tuple': [{'dict': [['length', {'shape': [1], 'dtype': 'int64', 'values': [5]}]]}, {'list': [{'value': 1}]}]}
     """
     try:
         return _described(inputs)
@@ -31,7 +32,10 @@ def described(inputs: Any) -> Any:
 def _described(value: Any) -> dict[str, Any]:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        return {"shape": list(value.shape), "dtype": dtype}
+        description = {"shape": list(value.shape), "dtype": dtype}
+        if 0 < value.numel() <= _FEW and not value.is_complex():
+            description["values"] = value.flatten().tolist()
+        return description
     if type(value) in _PLAIN:
         return {"value": value}
     if type(value) in (tuple, list):
@@ -42,7 +46,7 @@ def _described(value: Any) -> dict[str, Any]:
 
 
 def like(description: dict[str, Any]) -> Any:
-    """Return inputs like those that were described, of zeros.
+    """Return inputs like those that were described: small tensors as they were, and zeros for large ones.
 
     Args:
         description: What `described` returned.
@@ -52,7 +56,7 @@ def like(description: dict[str, Any]) -> Any:
         (tensor([[0, 0]]), 'a name')
     """
     if "shape" in description:
-        return torch.zeros(description["shape"], dtype=getattr(torch, description["dtype"]))
+        return _tensor(**description)
     if "value" in description:
         return description["value"]
     if "dict" in description:
@@ -60,3 +64,9 @@ def like(description: dict[str, Any]) -> Any:
     if "tuple" in description:
         return tuple(like(item) for item in description["tuple"])
     return [like(item) for item in description["list"]]
+
+
+def _tensor(shape: list[int], dtype: str, values: list[Any] | None = None) -> Tensor:
+    if values is None:
+        return torch.zeros(shape, dtype=getattr(torch, dtype))
+    return torch.tensor(values, dtype=getattr(torch, dtype)).reshape(shape)

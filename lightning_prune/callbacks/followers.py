@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune.callbacks.rehearsal import TRAINING, Rehearsal, quiet_trainer
@@ -23,9 +24,10 @@ from lightning_prune.graph.entry import Step
 from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import Twin, set_mode
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery.pruning import Follower
 
-__all__ = ["Candidate", "candidates", "followed_inside", "followers"]
+__all__ = ["NONE", "Candidate", "Following", "candidates", "followed_inside", "followers", "following"]
 
 _DEPTH = 3  # of the objects in which copies are looked for
 _NOT_SEARCHED = (Tensor, pl.Trainer, Dataset, DataLoader, torch.optim.Optimizer, type)
@@ -51,6 +53,61 @@ class Candidate:
     kept: Any
     source: str
     follower: Follower
+
+
+@dataclass(frozen=True)
+class Following:
+    """What follows the weights of a module, and is pruned and compensated with it.
+
+    Attributes:
+        elsewhere: Copies that are no part of the module.
+        inside: Parts of the module that are copies of other parts.
+    """
+
+    elsewhere: Sequence[Follower] = ()
+    inside: Sequence[Follower] = ()
+
+    @property
+    def copies(self) -> list[dict[str, Tensor]]:
+        """The tensors by the names of what they follow, those together that are parts of one copy of the module."""
+        copies: list[dict[str, Tensor]] = []
+        for follower in (*self.elsewhere, *self.inside):
+            tensors = dict(follower.tensors)
+            into = next((copy for copy in copies if not copy.keys() & tensors.keys()), None)
+            if into is None:
+                copies.append(tensors)
+            else:  # a momentum encoder, and the head that follows with it
+                into.update(tensors)
+        return copies
+
+
+NONE = Following()
+
+
+def following(rehearsal: Rehearsal, frozen: Sequence[str], plan: PruningPlan) -> Following:
+    """Return what follows the weights of a module and loses the channels that a plan does not keep.
+
+    Args:
+        rehearsal: The steps of the LightningModule.
+        frozen: Dotted names of the frozen parts.
+        plan: The plan.
+    """
+    pl_module = rehearsal.pl_module
+    names = {id(tensor): name for name, tensor in named_tensors(pl_module).items()}
+    index = plan.index()
+    averages = [name for name, module in pl_module.named_modules() if isinstance(module, AveragedModel)]
+    inside = []
+    for candidate in _frozen_copies(pl_module, [*frozen, *averages]):
+        pairs = [(source, names[id(tensor)]) for source, tensor in candidate.follower.tensors.items()]
+        touched = any(name in index for name, _ in pairs)
+        if touched and all(_same_axes(index.get(one, {}), index.get(other, {})) for one, other in pairs):
+            inside.append(candidate.follower)
+    elsewhere = [candidate.follower for candidate in followers(rehearsal)]
+    return Following(elsewhere, inside)
+
+
+def _same_axes(one: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[axis], other[axis]) for axis in one)
 
 
 def followers(rehearsal: Rehearsal, frozen: Sequence[str] = ()) -> list[Candidate]:

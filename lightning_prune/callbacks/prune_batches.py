@@ -9,8 +9,9 @@ from torch import nn
 
 from lightning_prune.callbacks.batches import training_batches
 from lightning_prune.callbacks.ranks import decided_by_first_rank
-from lightning_prune.callbacks.rehearsal import TRAINING, Rehearsal, quietened
-from lightning_prune.graph.entry import as_call
+from lightning_prune.callbacks.rehearsal import TRAINING, VALIDATION, Rehearsal, quietened
+from lightning_prune.graph.entry import Step, as_call
+from lightning_prune.graph.steps import first_call
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.reporting.loggers import warn
 from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
@@ -91,7 +92,7 @@ class PruneBatches:
         batches = training_batches(self._trainer, 1, seed=0, of_all_ranks=True)
         if not batches:
             raise ValueError(f"{setting} looks at training batches, and this run has none.")
-        ways = self._run, _run_first_entry, self._training_step
+        ways = self._run, _run_first_entry, self._training_step, self._as_training_calls, self._validation_step
         reasons = []
         for self._run in ways:
             reason = self._reason_against(batches[0], setting, submodule)
@@ -111,12 +112,32 @@ class PruneBatches:
 
     def _training_step(self, model: nn.Module, batch: Any) -> Any:
         """Run a copy of the module as in training, where it hands to the network what `forward` would not find."""
-        step = Rehearsal(self._trainer, self._trainer.lightning_module).step(TRAINING, batch)
-        if step is None:
-            raise ValueError("training_step draws its batches by itself.")
+        return self._run_step(TRAINING, model, batch)
+
+    def _as_training_calls(self, model: nn.Module, batch: Any) -> Any:
+        """Run a copy of the module on what training hands to ``forward``, which may return other things there."""
+        step = self._step(TRAINING, batch)
+        call = first_call(self._trainer.lightning_module, [""], step)
+        if call is None:
+            raise ValueError("training_step does not call forward.")
+        args, kwargs = move_data_to_device(call, next(iter(named_tensors(model).values())).device)
+        return model(*args, **kwargs)
+
+    def _validation_step(self, model: nn.Module, batch: Any) -> Any:
+        """Run a copy of the module as it is measured, which is what its evaluation mode is for."""
+        return self._run_step(VALIDATION, model, batch)
+
+    def _run_step(self, name: str, model: nn.Module, batch: Any) -> Any:
+        args = self._step(name, batch).args
         quietened(self._trainer, model)
-        run: Any = getattr(model, TRAINING)
-        return run(*step.args)
+        run: Any = getattr(model, name)
+        return run(*args)
+
+    def _step(self, name: str, batch: Any) -> Step:
+        step = Rehearsal(self._trainer, self._trainer.lightning_module).step(name, batch)
+        if step is None:
+            raise ValueError(f"there is no {name}, or it draws its batches by itself.")
+        return step
 
     def _try(self, batch: Any, setting: str, submodule: str) -> None:
         module = self._trainer.lightning_module

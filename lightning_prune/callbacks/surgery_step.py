@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import lightning.pytorch as pl
 
+from lightning_prune.callbacks.followers import NONE, Following
 from lightning_prune.callbacks.trainer_state import averaged_copies
 from lightning_prune.compiled import forget_compiled
 from lightning_prune.ddp import rewrap
+from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery import PruneReport, check, pruned
 from lightning_prune.surgery.compensation import Compensation
-from lightning_prune.surgery.pruning import Follower
 from lightning_prune.surgery.replacing import Replacement, in_place
 
 __all__ = ["prune_in_training"]
@@ -21,7 +22,7 @@ def prune_in_training(
     trainer: "pl.Trainer",
     plan: PruningPlan,
     compensations: Sequence[Compensation] = (),
-    followers: Sequence[Follower] = (),
+    following: Following = NONE,
 ) -> PruneReport:
     """Prune the module of a trainer and what goes with it, or nothing of it.
 
@@ -31,9 +32,9 @@ def prune_in_training(
     Args:
         trainer: The trainer.
         plan: The channels that are kept, the same on every rank.
-        compensations: What the module, and each averaged copy after it, is to have in place of some tensors, the same
-            on every rank; none to keep the values as they are.
-        followers: What else follows the weights of the module, and loses the same channels.
+        compensations: What the module, each averaged copy after it, and each copy that follows it, is to have in place
+            of some tensors, the same on every rank; none to keep the values as they are.
+        following: What else follows the weights of the module, and loses the same channels.
 
     Returns:
         What has changed.
@@ -44,12 +45,12 @@ def prune_in_training(
     """
     module = trainer.lightning_module
     copies = averaged_copies(trainer)
-    with pruned(module, plan, trainer.optimizers, copies, followers) as report:
+    with pruned(module, plan, trainer.optimizers, copies, following.elsewhere) as report:
         optimizers = check(module, trainer.optimizers)
-        models = [module, *copies] if compensations else []
+        tensors = [*map(named_tensors, [module, *copies]), *following.copies]
         replacements: list[Replacement] = []
-        for model, found in zip(models, compensations, strict=True):
-            replacements.extend(found.replacements(model, optimizers))
+        for own, found in zip(tensors if compensations else [], compensations, strict=True):
+            replacements.extend(found.replacements_of(own, optimizers))
         with in_place(replacements):
             rewrap(trainer)
     forget_compiled()

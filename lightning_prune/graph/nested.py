@@ -4,10 +4,11 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["first_length", "nested_tensors", "with_tensors"]
+__all__ = ["first_length", "nested_tensors", "plain", "plainly", "with_tensors"]
 
 
 def nested_tensors(value: Any) -> Iterator[Tensor]:
@@ -99,3 +100,32 @@ def with_tensors(value: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
         return made.get(id(leaf), leaf)
 
     return tree_map(replaced, value)
+
+
+def plainly(value: Any) -> Any:
+    """Return nested values whose tensors are plain ones; the values themselves if they are already.
+
+    Args:
+        value: Any value.
+    """
+    tensors = nested_tensors(value)
+    if all(plain(tensor) is tensor for tensor in tensors):
+        return value
+    return with_tensors(value, plain)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor without what a subclass knows of it, such as where a picture was taken.
+
+    Operators that run on such a subclass return new ones of it, of which nobody knows what they were made of. One that
+    has operators of its own stays what it is.
+
+    Args:
+        tensor: The tensor.
+    """
+    kind = type(tensor)
+    has_operators = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if kind in (Tensor, nn.Parameter) or has_operators:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)

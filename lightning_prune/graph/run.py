@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lightning_prune.graph.adapting import adapt
 from lightning_prune.graph.attention import FreeMultiheadAttention, free
 from lightning_prune.graph.counts import number_attributes
-from lightning_prune.graph.entry import as_call, let_in
+from lightning_prune.graph.entry import Step, as_call, let_in
 from lightning_prune.graph.memory import what_is_kept
-from lightning_prune.graph.nested import nested_tensors, with_tensors
+from lightning_prune.graph.nested import nested_tensors, plain, plainly, with_tensors
 from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
 from lightning_prune.graph.sizes import class_name, has_size_attributes
@@ -65,8 +65,9 @@ class Forward:
         for name, submodule in modules.items():
             _refuse_untraceable(name, submodule)
         _refuse_several_devices(modules.values())
-        self.example_inputs = example_inputs
-        self.args, self.kwargs = as_call(example_inputs)
+        is_step = isinstance(example_inputs, Step)
+        self.example_inputs = example_inputs if is_step else plainly(example_inputs)
+        self.args, self.kwargs = as_call(self.example_inputs)
         self.tensors = named_tensors(model)
         self.shapes = _original_shapes(model, self.tensors)
         self.module_names = [name for name in modules if name]
@@ -281,6 +282,7 @@ class Forward:
         return stand_in
 
     def _stand_in_of_input(self, leaf: Tensor) -> Tensor:
+        leaf = plain(leaf)
         if self.real:
             return leaf.detach().clone()
         return torch.empty_like(leaf, device="meta")

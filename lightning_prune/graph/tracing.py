@@ -106,7 +106,7 @@ def trace(
         forward.shapes,
         terms,
         module,
-        example_inputs,
+        forward.example_inputs,
         untraced=seen.untraced,
         frozen=take_out(terms, seen.frozen),
         adaptations=seen.adaptations,

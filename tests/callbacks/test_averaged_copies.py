@@ -216,6 +216,56 @@ def test_an_average_that_a_callback_keeps_is_pruned_along(kind: Any, tmp_path: P
         assert model[0].out_features == len(model[0].bias)
 
 
+class Following(Holding):
+    """Has the copy of its weights as a frozen part, which follows them by momentum."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden=True)
+        self.averages = [None]
+        self.momentum = copy.deepcopy(self.body).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        for followed, own in zip(self.body.parameters(), self.momentum.parameters(), strict=True):
+            own.data = own.data * 0.5 + followed.data * 0.5
+        wanted = self.momentum(batch[0].flatten(1))
+        return (self.body(batch[0].flatten(1)) - wanted).pow(2).mean() + super().training_step(batch, batch_idx)
+
+    on_train_batch_end = L.LightningModule.on_train_batch_end
+
+
+def copies_of(kept: Any, module: Any) -> dict[str, Tensor]:
+    """Return the tensors of a copy by the names of those of `Holding.body`."""
+    names = list(module.body.state_dict())
+    if isinstance(kept, OfNames):
+        return {name: kept.kept["of"][f"body.{name}"] for name in names}
+    if isinstance(kept, InOrder):
+        of_module = dict(zip(dict(module.named_parameters()), kept.shadow, strict=True))
+        return {name: of_module[f"body.{name}"] for name in names}
+    if isinstance(kept, Wrapped):
+        return kept.ema["module"].state_dict()
+    inside = module.momentum if hasattr(module, "momentum") else module.averages.module
+    return inside.state_dict()
+
+
+@pytest.mark.parametrize("kind", [OfNames, InOrder, Wrapped, Following, Holding])
+def test_a_copy_that_has_the_weights_makes_up_for_a_prune_as_they_do(kind: Any, tmp_path: Path) -> None:
+    elsewhere = issubclass(kind, L.Callback)
+    module: Any = without_average() if elsewhere else Following() if kind is Following else Holding(hidden=False)
+    kept = [kind()] if elsewhere else []
+    module.configure_optimizers = lambda: optim.SGD([*module.body.parameters(), *module.other.parameters()], 0.0)
+    callback = PruningCallback(round_to=2, compensate="refit")
+    start = copy.deepcopy(module.body.state_dict())
+    battery.train(tmp_path, callback, *kept, module=module, max_epochs=2)
+    (prune,) = callback.history.prunes
+    assert prune.compensation.method == "refit"
+    assert module.body[2].weight.shape != start["2.weight"].shape
+    columns = plan_in_force(module).kept_along("body.2.weight")[1]
+    assert not torch.allclose(module.body[2].weight, start["2.weight"][:, columns], atol=1e-3)  # made up for
+    copied = copies_of(kept[0] if kept else None, module)
+    for name, tensor in module.body.state_dict().items():
+        assert torch.allclose(copied[name], tensor, atol=1e-5), name
+
+
 class Taught(ByHand):
     """A teacher that starts as what is trained, and does not change."""
 

@@ -63,6 +63,19 @@ class Trained(L.LightningModule):
 BY_WEIGHTS: dict[str, Any] = {"criterion": "l1", "compensate": "none"}
 
 
+class GoesOn(PruningCallback):
+    """Has looked at a batch in a run before, as far as it knows."""
+
+    def __init__(self, before: PruningCallback) -> None:
+        super().__init__(keep=0.5, round_to=1, **BY_WEIGHTS)
+        self.before = before.state
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.state.batch_like = self.before.batch_like
+        self.state.training_batch_like = self.before.training_batch_like
+        super().on_train_start(trainer, pl_module)
+
+
 def fit(
     module: L.LightningModule, *, data: Any = sample, callback: PruningCallback | None = None, **loading: Any
 ) -> PruningCallback:
@@ -130,7 +143,12 @@ def images_of(samples: list[Any]) -> Batch:
     return Batch(list(rows), torch.tensor(labels))
 
 
+class Located(Tensor):
+    """A tensor of a library of its own, that its operators return too."""
+
+
 PROJECTS = {
+    "subclasses": (Trained, lambda i, g: (torch.randn(8, generator=g).as_subclass(Located), i % 4), {}),
     "dictionaries": (
         OfDictionaries,
         lambda i, g: {"image": torch.randn(2, 4, generator=g), "label": i % 4, "path": "a.png"},
@@ -196,6 +214,35 @@ def test_a_detector_is_given_lists() -> None:
     assert module.head.out_channels == 4
 
 
+class BoxesByName(Boxes):
+    """A detector whose batches are dictionaries, and that refuses boxes without an inside, as torchvision's do."""
+
+    def forward(self, images: Tensor, targets: list[dict[str, Tensor]] | None = None) -> Any:
+        for target in targets or []:
+            assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(), "boxes have an inside"
+        return super().forward(list(images), targets)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        targets = [{"boxes": boxes} for boxes in batch["bbox"]]
+        return sum(self(batch["image"], targets).values())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch["image"])
+
+
+def with_a_box(index: int, generator: torch.Generator) -> Any:
+    return {"image": torch.randn(3, 8, 8, generator=generator), "bbox": torch.tensor([[1.0, 1.0, 4.0, 5.0]])}
+
+
+def test_a_detector_is_run_on_what_training_hands_to_it_and_resumes(recwarn: pytest.WarningsRecorder) -> None:
+    first = fit(BoxesByName(), data=with_a_box, callback=PruningCallback(keep=0.5, round_to=1))
+    assert not [one for one in recwarn if "without batches" in str(one.message)]
+    assert first.history.prunes[0].compensation.method == "refit"
+    again = GoesOn(first)
+    fit(BoxesByName(), data=with_a_box, callback=again)
+    assert again.state.batch_like == first.state.batch_like
+
+
 class NoForward(Trained):
     forward = L.LightningModule.forward
 
@@ -255,22 +302,17 @@ class Stream(IterableDataset[Any]):
 
 def test_a_resumed_run_looks_at_no_batch_of_a_stream() -> None:
     first = fit(Trained(), data=DataLoader(Stream(), 4))
-    again, stream = PruningCallback(keep=0.5, round_to=1, **BY_WEIGHTS), Stream()
-    again.load_state_dict(first.state_dict())
+    again, stream = GoesOn(first), Stream()
     loader = DataLoader(stream, 4)
     seen = []
     module = Trained()
-
-    class Look(L.Callback):
-        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            again.state = type(again.state)(**{**vars(first.state), "steps_done": 0, "history": None})
 
     class After(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             seen.append(stream.served)
 
     trainer = L.Trainer(
-        fast_dev_run=3, accelerator="cpu", logger=False, callbacks=[Look(), again, After()], enable_progress_bar=False,
+        fast_dev_run=3, accelerator="cpu", logger=False, callbacks=[again, After()], enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, loader)

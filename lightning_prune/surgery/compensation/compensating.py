@@ -54,10 +54,22 @@ class Compensation:
             optimizers: The optimizers that train it, as `lightning_prune.surgery.check` returns them.
         """
         own = named_tensors(model)
+        yield from self.replacements_of({name: own[name] for name in self.tensors}, optimizers)
+
+    def replacements_of(
+        self, tensors: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()
+    ) -> Iterator[Replacement]:
+        """Make the same for tensors, wherever they are.
+
+        Args:
+            tensors: Those of what is compensated that there are, by name.
+            optimizers: The optimizers that train them.
+        """
         for name, values in self.tensors.items():
-            tensor = own[name]
-            yield of_tensor(tensor, values.to(tensor.device), tensor.grad)
-            yield from momentum_to_zero(optimizers, tensor)
+            tensor = tensors.get(name)
+            if tensor is not None:
+                yield of_tensor(tensor, values.to(tensor), tensor.grad)
+                yield from momentum_to_zero(optimizers, tensor)
 
 
 def check_method(method: str) -> None:
