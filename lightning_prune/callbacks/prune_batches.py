@@ -91,7 +91,7 @@ class PruneBatches:
         batches = training_batches(self._trainer, 1, seed=0, of_all_ranks=True)
         if not batches:
             raise ValueError(f"{setting} looks at training batches, and this run has none.")
-        ways = self._run, _run_first_entry, self._training_step
+        ways = self._run, _run_first_entry, self.training_step
         reasons = []
         for self._run in ways:
             reason = self._reason_against(batches[0], setting, submodule)
@@ -109,7 +109,7 @@ class PruneBatches:
             return reason
         return None
 
-    def _training_step(self, model: nn.Module, batch: Any) -> Any:
+    def training_step(self, model: nn.Module, batch: Any) -> Any:
         """Run a copy of the module as in training, where it hands to the network what `forward` would not find."""
         step = Rehearsal(self._trainer, self._trainer.lightning_module).step(TRAINING, batch)
         if step is None:
