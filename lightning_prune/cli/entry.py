@@ -17,6 +17,7 @@ TRACEBACK = "--traceback"
 
 COMMANDS = {
     "prune": "lightning_prune.cli.prune",
+    "plan": "lightning_prune.cli.plan",
     "inspect": "lightning_prune.cli.inspect",
     "configs": "lightning_prune.cli.shipped_configs",
     "report": "lightning_prune.cli.report",
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         _run(typed)
+    except BrokenPipeError:  # whoever was to read has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if not is_refusal(error, runs_projects=_command(typed) not in COMMANDS):
             raise

@@ -59,11 +59,13 @@ class AtOnce(PruningCallback):
 
     Attributes:
         times: Milliseconds of the original network and of the pruned one, in each of some turns.
+        why: Why it is this method.
     """
 
     def __init__(self, method: str = DEFAULT, **settings: Any) -> None:
         self.method = method
         self.times: list[list[float]] = []
+        self.why = "as asked"
         criterion = "l1" if method == UNIFORM else method
         super().__init__(start_epoch=0, criterion=criterion, save_result=False, **settings)
 

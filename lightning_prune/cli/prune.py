@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from lightning_prune.planning import check_keep
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.load_lines import load_lines
 from lightning_prune.reporting.summary import summarize
+
+if TYPE_CHECKING:
+    from lightning_prune.cli.methods import AtOnce
 
 __all__ = ["main", "speed_up"]
 
@@ -54,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         help="criterion that scores channels, or uniform (default: auto, what `lightning-prune plan --method all` has "
         "found best for this checkpoint, else coherent_obs)",
     )
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="what `lightning-prune plan` has kept (default: its file beside CKPT)"
+    )
     add_prune_options(parser)
     add_project_options(parser)
     return parser
@@ -70,10 +76,8 @@ def _check_place(out: Path) -> None:
 def _pruned(project: Project, given: Namespace) -> list[str]:
     """Prune a network, write its file, read it back, and return what is told."""
     from lightning_prune.cli.fitting import run_once
-    from lightning_prune.cli.methods import AtOnce
 
-    method, why = _method(given)
-    callback = AtOnce(method, keep=given.keep, **settings_of(given))
+    callback = _callback(project, given)
     trainer = run_once(project, callback, given)
     model, history = project.model, callback.history
     assert history is not None
@@ -86,7 +90,7 @@ def _pruned(project: Project, given: Namespace) -> list[str]:
         _read_back(model, file)
     last = history.prunes[-1]
     return [
-        f"{type(model).__name__} pruned by {method} ({why})",
+        f"{type(model).__name__} pruned by {callback.method} ({callback.why})",
         "",
         *summarize(history.before, history.after),
         "",
@@ -98,14 +102,17 @@ def _pruned(project: Project, given: Namespace) -> list[str]:
     ]
 
 
-def _method(given: Namespace) -> tuple[str, str]:
-    """Return the method, and why it is this one."""
-    from lightning_prune.cli.methods import DEFAULT, check_methods
+def _callback(project: Project, given: Namespace) -> "AtOnce":
+    """Return what prunes: by the method that is named, or by what a survey has found best."""
+    from lightning_prune.cli.methods import AtOnce, check_methods
+    from lightning_prune.cli.surveying import PlannedOnce, place_of
 
+    settings = {"keep": given.keep, **settings_of(given)}
     if given.method == "auto":
-        return DEFAULT, "the default; lightning-prune plan --method all measures which is best here"
+        path = given.plan or place_of(given.checkpoint)
+        return PlannedOnce(path, project.data_settings, **settings)
     check_methods([given.method])
-    return given.method, "as asked"
+    return AtOnce(given.method, **settings)
 
 
 def _read_back(model: nn.Module, path: Path) -> None:

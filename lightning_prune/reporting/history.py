@@ -25,6 +25,7 @@ __all__ = [
     "Layer",
     "MetricsAround",
     "Prune",
+    "accuracies_first",
     "histories_in",
     "layers_at",
     "read_histories",
@@ -107,7 +108,7 @@ class MetricsAround:
     def names(self) -> list[str]:
         """The names of the metrics, with accuracies first and losses last."""
         both = self.before.keys() & self.after.keys()
-        return sorted(both, key=_accuracies_first)
+        return sorted(both, key=accuracies_first)
 
     @property
     def lines(self) -> list[str]:
@@ -249,7 +250,7 @@ class History:
         for validation in self.epochs:
             names.update(validation)
         metrics = filter(_is_metric, names)
-        return sorted(metrics, key=_accuracies_first)
+        return sorted(metrics, key=accuracies_first)
 
     @property
     def shown_metric(self) -> str:
@@ -314,7 +315,8 @@ def _is_metric(name: str) -> bool:
     return name != "epoch" and not name.startswith("keep_")
 
 
-def _accuracies_first(metric: str) -> tuple[bool, bool, int, str]:
+def accuracies_first(metric: str) -> tuple[bool, bool, int, str]:
+    """Return what names of metrics are sorted by, with accuracies first and losses last."""
     no_accuracy = "acc" not in metric
     loss = "loss" in metric
     return no_accuracy, loss, len(metric), metric

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback
+from lightning_prune.cli import methods
 from lightning_prune.cli.entry import main
 from lightning_prune.pruning_plan import plan_in_force
 
@@ -64,6 +65,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(arguments)
     (path,) = root.glob("**/*.ckpt")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _timed_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let timing take no time, but once."""
+    if "class_and_data" not in request.node.name:
+        monkeypatch.setattr(methods, "times_at_widths", lambda *_: [[2.0, 2.2], [1.0, 1.0]])
 
 
 def pruned(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -159,6 +167,7 @@ def test_settings_of_model_and_data_are_given_by_name(tmp_path: Path, capsys: py
     assert plan_in_force(lp.load_pruned(Wide, tmp_path / "out.ckpt", width=6)) is not None
 
 
+@pytest.mark.long
 def test_published_weights_are_taken_with_the_config_of_their_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
