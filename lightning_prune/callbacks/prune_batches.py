@@ -92,7 +92,7 @@ class PruneBatches:
         batches = training_batches(self._trainer, 1, seed=0, of_all_ranks=True)
         if not batches:
             raise ValueError(f"{setting} looks at training batches, and this run has none.")
-        ways = self._run, _run_first_entry, self._training_step, self._as_training_calls, self._validation_step
+        ways = self._run, _run_first_entry, self.training_step, self._as_training_calls, self._validation_step
         reasons = []
         for self._run in ways:
             reason = self._reason_against(batches[0], setting, submodule)
@@ -110,7 +110,7 @@ class PruneBatches:
             return reason
         return None
 
-    def _training_step(self, model: nn.Module, batch: Any) -> Any:
+    def training_step(self, model: nn.Module, batch: Any) -> Any:
         """Run a copy of the module as in training, where it hands to the network what `forward` would not find."""
         return self._run_step(TRAINING, model, batch)
 

@@ -63,14 +63,23 @@ class Validator:
             before = self.now()
             after = self._validated(plan)
             uncompensated: Metrics = {}
-            if compensations:  # of the module first, then of the averages
-                index = 1 if averaged_copies(self._trainer) else 0
-                uncompensated, after = after, self._validated(plan, compensations[index])
+            if compensations:
+                uncompensated, after = after, self.after(plan, compensations)
         return MetricsAround(before=before, uncompensated=uncompensated, after=after)
 
     def now(self) -> Metrics:
         """Return the metrics of the network as it is."""
         return self._validated()
+
+    def after(self, plan: PruningPlan, compensations: Sequence[Compensation]) -> Metrics:
+        """Return the metrics of the network as it would be after a prune.
+
+        Args:
+            plan: The channels that are kept.
+            compensations: As for `around`.
+        """
+        index = 1 if averaged_copies(self._trainer) else 0  # of the module first, then of the averages
+        return self._validated(plan, compensations[index] if compensations else None)
 
     def _validated(self, plan: PruningPlan | None = None, compensation: Compensation | None = None) -> Metrics:
         if not self._works:

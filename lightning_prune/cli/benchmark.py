@@ -3,7 +3,6 @@
 import argparse
 import copy
 import statistics
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -44,12 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     if min(given.batch_sizes) < 1 or given.rounds < 1 or given.threads < 1:
         parser.error("batch sizes, rounds and threads must be at least 1")
-    try:
-        loaded = load_given(given.checkpoint, given)
-        device = _device(given.device)
-        original = original_of(loaded.model)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    loaded = load_given(given.checkpoint, given)
+    device = _device(given.device)
+    original = original_of(loaded.model)
     torch.set_num_threads(given.threads)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {given.threads} threads"
     turns = f"median (quartiles) of {given.rounds} turns"

@@ -2,7 +2,6 @@
 
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,17 +32,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("b", type=Path, help="another of the same kind")
     add_loading_options(parser)
     given = parser.parse_args(arguments)
-    try:
-        if given.a.is_dir() != given.b.is_dir():
-            raise ValueError("A run and a checkpoint were not timed side by side: give two runs, or two checkpoints.")
-        note = ""
-        if given.a.is_dir():
-            note = "\nEach run measured its latency by itself, at its end; checkpoints are timed turn and turn about."
-            first, second = (read_histories(run)[0].last for run in (given.a, given.b))
-        else:
-            first, second = _measured([load_given(path, given) for path in (given.a, given.b)])
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    if given.a.is_dir() != given.b.is_dir():
+        raise ValueError("A run and a checkpoint were not timed side by side: give two runs, or two checkpoints.")
+    note = ""
+    if given.a.is_dir():
+        note = "\nEach run measured its latency by itself, at its end; checkpoints are timed turn and turn about."
+        first, second = (read_histories(run)[0].last for run in (given.a, given.b))
+    else:
+        first, second = _measured([load_given(path, given) for path in (given.a, given.b)])
     print(f"A: {given.a}\nB: {given.b}\n")
     print("\n".join([*summarize(first, second, ("A", "B")), note]).rstrip())
 

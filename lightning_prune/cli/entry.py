@@ -9,10 +9,15 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_prune import __version__
+from lightning_prune.cli.sentences import is_refusal, sentence
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "TRACEBACK", "main"]
+
+TRACEBACK = "--traceback"
 
 COMMANDS = {
+    "prune": "lightning_prune.cli.prune",
+    "plan": "lightning_prune.cli.plan",
     "inspect": "lightning_prune.cli.inspect",
     "configs": "lightning_prune.cli.shipped_configs",
     "report": "lightning_prune.cli.report",
@@ -29,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ``lightning-prune inspect --config FILE`` prints what can be pruned in the model of a config, what it costs, and
     what cannot be pruned and why. ``lightning-prune configs`` lists the configs that ship with the package, and
     ``lightning-prune configs NAME`` copies one out. A config that is not found is looked for among them. ``report``,
-    ``export``, ``benchmark`` and ``compare`` come after training.
+    ``export``, ``benchmark`` and ``compare`` come after training. What this package refuses is said in one sentence;
+    with ``--traceback`` also where.
 
     Args:
         arguments: The command line without the program's name; default that of the process.
@@ -37,13 +43,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.getcwd() not in sys.path:  # so that it finds classes of the project at hand, as `python -m` does
         sys.path.append(os.getcwd())
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    command = typed[0] if typed else ""
+    if TRACEBACK in typed:
+        typed.remove(TRACEBACK)
+        _run(typed)
+        return
+    try:
+        _run(typed)
+    except BrokenPipeError:  # whoever was to read has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if not is_refusal(error, runs_projects=_command(typed) not in COMMANDS):
+            raise
+        sys.exit(sentence(error))
+
+
+def _run(typed: list[str]) -> None:
+    command = _command(typed)
     if command == "--version":
         print(f"lightning-prune {__version__}")
     elif command in COMMANDS:
         import_module(COMMANDS[command]).main(typed[1:])
     else:
         import_module("lightning_prune.cli.training").main(typed)
+
+
+def _command(typed: list[str]) -> str:
+    return typed[0] if typed else ""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """``lightning-prune export CKPT OUT``: a checkpoint as ONNX, as a program of torch.export, or as plain weights."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,10 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--tolerance", type=float, default=1e-5, help="how far outputs may be apart (default: 1e-5)")
     add_loading_options(parser)
     given = parser.parse_args(arguments)
-    try:
-        loaded = load_given(given.checkpoint, given)
-        apart = export(loaded.model, loaded.inputs, given.out, given.tolerance)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(str(error))
+    loaded = load_given(given.checkpoint, given)
+    apart = export(loaded.model, loaded.inputs, given.out, given.tolerance)
     sizes = ", ".join(map(str, BATCH_SIZES))
     print(f"Written to {given.out}: batches of {sizes} give the model's outputs, at most {apart:.1e} apart")

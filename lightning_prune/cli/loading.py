@@ -5,20 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_prune.checkpoint import load_pruned
 from lightning_prune.files import read_checkpoint
 from lightning_prune.importing import imported, may_be_imported
 from lightning_prune.namesakes import namesakes
-from lightning_prune.reporting.history import History
+from lightning_prune.reporting.history import History, histories_in
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
-__all__ = ["Loaded", "add_loading_options", "load", "load_given"]
+__all__ = ["Loaded", "add_loading_options", "import_given", "load", "load_given", "load_model", "noted_class"]
 
 
 @dataclass
@@ -31,14 +29,16 @@ class Loaded:
         histories: What pruning callbacks have noted until then.
     """
 
-    model: "LightningModule"
+    model: Any
     inputs: Any
     histories: list[History]
 
 
 def add_loading_options(parser: ArgumentParser) -> None:
     """Add the options that say what a checkpoint does not."""
-    parser.add_argument("--model", metavar="CLASS_PATH", help="import path of the LightningModule, if it is not found")
+    parser.add_argument(
+        "--model", metavar="CLASS_PATH", help="import path of the LightningModule, or other module, if it is not found"
+    )
     parser.add_argument(
         "--import",
         dest="modules",
@@ -58,6 +58,12 @@ def add_loading_options(parser: ArgumentParser) -> None:
 
 def load_given(path: Path, given: Namespace) -> Loaded:
     """Load a checkpoint as the options of `add_loading_options` say; see `load`."""
+    import_given(given)
+    return load(path, given.model, given.input_shape)
+
+
+def import_given(given: Namespace) -> None:
+    """Import the modules of ``--import``; raise a ValueError if one cannot be."""
     try:
         for module in given.modules:
             import_module(module)
@@ -65,7 +71,6 @@ def load_given(path: Path, given: Namespace) -> Loaded:
         raise ValueError(
             f"A module of --import cannot be imported: {raised}; see that it is on the PYTHONPATH."
         ) from raised
-    return load(path, given.model, given.input_shape)
 
 
 def load(path: Path, class_path: str | None = None, input_shape: list[int] | None = None) -> Loaded:
@@ -81,11 +86,9 @@ def load(path: Path, class_path: str | None = None, input_shape: list[int] | Non
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no checkpoint, its class is not found, or there are no inputs.
     """
-    checkpoint = read_checkpoint(path)
-    histories = _histories(checkpoint)
-    found = _find_class(class_path or _noted_class(checkpoint, histories, path))
-    model = load_pruned(found, path)
-    inputs = torch.zeros(input_shape) if input_shape else model.example_input_array
+    histories = histories_in(read_checkpoint(path))
+    model = load_model(path, class_path)
+    inputs = torch.zeros(input_shape) if input_shape else getattr(model, "example_input_array", None)
     if inputs is None:
         raise ValueError(
             f"{type(model).__name__} has no example_input_array; say what its forward takes with --input_shape, such "
@@ -94,32 +97,51 @@ def load(path: Path, class_path: str | None = None, input_shape: list[int] | Non
     return Loaded(model, inputs, histories)
 
 
-def _histories(checkpoint: Mapping[str, Any]) -> list[History]:
-    noted = checkpoint.get("callbacks")
-    states = [state for state in noted.values() if isinstance(state, dict)] if isinstance(noted, dict) else []
-    contents = [state.get("history") for state in states]
-    return [History.from_json(content) for content in contents if content]
+def load_model(path: Path, class_path: str | None = None) -> Any:
+    """Load a checkpoint onto its class, in evaluation mode.
 
+    Args:
+        path: The checkpoint file.
+        class_path: Import path of the LightningModule, or of any other module that needs no arguments; default what the
+            checkpoint says.
 
-def _noted_class(checkpoint: Mapping[str, Any], histories: list[History], path: Path) -> str:
-    settings = checkpoint.get("hyper_parameters")
-    settings = settings if isinstance(settings, Mapping) else {}
-    if "_class_path" not in settings and not histories and {"network", "num_classes", "input_shape"} <= settings.keys():
-        return "lightning_prune.models.ImageClassifier"
-    noted = settings.get("_class_path", histories[0].model if histories else None)  # of LightningCLI, or of callbacks
-    if not isinstance(noted, str):
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no checkpoint, or its class is not found.
+    """
+    checkpoint = read_checkpoint(path)
+    noted = class_path or noted_class(checkpoint)
+    if noted is None:
         raise ValueError(
             f"{str(path)!r} does not say of which class it is: give --model, such as --model mypackage.MyModel."
         )
-    if not may_be_imported(noted):
+    if class_path is None and not may_be_imported(noted):
         raise ValueError(
             f"{str(path)!r} says that its class is {noted!r}, which is not imported on the word of a file; if you "
             f"trust it, say so with --model {noted}."
         )
-    return noted
+    return load_pruned(_find_class(noted, is_given=class_path is not None), path)
 
 
-def _find_class(class_path: str) -> "type[LightningModule]":
+def noted_class(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the import path of the class that a checkpoint is of, if `LightningCLI` or a callback has noted it.
+
+    Args:
+        checkpoint: What is in it.
+    """
+    settings = checkpoint.get("hyper_parameters")
+    settings = settings if isinstance(settings, Mapping) else {}
+    if "_class_path" in settings:
+        noted = settings["_class_path"]
+        return noted if isinstance(noted, str) else None
+    histories = histories_in(checkpoint)
+    if histories:
+        return histories[0].model
+    is_classifier = {"network", "num_classes", "input_shape"} <= settings.keys()
+    return "lightning_prune.models.ImageClassifier" if is_classifier else None
+
+
+def _find_class(class_path: str, is_given: bool) -> type[nn.Module]:
     from lightning.pytorch import LightningModule  # takes seconds, which --help need not
 
     try:
@@ -130,6 +152,7 @@ def _find_class(class_path: str) -> "type[LightningModule]":
             "that it is on the PYTHONPATH."
         ) from raised
     # The name may come from somebody's checkpoint: nothing but a class of modules is called.
-    if not (isinstance(found, type) and issubclass(found, namesakes(LightningModule))):
-        raise ValueError(f"{class_path!r} is no LightningModule.")
+    known = nn.Module if is_given else namesakes(LightningModule)
+    if not (isinstance(found, type) and issubclass(found, known)):
+        raise ValueError(f"{class_path!r} is no LightningModule{', nor another nn.Module' if is_given else ''}.")
     return found

@@ -5,14 +5,15 @@ reads as they stand. A copy holds all of it in one file.
 """
 
 import argparse
+import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["FOLDER", "copy", "find", "listing", "main"]
+__all__ = ["FOLDER", "copy", "find", "found", "listing", "main"]
 
 FOLDER = Path(__file__).parents[1] / "configs"
+_OPTIONS = ("--config", "-c")
 _OTHER_FILE = re.compile(r"^(\w+): (\S+\.yaml)$", re.MULTILINE)
 
 
@@ -29,10 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.name is None:
         print("\n".join(listing()))
         return
-    try:
-        print(f"Copied to {copy(given.name, Path(given.destination))}")
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    print(f"Copied to {copy(given.name, Path(given.destination))}")
 
 
 def listing() -> list[str]:
@@ -92,22 +90,44 @@ def copy(name: str, destination: Path) -> Path:
     return target
 
 
-def find(argument: str) -> str:
-    """Return the shipped file for an argument that names a config which is not there, other arguments as they are.
+def find(arguments: Sequence[str]) -> list[str]:
+    """Return a command line in which configs that are not there are those that ship.
 
     Args:
-        argument: One argument of the command line, such as ``configs/quickstart.yaml`` or ``--config=quickstart.yaml``.
+        arguments: The command line; what follows ``--config`` or ``-c`` may lack its ending.
 
     Example:
         >>> from lightning_prune.cli import shipped_configs
-        >>> shipped_configs.find("--trainer.max_epochs=3")
-        '--trainer.max_epochs=3'
+        >>> shipped_configs.find(["fit", "--trainer.max_epochs=3"])
+        ['fit', '--trainer.max_epochs=3']
+        >>> Path(shipped_configs.find(["fit", "--config", "quickstart"])[2]).name
+        'quickstart.yaml'
     """
-    option, equals, path = argument.rpartition("=")
-    if not path.endswith((".yaml", ".yml")) or Path(path).exists():
-        return argument
-    inside = FOLDER / path.removeprefix("configs/")
-    return f"{option}{equals}{inside}" if inside.is_file() else argument
+    result = []
+    before = ""
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        names_config = before in _OPTIONS or option in _OPTIONS
+        if names_config or value.endswith((".yaml", ".yml")):
+            value = found(value)
+        result.append(f"{option}{equals}{value}")
+        before = argument
+    return result
+
+
+def found(config: str) -> str:
+    """Return the shipped file for a config that is not there, with or without its ending; others as they are.
+
+    Args:
+        config: Path or name, such as ``configs/quickstart.yaml`` or ``quickstart``.
+    """
+    if os.path.isfile(config):  # which refuses no text, however long: a config may stand on the command line itself
+        return config
+    name = config.removeprefix("configs/")
+    if not name.endswith((".yaml", ".yml")):
+        name = f"{name}.yaml"
+    inside = FOLDER / name
+    return str(inside) if inside.is_file() else config
 
 
 def _inline(found: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """Plans within a budget of measured time: networks of predicted widths are timed until one fits."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,6 +25,7 @@ __all__ = [
     "kept_score",
     "measured_fraction",
     "timed_plan",
+    "times_at_widths",
 ]
 
 ROUNDINGS = (32, 16, 8, 4, 1)
@@ -155,15 +156,28 @@ def measured_fraction(graph: ChannelGraph, widths: Mapping[str, int], rounds: in
     Returns:
         The time at these widths as a fraction of that of the original network.
     """
+    original_times, times = times_at_widths(graph, [{}, widths], rounds)
+    return statistics.median(time / original for time, original in zip(times, original_times, strict=True))
+
+
+def times_at_widths(graph: ChannelGraph, networks: Sequence[Mapping[str, int]], rounds: int = 5) -> list[list[float]]:
+    """Time a network at several widths, turn and turn about.
+
+    Args:
+        graph: The traced model.
+        networks: For each, channels by group name; groups that are absent keep all channels.
+        rounds: Number of turns of each.
+
+    Returns:
+        (networks, rounds) milliseconds of a forward pass of the example inputs.
+    """
     device = device_of(graph.model)
 
     def turn(widths: Mapping[str, int]) -> float:
         with at_widths(graph, widths) as run:
             return median_time(run, device, milliseconds=200, most_runs=20)
 
-    turns = [partial(turn, {}), partial(turn, widths)]
-    original_times, times = times_in_turns(turns, rounds)
-    return statistics.median(time / original for time, original in zip(times, original_times, strict=True))
+    return times_in_turns([partial(turn, widths) for widths in networks], rounds)
 
 
 def by_score_per_cost(

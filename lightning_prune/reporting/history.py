@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.files import written_whole
+from lightning_prune.files import read_checkpoint, written_whole
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.channel_graph import Axis, Term
 from lightning_prune.plain import MisfitError, made
@@ -19,7 +19,18 @@ from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.measurement import Measurement
 from lightning_prune.surgery.compensation_report import CompensationReport
 
-__all__ = ["Compensation", "History", "Layer", "MetricsAround", "Prune", "layers_at", "read_histories", "write_history"]
+__all__ = [
+    "Compensation",
+    "History",
+    "Layer",
+    "MetricsAround",
+    "Prune",
+    "accuracies_first",
+    "histories_in",
+    "layers_at",
+    "read_histories",
+    "write_history",
+]
 
 FORMAT_VERSION = 4  # 2 had no compensation, 3 no metrics around prunes
 FEW = 4  # metrics that are told of at each prune; files and loggers have all
@@ -97,7 +108,7 @@ class MetricsAround:
     def names(self) -> list[str]:
         """The names of the metrics, with accuracies first and losses last."""
         both = self.before.keys() & self.after.keys()
-        return sorted(both, key=_accuracies_first)
+        return sorted(both, key=accuracies_first)
 
     @property
     def lines(self) -> list[str]:
@@ -239,7 +250,7 @@ class History:
         for validation in self.epochs:
             names.update(validation)
         metrics = filter(_is_metric, names)
-        return sorted(metrics, key=_accuracies_first)
+        return sorted(metrics, key=accuracies_first)
 
     @property
     def shown_metric(self) -> str:
@@ -304,7 +315,8 @@ def _is_metric(name: str) -> bool:
     return name != "epoch" and not name.startswith("keep_")
 
 
-def _accuracies_first(metric: str) -> tuple[bool, bool, int, str]:
+def accuracies_first(metric: str) -> tuple[bool, bool, int, str]:
+    """Return what names of metrics are sorted by, with accuracies first and losses last."""
     no_accuracy = "acc" not in metric
     loss = "loss" in metric
     return no_accuracy, loss, len(metric), metric
@@ -372,7 +384,7 @@ def read_histories(run: str | Path) -> list[History]:
     """Read the histories of a run.
 
     Args:
-        run: The folder of the run, such as ``logs/quickstart/version_0``.
+        run: The folder of the run, such as ``logs/quickstart/version_0``, or a checkpoint of it.
 
     Returns:
         One for each pruning callback.
@@ -382,6 +394,8 @@ def read_histories(run: str | Path) -> list[History]:
         ValueError: If a file is damaged, or of a newer format.
     """
     folder = Path(run)
+    if folder.is_file():
+        return _read_checkpoint(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no run at {str(run)!r}: give the folder with its logs.")
     paths = sorted(path for path in folder.glob("pruning*.json") if path.is_file())
@@ -390,6 +404,31 @@ def read_histories(run: str | Path) -> list[History]:
             f"{str(run)!r} has no pruning.json, so no pruning callback has logged there{_hint(folder)}."
         )
     return [_read(path) for path in paths]
+
+
+def histories_in(checkpoint: Mapping[str, Any]) -> list[History]:
+    """Return what pruning callbacks, or ``lightning-prune prune``, have noted in a checkpoint.
+
+    Args:
+        checkpoint: What is in it.
+
+    Raises:
+        ValueError: If it is damaged, or of a newer format.
+    """
+    states: list[Any] = [checkpoint]
+    noted = checkpoint.get("callbacks")
+    if isinstance(noted, Mapping):
+        states.extend(noted.values())
+    kept = filter(lambda state: isinstance(state, Mapping), states)
+    contents = [state.get("history") for state in kept]
+    return [History.from_json(content) for content in contents if content]
+
+
+def _read_checkpoint(path: Path) -> list[History]:
+    found = histories_in(read_checkpoint(path))
+    if not found:
+        raise ValueError(f"{str(path)!r} holds no history of a pruning run: give one that pruning has written.")
+    return found
 
 
 def _hint(folder: Path) -> str:

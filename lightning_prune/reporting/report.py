@@ -25,8 +25,8 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run.
 
     Args:
-        run: The folder of the run, such as ``logs/quickstart/version_0``.
-        out: The file to write; default ``report.html`` in that folder.
+        run: The folder of the run, such as ``logs/quickstart/version_0``, or a checkpoint of it.
+        out: The file to write; default ``report.html`` in that folder, or a file beside the checkpoint.
 
     Returns:
         The file.
@@ -38,7 +38,8 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """
     run = Path(run)
     histories = read_histories(run)
-    path = Path(out) if out is not None else run / "report.html"
+    path = run.with_suffix(".html") if run.is_file() else run / "report.html"
+    path = path if out is None else Path(out)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(path.parent)!r}: make it first.")
     config = run / "config.yaml"

@@ -192,7 +192,7 @@ LIGHT = {
     "import": "",
     "version": "main(['--version'])",
     "configs": "main(['configs'])",
-    **{name: f"main(['{name}', '--help'])" for name in ("report", "export", "benchmark", "compare")},
+    **{name: f"main(['{name}', '--help'])" for name in ("report", "export", "benchmark", "compare", "plan", "prune")},
 }
 HEAVY = {
     "lightning", "lightning_fabric", "jsonargparse", "torchmetrics", "torchvision", "tensorboard", "matplotlib",
