@@ -1,9 +1,7 @@
 """Plans within a budget of measured time: networks of predicted widths are timed until one fits."""
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,9 +10,9 @@ from torch import Tensor
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.fitting import fit
+from lightning_prune.planning.in_turns import forward_times
 from lightning_prune.planning.limits import Limits
-from lightning_prune.planning.stand_ins import at_widths
-from lightning_prune.planning.timing import device_of, median_time, times_in_turns
+from lightning_prune.planning.spread import ratios
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = [
@@ -155,15 +153,8 @@ def measured_fraction(graph: ChannelGraph, widths: Mapping[str, int], rounds: in
     Returns:
         The time at these widths as a fraction of that of the original network.
     """
-    device = device_of(graph.model)
-
-    def turn(widths: Mapping[str, int]) -> float:
-        with at_widths(graph, widths) as run:
-            return median_time(run, device, milliseconds=200, most_runs=20)
-
-    turns = [partial(turn, {}), partial(turn, widths)]
-    original_times, times = times_in_turns(turns, rounds)
-    return statistics.median(time / original for time, original in zip(times, original_times, strict=True))
+    original_times, times = forward_times(graph, [{}, widths], rounds, milliseconds=200)
+    return ratios(times, original_times).median
 
 
 def by_score_per_cost(
