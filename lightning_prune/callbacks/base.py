@@ -19,6 +19,7 @@ from lightning_prune.callbacks.distilling import Distill, Distiller, distill_set
 from lightning_prune.callbacks.example_inputs import example_inputs as find_example_inputs
 from lightning_prune.callbacks.extensions import extend_lightning
 from lightning_prune.callbacks.followers import Candidate, Following, followers, following
+from lightning_prune.callbacks.interrupting import tell_how_to_resume
 from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
@@ -42,7 +43,7 @@ from lightning_prune.graph.nested import first_length
 from lightning_prune.progress import progress, show_with
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import History
-from lightning_prune.reporting.loggers import folder, say, warn
+from lightning_prune.reporting.loggers import folder, say, warn, without_placeholder
 from lightning_prune.surgery import check, uninterrupted
 from lightning_prune.surgery.compensation import METHODS, Compensation
 from lightning_prune.unlabelled import run_forward
@@ -311,6 +312,7 @@ class PruningCallback(Schedule, Callback):
         if stage != "fit":
             return
         refusals.refuse_short_run(trainer, self)
+        without_placeholder(trainer)
         same_module = self._last_module is not None and self._last_module() is pl_module
         if not same_module or plan_in_force(pl_module) is None:
             self.state = self.State()  # before the state of a run that is resumed is loaded
@@ -401,6 +403,8 @@ class PruningCallback(Schedule, Callback):
             self.result_path = interrupted_result(trainer)
             if self.result_path:
                 say(f"The network as it is now, pruned to where the run was interrupted: {self.result_path}")
+        if isinstance(exception, KeyboardInterrupt) and self._is_running:
+            tell_how_to_resume(trainer, self)
         self._end_run()
 
     # -- checkpoint of the state -----------------------------------------------------------------------------------

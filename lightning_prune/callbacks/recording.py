@@ -10,11 +10,21 @@ from lightning_prune.callbacks.settings import settings_of
 from lightning_prune.callbacks.trainer_state import metrics
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning.metrics import METRICS
+from lightning_prune.planning.spread import Spread
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.history import Compensation, History, MetricsAround
-from lightning_prune.reporting.loggers import log_end, log_history, log_prune, run_folder, say, warn
+from lightning_prune.reporting.loggers import (
+    log_end,
+    log_history,
+    log_hyperparameters,
+    log_prune,
+    run_folder,
+    say,
+    warn,
+)
 from lightning_prune.reporting.measurement import Measurement, measure
+from lightning_prune.reporting.speed import compare_layers, compare_speed
 from lightning_prune.reporting.summary import summarize, whereabouts
 from lightning_prune.surgery.compensation import CompensationReport
 
@@ -61,6 +71,9 @@ class Recorder:
                     model, type(callback).__name__, settings_of(callback), self.graph, self._measure()
                 )
 
+        if self.trainer.is_global_zero:
+            log_hyperparameters(self.trainer, self.graph.module, self.kept)
+
     def add_prune(self, plan: PruningPlan, step: int, compensated: CompensationReport, metrics: MetricsAround) -> None:
         """Measure what a prune has left, and note it.
 
@@ -102,7 +115,10 @@ class Recorder:
         """
         if self.history is None or not self.history.prunes or not self.trainer.is_global_zero:
             return
-        self.history.after = self._measure()
+        with progress(f"Timing {type(self.graph.model).__name__} before and after, turn and turn about"):
+            speed = compare_speed(self.graph, self._widths)
+            self.history.add_times(speed, compare_layers(self.graph, self._widths))
+        self.history.after = self._measure(speed.spread_after)
         self.history.after.metrics = metrics(self.trainer)
         self.history.metrics_at_end = metrics_at_end
         self._write(self.history)
@@ -116,8 +132,9 @@ class Recorder:
         """
         run = run_folder(self.trainer) if self._is_written else None
         places = whereabouts(self.trainer, run, checkpoint)  # asks all ranks
-        if self.history is not None and self.history.after is not None:
-            say("\n".join(["", *summarize(self.history.before, self.history.after), "", *places]))
+        history = self.history
+        if history is not None and history.after is not None:
+            say("\n".join(["", *summarize(history.before, history.after, history.speed), "", *places]))
 
     def _write(self, history: History) -> None:
         """Write the history beside the logs; where that fails, say so once: training is worth more than its record."""
@@ -138,7 +155,7 @@ class Recorder:
         plan = plan_in_force(self.graph.model)
         return plan.widths if plan is not None else {}
 
-    def _measure(self) -> Measurement:
-        """Count and time the network as it is now."""
+    def _measure(self, latency: Spread | None = None) -> Measurement:
+        """Count the network as it is now, and time it unless its time is known."""
         network = self.graph.model.get_submodule(self.graph.module)
-        return measure(network, self.graph.example_inputs, int(self._costs["flops"](self._widths)))
+        return measure(network, self.graph.example_inputs, int(self._costs["flops"](self._widths)), latency)

@@ -16,6 +16,7 @@ from lightning_prune.export import random_inputs
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.planning.timing import median_time, placed, times_in_turns
 from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.reporting.speed import Speed
 from lightning_prune.reporting.summary import aligned
 from lightning_prune.surgery import reshape
 
@@ -97,21 +98,14 @@ def times(models: Sequence[nn.Module], example_inputs: Any, rounds: int) -> list
 
 
 def _row(size: int, original: list[float], pruned: list[float]) -> tuple[str, str, str, str, str, str]:
-    speed_ups = [before / after for before, after in zip(original, pruned, strict=True)]
-    speed_up = f"{statistics.median(speed_ups):.2f}x"
-    return str(size), _told(original), _told(pruned), speed_up, _rate(size, original), _rate(size, pruned)
+    speed = Speed(original, pruned, "")
+    times = str(speed.spread_before), str(speed.spread_after)
+    return str(size), *times, speed.times_as_fast or "no difference", _rate(size, original), _rate(size, pruned)
 
 
 def _rate(size: int, milliseconds: list[float]) -> str:
     """Return how many samples a second were processed."""
     return f"{1000 * size / statistics.median(milliseconds):,.0f}"
-
-
-def _told(milliseconds: list[float]) -> str:
-    if len(milliseconds) == 1:
-        milliseconds = milliseconds * 2  # of one turn, all quartiles are alike
-    low, middle, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def _device(name: str) -> torch.device:

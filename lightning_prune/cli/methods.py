@@ -15,7 +15,7 @@ from lightning_prune.callbacks import PruningCallback
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.criteria.registry import find, needs_loss
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.planning.by_time import times_at_widths
+from lightning_prune.planning.in_turns import forward_times
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 __all__ = ["ALL", "CONTROLS", "DEFAULT", "AtOnce", "check_methods"]
@@ -86,7 +86,7 @@ class AtOnce(PruningCallback):
         assert history is not None
         prune = history.prunes[-1]
         plan = plan_in_force(pl_module) or PruningPlan()
-        self.times = times_at_widths(self.run.graph, [{}, plan.widths], _ROUNDS)
+        self.times = forward_times(self.run.graph, [{}, plan.widths], _ROUNDS, milliseconds=200)
         before, after = (statistics.median(times) for times in self.times)
         history.before = replace(history.before, latency_ms=before, metrics=prune.metrics.before)
         prune.after = replace(prune.after, latency_ms=after)

@@ -18,5 +18,11 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("lightning-prune report", description="Write what pruning did in a run as HTML.")
     parser.add_argument("run", type=Path, help="folder of the run, such as logs/quickstart/version_0, or a checkpoint")
     parser.add_argument("out", type=Path, nargs="?", help="file to write (default: report.html in that folder)")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="RUN",
+        help="folder of another run to set beside it, such as one without pruning, by CSVLogger or TensorBoard",
+    )
     given = parser.parse_args(arguments)
-    print(f"Written to {write_report(given.run, given.out)}")
+    print(f"Written to {write_report(given.run, given.out, given.baseline)}")

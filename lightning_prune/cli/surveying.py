@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.batches import ValidationBatches, training_batches
 from lightning_prune.cli.methods import DEFAULT, UNIFORM, AtOnce
 from lightning_prune.planning import METRICS
-from lightning_prune.planning.by_time import times_at_widths
+from lightning_prune.planning.in_turns import forward_times
 from lightning_prune.progress import progress
 from lightning_prune.reporting.survey import (
     Row,
@@ -124,7 +124,7 @@ class Surveyor(AtOnce):
         except ValueError as refusal:
             row.refusal = str(refusal)
             return row
-        row.times = times_at_widths(graph, [{}, plan.widths])
+        row.times = forward_times(graph, [{}, plan.widths], rounds=5, milliseconds=200)
         row.widths = {name: width * graph.groups[name].width for name, width in plan.widths.items()}
         costs = {name: metric.cost_model(graph) for name, metric in METRICS.items() if metric.counted}
         row.kept = {name: cost(plan.widths) / cost.original for name, cost in costs.items()}

@@ -104,9 +104,7 @@ class CifarMobileNetV2(MobileNetV2):
         torch.Size([2, 10])
     """
 
-    def __init__(
-        self, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.2, width: float = 1.0
-    ) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.2, width: float = 1.0) -> None:
         stages = [list(stage) for stage in V2_STAGES]
         super().__init__(num_classes, width_mult=width, inverted_residual_setting=stages, dropout=dropout)
         channels = self.features[0][0].out_channels

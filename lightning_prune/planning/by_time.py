@@ -1,9 +1,7 @@
 """Plans within a budget of measured time: networks of predicted widths are timed until one fits."""
 
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,9 +10,9 @@ from torch import Tensor
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.fitting import fit
+from lightning_prune.planning.in_turns import forward_times
 from lightning_prune.planning.limits import Limits
-from lightning_prune.planning.stand_ins import at_widths
-from lightning_prune.planning.timing import device_of, median_time, times_in_turns
+from lightning_prune.planning.spread import ratios
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = [
@@ -25,7 +23,6 @@ __all__ = [
     "kept_score",
     "measured_fraction",
     "timed_plan",
-    "times_at_widths",
 ]
 
 ROUNDINGS = (32, 16, 8, 4, 1)
@@ -156,28 +153,8 @@ def measured_fraction(graph: ChannelGraph, widths: Mapping[str, int], rounds: in
     Returns:
         The time at these widths as a fraction of that of the original network.
     """
-    original_times, times = times_at_widths(graph, [{}, widths], rounds)
-    return statistics.median(time / original for time, original in zip(times, original_times, strict=True))
-
-
-def times_at_widths(graph: ChannelGraph, networks: Sequence[Mapping[str, int]], rounds: int = 5) -> list[list[float]]:
-    """Time a network at several widths, turn and turn about.
-
-    Args:
-        graph: The traced model.
-        networks: For each, channels by group name; groups that are absent keep all channels.
-        rounds: Number of turns of each.
-
-    Returns:
-        (networks, rounds) milliseconds of a forward pass of the example inputs.
-    """
-    device = device_of(graph.model)
-
-    def turn(widths: Mapping[str, int]) -> float:
-        with at_widths(graph, widths) as run:
-            return median_time(run, device, milliseconds=200, most_runs=20)
-
-    return times_in_turns([partial(turn, widths) for widths in networks], rounds)
+    original_times, times = forward_times(graph, [{}, widths], rounds, milliseconds=200)
+    return ratios(times, original_times).median
 
 
 def by_score_per_cost(

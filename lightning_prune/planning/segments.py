@@ -3,7 +3,8 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.planning.stand_ins import Forward, at_widths
 from lightning_prune.planning.timing import wait
 
-__all__ = ["Segment", "time_by_layer", "time_segments"]
+__all__ = ["LayerTimer", "Segment", "time_segments"]
 
 
 class Segment(NamedTuple):
@@ -34,39 +35,60 @@ def time_segments(graph: ChannelGraph, widths: Mapping[str, int], runs: int) -> 
     Returns:
         Milliseconds by segment, in the order of the forward pass.
     """
-    device = next(graph.model.parameters()).device
-    watch = _Stopwatch(graph, device)
     shortest: dict[Segment, float] = {}
-    with at_widths(graph, widths, watch.watched) as run:
-        run()
+    with LayerTimer.at(graph, widths) as timer:
+        timer.run()
         for _ in range(runs):
-            watch.reset()
-            wait(device)
-            watch.mark("")
-            run()
-            watch.mark("")
-            wait(device)
-            for segment, taken in watch.segments().items():
+            for segment, taken in timer.run_segments().items():
                 shortest[segment] = min(taken, shortest.get(segment, taken))
     return shortest
 
 
-def time_by_layer(graph: ChannelGraph, widths: Mapping[str, int], runs: int = 5) -> dict[str, float]:
-    """Measure how long each layer of a network takes at some widths.
+class LayerTimer:
+    """Runs a network and tells how long each of its layers takes.
 
     Args:
-        graph: The traced model.
-        widths: Channels by group name; groups that are absent keep all channels.
-        runs: Number of timed runs; the fastest of each layer counts.
-
-    Returns:
-        Milliseconds from the start of a layer to the start of the next one, by module name, in the order of the forward
-        pass; under ``""`` what comes before the first.
+        watch: What notes when layers start.
+        forward: Runs the network.
     """
-    times: dict[str, float] = {}
-    for segment, taken in time_segments(graph, widths, runs).items():
-        times[segment.module] = times.get(segment.module, 0.0) + taken
-    return times
+
+    def __init__(self, watch: "_Stopwatch", forward: Forward) -> None:
+        self._watch = watch
+        self._forward = forward
+
+    @classmethod
+    @contextmanager
+    def at(cls, graph: ChannelGraph, widths: Mapping[str, int]) -> Iterator["LayerTimer"]:
+        """Give the network the shapes it has at some widths, for a block.
+
+        Args:
+            graph: The traced model.
+            widths: Channels by group name; groups that are absent keep all channels.
+        """
+        watch = _Stopwatch(graph, next(graph.model.parameters()).device)
+        with at_widths(graph, widths, watch.watched) as forward:
+            yield cls(watch, forward)
+
+    def run(self) -> dict[str, float]:
+        """Run the network once.
+
+        Returns:
+            Milliseconds by module name, in the order of the forward pass; of a layer that runs several times their sum.
+        """
+        times: dict[str, float] = {}
+        for segment, taken in self.run_segments().items():
+            times[segment.module] = times.get(segment.module, 0.0) + taken
+        return times
+
+    def run_segments(self) -> dict[Segment, float]:
+        """Run the network once, and return the milliseconds of each segment."""
+        self._watch.reset()
+        wait(self._watch.device)
+        self._watch.mark("")
+        self._forward()
+        self._watch.mark("")
+        wait(self._watch.device)
+        return self._watch.segments()
 
 
 class _Stopwatch:
@@ -84,6 +106,7 @@ class _Stopwatch:
             for name, module in graph.model.named_modules()
             if name in costly or module._parameters or module._buffers
         }
+        self.device = device
         self.on_gpu = device.type == "cuda"
         self.starts: list[tuple[Segment, Any]] = []
         self.calls: Counter[str] = Counter()

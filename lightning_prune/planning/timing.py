@@ -13,15 +13,15 @@ from torch.utils._pytree import tree_map
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.entry import as_call, let_in
 from lightning_prune.graph.twin import twin_in_evaluation
+from lightning_prune.planning.spread import Spread
 from lightning_prune.progress import progress
 
-__all__ = ["device_of", "measure_latency", "median_time", "placed", "timed", "times_in_turns", "wait"]
+__all__ = ["device_of", "latency_spread", "measure_latency", "median_time", "placed", "timed", "times_in_turns", "wait"]
 
 _LEAST_RUNS = 3  # of which the median counts
 _SHORTEST = 1e-3  # milliseconds: what a clock may tell of next to nothing
 
 
-@torch.no_grad()
 def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_up: int = 5) -> float:
     """Measure the time of one forward pass in evaluation mode, where the model is now.
 
@@ -38,13 +38,19 @@ def measure_latency(model: nn.Module, example_inputs: Any, runs: int = 20, warm_
         >>> measure_latency(nn.Linear(2, 2), torch.zeros(1, 2), runs=3) > 0
         True
     """
+    return latency_spread(model, example_inputs, runs, warm_up).median
+
+
+@torch.no_grad()
+def latency_spread(model: nn.Module, example_inputs: Any, runs: int = 20, warm_up: int = 5) -> Spread:
+    """Measure as `measure_latency` does, and return the median with the quartiles, in milliseconds."""
     args, kwargs = placed(example_inputs, model)
     device = device_of(model)
     with twin_in_evaluation(model) as twin, as_written():
         let_in(twin.model, example_inputs)
         run = partial(twin.model, *args, **kwargs)
         times = [timed(run, device) for _ in range(warm_up + runs)]
-    return statistics.median(times[warm_up:])
+    return Spread.of(times[warm_up:])
 
 
 def times_in_turns(turns: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:

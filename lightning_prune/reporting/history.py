@@ -5,7 +5,7 @@ nothing is missing where the logs of the new run are in another folder, and noth
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from lightning_prune.files import read_checkpoint, written_whole
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.channel_graph import Axis, Term
 from lightning_prune.plain import MisfitError, made
-from lightning_prune.planning.segments import time_by_layer
+from lightning_prune.planning.segments import LayerTimer
+from lightning_prune.planning.spread import Spread
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.measurement import Measurement
+from lightning_prune.reporting.speed import Speed
 from lightning_prune.surgery.compensation_report import CompensationReport
 
 __all__ = [
@@ -32,7 +34,7 @@ __all__ = [
     "write_history",
 ]
 
-FORMAT_VERSION = 4  # 2 had no compensation, 3 no metrics around prunes
+FORMAT_VERSION = 5  # 2 had no compensation, 3 no metrics around prunes, 4 no spread of times
 FEW = 4  # metrics that are told of at each prune; files and loggers have all
 _FORMER_NAMES = {"held": "unprunable", "left": "after"}  # of version 1
 
@@ -45,13 +47,29 @@ class Layer:
         name: Dotted name of the module, or the class of the model for what it does by itself.
         flops: FLOPs of the example inputs, counted by the cost model.
         params: Number of parameters that channels are slices of.
-        ms: Milliseconds from the start of the layer, or of the model, to the start of the next one.
+        ms: Median of the milliseconds from the start of the layer, or of the model, to the start of the next one; None
+            until it has been timed.
+        quartiles: The quartiles around it; None in what earlier versions have written.
     """
 
     name: str
     flops: float
     params: float
-    ms: float
+    ms: float | None = None
+    quartiles: tuple[float, float] | None = None
+
+    @property
+    def time(self) -> Spread | None:
+        """The milliseconds with their quartiles; None if these are not known."""
+        if self.ms is None or self.quartiles is None:
+            return None
+        return Spread(self.ms, *self.quartiles)
+
+    def set_time(self, spread: Spread | None) -> None:
+        """Note the milliseconds with their quartiles, if there are any."""
+        if spread is not None:
+            self.ms = spread.median
+            self.quartiles = spread.low, spread.high
 
 
 @dataclass
@@ -165,6 +183,7 @@ class History:
             ``keep_params`` and ``keep_channels``, and the metrics.
         after: The network at the end of training.
         metrics_at_end: Validation metrics at the end of training, on the batches of those around prunes.
+        speed: Times of the network before the first prune and at the end of training, taken in turns.
     """
 
     model: str
@@ -180,6 +199,7 @@ class History:
     epochs: list[dict[str, float]] = field(default_factory=list)
     after: Measurement | None = None
     metrics_at_end: dict[str, float] = field(default_factory=dict)
+    speed: Speed | None = None
 
     @classmethod
     def begin(
@@ -223,7 +243,23 @@ class History:
             after=after,
         )
         self.prunes.append(prune)
-        self.layers_after = layers_at(graph, plan.widths)
+        self.layers_after = layers_at(graph, plan.widths, [layer.name for layer in self.layers_before])
+
+    def add_times(self, speed: Speed, layers: tuple[Mapping[str, Spread], Mapping[str, Spread]]) -> None:
+        """Add times that were taken in turns, of the network before the first prune and as it is now.
+
+        Args:
+            speed: The times of forward passes.
+            layers: Milliseconds by layer, before and now; under ``""`` what the model does by itself.
+        """
+        self.speed = speed
+        self.before.set_latency(speed.spread_before)
+        itself = self.model.rpartition(".")[2]
+        before, after = layers
+        for layer in self.layers_before:
+            layer.set_time(before.get("" if layer.name == itself else layer.name))
+        for layer in self.layers_after:
+            layer.set_time(after.get("" if layer.name == itself else layer.name))
 
     def add_epoch(self, epoch: int, kept: Mapping[str, float], metrics: Mapping[str, float]) -> None:
         """Add a validation; a second one of the same epoch takes the place of the first.
@@ -302,6 +338,8 @@ def _made(content: Any) -> History:
     for validation in history.epochs:
         if "epoch" not in validation:
             raise MisfitError("epochs", "has a validation without its epoch")
+    if history.speed is not None and not history.speed.is_sound:
+        raise MisfitError("speed", "is not as many times before as after, all of them above 0")
     return history
 
 
@@ -325,28 +363,28 @@ def accuracies_first(metric: str) -> tuple[bool, bool, int, str]:
 # -- costs by layer ----------------------------------------------------------------------------------------------------
 
 
-def layers_at(graph: ChannelGraph, widths: Mapping[str, int]) -> list[Layer]:
+def layers_at(graph: ChannelGraph, widths: Mapping[str, int], names: Iterable[str] | None = None) -> list[Layer]:
     """Return what each layer costs at some widths, in the order of the forward pass.
 
     Args:
         graph: The traced model.
         widths: Channels by group name; groups that are absent have all of theirs.
+        names: Names of the layers, in that order, if they are known; otherwise the network runs once.
     """
     lengths = {name: widths.get(name, group.size) for name, group in graph.groups.items()}
     flops = _by_module(graph.terms["flops"], lengths)
     params = _by_module(graph.terms["params"], lengths)
-    times = time_by_layer(graph, dict(widths))
-    times[type(graph.model).__name__] = times.pop("", 0.0)  # as what the model does by itself is called in the costs
-    names = dict.fromkeys([*times, *flops, *params])
-    return [
-        Layer(
-            name=name,
-            flops=flops.get(name, 0.0),
-            params=params.get(name, 0.0),
-            ms=times.get(name, 0.0),
-        )
-        for name in names
-    ]
+    ordered = _in_order(graph) if names is None else names
+    every = dict.fromkeys([*ordered, *flops, *params])
+    return [Layer(name, flops.get(name, 0.0), params.get(name, 0.0)) for name in every]
+
+
+def _in_order(graph: ChannelGraph) -> list[str]:
+    """Return the names of the layers in the order of the forward pass, that of the class for the model itself last."""
+    with LayerTimer.at(graph, {}) as timer:
+        called = timer.run()
+    itself = type(graph.model).__name__  # as what the model does by itself is called in the costs
+    return [*(name for name in called if name), itself]
 
 
 def _by_module(terms: list[Term], widths: Mapping[str, int]) -> dict[str, float]:

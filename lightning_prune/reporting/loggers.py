@@ -26,7 +26,10 @@ from lightning_prune.reporting.summary import summarize
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["folder", "log_end", "log_history", "log_prune", "run_folder", "say", "warn"]
+__all__ = [
+    "folder", "log_end", "log_history", "log_hyperparameters", "log_prune", "run_folder", "say", "warn",
+    "without_placeholder",
+]  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -62,6 +65,31 @@ def _folder_of(logger: Logger) -> str | os.PathLike[str] | None:
         return None
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return os.path.join(logger.save_dir, str(logger.name), version)  # as ModelCheckpoint finds its folder
+
+
+def without_placeholder(trainer: "pl.Trainer") -> None:
+    """Let TensorBoard show no ``hp_metric`` of -1 beside the hyper-parameters; to be called before they are logged.
+
+    Args:
+        trainer: The Trainer.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, namesakes(TensorBoardLogger)):
+            logger._default_hp_metric = False
+
+
+def log_hyperparameters(trainer: "pl.Trainer", module: str, kept: Mapping[str, float]) -> None:
+    """Let TensorBoard show the hyper-parameters beside what is kept of the network; for the first rank.
+
+    Args:
+        trainer: The Trainer.
+        module: Dotted name of the submodule that is pruned; empty for the whole model.
+        kept: What is kept when training starts, as a fraction of the original, by metric.
+    """
+    metrics = {f"{folder(module)}/keep_{metric}": fraction for metric, fraction in kept.items()}
+    for logger in trainer.loggers:
+        if isinstance(logger, namesakes(TensorBoardLogger)) and logger.hparams:
+            logger.log_hyperparams(logger.hparams, metrics, _step(trainer))
 
 
 def log_history(trainer: "pl.Trainer", history: History) -> None:
@@ -118,7 +146,9 @@ def log_end(trainer: "pl.Trainer", history: History) -> None:
         history: The history of the run, ``after`` included.
     """
     assert history.after is not None
-    lines = [f"    {line}" for line in summarize(history.before, history.after)]  # Markdown, as it stands
+    lines = [
+        f"    {line}" for line in summarize(history.before, history.after, history.speed)
+    ]  # Markdown, as it stands
     for logger in trainer.loggers:
         if isinstance(logger, namesakes(TensorBoardLogger)):
             logger.experiment.add_text(f"{folder(history.module)}/summary", "\n".join(lines), _step(trainer))

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.planning.timing import measure_latency
+from lightning_prune.planning.spread import Spread
+from lightning_prune.planning.timing import latency_spread
 from lightning_prune.reporting.flops import FlopCount, count_flops, told
 
 __all__ = ["Measurement", "measure"]
@@ -24,6 +25,7 @@ class Measurement:
         cost_model_flops: What the cost model counts; None in what earlier versions have written.
         fvcore_failure: Why fvcore could not count; empty if it could.
         fvcore_left_out: Those of the FLOPs that fvcore by itself leaves out, by what it does not count.
+        latency_quartiles: The quartiles around ``latency_ms``; None in what earlier versions have written.
     """
 
     params: int
@@ -33,10 +35,23 @@ class Measurement:
     cost_model_flops: int | None = None
     fvcore_failure: str = ""
     fvcore_left_out: dict[str, int] = field(default_factory=dict)
+    latency_quartiles: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the measurement as plain values."""
         return asdict(self)
+
+    @property
+    def latency(self) -> Spread | None:
+        """The time of a forward pass with its quartiles, in milliseconds; None if these are not known."""
+        if self.latency_quartiles is None:
+            return None
+        return Spread(self.latency_ms, *self.latency_quartiles)
+
+    def set_latency(self, spread: Spread) -> None:
+        """Note the time of a forward pass with its quartiles, in milliseconds."""
+        self.latency_ms = spread.median
+        self.latency_quartiles = spread.low, spread.high
 
     @property
     def flops_remark(self) -> str:
@@ -49,7 +64,7 @@ class Measurement:
 
 
 def measure(
-    network: nn.Module, example_inputs: Any, cost_model_flops: int, latency_ms: float | None = None
+    network: nn.Module, example_inputs: Any, cost_model_flops: int, latency: Spread | None = None
 ) -> Measurement:
     """Count and time a network as it is now.
 
@@ -57,7 +72,7 @@ def measure(
         network: The network; it is not changed.
         example_inputs: What its ``forward`` takes, as for `lightning_prune.trace`.
         cost_model_flops: What the cost model counts for the network.
-        latency_ms: Milliseconds of a forward pass, if they are known; otherwise they are measured.
+        latency: Milliseconds of a forward pass, if they are known; otherwise they are measured.
 
     Example:
         >>> import torch
@@ -68,10 +83,12 @@ def measure(
         '32 counted by fvcore, 30 by the cost model (-2)'
     """
     counted = count_flops(network, example_inputs)
+    taken = latency_spread(network, example_inputs) if latency is None else latency
     return Measurement(
         params=sum(parameter.numel() for parameter in network.parameters()),
         flops=cost_model_flops if counted.total is None else counted.total,
-        latency_ms=measure_latency(network, example_inputs) if latency_ms is None else latency_ms,
+        latency_ms=taken.median,
+        latency_quartiles=(taken.low, taken.high),
         cost_model_flops=cost_model_flops,
         fvcore_failure=counted.failure,
         fvcore_left_out=counted.left_out,

@@ -13,20 +13,23 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_prune.files import written_whole
 from lightning_prune.reporting.charts import LineChart, Mark, line_chart
+from lightning_prune.reporting.comparison import RunRecord, column_of, read_run, side_by_side
 from lightning_prune.reporting.history import FEW, History, Layer, Prune, read_histories
 from lightning_prune.reporting.measurement import Measurement
+from lightning_prune.reporting.speed import Speed
 
-__all__ = ["render", "templates", "write_report"]
+__all__ = ["render", "templates", "write_comparison", "write_report"]
 
 _BUDGETS = ["asked", "reachable", "rounded", "achieved"]
 
 
-def write_report(run: str | Path, out: str | Path | None = None) -> Path:
+def write_report(run: str | Path, out: str | Path | None = None, baseline: str | Path | None = None) -> Path:
     """Write the report of a run.
 
     Args:
         run: The folder of the run, such as ``logs/quickstart/version_0``, or a checkpoint of it.
         out: The file to write; default ``report.html`` in that folder, or a file beside the checkpoint.
+        baseline: The folder of another run, pruned or not, whose figures stand beside those of this one.
 
     Returns:
         The file.
@@ -38,31 +41,81 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """
     run = Path(run)
     histories = read_histories(run)
+    records = []
+    if baseline is not None:
+        records = [read_run(baseline), read_run(run)]
     path = run.with_suffix(".html") if run.is_file() else run / "report.html"
-    path = path if out is None else Path(out)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(path.parent)!r}: make it first.")
-    config = run / "config.yaml"
-    text = render(histories, str(run), config.read_text("utf-8", "replace") if config.is_file() else "")
-    with written_whole(path) as file:
-        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may hold half characters
+    if out is not None:
+        path = Path(out)
+    _check_folder(path)
+    config = ""
+    config_file = run / "config.yaml"
+    if config_file.is_file():
+        config = config_file.read_text("utf-8", "replace")
+    text = render(histories, str(run), config, records)
+    _write(path, text)
     return path
 
 
-def render(histories: Sequence[History], name: str, config: str = "") -> str:
+def write_comparison(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the reports of several runs on one page, with a table of all of them at its head.
+
+    Args:
+        runs: The folders of the runs, pruned or not; the first is what the others are compared with.
+        out: The file to write; default ``compare.html`` in the first folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: If there is no such run, or nothing in a folder that tells of one.
+        ValueError: If what is in it is damaged.
+    """
+    records = [read_run(run) for run in runs]
+    path = Path(runs[0], "compare.html")
+    if out is not None:
+        path = Path(out)
+    _check_folder(path)
+    pages = []
+    for record in records:
+        pages += [Page(history, record.name) for history in record.histories]
+    text = _page(pages, f"{len(records)} runs", "", records)
+    _write(path, text)
+    return path
+
+
+def _check_folder(path: Path) -> None:
+    """Raise a FileNotFoundError unless there is a folder for a file."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}: make it first.")
+
+
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as file:
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may hold half characters
+
+
+def render(histories: Sequence[History], name: str, config: str = "", records: Sequence[RunRecord] = ()) -> str:
     """Write the report as HTML.
 
     Args:
         histories: The histories of the run, one for each pruning callback.
         name: Name of the run.
         config: The config of the run, as text; without it the settings of the callbacks are shown alone.
+        records: Runs to show side by side; the first is what the others are compared with.
     """
-    pages = [Page(history) for history in histories]
-    settings = {page.title: page.history.settings for page in pages}
+    pages = [Page(history, name) for history in histories]
+    return _page(pages, name, config, records)
+
+
+def _page(pages: Sequence["Page"], name: str, config: str, records: Sequence[RunRecord]) -> str:
     template = templates().get_template("report.html.jinja")
-    return template.render(
-        run=name, pages=pages, settings=json.dumps(settings, indent=2), config=config, budgets=_BUDGETS
-    )
+    compared = []
+    if records:
+        columns = [column_of(record) for record in records]
+        compared = side_by_side(columns)
+    return template.render(run=name, pages=pages, config=config, budgets=_BUDGETS, compared=compared)
 
 
 @cache
@@ -118,8 +171,15 @@ class LayerRow:
 
     @property
     def times(self) -> str:
-        """Its milliseconds."""
-        return f"{self.before.ms:.3f} → {self.after.ms:.3f}"
+        """Its milliseconds with their quartiles, and whether they differ; empty if it was not timed in turns."""
+        before = self.before.time
+        after = self.after.time
+        if before is None or after is None:
+            return ""
+        told = f"{before} → {after}"
+        if before.overlaps(after):
+            told += ", no difference"
+        return told
 
 
 @dataclass(frozen=True)
@@ -142,10 +202,12 @@ class Page:
 
     Args:
         history: The history that the callback has written.
+        run: Name of the run.
     """
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, run: str) -> None:
         self.history = history
+        self.run = run
 
     @property
     def title(self) -> str:
@@ -168,11 +230,7 @@ class Page:
                 number=_percent(after.params, before.params),
                 detail=f"{before.params:,} → {after.params:,}",
             ),
-            Tile(
-                name="as fast, measured",
-                number=_times(before.latency_ms, after.latency_ms),
-                detail=f"{before.latency_ms:.2f} ms → {after.latency_ms:.2f} ms",
-            ),
+            _speed_tile(self.history.speed),
         ]
         metric = self.history.shown_metric
         if metric in after.metrics:
@@ -183,6 +241,42 @@ class Page:
             )
             tiles.append(tile)
         return tiles
+
+    @property
+    def verdict(self) -> str:
+        """What is kept, how fast it is and what has become of the metric, in a sentence."""
+        before, after = self.history.before, self.history.last
+        if not self.history.prunes:
+            return "Nothing has been pruned yet."
+        flops = _percent(after.flops, before.flops)
+        params = _percent(after.params, before.params)
+        told = [f"{flops} of the FLOPs and {params} of the parameters are kept"]
+        speed = self.history.speed
+        if speed is None:
+            told.append("how fast it is will be timed at the end of training")
+        else:
+            told.append(speed.verdict)
+        metric = self.history.shown_metric
+        if metric in before.metrics and metric in after.metrics:
+            now = after.metrics[metric]
+            change = now - before.metrics[metric]
+            told.append(f"{metric} is {now:.4f}, {change:+.4f} from before the first prune")
+        text = "; ".join(told)
+        return f"{text}."
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """The settings of the callback, by name, as they stand in YAML."""
+        told = []
+        for name, value in self.history.settings.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            told.append((name, text))
+        return told
+
+    @property
+    def are_layers_timed(self) -> bool:
+        """Whether the layers were timed in turns."""
+        return any(layer.times for layer in self.layers)
 
     @property
     def flops_remarks(self) -> list[str]:
@@ -263,7 +357,7 @@ class Page:
     def most_ms(self) -> float:
         """The milliseconds of the layer that takes longest, before or after."""
         layers = [*self.history.layers_before, *self.history.layers_after]
-        return _greatest([layer.ms for layer in layers])
+        return _greatest([layer.ms for layer in layers if layer.ms is not None])
 
     @property
     def unprunable(self) -> dict[str, list[str]]:
@@ -299,10 +393,14 @@ def _fraction(value: Any) -> str:
     return f"{value:.3f}" if is_number else str(value)
 
 
-def _times(before: float, after: float) -> str:
-    """Return how many times as fast something is, from the milliseconds that it takes."""
-    known = math.isfinite(before) and math.isfinite(after) and after > 0
-    return f"{before / after:.2f}x" if known else "unknown"
+def _speed_tile(speed: Speed | None) -> Tile:
+    """Return the tile of a speed, which is told with its quartiles or not at all."""
+    name = "as fast, measured in turns"
+    if speed is None:
+        return Tile(name, "not known", "before and after are timed in turns at the end of training")
+    number = speed.times_as_fast.partition(" ")[0] or "no difference"
+    times = f"{speed.spread_before} ms → {speed.spread_after} ms"
+    return Tile(name, number, f"{times}; {speed.how}")
 
 
 def _percent(kept: float, original: float) -> str:

@@ -8,42 +8,49 @@ from typing import Any
 from lightning_prune.files import read_without_objects
 from lightning_prune.reporting.load_lines import load_lines
 from lightning_prune.reporting.measurement import Measurement
+from lightning_prune.reporting.speed import Speed
 
 __all__ = ["aligned", "summarize", "whereabouts"]
 
 
-def summarize(before: Measurement, after: Measurement, names: tuple[str, str] = ("before", "after")) -> list[str]:
+def summarize(before: Measurement, after: Measurement, speed: Speed | None = None) -> list[str]:
     r"""Write a table of a network before and after, line by line.
 
-    Where fvcore and the cost model do not count the same FLOPs, lines below the table say so.
+    Where fvcore and the cost model do not count the same FLOPs, lines below the table say so. Times are told with their
+    quartiles, where they were taken in turns; how many times as fast the network is, if the quartiles do not overlap.
 
     Args:
         before: The network before the first prune.
         after: The network at the end.
-        names: What to call them.
+        speed: The times of both, taken in turns; None if they were not.
 
     Example:
         >>> before, after = Measurement(200, 4000, 2.0), Measurement(100, 1000, 1.0, cost_model_flops=1010)
-        >>> print("\n".join(summarize(before, after)))
-                      before  after  ratio
-        ----------------------------------
-          parameters     200    100  0.500
-               FLOPs   4,000  1,000  0.250
-        latency (ms)    2.00   1.00  0.500
+        >>> print("\n".join(summarize(before, after, Speed([2.0, 2.2, 2.1], [1.0, 1.1, 1.0], "CPU, 1 thread"))))
+                                before             after  ratio
+        -------------------------------------------------------
+          parameters               200               100  0.500
+               FLOPs             4,000             1,000  0.250
+        latency (ms)  2.10 (2.05-2.15)  1.00 (1.00-1.05)      -
+        speed: 2.00x as fast (2.00-2.05)
         FLOPs after: 1,000 counted by fvcore, 1,010 by the cost model (+10)
     """
     rows = [
-        ("", *names, "ratio"),
+        ("", "before", "after", "ratio"),
         _row("parameters", before.params, after.params, "{:,.0f}"),
         _row("FLOPs", before.flops, after.flops, "{:,.0f}"),
-        _row("latency (ms)", before.latency_ms, after.latency_ms, "{:.2f}"),
     ]
+    if speed is not None:
+        row = ("latency (ms)", str(speed.spread_before), str(speed.spread_after), "-")
+        rows.append(row)
     metrics = before.metrics.keys() & after.metrics.keys()
     for metric in sorted(metrics):
         row = _row(metric, before.metrics[metric], after.metrics[metric], "{:.4f}")
         rows.append(row)
     lines = aligned(rows)
-    for name, measured in zip(names, (before, after), strict=True):
+    if speed is not None:
+        lines.append(f"speed: {speed.verdict}")
+    for name, measured in (("before", before), ("after", after)):
         if measured.flops_remark:
             lines.append(f"FLOPs {name}: {measured.flops_remark}")
     return lines

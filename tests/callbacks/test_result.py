@@ -189,6 +189,23 @@ def test_a_run_that_is_interrupted_leaves_the_network_as_it_is_then(tmp_path: Pa
     assert plan_in_force(resumed.module) == plan_in_force(module)
 
 
+def test_an_interrupted_run_ends_with_what_resumes_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings: dict[str, Any] = {"enable_checkpointing": True}
+    for epoch, told in (
+        (0, "No checkpoint has been written yet from which the run could go on: start it anew."),
+        (1, "resume: trainer.fit(Small(...), ckpt_path='{}')"),
+        (3, "resume: trainer.fit(Small(...), ckpt_path='{}')"),
+    ):
+        folder, saver = tmp_path / str(epoch), ModelCheckpoint(tmp_path / str(epoch))
+        callback = pruning(start_epoch=2)
+        with caplog.at_level("INFO"), pytest.raises(SystemExit):
+            run(folder, Stop(epoch), saver, prune=callback, **settings)
+        path = callback.result_path or saver.best_model_path
+        assert caplog.messages[-1] == told.format(path)
+        if path:
+            assert max(run(folder / "resumed", prune=pruning(start_epoch=2), path=path).after) == 5
+
+
 def test_an_average_and_what_it_is_one_of_are_in_the_file_of_an_interrupted_run(tmp_path: Path) -> None:
     callback, module = pruning(), Small()
     with pytest.raises(SystemExit):

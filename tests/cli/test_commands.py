@@ -1,5 +1,6 @@
 """The subcommands that come after training, as a person types them."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -109,8 +110,10 @@ def test_benchmark_tells_what_ran_where(run: Path, capsys: pytest.CaptureFixture
     assert [word in columns for word in ("original (ms)", "pruned (ms)", "speed-up", "pruned (1/s)")] == [True] * 4
     assert [row.split()[0] for row in rows] == ["1", "4"]
     for row in rows:
-        size, before, _, after, _, ratio, *rates = row.split()
-        assert float(ratio.removesuffix("x")) > 0
+        size, before, _, after, _, ratio, spread, *rates = row.split()
+        assert (ratio, spread) == ("no", "difference") or re.fullmatch(
+            r"[\d.]+x \([\d.]+-[\d.]+\)", f"{ratio} {spread}"
+        )
         for time, rate in zip((before, after), rates, strict=True):  # as printed, to two digits of a millisecond
             assert float(rate.replace(",", "")) * (float(time) - 0.006) / 1000 < int(size)
             assert int(size) < (float(rate.replace(",", "")) + 1) * (float(time) + 0.006) / 1000
@@ -158,21 +161,21 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(ran.count("a"), ran.count("b")) >= 3 * 4  # a run to warm up and three that count
 
 
-def test_compare_shows_two_checkpoints_or_two_runs(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compare_shows_checkpoints_or_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = next(iter((run / "checkpoints").glob("epoch=0*")))
     main(["compare", str(first), str(run / "last.ckpt"), *SHAPE])
     told = capsys.readouterr().out
     small = lp.load_pruned(battery.ResidualClassifier, run / "last.ckpt")
     for model in (battery.ResidualClassifier(), small):
         assert f"{sum(p.numel() for p in model.parameters()):,}" in told
-    assert "latency (ms)" in told
+    assert re.search(r"latency \(ms\) +[\d.]+ \([\d.]+-[\d.]+\) +[\d.]+ \([\d.]+-[\d.]+\)\n", told)
     assert "val/accuracy" in told
-    main(["compare", str(run), str(run)])
-    *rows, _, note = capsys.readouterr().out.splitlines()[5:]
-    assert "checkpoints are timed turn and turn about" in note
-    assert [row.split()[-1] for row in rows] == ["1.000"] * 4  # parameters, FLOPs, latency, accuracy
+    main(["compare", str(run), str(run), str(run), "--out", str(tmp_path / "page.html")])
+    *rows, _, note = capsys.readouterr().out.splitlines()[4:]
+    assert f"Written to {tmp_path / 'page.html'}." in note
+    assert (tmp_path / "page.html").is_file()
+    assert [row.count("(100.0%)") for row in rows[2:4]] == [2, 2]  # parameters and FLOPs beside the first run
+    assert rows[-1].count("(+0.0000)") == 2  # accuracy
     assert "give two runs, or two checkpoints" in fails(capsys, "compare", run, run / "last.ckpt")
     assert "There is no checkpoint at" in fails(capsys, "compare", tmp_path / "a", tmp_path / "b")
 

@@ -24,7 +24,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the checkpoint of a network that is somewhat trained, where timing takes no time."""
     monkeypatch.setattr(sys, "argv", ["lightning-prune"])
     for module in (surveying, methods):
-        monkeypatch.setattr(module, "times_at_widths", lambda *_: [[2.0, 2.2, 2.4], [1.0, 1.1, 1.0]])
+        monkeypatch.setattr(module, "forward_times", lambda *_, **__: [[2.0, 2.2, 2.4], [1.0, 1.1, 1.0]])
     model = battery.ResidualClassifier()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     images, labels = battery.images(96).tensors

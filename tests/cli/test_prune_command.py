@@ -71,7 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _timed_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let timing take no time, but once."""
     if "class_and_data" not in request.node.name:
-        monkeypatch.setattr(methods, "times_at_widths", lambda *_: [[2.0, 2.2], [1.0, 1.0]])
+        monkeypatch.setattr(methods, "forward_times", lambda *_, **__: [[2.0, 2.2], [1.0, 1.0]])
 
 
 def pruned(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

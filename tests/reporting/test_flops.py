@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.plain import made
+from lightning_prune.planning.spread import Spread
 from lightning_prune.reporting.flops import count_flops, flop_table
 from lightning_prune.reporting.history import History
 from lightning_prune.reporting.inspect import describe
@@ -76,7 +77,7 @@ def test_what_fvcore_cannot_run_is_counted_by_the_cost_model() -> None:
     assert counted.total is None
     assert "no tensors in what forward returns" in counted.failure
     assert flop_table(Network(), inputs).startswith("fvcore cannot count Network: there are no tensors")
-    measured = measure(Network(), inputs, cost_model_flops=144, latency_ms=1.0)
+    measured = measure(Network(), inputs, cost_model_flops=144, latency=Spread(1.0, 1.0, 1.0))
     assert measured.flops == 144
     lines = summarize(measured, Measurement(1, 100, 1.0))
     assert lines[-1].startswith("FLOPs before: 144 counted by the cost model, as fvcore cannot: there are no tensors")
@@ -127,7 +128,7 @@ def test_what_fvcore_leaves_out_is_counted_and_told() -> None:
         "5,280 of recurrent layers"
     )
     assert describe(lp.trace(Steps(), steps)).splitlines()[1] == f"FLOPs: {expected}"
-    measured = measure(Steps(), steps, cost_model_flops=9440, latency_ms=1.0)
+    measured = measure(Steps(), steps, cost_model_flops=9440, latency=Spread(1.0, 1.0, 1.0))
     assert (measured.flops, measured.flops_remark) == (9440, expected)
     assert made(Measurement, measured.to_json()) == measured
     assert f"FLOPs before: {expected}" in summarize(measured, Measurement(1, 100, 1.0))
@@ -155,7 +156,7 @@ def test_channels_that_are_pruned_several_at_a_time_all_count_where_they_are_tol
     assert first == "1 group of 32 channels can be pruned"
     assert row.split()[:2] == ["0", "32"]
     assert row.endswith("0, 1, 2 (16 channels at a time)")
-    before = measure(model, graph.example_inputs, cost_model_flops=0, latency_ms=1.0)
+    before = measure(model, graph.example_inputs, cost_model_flops=0, latency=Spread(1.0, 1.0, 1.0))
     history = History.begin("model", "callback", {}, graph, before)
     plan = graph.plan({"0": torch.tensor([1])})
     lp.prune(model, plan)

@@ -24,8 +24,9 @@ from lightning_prune.reporting.history import FORMAT_VERSION, Compensation, Hist
 from lightning_prune.reporting.loggers import log_history, run_folder
 from lightning_prune.reporting.measurement import Measurement
 from lightning_prune.reporting.report import render
+from lightning_prune.reporting.speed import Speed
 
-TIMES = ("latency_ms", "ms")
+TIMES = ("latency_ms", "latency_quartiles", "ms", "quartiles", "speed")
 
 
 def flops(module: torch.nn.Module) -> int:
@@ -65,7 +66,7 @@ def test_layers_add_up_and_are_counted_right(tmp_path: Path) -> None:
         assert sum(layer.flops for layer in layers) == measured.flops
         assert sum(layer.params for layer in layers) == measured.params
         assert [layer.name for layer in layers][:3] == ["stem", "first", "norm"]
-        assert all(layer.ms > 0 for layer in layers if layer.flops)
+        assert all(0 < layer.time.low <= layer.ms <= layer.time.high for layer in layers if layer.flops)
     # 8 x 8 positions, 3 x 3 weights, 12 inputs, 24 outputs.
     assert {layer.name: layer.flops for layer in history.layers_before}["first"] == 64 * 9 * 12 * 24
     width = module.first.out_channels * module.first.in_channels
@@ -103,8 +104,11 @@ def test_a_resumed_run_goes_on_with_the_history_of_its_checkpoint(epoch: int, tm
     _, trainer = battery.train(tmp_path / "c", resumed, logger=CSVLogger(tmp_path / "c"), ckpt_path=checkpoint)
     (written,) = read_histories(trainer.log_dir)
     assert without_times(written.to_json()) == without_times(unbroken.history.to_json())
-    # What was measured before the stop is kept.
-    assert (written.before, written.prunes[:epoch]) == (stopped.history.before, stopped.history.prunes[:epoch])
+    # What was measured before the stop is kept, but for the time before, which is taken at the end beside that after.
+    assert written.before.metrics == stopped.history.before.metrics
+    assert written.prunes[:epoch] == stopped.history.prunes[:epoch]
+    assert written.before.latency == written.speed.spread_before != stopped.history.before.latency
+    assert written.after.latency == written.speed.spread_after
 
 
 def test_of_two_ranks_the_first_writes(tmp_path: Path) -> None:
@@ -268,9 +272,10 @@ def whole() -> dict[str, Any]:
         Compensation("fold", 8, {"b": (0.5, 0.25)}, {"c": "d"}),
     )
     epochs = [{"epoch": 1, "keep_flops": 0.5, "val/acc": 0.5}]
+    speed = Speed([2.0, 2.0], [1.0, 1.0], "CPU, 1 thread")
     history = History(
         "m.M", "C", {"keep": 0.5}, "", {"a": 8}, {"b": (4, "is an output")}, measured, layers, [prune], layers, epochs,
-        measured,
+        measured, speed=speed,
     )  # fmt: skip
     return json.loads(json.dumps(history.to_json()))
 

@@ -39,6 +39,9 @@ def test_tensorboard_gets_numbers_histograms_figures_and_the_summary(tmp_path: P
         assert [image.step for image in images] == [*prunes, battery.BATCHES * battery.EPOCHS]
         pixels = np.asarray(Image.open(BytesIO(images[-1].encoded_image_string)))
         assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 10  # something is drawn
+    assert "hp_metric" not in events.Tags()["scalars"]
+    assert "_hparams_/session_start_info" in events.summary_metadata  # beside what is kept
+    assert events.Scalars("prune/keep_flops")[0].value == 1
     (text,) = events.Tensors("prune/summary/text_summary")
     told = text.tensor_proto.string_val[0].decode()
     for number in (callback.history.before.flops, callback.history.after.flops):

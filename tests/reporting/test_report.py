@@ -13,7 +13,7 @@ import battery
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lightning_prune
 from lightning_prune import files
@@ -29,7 +29,8 @@ from lightning_prune.reporting.history import (
     write_history,
 )
 from lightning_prune.reporting.measurement import Measurement
-from lightning_prune.reporting.report import render, templates, write_report
+from lightning_prune.reporting.report import render, templates, write_comparison, write_report
+from lightning_prune.reporting.speed import Speed
 
 VOID = {"meta", "br", "!doctype"}
 
@@ -90,7 +91,7 @@ def test_the_report_of_a_run_tells_all_of_it(tmp_path: Path) -> None:
     text = "\n".join(Page(path.read_text()).text)
     for words in (
         "ResidualClassifier pruned by PruningCallback", "battery.ResidualClassifier", "val/accuracy", "seed: 7 # <the",
-        "head: is an output of the network", '"round_to": 2',
+        "head: is an output of the network", "round_to",
         *told.groups, *(layer.name for layer in told.layers_before),
         *(f"{told.widths[name]} of {size}" for name, size in told.groups.items()),
         *(f"{prune.after.flops:,}" for prune in told.prunes), *(f"{p.budget['achieved']:.3f}" for p in told.prunes),
@@ -104,7 +105,7 @@ def test_numbers_and_bars_by_hand() -> None:
     page = Page(text)
     words = " ".join(page.text)
     assert "60.0%" in words  # of the FLOPs and of the parameters
-    assert "1.60x" in words  # 2 ms to 1.25 ms
+    assert "not known" in words  # how fast it is: that was not timed in turns
     assert "0.8750" in words  # the metric of the last validation
     assert "What cannot be pruned, and why" in words
     assert re.search(r"head \(10\).*neck \(4\).*is an output", words)
@@ -113,6 +114,61 @@ def test_numbers_and_bars_by_hand() -> None:
         row = re.search(rf'title="{group}: \d+ of.*?</div>', text)
         assert row is not None
         assert re.findall(r"width:([\d.]+)%", row[0]) == [outer, inner]
+
+
+FASTER = Speed([2.0, 2.25, 1.75], [1.0, 1.125, 0.875], "CPU, 1 thread")
+
+
+def test_a_speed_is_told_with_its_spread_or_not_at_all() -> None:
+    timed = history(
+        speed=FASTER, layers_before=[Layer("a", 800.0, 80.0, 1.0, (0.75, 1.25)), Layer("b", 1.0, 1.0, 1.0, (0.5, 1.5))],
+        layers_after=[Layer("a", 400.0, 40.0, 0.5, (0.25, 0.625)), Layer("b", 1.0, 1.0, 0.75, (0.5, 1.5))],
+    )  # fmt: skip
+    words = " ".join(" ".join(Page(render([timed], "runs/1")).text).split())
+    assert "2.00x 2.00 (1.88-2.12) ms → 1.00 (0.94-1.06) ms; 3 turns of each network" in words
+    assert "; 2.00x as fast (2.00-2.00)" in words
+    assert "1.00 (0.75-1.25) → 0.500 (0.250-0.625)" in words
+    assert "1.00 (0.50-1.50) → 0.750 (0.500-1.500), no difference" in words
+    alike = history(speed=Speed([2.0, 2.25, 1.75], [1.5, 2.0, 1.75], "CPU, 1 thread"))
+    words = " ".join(Page(render([alike], "runs/1")).text)
+    assert "no difference" in words
+    assert "no faster or slower, as far as was measured" in words
+    assert not re.search(r"\dx", words)
+
+
+def test_the_verdict_says_what_was_lost_and_gained() -> None:
+    text = " ".join(Page(render([history(speed=FASTER)], "runs/1")).text)
+    assert (
+        "60.0% of the FLOPs and 60.0% of the parameters are kept; 2.00x as fast (2.00-2.00); "
+        "val/acc is 0.8750, +0.1250 from before the first prune."
+    ) in text
+
+
+def test_a_run_without_pruning_stands_beside_one_with_it(tmp_path: Path) -> None:
+    pruned, table, board = (tmp_path / name for name in ("pruned", "table", "board"))
+    pruned.mkdir()
+    write_history(pruned, history(speed=FASTER))
+    for logger in (CSVLogger(table, "", ""), TensorBoardLogger(board, "", "")):
+        logger.log_metrics({"val/acc": 0.25, "train/loss": 2.0}, step=1)
+        logger.log_metrics({"val/acc": 0.9375}, step=2)
+        logger.log_metrics({"train/loss": 1.0}, step=3)
+        logger.finalize("success")
+    for run in (table, board):
+        words = " ".join(" ".join(Page(write_report(pruned, tmp_path / "page.html", run).read_text()).text).split())
+        assert f"{run} {pruned} parameters - 60 FLOPs - 600 times as fast as its original - 2.00x" in words
+        assert "val/acc 0.9375 0.8750 (-0.0625)" in words
+        assert "train/loss" not in words
+    path = write_comparison([pruned, table, pruned])
+    assert path == pruned / "compare.html"
+    words = " ".join(" ".join(Page(path.read_text()).text).split())
+    assert "parameters 60 - 60 (100.0%)" in words
+    assert words.count("Net pruned by PruningCallback") == 4  # a page for each of both, and their settings
+    (table / "metrics.csv").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match=r"metrics.csv' is damaged"):
+        write_report(pruned, baseline=table)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no pruning callback has logged there"):
+        write_report(pruned, baseline=tmp_path / "empty")
 
 
 def test_the_page_tells_of_compensation() -> None:
@@ -146,7 +202,7 @@ def test_names_are_text_and_never_markup() -> None:
     assert "<script" not in text
 
 
-KINDS = (History, Layer, Prune, Measurement, Compensation, MetricsAround)
+KINDS = (History, Layer, Prune, Measurement, Compensation, MetricsAround, Speed)
 KNOWN = {one.name for kind in KINDS for one in fields(kind)} | {
     "version", "epoch", "keep_flops", "asked", "achieved", "metric",
 }  # fmt: skip
@@ -168,8 +224,9 @@ def spoiled(value: Any, nasty: str) -> Any:
 )
 def test_no_field_of_a_history_is_ever_markup(nasty: str) -> None:
     measured = Measurement(60, 600, 1.25, {"val/acc": 0.5}, 700, fvcore_failure="no trace")
-    changed = spoiled(history(module="body", after=measured).to_json(), nasty)
-    plain = Page(render([history(module="body", after=measured)], "runs/1", "a: 1"))
+    told = history(module="body", after=measured, speed=FASTER)
+    changed = spoiled(told.to_json(), nasty)
+    plain = Page(render([told], "runs/1", "a: 1"))
     page = Page(render([History.from_json(changed)], f"runs/1{nasty}", f"a: 1{nasty}"))
     assert [tag for tag, _, _ in page.attributes] == [tag for tag, _, _ in plain.attributes]
     assert [name for _, name, _ in page.attributes] == [name for _, name, _ in plain.attributes]
