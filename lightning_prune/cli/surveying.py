@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_prune.callbacks.batches import ValidationBatches, training_batches
+from lightning_prune.callbacks.followers import NONE as NO_COPIES
 from lightning_prune.cli.methods import DEFAULT, UNIFORM, AtOnce
 from lightning_prune.planning import METRICS
 from lightning_prune.planning.in_turns import forward_times
@@ -120,7 +121,7 @@ class Surveyor(AtOnce):
         graph = self.run.graph
         try:
             plan = self.allocate(graph, self._scores_of(trainer, method), keep)
-            row.metrics = self.run.validator.after(plan, self._compensations(plan))
+            row.metrics = self.run.validator.after(plan, self._compensations(plan, NO_COPIES))
         except ValueError as refusal:
             row.refusal = str(refusal)
             return row

@@ -226,9 +226,10 @@ def sync_attention(module: Any) -> None:
         of_keys = (module.in_proj_weight.shape[0] - of_values) // 2
         module.embed_dim = module.kdim = module.vdim = module.in_proj_weight.shape[1]
     widths = {of_keys, of_values, module.embed_dim, output, module.num_heads * module.head_dim}
-    if type(module) is _ATTENTION and len(widths) > 1:
+    kind: Any = type(module)
+    if kind is _ATTENTION and len(widths) > 1:
         module.__class__ = FreeMultiheadAttention
         module._qkv_same_embed_dim = False  # by which encoder layers know that they cannot run it as one operator
-    elif type(module) is FreeMultiheadAttention and len(widths) == 1:
+    elif kind is FreeMultiheadAttention and len(widths) == 1:
         module.__class__ = _ATTENTION
         module._qkv_same_embed_dim = module.in_proj_weight is not None
