@@ -8,7 +8,8 @@ from torch import Tensor
 __all__ = ["described", "like"]
 
 _PLAIN = (bool, int, float, str, type(None))
-_FEW = 1024  # values that are kept: lengths, boxes and labels mean something, and zeros in their place may be refused
+_FEW = 1024  # values that are kept, where zeros in their place may be refused
+_MOST_AXES = 2  # of what may hold lengths, boxes or labels, which mean something
 
 
 def described(inputs: Any) -> Any:
@@ -33,7 +34,8 @@ def _described(value: Any) -> dict[str, Any]:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         description = {"shape": list(value.shape), "dtype": dtype}
-        if 0 < value.numel() <= _FEW and not value.is_complex():
+        is_small = 0 < value.numel() <= _FEW and value.dim() <= _MOST_AXES
+        if is_small and not value.is_complex():
             description["values"] = value.flatten().tolist()
         return description
     if type(value) in _PLAIN:
@@ -46,7 +48,7 @@ def _described(value: Any) -> dict[str, Any]:
 
 
 def like(description: dict[str, Any]) -> Any:
-    """Return inputs like those that were described: small tensors as they were, and zeros for large ones.
+    """Return inputs like those that were described: small tensors as they were, and zeros for others.
 
     Args:
         description: What `described` returned.

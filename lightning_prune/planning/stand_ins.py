@@ -14,7 +14,7 @@ from lightning_prune.graph.entry import let_in
 from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.twin import Twin, set_mode
 from lightning_prune.planning.timing import placed
-from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
 __all__ = ["Watcher", "at_widths"]
 
@@ -31,14 +31,16 @@ def at_widths(graph: ChannelGraph, widths: Mapping[str, int], watcher: Watcher |
 
     Args:
         graph: The traced model.
-        widths: Channels by group name; groups that are absent keep all channels.
+        widths: Channels by group name; groups that are absent keep all channels, and what the graph does not know as a
+            group, of another submodule or ignored by now, stays as it is.
         watcher: Given a module and the forward function of its twin, returns the function to run in place of that.
 
     Returns:
         A context that yields a function without arguments, which runs the submodule on the example inputs.
     """
     submodule = graph.model.get_submodule(graph.module)
-    plan = graph.plan({name: torch.arange(width) for name, width in widths.items()})
+    kept = {name: torch.arange(width) for name, width in widths.items() if name in graph.groups}
+    plan = graph.plan(kept).after(_beside(graph))
     shapes = {**graph.shapes, **plan.pruned_shapes()}
     tensors = graph.tensors()
     resized = {name: tensor for name, tensor in tensors.items() if tuple(tensor.shape) != shapes[name]}
@@ -53,6 +55,14 @@ def at_widths(graph: ChannelGraph, widths: Mapping[str, int], watcher: Watcher |
             for original, module in twin.pairs():
                 vars(module)["forward"] = watcher(original, module.forward)
         yield lambda: twin.model(*args, **kwargs)
+
+
+def _beside(graph: ChannelGraph) -> PruningPlan:
+    """Return what has been pruned of groups that are none of the graph's."""
+    earlier = plan_in_force(graph.model) or PruningPlan()
+    groups = {name: planned for name, planned in earlier.groups.items() if name not in graph.groups}
+    adaptations = {name: one for name, one in earlier.adaptations.items() if one.groups() & groups.keys()}
+    return PruningPlan(groups, earlier.shapes, adaptations=adaptations)
 
 
 def _stand_in(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -179,7 +179,8 @@ def test_a_run_shows_its_work_and_nothing_is_left_behind(monkeypatch: pytest.Mon
     battery.train(tmp_path, battery.make_callback("magnitude"))
     name = "ResidualClassifier"
     prunes = [f"Pruning {name}, step {step} of 3" for step in (1, 2, 3)]
-    assert works == [f"Tracing {name}", f"Measuring the flops of {name}", f"Measuring {name}", *prunes]
+    timing = f"Timing {name} before and after, turn and turn about"
+    assert works == [f"Tracing {name}", f"Measuring the flops of {name}", f"Measuring {name}", *prunes, timing]
     assert progress._chosen is None
     assert progress._bars == {}
     assert set(threading.enumerate()) <= before

@@ -193,7 +193,7 @@ def test_they_are_told_in_file_and_page(tmp_path: Path, caplog: pytest.LogCaptur
     (prune,) = history.prunes
     assert prune.metrics == callback.history.prunes[0].metrics
     content = json.loads(Path(logger.log_dir, "pruning.json").read_text())
-    assert content["version"] == 4
+    assert content["version"] == 5
     numbers = [getattr(prune.metrics, when)["val/accuracy"] for when in ("before", "uncompensated", "after")]
     assert [content["prunes"][0]["metrics"][when]["val/accuracy"] for when in ("before", "uncompensated", "after")] == (
         numbers

@@ -109,7 +109,7 @@ class Words(IterableDataset):
         return iter(["one", "two"])
 
 
-def fit(*callbacks: L.Callback, module: L.LightningModule | None = None, **trainer: Any) -> Callable[[Path], Any]:
+def fit(*callbacks: L.Callback, module: Any = battery.ResidualClassifier, **trainer: Any) -> Callable[[Path], Any]:
     return lambda root: battery.train(root, *callbacks, module=module, **trainer)
 
 
