@@ -21,13 +21,13 @@ class Group:
         name: Name of the module that produces the channels first.
         size: Number of channels in the original model.
         out_slices: Where weights produce the channels (rows of a convolution, say).
-        in_slices: Where weights consume the channels (columns of the layers behind, say).
+        in_slices: Where weights consume the channels (columns of the layers behind, say). Queries are consumed by the
+            keys that they are multiplied by, and these by them: of such channels all that produces them is among these.
         other_slices: What else is stored per channel: biases, normalisation.
         not_mask_exact: Why pruning a channel is not the same as masking it; empty if it is the same.
         least: How many must be kept: two where an axis of one would be squeezed away, or has no statistics; more than
             are behind the projection of an LSTM.
         kind: What one channel is: one of "channels", "heads", "query-key", "value" and "stream".
-        summed: Whether products of its channels are summed up, as of queries with keys, where no weight consumes them.
     """
 
     name: str
@@ -38,7 +38,6 @@ class Group:
     not_mask_exact: str = ""
     least: int = 1
     kind: str = "channels"
-    summed: bool = False
 
     @property
     def mask_exact(self) -> bool:
@@ -46,16 +45,10 @@ class Group:
         return not self.not_mask_exact
 
     @property
-    def masked_slices(self) -> tuple[Slice, ...]:
-        """The slices that are zero where a channel is masked: what consumes it or, where it is summed, what produces it."""
-        if self.summed:
-            return self.in_slices + self.out_slices + self.other_slices
-        return self.in_slices
-
-    @property
     def slices(self) -> tuple[Slice, ...]:
         """All slices of a channel."""
-        return self.out_slices + self.other_slices + self.in_slices
+        every = self.out_slices + self.other_slices + self.in_slices
+        return tuple(dict.fromkeys(every))
 
     @property
     def width(self) -> int:

@@ -413,6 +413,8 @@ class _Builder:
             else:
                 slices = other_slices
             slices.extend(slices_of(block.slot, positions))
+        if self.kinds.are_summed(_first_label(blocks)):
+            in_slices += out_slices + other_slices  # what is not zero there counts in the sum
         return Group(
             name=module_of(out_slices[0].tensor),
             size=len(blocks[0].labels),
@@ -421,7 +423,6 @@ class _Builder:
             other_slices=tuple(other_slices),
             not_mask_exact=self.why_not_mask_exact.about(_first_label(blocks)),
             kind=self.kinds.kind(_first_label(blocks), len(out_slices)),
-            summed=self.kinds.are_summed(_first_label(blocks)),
         )
 
 

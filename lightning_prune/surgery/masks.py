@@ -41,7 +41,7 @@ def mask(graph: ChannelGraph, plan: PruningPlan) -> None:
 
 
 def in_positions_of_pruned(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield where tensors consume channels that a plan prunes and that the model still has, or produce summed ones.
+    """Yield where tensors consume channels that a plan prunes and that the model still has.
 
     Args:
         graph: The traced model, pruned already or not.
@@ -54,8 +54,8 @@ def in_positions_of_pruned(graph: ChannelGraph, plan: PruningPlan) -> Iterator[t
         channels = pruned_channels(graph, name, planned)
         if not len(channels):
             continue
-        for masked in graph.group(name).masked_slices:
-            yield masked.tensor, masked.axis, graph.positions_now(masked, channels)
+        for in_slice in graph.group(name).in_slices:
+            yield in_slice.tensor, in_slice.axis, graph.positions_now(in_slice, channels)
 
 
 def pruned_channels(graph: ChannelGraph, name: str, planned: PlannedGroup) -> Tensor:
