@@ -206,9 +206,8 @@ class _Search:
 
     def settle(self) -> tuple[Grouping, list[CostTerm]]:
         """Return the groups that work, and the operations of the full network in evaluation mode."""
-        evaluation = self._observe_evaluation()
-        training = self._observe_training() if self._has_weights_beside(evaluation) else None
-        grouping, observed = self._settle(_Observed(evaluation, training), self._verify)
+        observed = _Observed(self._observe_evaluation(), None)
+        grouping, observed = self._settle(observed, self._verify)
         if self.steps:
             observed = replace(observed, steps=self._observe_steps(observed.evaluation))
             grouping, observed = self._settle(observed, self._verify_steps)
@@ -248,11 +247,6 @@ class _Search:
 
     def _observe_evaluation(self) -> Record:
         return self._learn_from(self.forward.observe(self._make_tracer, training=False))
-
-    def _has_weights_beside(self, evaluation: Record) -> bool:
-        """Tell whether evaluation mode does not use all weights, so that training mode is likely to do more."""
-        unused = self.forward.labelled.by_tensor.keys() - evaluation.used
-        return any(isinstance(self.forward.tensors[name], nn.Parameter) for name in unused)
 
     def _observe_training(self) -> Record | None:
         try:
