@@ -274,9 +274,10 @@ class Forward:
             stand_in = tensor.detach().clone()
             for axis, positions in kept.items():
                 stand_in = stand_in.index_select(axis, positions.to(stand_in.device))
-        if isinstance(tensor, nn.Parameter):
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if is_parameter:
             stand_in._is_weight = True  # type: ignore[attr-defined]
-        if isinstance(tensor, nn.Parameter) or tensor.is_floating_point():  # others are numbers of positions, or counts
+        if is_parameter or tensor.is_floating_point():  # others are numbers of positions, or counts
             stand_in._is_of_network = True  # type: ignore[attr-defined]
         stand_in._dotted_name = name  # type: ignore[attr-defined]
         return stand_in

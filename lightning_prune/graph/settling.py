@@ -7,7 +7,6 @@ from enum import Enum, auto
 from functools import partial
 
 import numpy as np
-from torch import nn
 
 from lightning_prune.graph.channel_graph import Group
 from lightning_prune.graph.costs import COSTS
@@ -173,10 +172,7 @@ class Search:
         Args:
             evaluation: What it showed in evaluation mode.
         """
-        training = None
-        if self._has_weights_beside(evaluation):
-            training = self._observe_training()
-        observed = _Observed(evaluation, training)
+        observed = _Observed(evaluation, None)
         grouping, observed = self._settle(observed, self._verify)
         if self.steps:
             observed = replace(observed, steps=self._observe_steps(observed.evaluation))
@@ -289,11 +285,6 @@ class Search:
 
     def _observe_evaluation(self) -> Record:
         return self._learn_from(self.forward.observe(self._make_tracer, training=False))
-
-    def _has_weights_beside(self, evaluation: Record) -> bool:
-        """Tell whether evaluation mode does not use all weights, so that training mode is likely to do more."""
-        unused = self.forward.labelled.by_tensor.keys() - evaluation.used
-        return any(isinstance(self.forward.tensors[name], nn.Parameter) for name in unused)
 
     def _observe_training(self) -> Record | None:
         try:

@@ -71,9 +71,10 @@ class SlotTable:
         self.sizes = [slot.size for slot in self.slots]
         self.count = 1 + sum(self.sizes)
         self.by_tensor: dict[str, dict[int, Labels]] = {}
-        for slot in self.slots:
+        _, *labels_by_slot = torch.arange(self.count).split([1, *self.sizes])  # sooner than one at a time
+        for slot, labels in zip(self.slots, labels_by_slot, strict=True):
             by_axis = self.by_tensor.setdefault(slot.tensor, {})
-            by_axis[slot.axis] = torch.arange(slot.start, slot.stop)
+            by_axis[slot.axis] = labels
 
     def labels(self, tensor: str) -> dict[int, Labels]:
         """Return the labels of a tensor, by axis."""

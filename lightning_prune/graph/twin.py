@@ -72,6 +72,7 @@ class Twin:
         self._counterparts: dict[int, Any] = dict(self._stand_ins)  # by id of what they stand for
         self._originals: list[Any] = []  # as long as they are there, their ids mean them
         self._functions: dict[Any, Callable[[Any, Twin], Any]] = {}  # by kind, looked up once
+        self._slots: dict[type, list[str]] = {}  # by class
         self._to_fill: deque[Callable[[], None]] = deque()
         self._resized: list[nn.Module] = []
         self._model = model
@@ -130,6 +131,12 @@ class Twin:
             else:
                 attributes[name] = self.counterpart(attribute)
 
+    def slots(self, kind: type) -> list[str]:
+        """Return the names of the slots of a class and of those that it inherits from, looked up once."""
+        if kind not in self._slots:
+            self._slots[kind] = _slots(kind)
+        return self._slots[kind]
+
     def note_sizes(self, module: nn.Module, counterpart: nn.Module) -> None:
         """Note that the sizes of the counterpart of a module may be others, if they may."""
         if self._stand_ins and has_registered_sizes(module):
@@ -176,7 +183,7 @@ def _is_shared(value: Any) -> bool:
 def _fill_object(value: Any, blank: Any, twin: Twin) -> None:
     if hasattr(value, "__dict__"):
         twin.fill_attributes(value, blank)
-    for name in _slots(type(value)):
+    for name in twin.slots(type(value)):
         if hasattr(value, name):
             object.__setattr__(blank, name, twin.counterpart(getattr(value, name)))
 
@@ -232,7 +239,8 @@ def _of_dict(values: dict, twin: Twin) -> Any:
         if isinstance(values, defaultdict):
             blank.default_factory = twin.counterpart(values.default_factory)
         for key, value in dict.items(values):
-            put(blank, _of_key(key, twin), twin.counterpart(value))
+            counterpart_of_key = key if type(key) is str else _of_key(key, twin)
+            put(blank, counterpart_of_key, twin.counterpart(value))
         if kind not in (dict, OrderedDict, defaultdict) and hasattr(values, "__dict__"):
             twin.fill_attributes(values, blank)
 
@@ -374,8 +382,12 @@ def set_mode(model: nn.Module, training: bool) -> None:
         training: Whether it is training mode.
     """
     for module in submodules(model):
-        if module.training != training:
+        if module.training == training:
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
             module.training = training
+        else:
+            vars(module)["training"] = training
 
 
 @contextmanager

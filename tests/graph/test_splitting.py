@@ -1,5 +1,6 @@
 """Networks that take channels apart, shuffle them or gate them: prunable where exact, unprunable where not."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -571,6 +572,20 @@ def test_masked_equals_pruned(between, channels: int, read: int):
     for _ in range(4):
         plan = random_plan(graph, exact_only=True)
         assert not plan.groups or difference(model, graph, plan, x) <= 1e-9
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("first", [nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(3, 8, 3), nn.Conv2d(3, 8, 3, bias=False)])
+def test_spectral_norm_makes_no_channels_of_what_a_layer_consumes(first: nn.Module, norm: Callable, training: bool):
+    layers = copy.deepcopy(first), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 2, 1)
+    model = nn.Sequential(*(norm(layer) for layer in layers)).train(training)
+    graph = lp.trace(model, torch.zeros(2, 3, 8, 8))
+    assert [(group.size, group.mask_exact) for group in graph.groups.values()] == [(8, False), (6, False)]
+    [(name, unprunable)] = graph.unprunable.items()
+    assert (name.partition(".")[0], unprunable.channels) == ("2", 2)
+    lp.prune(model, random_plan(graph))
+    assert model(torch.zeros(2, 3, 8, 8)).shape[1] == 2
 
 
 def test_weight_norm_makes_channels_from_two_parameters():

@@ -212,7 +212,8 @@ def matrix_vector_product(tracer: Tracer, call: Call) -> None:
     *bias, matrix, vector = call.args
     rows = tracer.labels(matrix, 0)
     columns = tracer.tie_axes(matrix, 1, vector, 0, "multiplies a vector of fixed size")
-    if tracer.of_weights:  # a norm of a weight, as spectral normalisation takes it
+    is_of_buffer = tracer.is_weight(matrix) and bool(tracer.name_of(vector))
+    if tracer.of_weights or is_of_buffer:  # a norm of a weight, as spectral normalisation takes it
         tracer.mark_not_mask_exact(columns, _TWO_WEIGHTS)
     elif tracer.is_weight(vector):
         tracer.mark_consumed(vector, 0)
