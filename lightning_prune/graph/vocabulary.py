@@ -103,6 +103,11 @@ class Vocabulary:
         return getattr(tensor, "_keeps_zero", False)
 
     @staticmethod
+    def is_of_scores(tensor: Any) -> bool:
+        """Tell whether a tensor was computed from products of queries and keys."""
+        return getattr(tensor, "_is_of_scores", False)
+
+    @staticmethod
     def name_of(tensor: Any) -> str:
         """Return the dotted name of a parameter or buffer, empty for any other tensor."""
         return getattr(tensor, "_dotted_name", "")
@@ -142,6 +147,11 @@ class Vocabulary:
     def keep_zero(tensor: Tensor) -> None:
         """Say that a tensor is zero along channels all of whose weights are."""
         tensor._keeps_zero = True  # type: ignore[attr-defined]
+
+    @staticmethod
+    def set_of_scores(tensor: Tensor, is_so: bool = True) -> None:
+        """Say whether a tensor is computed from products of queries and keys, as is what is computed from it."""
+        tensor._is_of_scores = is_so  # type: ignore[attr-defined]
 
     @staticmethod
     def set_of_inputs(tensor: Tensor) -> None:
