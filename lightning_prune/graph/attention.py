@@ -8,7 +8,7 @@ from torch.nn import functional
 
 __all__ = ["FreeMultiheadAttention", "free", "sync_attention"]
 
-_ATTENTION = nn.MultiheadAttention
+_ATTENTION: type[nn.Module] = nn.MultiheadAttention
 
 
 class FreeMultiheadAttention(nn.MultiheadAttention):

@@ -180,21 +180,12 @@ class Split(NamedTuple):
     Attributes:
         site: Where.
         labels: The labels of all its positions.
-        dimensions: How many axes the output has there.
-        along: Those of them that it was split into.
-        followed: Which of these has labels.
+        followed: Which of the axes it was split into has labels.
     """
 
     site: SplitSite
     labels: Labels
-    dimensions: int
-    along: tuple[int, ...]
     followed: int
-
-    @property
-    def place(self) -> "SplitSite":
-        """Where it was, with the number of axes that the output has."""
-        return SplitSite(self.site.line, self.dimensions)
 
 
 class Sheet(Enum):
@@ -296,10 +287,8 @@ class Known:
         grouped: Names of the weights of grouped convolutions and normalisations, or where they are read if they are
             computed; one of a single group looks like any other.
         sheet: Which channels labels follow.
-        split_along: The axes that attention splits channels into, by the place: a single head looks like none.
     """
 
     shrinking_axis: dict[SplitSite, int] = field(default_factory=dict)
     grouped: frozenset[str] = frozenset()
     sheet: Sheet = Sheet.EITHER
-    split_along: dict[SplitSite, tuple[int, ...]] = field(default_factory=dict)

@@ -19,11 +19,11 @@ from lightning_prune.graph.records import Known, Note, Record
 from lightning_prune.graph.relations import Relations, frozen_channels
 from lightning_prune.graph.rules import RULES
 from lightning_prune.graph.run import Forward
-from lightning_prune.graph.sheets import Sheet, joined_groups
+from lightning_prune.graph.sheets import Sheet, is_pair, joined_groups
 from lightning_prune.graph.slots import module_of
 from lightning_prune.graph.steps import StepRun
 from lightning_prune.graph.tracer import Tracer
-from lightning_prune.graph.trial import Fitted
+from lightning_prune.graph.trial import Fitted, Pruned, Shrinking, TrialRunner
 from lightning_prune.graph.verification import Verifier
 from lightning_prune.pruning_plan import PlannedGroup
 
@@ -247,6 +247,24 @@ class Search:
 
     # -- what follows the groups -------------------------------------------------------------------------------------
 
+    def runs_with_single_heads(self, sheet: Sheet) -> bool:
+        """Tell whether the network runs with one head where it has two, which nothing else has tried.
+
+        Args:
+            sheet: The groups that work.
+        """
+        fitting, beside = self._fitting(sheet.grouping, sheet.record)
+        pairs = [name for name, group in fitting.groups.items() if is_pair(group)]
+        if not pairs:
+            return True
+        for name in pairs:
+            group = fitting.groups[name]
+            beside[name] = PlannedGroup(group.size, (0,), group.slices)
+        fitted = Fitted(fitting.adaptations(), beside)
+        runner = TrialRunner(self.forward, sheet.grouping, self.tables_without_costs, self.known, fitted)
+        trial = runner.run(Shrinking([], Pruned.FIRST, training=False), sheet.record)
+        return not trial.failures
+
     def _fitted(self, grouping: Grouping, evaluation: Record) -> Fitted:
         """Return what is done in a trial beside pruning groups."""
         fitting, beside = self._fitting(grouping, evaluation)
@@ -254,32 +272,21 @@ class Search:
 
     def _fitting(self, grouping: Grouping, evaluation: Record) -> tuple[Fitting, dict[str, PlannedGroup]]:
         """Return what finds out what follows the groups, and the groups of the other sheet that are pruned too."""
-        own = Sheet(
-            grouping,
-            evaluation,
-            grouping.names,
-        )
+        own = Sheet(grouping, evaluation, grouping.names)
         if self.other is None:
-            return Fitting(
-                [own],
-                grouping.groups,
-                self.resized,
-            ), {}
+            return Fitting([own], grouping.groups, self.resized), {}
         if not self.beside:
             others = {_OTHER + name: group for name, group in self.other.grouping.groups.items()}
             other = replace(self.other, names=list(others))
-            return Fitting(
-                [other, own],
-                {**grouping.groups, **others},
-                self.resized,
-            ), {}
-        groups, names = joined_groups(grouping, self.other.grouping)
-        beside = {name: _half(groups[name]) for name in names if name and name not in grouping.groups}
-        return Fitting(
-            [own, replace(self.other, names=names)],
-            groups,
-            self.resized,
-        ), beside
+            groups = {**grouping.groups, **others}
+            return Fitting([other, own], groups, self.resized), {}
+        groups, names = joined_groups(grouping, self.other)
+        beside = {}
+        for name in names:
+            if name and name not in grouping.groups and not is_pair(groups[name]):
+                beside[name] = _half(groups[name])
+        other = replace(self.other, names=names)
+        return Fitting([own, other], groups, self.resized), beside
 
     # -- observing the full network --------------------------------------------------------------------------------
 
@@ -482,22 +489,10 @@ def _beside_forward(grouping: Grouping, of_forward: Record) -> list[Finding]:
 
 def _half(group: Group) -> PlannedGroup:
     """Return about half of the channels of a group, with the first: labels are those of the first head."""
-    kept = (
-        tuple(
-            range(
-                0,
-                group.size,
-                2,
-            )
-        )
-        if group.size >= 2 * group.least
-        else tuple(range(group.least))
-    )
-    return PlannedGroup(
-        group.size,
-        kept,
-        group.slices,
-    )
+    kept = tuple(range(0, group.size, 2))
+    if len(kept) < group.least:
+        kept = tuple(range(group.least))
+    return PlannedGroup(group.size, kept, group.slices)
 
 
 def matches_any(pattern: str, names: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.records import CostTerm, Labels, Record
 from lightning_prune.pruning_plan import Slice
 
-__all__ = ["Sheet", "joined_groups", "terms_of"]
+__all__ = ["Sheet", "is_pair", "joined_groups", "terms_of"]
 
 _NONE = -1
 Alternative = tuple[int, tuple[Axis, ...]]  # a coefficient, and the axes whose lengths it is multiplied by
@@ -38,6 +38,13 @@ class Sheet:
     record: Record
     names: Sequence[str]
 
+    def without_pairs(self) -> "Sheet":
+        """Return the sheet without the groups of two heads."""
+        names = []
+        for name, group in zip(self.names, self.grouping.groups.values(), strict=True):
+            names.append("" if is_pair(group) else name)
+        return replace(self, names=names)
+
     def names_along(self, labels: Labels | int, size: int) -> ndarray:
         """Return the number of the group of each position along an axis, -1 for none: (positions,)."""
         if isinstance(labels, int):
@@ -45,13 +52,18 @@ class Sheet:
         return self.grouping.group_of[labels.numpy()]
 
 
-def joined_groups(inner: Grouping, outer: Grouping) -> tuple[dict[str, Group], list[str]]:
+def is_pair(group: Group) -> bool:
+    """Tell whether a group has two heads: where one of them is left, it shows nowhere in the shapes."""
+    return group.kind == "heads" and group.size == 2
+
+
+def joined_groups(inner: Grouping, outer: Sheet) -> tuple[dict[str, Group], list[str]]:
     """Return the groups of both sheets, and what those of the second are called among them.
 
     Args:
         inner: The groups of the width of heads, and all others.
-        outer: The groups of heads, and all others; those that are in the first too are in it once. One that does not
-            lie across the groups of the first as heads do is left out.
+        outer: The sheet of heads, and all others; those that are in the first too are in it once. One that does not
+            lie across the groups of the first as heads do is left out, as are those without a name.
 
     Returns:
         The groups by name, and names by number of the group; empty for those that are left out.
@@ -60,9 +72,9 @@ def joined_groups(inner: Grouping, outer: Grouping) -> tuple[dict[str, Group], l
     known = {_identity(group): name for name, group in inner.groups.items()}
     places = _Places(inner.groups.values())
     names = []
-    for group in outer.groups.values():
+    for named, group in zip(outer.names, outer.grouping.groups.values(), strict=True):
         name = known.get(_identity(group), "")
-        if not name and places.lies_across(group):
+        if named and not name and places.lies_across(group):
             name = _new_name(group, groups)
             groups[name] = replace(group, name=name)
         names.append(name)

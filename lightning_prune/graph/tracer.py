@@ -280,6 +280,9 @@ class Tracer(Vocabulary, TorchDispatchMode):
         """Follow a rule, and note what became of the labels of the inputs."""
         given = self.labels_of(inputs)  # now, because a rule may give other labels to what is changed in place
         self.splits = False
+        if any(map(self.is_of_scores, inputs)):
+            for output in call.outputs:
+                self.set_of_scores(output)
         try:
             rule(self, call)
         except Exception as raised:  # a rule that was not made for this: as good as none

@@ -187,6 +187,8 @@ def _see(network: Network) -> _Seen:
     inner.other, inner.beside, inner.resized = of_heads, True, outer.resized
     inner.found_unprunable.extend(outer.found_beside_attention)
     sheet, joined = inner.settle(of_widths)
+    if not inner.runs_with_single_heads(sheet):
+        of_heads = of_heads.without_pairs()
     return _put_together(
         inner,
         [sheet, of_heads],
@@ -204,13 +206,8 @@ def _following(known: Known, which: Which, splits: Sequence[Split]) -> Known:
     """Return what is known, with the axes that labels follow where channels of attention are split."""
     behind = 1 if which is Which.WIDTHS else 2
     axes = {split.site: split.site.axes - behind for split in splits}
-    along = {split.place: split.along for split in splits}
-    return replace(
-        known,
-        shrinking_axis={**known.shrinking_axis, **axes},
-        sheet=which,
-        split_along=along,
-    )
+    shrinking_axis = {**known.shrinking_axis, **axes}
+    return replace(known, shrinking_axis=shrinking_axis, sheet=which)
 
 
 def _split_into_heads(forward: Forward, evaluation: Record) -> list[Split]:
@@ -226,7 +223,7 @@ def _put_together(search: Search, sheets: Sequence[Sheet], joined: Record) -> _S
     sheet, *others = sheets
     groups = sheet.grouping.groups
     for number, other in enumerate(others, start=1):
-        groups, names = joined_groups(sheet.grouping, other.grouping)
+        groups, names = joined_groups(sheet.grouping, other)
         sheets = [*sheets[:number], replace(other, names=names)]
     name_the_rest(
         search.forward,

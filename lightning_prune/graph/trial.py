@@ -19,6 +19,7 @@ from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.operators import OperatorTables, TracerRule
 from lightning_prune.graph.records import Call, CallKey, Known, Labels, ModuleCall, Record
 from lightning_prune.graph.run import Forward
+from lightning_prune.graph.sheets import is_pair
 from lightning_prune.graph.tracer import Tracer
 from lightning_prune.pruning_plan import Adaptation, Index, PlannedGroup, PruningPlan
 
@@ -360,6 +361,8 @@ class TrialRunner:
         planned = dict(self.fitted.beside)
         for number in shrinking.groups:
             group = groups[number]
+            if is_pair(group):
+                continue
             kept = _kept_channels(number, group, shrinking.pruned)
             positions = tuple(kept.tolist())
             planned[group.name] = PlannedGroup(group.size, positions, group.slices)

@@ -101,6 +101,11 @@ class Vocabulary:
         return getattr(tensor, "_keeps_zero", False)
 
     @staticmethod
+    def is_of_scores(tensor: Any) -> bool:
+        """Tell whether a tensor was computed from products of queries and keys."""
+        return getattr(tensor, "_is_of_scores", False)
+
+    @staticmethod
     def name_of(tensor: Any) -> str:
         """Return the dotted name of a parameter or buffer, empty for any other tensor."""
         return getattr(tensor, "_dotted_name", "")
@@ -140,6 +145,11 @@ class Vocabulary:
     def keep_zero(tensor: Tensor) -> None:
         """Say that a tensor is zero along channels all of whose weights are."""
         tensor._keeps_zero = True  # type: ignore[attr-defined]
+
+    @staticmethod
+    def set_of_scores(tensor: Tensor, is_so: bool = True) -> None:
+        """Say whether a tensor is computed from products of queries and keys, as is what is computed from it."""
+        tensor._is_of_scores = is_so  # type: ignore[attr-defined]
 
     @staticmethod
     def set_of_inputs(tensor: Tensor) -> None:
@@ -197,17 +207,7 @@ class Vocabulary:
         if len(others):  # all parts at once: an image that is flattened with its channels has a hundred thousand
             self.tie(first.repeat(len(others) // size), others, "is split into parts")
 
-    def axes_of_split(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the axes that attention is known to split channels into, where one of them may have a single head.
-
-        Args:
-            shape: The shape of the output.
-        """
-        if not self.known.split_along or 1 not in shape:
-            return ()
-        return self.known.split_along.get(SplitSite(running_line(), len(shape)), ())
-
-    def split_axis(self, spread: Tensor, along: Sequence[int], written: Sequence[int] = ()) -> int:
+    def split_axis(self, labels: Labels, sizes: Sequence[int], written: Sequence[int] = ()) -> int:
         """Say that an axis is split into several; returns the one that becomes shorter when channels are pruned.
 
         Code that splits channels writes one size down and computes the other; which is which shows only when the
@@ -215,18 +215,18 @@ class Vocabulary:
         shown otherwise.
 
         Args:
-            spread: The labels at all positions of the output.
-            along: The axes, outermost first.
+            labels: The labels of all its positions.
+            sizes: How long the axes are, outermost first.
             written: Their sizes as the code has them; nothing where these are not known.
         """
         self.splits = True
-        site = SplitSite(running_line(), len(along))
+        site = SplitSite(running_line(), len(sizes))
         number_of_tie = len(self.record.ties)  # of the one that the rule is about to make
         self.ties_of_splits[number_of_tie] = site
         computed = find_computed(written, self.record)
-        default = len(along) - 1 if computed is None else computed
+        default = len(sizes) - 1 if computed is None else computed
         shorter = self.known.shrinking_axis.get(site, default)
-        self.record.splits.append(Split(site, spread.reshape(-1), spread.dim(), tuple(along), shorter))
+        self.record.splits.append(Split(site, labels, shorter))
         return shorter
 
     def written_sizes(self, output: Tensor) -> Sequence[int]:

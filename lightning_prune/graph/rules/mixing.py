@@ -174,6 +174,7 @@ def _multiply(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> No
     """Label the product of (rows, inner) and (inner, columns), or of as many such matrices as there are in a batch."""
     rows = tracer.labels(left, -2)
     columns = tracer.labels(right, -1)
+    tracer.set_of_scores(output, False)
     inner = tracer.tie_axes(left, -1, right, -2, "multiplies a matrix of fixed size")
     left_is_weight = tracer.is_weight(left)
     right_is_weight = tracer.is_weight(right)
@@ -184,7 +185,7 @@ def _multiply(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> No
         tracer.mark_consumed(right, -2)
         tracer.mark_out_slice(columns)
     if not left_is_weight and not right_is_weight:
-        _multiply_activations(tracer, left, right, inner)
+        _multiply_activations(tracer, left, right, output, inner)
     elif tracer.keeps_zero(left if left_is_weight else right):
         tracer.keep_zero(output)
     if output.dim() == 2:
@@ -195,15 +196,29 @@ def _multiply(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> No
     tracer.set_labels(output, {1: rows, 2: columns, 0: batch})
 
 
-def _multiply_activations(tracer: Tracer, left: Tensor, right: Tensor, inner: Labels | None) -> None:
+def _multiply_activations(
+    tracer: Tracer,
+    left: Tensor,
+    right: Tensor,
+    output: Tensor,
+    inner: Labels | None,
+) -> None:
     """Say what the channels of attention are: those that scores are summed over, of its values, and its heads."""
     tracer.mark_summed(inner, (left, right), _TWO_ACTIVATIONS)
     if left.dim() < 3:
         return
-    tracer.mark_kind(inner, "query-key")
-    if inner is None and tracer.labels(left, -2) is None:
-        tracer.mark_kind(tracer.labels(right, -1), "value")
+    rows, columns = tracer.labels(left, -2), tracer.labels(right, -1)
     tracer.mark_kind(tracer.labels(left, 0), "heads")
+    if tracer.is_of_scores(left):
+        tracer.mark_kind(columns, "value")
+    elif tracer.is_of_scores(right):
+        tracer.mark_kind(rows, "value")
+    elif inner is not None:
+        tracer.mark_kind(inner, "query-key")
+        tracer.set_of_scores(output)
+    else:  # of keys and values first
+        tracer.mark_kind(rows, "query-key")
+        tracer.mark_kind(columns, "value")
 
 
 @rule("aten.mv", "aten.addmv")

@@ -66,9 +66,6 @@ def _find_axis(tracer: Tracer, spread: Tensor, written: Sequence[int] = ()) -> _
     positions and the other becomes shorter: channels at equal positions along the shorter one are tied.
     """
     varying = _varying_axes(spread)
-    along = tracer.axes_of_split(spread.shape)
-    if set(varying) < set(along) and all(spread.shape[axis] == 1 for axis in set(along) - set(varying)):
-        varying = list(along)
     if not varying:
         one_label = spread.reshape(-1)[:1]
         if len(one_label) > 0:
@@ -77,7 +74,8 @@ def _find_axis(tracer: Tracer, spread: Tensor, written: Sequence[int] = ()) -> _
     axis = varying[0]
     if len(varying) > 1:
         written = [written[axis] for axis in varying] if written else ()
-        shorter = tracer.split_axis(spread, varying, written)
+        sizes = [spread.shape[axis] for axis in varying]
+        shorter = tracer.split_axis(spread.reshape(-1), sizes, written)
         axis = varying[shorter]
     labels = _labels_along(spread, axis)
     if len(varying) > 1:
@@ -117,11 +115,7 @@ def repeat(tracer: Tracer, call: Call) -> None:
     for axis, labels in labels_by_axis.items():
         spread = _spread(labels, axis, x.shape)
         moved = call.operator(spread, *other_arguments, **call.kwargs)
-        if tracer.known.sheet is Sheet.HEADS and not bool((labels != labels[0]).any()):  # the only head that is left
-            same_axis = axis + moved.dim() - x.dim()
-            found: _LabelledAxis | None = _LabelledAxis(same_axis, _labels_along(moved, same_axis))
-        else:
-            found = _find_axis(tracer, moved)
+        found = _find_axis(tracer, moved)
         if found is not None:
             _add_labels(tracer, call.output, found)
 
@@ -239,12 +233,8 @@ def _find_reshaped_axis(tracer: Tracer, spread: Tensor, written: Sequence[int]) 
     candidates = [axis for axis, size in enumerate(spread.shape) if size == 1]
     if spread.dim() == 1:
         candidates = [0]
-    if tracer.known.sheet is Sheet.HEADS and tracer.known.split_along and not candidates:
-        candidates = [0]
-    if not candidates or _varying_axes(spread) or tracer.axes_of_split(spread.shape):
+    if not candidates or _varying_axes(spread):
         return _find_axis(tracer, spread, written)
-    if tracer.known.sheet is Sheet.HEADS:  # behind the batch
-        candidates = [spread.dim() - 1]
     labels = _labels_along(spread, candidates[0])
     return _LabelledAxis(candidates[0], labels)
 
