@@ -26,7 +26,7 @@ class Group:
         not_mask_exact: Why pruning a channel is not the same as masking it; empty if it is the same.
         least: How many must be kept: two where an axis of one would be squeezed away, or has no statistics; more than
             are behind the projection of an LSTM.
-        kind: What a channel is: one of ``"channels"``, ``"heads"``, ``"query-key"``, ``"value"`` and ``"stream"``.
+        kind: What one channel is: one of "channels", "heads", "query-key", "value" and "stream".
     """
 
     name: str
