@@ -65,7 +65,7 @@ class Alignment:
             if len(channels) == 0:
                 continue
             group = graph.group(name)
-            for slice_ in (*group.out_slices, *group.in_slices):
+            for slice_ in dict.fromkeys((*group.out_slices, *group.in_slices)):
                 weight = tensors[slice_.tensor]
                 if not isinstance(weight, nn.Parameter):
                     continue

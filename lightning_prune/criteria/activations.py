@@ -10,7 +10,13 @@ from torch import Tensor
 from lightning_prune.candidates.isolation import of_twin
 from lightning_prune.compiled import as_written
 from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, to_original_channels
-from lightning_prune.criteria.input_hooks import check_watchable, sum_positions, watch_inputs, watched_places
+from lightning_prune.criteria.input_hooks import (
+    check_watchable,
+    positions_of_channels,
+    sum_positions,
+    watch_inputs,
+    watched_places,
+)
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.finite import REMEDY, cause_in, not_finite_in
@@ -134,13 +140,12 @@ def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | No
 
 def _mean_over_layers(graph: ChannelGraph, name: str, means: dict[str, _Mean]) -> Tensor:
     """Return the mean over the layers that consume a group: (kept channels,)."""
-    channels = graph.kept(name)
     by_layer = []
-    for key, place in watched_places(graph, graph.groups[name]).items():
+    for key, places in watched_places(graph, graph.groups[name]).items():
         mean = means.get(key)
         if mean is not None:
-            inputs = graph.positions_now(place, channels)
-            by_channel = mean.total[inputs].view(len(channels), -1)  # (kept channels, inputs of a channel)
+            inputs = positions_of_channels(graph, name, places)
+            by_channel = mean.total[inputs]  # (kept channels, inputs of a channel)
             by_layer.append(by_channel.mean(1) / mean.count)
     if not by_layer:
         raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_prune.criteria.input_hooks import consumed_by_layers
 from lightning_prune.graph.channel_graph import ChannelGraph, Snapshot, values_of
 
 __all__ = ["expected_shares", "names_of_scales"]
@@ -20,7 +21,8 @@ def expected_shares(graph: ChannelGraph) -> dict[str, Tensor]:
 
     What layers consume is taken as uncorrelated, with the variance that batch normalisation gives it; where there is
     none, with that of the layer's outputs for uncorrelated inputs. At each layer, the share of the variance is averaged
-    over the outputs; shares of several layers are added.
+    over the outputs; shares of several layers are added. Where no layer consumes a group, its channels share what the
+    group has in all: what is multiplied, as queries by keys are, by the product of both variances.
 
     Args:
         graph: The traced model; the weights are read as they are now.
@@ -55,10 +57,18 @@ def expected_shares(graph: ChannelGraph) -> dict[str, Tensor]:
         if name in shares:
             by_layer = torch.stack(shares[name])
             added[name] = by_layer.sum(0)
-        else:  # nothing tells the channels apart
-            alike = torch.ones_like(variance)
-            added[name] = alike / len(alike)
+        else:
+            added[name] = _shares_where_made(variance)
     return added
+
+
+def _shares_where_made(variance: Tensor) -> Tensor:
+    """Return the shares of the channels in what their group has in all, where no layer consumes it: (channels,)."""
+    total = variance.sum()
+    if total > 0:
+        return variance / total
+    alike = torch.ones_like(variance)
+    return alike / len(alike)
 
 
 def names_of_scales(model: nn.Module) -> set[str]:
@@ -93,6 +103,9 @@ def _variance(now: Snapshot, name: str, scales: set[str]) -> Tensor:
         variance = squares.mean(1) if normalised else squares.sum(1)
         by_place.append(variance)
     variances = torch.stack(by_place)
+    if group.kind == "query-key" and len(by_place) % 2 == 0:  # of each head: queries come first, then keys
+        queries, keys = variances.chunk(2)
+        variances = queries * keys
     return variances.sum(0)
 
 
@@ -101,7 +114,7 @@ def _consumed(now: Snapshot) -> dict[tuple[str, int], list[_Place]]:
     consumed = defaultdict(list)
     for name, group in now.groups.items():
         channels = now.kept(name)
-        for one in group.in_slices:
+        for one in consumed_by_layers(group):
             along = one.tensor, one.axis
             positions = now.positions(one, channels)
             positions = positions.view(len(channels), -1)

@@ -11,7 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.criteria.input_hooks import (
     check_watchable,
+    consumed_by_layers,
     places_made,
+    positions_of_channels,
     sum_positions,
     unwatch,
     watch_inputs,
@@ -241,13 +243,11 @@ class _Effects(Collector):
 
     def _effects_of_channels(self, group: Group, by_weight: TensorsByName) -> list[Tensor]:
         """Return (samples, kept channels) for each layer that consumes the group."""
-        channels = self.graph.kept(group.name)
         effects = []
-        for key, place in watched_places(self.graph, group).items():
+        for key, places in watched_places(self.graph, group).items():
             if key in by_weight:
-                inputs = self.graph.positions_now(place, channels)
-                of_group = by_weight[key][:, inputs]
-                of_channels = of_group.unflatten(1, (len(channels), -1))  # (samples, kept channels, inputs of each)
+                inputs = positions_of_channels(self.graph, group.name, places)
+                of_channels = by_weight[key][:, inputs]  # (samples, kept channels, inputs of each)
                 effects.append(of_channels.sum(2))
         return effects
 
@@ -276,11 +276,11 @@ class _Gradients(Collector):
         """Tell whether all that counts is trained: what frozen weights pass on is not known from the others."""
         if self.variant != "gate":
             return True
-        return all(tensors[place.tensor].requires_grad for place in group.in_slices)
+        return all(tensors[place.tensor].requires_grad for place in consumed_by_layers(group))
 
     def _add_products(self, group: Group, products: Mapping[str, Tensor]) -> None:
         # A gate on a channel multiplies it wherever it is consumed, as would a factor on the weights that consume it.
-        places: Sequence[Slice] = group.in_slices
+        places: Sequence[Slice] = consumed_by_layers(group)
         if self.variant != "gate":
             places = group.out_slices + group.other_slices
         elif not places:  # or wherever it is produced, as would a factor on all that is stored of it there

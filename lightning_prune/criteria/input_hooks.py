@@ -1,6 +1,6 @@
 """Hooks on the inputs of the layers that consume channel groups or, where no layer does, on what produces them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,17 @@ from lightning_prune.compiled import forget_compiled, in_use
 from lightning_prune.graph.channel_graph import ChannelGraph, Group
 from lightning_prune.pruning_plan import Slice
 
-__all__ = ["OnInput", "check_watchable", "places_made", "sum_positions", "unwatch", "watch_inputs", "watched_places"]
+__all__ = [
+    "OnInput",
+    "check_watchable",
+    "consumed_by_layers",
+    "places_made",
+    "positions_of_channels",
+    "sum_positions",
+    "unwatch",
+    "watch_inputs",
+    "watched_places",
+]
 
 OnInput = Callable[[str, Tensor, int], Tensor | None]
 """Given the key of a place, the values there and the axis of the channels; may return other values."""
@@ -22,22 +32,53 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 
 
-def watched_places(graph: ChannelGraph, group: Group) -> dict[str, Slice]:
+def consumed_by_layers(group: Group) -> list[Slice]:
+    """Return where layers consume a group; queries are consumed by the keys they are multiplied by, and by no layer.
+
+    Args:
+        group: A group. What it is masked at may be what produces it, where no layer consumes it.
+    """
+    made = {*group.out_slices, *group.other_slices}
+    return [place for place in group.in_slices if place not in made]
+
+
+def watched_places(graph: ChannelGraph, group: Group) -> dict[str, list[Slice]]:
     """Return where a group is watched, by key: in what its layers consume, or else in what produces it.
+
+    A channel may lie in several slices of one tensor, as one of the width of attention heads does in each head.
 
     Args:
         graph: The traced model.
         group: One of its groups.
     """
-    places = {}
-    for place in group.in_slices:
-        places[place.tensor] = place
+    places: dict[str, list[Slice]] = {}
+    for place in consumed_by_layers(group):
+        of_tensor = places.setdefault(place.tensor, [])
+        of_tensor.append(place)
     if places:
         return places
     for place in places_made(graph, group):
         key = f"{place.tensor} (output)"
-        places[key] = place
+        of_tensor = places.setdefault(key, [])
+        of_tensor.append(place)
     return places
+
+
+def positions_of_channels(graph: ChannelGraph, name: str, places: Sequence[Slice]) -> Tensor:
+    """Return where the kept channels of a group lie in some slices of a tensor: (kept channels, positions of each).
+
+    Args:
+        graph: The traced model.
+        name: Name of the group.
+        places: The slices.
+    """
+    channels = graph.kept(name)
+    by_place = []
+    for place in places:
+        positions = graph.positions_now(place, channels)
+        by_channel = positions.view(len(channels), -1)
+        by_place.append(by_channel)
+    return torch.cat(by_place, 1)
 
 
 def places_made(graph: ChannelGraph, group: Group) -> list[Slice]:
@@ -48,12 +89,16 @@ def places_made(graph: ChannelGraph, group: Group) -> list[Slice]:
         group: One of its groups.
     """
     modules = dict(graph.model.named_modules())
-    by_module: dict[str, Slice] = {}
+    tensors: dict[str, str] = {}  # one of each normalisation, by its name
+    normalised = []
     for place in group.other_slices:
         name = _module_of(place.tensor)
-        if isinstance(modules[name], _NORMS):
-            by_module.setdefault(name, place)
-    return list(by_module.values()) or list(group.out_slices)
+        if not isinstance(modules[name], _NORMS):
+            continue
+        tensor = tensors.setdefault(name, place.tensor)
+        if place.tensor == tensor:
+            normalised.append(place)
+    return normalised or list(group.out_slices)
 
 
 def watch_inputs(graph: ChannelGraph, on_input: OnInput) -> list[RemovableHandle]:
@@ -73,9 +118,9 @@ def watch_inputs(graph: ChannelGraph, on_input: OnInput) -> list[RemovableHandle
     before: dict[str, nn.Module] = {}
     after: dict[str, nn.Module] = {}
     for group in graph.groups.values():
-        hooked = before if group.in_slices else after
-        for key, place in watched_places(graph, group).items():
-            module = _module_of(place.tensor)
+        hooked = before if consumed_by_layers(group) else after
+        for key, places in watched_places(graph, group).items():
+            module = _module_of(places[0].tensor)
             hooked[key] = modules[module]
     handles: list[RemovableHandle] = []
     for key, layer in before.items():
@@ -137,9 +182,9 @@ def check_watchable(graph: ChannelGraph, criterion: str) -> None:
     """
     modules = dict(graph.model.named_modules())
     for name, group in graph.groups.items():
-        consumed = bool(group.in_slices)
+        consumed = bool(consumed_by_layers(group))
         does = "consumes" if consumed else "produces"
-        for place in watched_places(graph, group).values():
+        for place, *_ in watched_places(graph, group).values():
             path = _module_of(place.tensor)
             module = modules[path]
             if not _is_watchable(module, place, consumed):

@@ -19,7 +19,8 @@ def describe(graph: ChannelGraph) -> str:
     Returns:
         What can be pruned, the FLOPs as fvcore counts them, with the cost model's where they differ, and a table of
         groups: name, channels, share of the FLOPs and parameters that would be saved if all but one of its channels
-        were pruned, and the layers that are coupled. Then what is unprunable, with the reason.
+        were pruned, and the layers that are coupled, with the kind of the channels where they are heads, say. Then what
+        is unprunable, with the reason.
 
     Example:
         >>> import torch
@@ -72,6 +73,8 @@ def _layers(group: Group) -> str:
         layer, _, _ = coupled.tensor.rpartition(".")
         layers[layer] = None
     told_layers = ", ".join(layers)
+    if group.kind != "channels":
+        told_layers += f" ({group.kind})"
     if group.width > 1:
         told_layers += f" ({group.width} channels at a time)"
     if group.not_mask_exact:

@@ -1,7 +1,7 @@
 """FLOPs by fvcore: of any call, with nothing changed, and said to be missing or different where they are."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -147,6 +147,12 @@ def test_layers_of_attention_are_counted_though_pytorch_can_run_them_as_one_oper
         f"{of_attention:,} of attention as one operator"
     )
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_kind_of_a_group_is_told() -> None:
+    graph = lp.trace(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 2)), torch.zeros(1, 2))
+    graph.groups["0"] = replace(graph.groups["0"], kind="heads")
+    assert describe(graph).splitlines()[3].endswith("0, 1 (heads)")
 
 
 def test_channels_that_are_pruned_several_at_a_time_all_count_where_they_are_told() -> None:

@@ -1,0 +1,116 @@
+"""Criteria on the channels of attention: each lies in all heads, and no layer consumes those of queries and keys."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_prune as lp
+from lightning_prune.criteria.expected_shares import expected_shares
+from lightning_prune.graph import ChannelGraph
+
+HEADS = 3
+
+
+class Attention(nn.Module):
+    """Three heads of four channels for queries and keys and five for values, between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.head = nn.Linear(3, 8), nn.Linear(7, 2)
+        self.q, self.k = nn.Linear(8, 12), nn.Linear(8, 12, bias=False)
+        self.v, self.out = nn.Linear(8, 15), nn.Linear(15, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.make(x)
+        q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2)
+        return self.head(self.out(attended).relu()).mean(1)
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 6, 3, generator=generator), torch.arange(8) % 2) for _ in range(2)]
+
+
+@pytest.fixture
+def graph() -> ChannelGraph:
+    torch.manual_seed(0)
+    return lp.trace(Attention(), torch.zeros(2, 6, 3))
+
+
+def at_values(graph: ChannelGraph, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return what the layer behind attention is given, and the gradients there: (samples, tokens, heads, width)."""
+    seen: list[Tensor] = []
+
+    def keep(layer: nn.Module, args: tuple[Tensor]) -> None:
+        args[0].retain_grad()
+        seen.append(args[0])
+
+    handle = graph.model.out.register_forward_pre_hook(keep)
+    for batch in batches:
+        (loss_of(graph.model, batch) * len(batch[0])).backward()
+    handle.remove()
+    graph.model.zero_grad()
+    inputs, gradients = torch.cat([x.detach() for x in seen]), torch.cat([x.grad for x in seen])
+    return inputs.unflatten(-1, (HEADS, -1)), gradients.unflatten(-1, (HEADS, -1))
+
+
+def test_a_channel_of_values_is_watched_in_all_heads(graph: ChannelGraph, batches: list) -> None:
+    inputs, gradients = at_values(graph, batches)
+    means = inputs.mean((0, 1, 2))
+    found = lp.criteria.score(graph, "mean_activation", batches, loss_of)["v"]
+    torch.testing.assert_close(found / found.norm(), means / means.norm(), check_dtype=False)
+    effects = (inputs * gradients).sum((1, 2)).abs().mean(0)  # of a sample, then over samples
+    found = lp.criteria.score(graph, "taylor", batches, loss_of)["v"]
+    torch.testing.assert_close(found / found.norm(), effects / effects.norm(), check_dtype=False)
+
+
+def crossed(graph: ChannelGraph) -> ChannelGraph:
+    """Say of queries and keys that they are masked where they are produced, as no layer consumes them."""
+    group = graph.groups["q"]
+    marked = replace(group, in_slices=group.out_slices + group.other_slices)
+    return replace(graph, groups={**graph.groups, "q": marked})
+
+
+def unmarked(graph: ChannelGraph) -> ChannelGraph:
+    """Say that nothing of queries and keys can be masked."""
+    return replace(graph, groups={**graph.groups, "q": replace(graph.groups["q"], in_slices=())})
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    ["coherent_obs", "mean_activation", "apoz", "taylor", {"name": "taylor", "variant": "gate"}],
+    ids=str,
+)
+def test_where_queries_are_masked_they_are_not_consumed_by_a_layer(
+    criterion: str | dict[str, str], graph: ChannelGraph, batches: list
+) -> None:
+    found, expected = (lp.criteria.score(one, criterion, batches, loss_of) for one in (crossed(graph), unmarked(graph)))
+    assert found.keys() == expected.keys()
+    for name, scores in expected.items():
+        assert torch.equal(found[name], scores)
+        assert scores.isfinite().all()
+
+
+def test_queries_and_keys_are_told_apart_by_what_they_give_to_products(graph: ChannelGraph) -> None:
+    graph = unmarked(graph)
+    graph.groups["q"] = replace(graph.groups["q"], kind="query-key")
+    of_queries, of_keys = (
+        layer.weight.detach().double().view(HEADS, 4, -1).square().sum(2) for layer in (graph.model.q, graph.model.k)
+    )
+    products = (of_queries * of_keys).sum(0)
+    torch.testing.assert_close(expected_shares(graph)["q"], products / products.sum())
+    graph.groups["q"] = replace(graph.groups["q"], kind="channels")
+    sums = (of_queries + of_keys).sum(0)
+    torch.testing.assert_close(expected_shares(graph)["q"], sums / sums.sum())
+    graph.model.q.weight.data.zero_()
+    graph.model.k.weight.data.zero_()
+    assert expected_shares(graph)["q"].tolist() == [0.25] * 4
