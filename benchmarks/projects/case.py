@@ -20,6 +20,7 @@ class Case:
         trainer: What its Trainer is made with.
         lightning: The Lightning that the project imports.
         given: What `load_pruned` has to be given, by name, because it is no plain value.
+        resumed: What ``fit`` is given besides when it goes on from a checkpoint, as it would be without a prune.
         help: The lines that had to be added or changed beside the callback.
     """
 
@@ -30,6 +31,7 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
     lightning: Any = pl
     given: Callable[[], dict[str, Any]] = dict
+    resumed: dict[str, Any] = field(default_factory=dict)
     help: tuple[str, ...] = ()
 
     def callbacks(self, work: Path) -> list[Any]:
@@ -55,5 +57,6 @@ class Case:
         plain = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         made = {**plain, **self.trainer, **settings, "callbacks": callbacks, "default_root_dir": work}
         trainer = self.lightning.Trainer(**made)
-        trainer.fit(module, ckpt_path=ckpt_path, **self.data())
+        going_on = self.resumed if ckpt_path else {}
+        trainer.fit(module, ckpt_path=ckpt_path, **self.data(), **going_on)
         return module, trainer

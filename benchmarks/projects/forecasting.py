@@ -25,7 +25,14 @@ def nbeats(data: Path) -> Case:
         training, _ = _split(table, categorical_encoders={"series": NaNLabelEncoder().fit(table["series"])})
         return NBeats.from_dataset(training, learning_rate=3e-3, weight_decay=1e-2, widths=[32, 64], log_interval=-1)
 
-    return Case(module=module, data=loaders, monitor="val_loss", trainer={"gradient_clip_val": 0.01}, given=_trusting)
+    return Case(
+        module=module,
+        data=loaders,
+        monitor="val_loss",
+        trainer={"gradient_clip_val": 0.01},
+        given=_trusting,
+        resumed=_trusting(),
+    )
 
 
 def tft(data: Path) -> Case:
@@ -39,11 +46,18 @@ def tft(data: Path) -> Case:
     def module() -> Any:
         training, _ = _split(table, **known)
         return TemporalFusionTransformer.from_dataset(
-            training, learning_rate=0.03, hidden_size=16, attention_head_size=2, dropout=0.1,
-            hidden_continuous_size=8, loss=QuantileLoss(), log_interval=-1, reduce_on_plateau_patience=4,
+            training, learning_rate=0.03, hidden_size=64, attention_head_size=2, dropout=0.1,
+            hidden_continuous_size=32, loss=QuantileLoss(), log_interval=-1, reduce_on_plateau_patience=4,
         )  # fmt: skip
 
-    return Case(module=module, data=loaders, monitor="val_loss", trainer={"gradient_clip_val": 0.1}, given=_trusting)
+    return Case(
+        module=module,
+        data=loaders,
+        monitor="val_loss",
+        trainer={"gradient_clip_val": 0.1},
+        given=_trusting,
+        resumed=_trusting(),
+    )
 
 
 def _table(data: Path) -> Any:

@@ -93,8 +93,8 @@ class PruningCallback(Schedule, Callback):
             true, false, or settings as a mapping such as ``{"temperature": 4, "share": 0.9}``.
         validate_batches: Number of validation batches on which the module's own validation is run right before and
             right after each prune, and at the end, to tell what the prune has cost; 0 for none.
-        reset_monitors: Whether `EarlyStopping` counts anew from each prune, and `ModelCheckpoint` chooses its best anew
-            from the last prune: a score of before is one of another network.
+        reset_monitors: Whether `EarlyStopping` and `ReduceLROnPlateau` count anew from each prune, and
+            `ModelCheckpoint` chooses its best anew from the last prune: a score of before is one of another network.
         save_result: Whether a run ends with a file that has the plan in force and the weights in memory; where no
             `ModelCheckpoint` has written one, it is ``pruned.ckpt`` in the folder of the checkpoints.
         ranking: With which others a channel is compared: ``"global"`` for those of all groups, or ``"isomorphic"`` for

@@ -12,7 +12,7 @@ from lightning_prune.callbacks.batches import first_loaders_share
 from lightning_prune.callbacks.descriptions import like
 from lightning_prune.callbacks.rehearsal import Rehearsal
 from lightning_prune.graph.entry import Step
-from lightning_prune.graph.nested import nested_tensors, with_tensors
+from lightning_prune.graph.nested import nested_tensors, plainly, with_tensors
 from lightning_prune.graph.run import submodule_of
 from lightning_prune.graph.steps import first_call
 from lightning_prune.unlabelled import forward_arguments
@@ -58,7 +58,7 @@ def _really_given(rehearsal: Rehearsal, module: str) -> Any:
     for step in rehearsal.first_steps():
         call = _first_call(pl_module, [module], step)
         if call is not None and list(nested_tensors(call)):
-            return _one_sample(as_inputs(submodule, call))
+            return _one_sample(as_inputs(submodule, plainly(call)))
     if module:
         raise ValueError(
             f"No example input of {module!r} is to be had, as neither training_step nor validation_step calls it on a "
@@ -81,7 +81,7 @@ def _of_forward(rehearsal: Rehearsal) -> Any:
         calls = [(args, kwargs), _first_call(pl_module, parts, step)]
         for call in calls:
             if call is not None and rehearsal.forward_takes(call):
-                return _one_sample(as_inputs(pl_module, call))
+                return _one_sample(as_inputs(pl_module, plainly(call)))
     return rehearsal.entry()
 
 

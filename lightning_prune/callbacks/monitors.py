@@ -1,15 +1,19 @@
 """What monitors of a Trainer remember of a network that was larger, forgotten when it is pruned.
 
 A score of before a prune is one of another network. What `ModelCheckpoint` calls its best would be outside the budget
-to the end of the run, and `EarlyStopping` would wait for a score that the smaller network may never reach.
+to the end of the run; `EarlyStopping` would wait for a score that the smaller network may never reach, and
+`ReduceLROnPlateau` would take the learning rate down for want of it.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.namesakes import namesakes
 
@@ -38,10 +42,22 @@ def start_anew(trainer: "pl.Trainer", budget_is_met: bool) -> None:
         if isinstance(callback, namesakes(EarlyStopping)):
             callback.wait_count = 0
             callback.best_score = _worst(callback.mode)
+    for scheduler in _plateaus(trainer):
+        scheduler.num_bad_epochs = 0
+        scheduler.best = float(_worst(scheduler.mode))
     if budget_is_met:
         for saver in model_checkpoints(trainer):
             if saver.monitor is not None:  # others name what they have saved last
                 _forget_best(saver)
+
+
+def _plateaus(trainer: "pl.Trainer") -> Iterator[ReduceLROnPlateau]:
+    """Yield the schedulers that wait for a better score, those that others wrap as well."""
+    for config in trainer.lr_scheduler_configs:
+        inside = getattr(config.scheduler, "__dict__", {})
+        for scheduler in tree_leaves([config.scheduler, list(inside.values())]):
+            if isinstance(scheduler, ReduceLROnPlateau):
+                yield scheduler
 
 
 def _forget_best(saver: ModelCheckpoint) -> None:

@@ -11,6 +11,7 @@ from lightning_prune.callbacks.batches import training_batches
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.rehearsal import TRAINING, VALIDATION, Rehearsal, quietened
 from lightning_prune.graph.entry import Step, as_call
+from lightning_prune.graph.nested import plainly
 from lightning_prune.graph.steps import first_call
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.reporting.loggers import warn
@@ -63,7 +64,7 @@ class PruneBatches:
     def run_on(self, model: nn.Module, batch: Any) -> Any:
         """Run the LightningModule, a copy or an average of it, on a batch."""
         device = next(iter(named_tensors(model).values())).device  # averages may lie on another one than the module
-        return self._run(model, move_data_to_device(batch, device))
+        return self._run(model, move_data_to_device(plainly(batch), device))
 
     def try_out(self, needing: Sequence[str], who: str, submodule: str) -> None:
         """Run a copy of the module on a batch, by its ``forward``, or else as its ``training_step`` does.

@@ -50,7 +50,8 @@ class Forward:
         known_names: The same.
         names: The names of all modules, by ``id``; that of the model's class for the model itself.
         labelled: The labels of all positions of the tensors of the submodule.
-        real: Whether it has to run on real data.
+        needs_data: Whether it has to run on real data, by whether that is in training mode.
+        real: Whether the pass that is made does.
         outside: Tensors that are none of the model's and follow those of it, by the names of these.
 
     Raises:
@@ -75,6 +76,7 @@ class Forward:
         self.names[id(model)] = type(model).__name__
         self.known_names = frozenset(self.module_names)
         self.labelled = SlotTable(self._shapes_to_label())
+        self.needs_data = {False: False, True: False}
         self.real = False
         self.remembered = False
         self.keeps_nothing = False
@@ -112,6 +114,7 @@ class Forward:
             Exception: Whatever the forward pass raises.
         """
         redraw()  # bars go on from run to run
+        self.real = self.needs_data[training]
         with neutral_state(self.submodule):
             twin = Twin(self.submodule, self._stand_ins(tracer, plan.index()))
             self._adapt(twin, plan)
@@ -187,7 +190,7 @@ class Forward:
             ValueError: If the example inputs do not fit.
         """
         needs_values = set()
-        if not self.real:
+        if not self.needs_data[training]:
             tracer = make_tracer()
             try:
                 with refusing_calls(self.submodule):
@@ -195,7 +198,8 @@ class Forward:
             except NotATwinError:
                 raise
             except Exception as raised:
-                self.real = True  # perhaps it only needs data
+                # Perhaps it only needs data; where evaluation does, training does too.
+                self.needs_data.update({training: True, True: True})
                 if not isinstance(raised, NotImplementedError):
                     needs_values.add(tracer.failed_in)
             else:

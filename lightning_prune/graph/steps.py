@@ -35,6 +35,7 @@ class StepRun(Forward):
         self.submodule = model
         self.step = step
         self.args, self.kwargs = step.args, {}
+        self.needs_data = {False: False, True: False}
         self.real = False
         self.memory: Memory | None = None
         self.remembered = False

@@ -269,6 +269,25 @@ def test_early_stopping_counts_from_the_last_prune(mode: str, patience: int, sto
     assert stopping.stopped_epoch == stopped
 
 
+class Waits(Small):
+    """Takes the learning rate down where the loss has not been better for more than three epochs."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+
+@pytest.mark.parametrize(("anew", "best", "rate"), [(True, 0.3, 0.1), (False, 0.0, 0.01)])
+def test_a_plateau_is_one_of_the_network_since_the_last_prune(
+    anew: bool, best: float, rate: float, tmp_path: Path
+) -> None:
+    ran = run(tmp_path, prune=pruning(reset_monitors=anew), module=Waits(), enable_checkpointing=False)
+    (config,) = ran.trainer.lr_scheduler_configs
+    assert config.scheduler.best == pytest.approx(best)
+    assert ran.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
 class Parts(Small):
     """Two parts that are pruned by a callback each."""
 

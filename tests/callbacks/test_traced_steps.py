@@ -144,7 +144,10 @@ def images_of(samples: list[Any]) -> Batch:
 
 
 class Located(Tensor):
-    """A tensor of a library of its own, that its operators return too."""
+    """A tensor of a library of its own, that its operators return too, and that knows where each row comes from."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        raise ValueError("rows of several places")
 
 
 PROJECTS = {

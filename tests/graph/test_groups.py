@@ -1,9 +1,14 @@
 """Groups from labels, on the network of six labels that `lightning_prune.graph.groups` works out by hand."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.graph.costs import COSTS
@@ -88,3 +93,42 @@ def test_explain():
     )
     with pytest.raises(ValueError, match="'9' neither produces nor consumes channels; the groups are 0"):
         graph.explain("9")
+
+
+class Compared(nn.Module):
+    """Two layers whose outputs are compared by a loss."""
+
+    def __init__(self, loss: Callable[..., Tensor], **settings: Any) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 4)
+        self.loss = partial(loss, **settings)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = self.one(x).sigmoid(), self.other(x).sigmoid()
+        return self.head(one), self.loss(one, other).mean()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.mse_loss,
+        F.smooth_l1_loss,
+        F.huber_loss,
+        F.soft_margin_loss,
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        partial(F.binary_cross_entropy_with_logits, pos_weight=torch.tensor(2.0)),
+    ],
+)
+def test_channels_that_a_loss_compares_are_pruned_together(loss: Callable[..., Tensor], reduction: str):
+    graph = lp.trace(Compared(loss, reduction=reduction), torch.randn(3, 8))
+    (group,) = graph.groups.values()
+    assert group.modules == ["one", "other", "head"]
+    assert not group.mask_exact
+
+
+def test_what_a_loss_compares_with_numbers_for_each_channel_is_kept():
+    weighted = partial(F.binary_cross_entropy, weight=torch.rand(6))
+    graph = lp.trace(Compared(weighted), torch.randn(3, 8))
+    assert "is combined with a tensor of fixed size" in graph.unprunable["one"].reason

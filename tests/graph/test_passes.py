@@ -154,3 +154,22 @@ def test_equal_parts_are_one_tie() -> None:
     forward = Forward(model, "", torch.zeros(1, 1, 64, 64))
     tracer = forward.observe(lambda: Tracer(OperatorTables(RULES, {}), Known()), training=False)
     assert 0 < len(tracer.record.ties) < 10
+
+
+class _MeasuredAlone(nn.Module):
+    """Cannot run in training mode, and puts a list of numbers where its input is, which is a step more without data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise TypeError("has no output in training mode")
+        return self.layers(x - torch.as_tensor([0.1, 0.2, 0.3], device=x.device))
+
+
+def test_a_mode_that_does_not_run_says_nothing_of_how_the_other_one_does() -> None:
+    graph = trace(_MeasuredAlone(), torch.zeros(2, 3))
+    assert list(graph.groups) == ["layers.0"]
+    assert list(graph.unprunable) == ["layers.2"]

@@ -4,11 +4,13 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_prune.graph.rules.elementwise import combine
 from lightning_prune.graph.rules.table import plain_name, rule
-from lightning_prune.graph.tracer import Call, Tracer
+from lightning_prune.graph.tracer import Call, Tracer, tensors_in
 
 __all__: list[str] = []
 
@@ -141,6 +143,23 @@ def summation(tracer: Tracer, call: Call) -> None:
         labels = tracer.labels(x, axis)
         tracer.mark_not_mask_exact(labels, "is summed over its channels, and no weight can mask one")
     _label_without(tracer, call, summed)
+
+
+@rule(
+    "aten.mse_loss", "aten.smooth_l1_loss", "aten.huber_loss", "aten.soft_margin_loss", "aten.binary_cross_entropy",
+    "aten.binary_cross_entropy_with_logits",
+)  # fmt: skip
+def elementwise_loss(tracer: Tracer, call: Call) -> None:
+    """Tie the channels that are compared; a mean or sum over them is not mask-exact."""
+    tensors = tensors_in(call.args)
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    if call.output.shape == shape:
+        combine(tracer, tensors, call.output)
+        return
+    compared = torch.empty(shape, device="meta")
+    combine(tracer, tensors, compared)
+    for labels in tracer.all_labels(compared).values():
+        tracer.mark_not_mask_exact(labels, f"takes {plain_name(call)} over its channels")
 
 
 def _axes(x: Tensor, dim: Any) -> set[int]:
