@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning_prune.cli.benchmark import times
 from lightning_prune.cli.loading import Loaded, add_loading_options, load_given
+from lightning_prune.cli.option_errors import CommandParser
 from lightning_prune.graph import trace
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.spread import Spread
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: The command line after ``compare``.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "lightning-prune compare",
         description="Compare runs by what they logged at their end, as a table and as one HTML page, or checkpoints by "
         "counting and timing them here and now; metrics are those of the last validation.",

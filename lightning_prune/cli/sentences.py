@@ -8,6 +8,7 @@ __all__ = ["is_refusal", "sentence"]
 
 _PACKAGE = str(Path(__file__).parents[1])
 _REFUSALS = (ValueError, TypeError, OSError, ImportError)
+_OF_PARSER = "Does not validate against any of the Union subtypes"  # what a constructor has refused
 _OF_LIGHTNING = "MisconfigurationException"  # by name: Lightning may not have been imported
 
 
@@ -22,6 +23,8 @@ def is_refusal(error: BaseException, runs_projects: bool) -> bool:
         return True
     if not isinstance(error, _REFUSALS):
         return False
+    if str(error).startswith(_OF_PARSER):
+        return True
     if isinstance(error, OSError) and not runs_projects:
         return True
     frames = traceback.extract_tb(error.__traceback__)
@@ -36,4 +39,7 @@ def sentence(error: BaseException) -> str:
         'keep is 2: it must be at most 1.'
     """
     text = str(error) or type(error).__name__
+    if text.startswith(_OF_PARSER):
+        reasons = re.findall(r"^\s*- (?!Expected a <class)(.+(?:\n(?!\s*- |Given value).*)*)", text, re.MULTILINE)
+        text = reasons[0] if reasons else text
     return re.sub(r"\s+", " ", text).strip()
