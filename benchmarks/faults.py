@@ -59,6 +59,7 @@ MEASURED_BY: dict[str, tuple[str, int, int]] = {
     "magnitude": ("lightning_prune.criteria.score", 3, 1),
     "magnitude_refit": ("lightning_prune.callbacks.compensation_step.compensation", 3, 1),
     "magnitude_distilled": ("lightning_prune.callbacks.base.weights_now", 2, 1),
+    "magnitude_stopping": ("lightning_prune.callbacks.stopping.snapshot_in_training", 3, 1),
     "taylor": ("lightning_prune.callbacks.taylor.finish", 3, 1),
     "taylor_gate": ("lightning_prune.callbacks.taylor.finish", 3, 1),
     "afie": ("lightning_prune.callbacks.afie.afie", 2, 1),

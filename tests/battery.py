@@ -36,6 +36,10 @@ CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
     "magnitude": (PruningCallback, MAGNITUDE),
     "magnitude_refit": (PruningCallback, {**MAGNITUDE, "compensate": "refit", "compensate_batches": 2}),
     "magnitude_distilled": (PruningCallback, {**MAGNITUDE, "distill": {"temperature": 2.0, "share": 0.5}}),
+    "magnitude_stopping": (
+        PruningCallback,
+        {**MAGNITUDE, "steps": 1, "max_drop": 1.0, "monitor": "val/accuracy", "step_keep": 0.75},
+    ),
     "taylor": (TaylorRankCallback, {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2}),
     "taylor_gate": (
         TaylorRankCallback,

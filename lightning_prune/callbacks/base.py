@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 from typing_extensions import override
 
 from lightning_prune import criteria, planning
-from lightning_prune.callbacks import refusals
+from lightning_prune.callbacks import refusals, stopping
 from lightning_prune.callbacks.bars import follow
 from lightning_prune.callbacks.compensation_step import compensations
 from lightning_prune.callbacks.descriptions import described
@@ -35,7 +35,7 @@ from lightning_prune.callbacks.settings import refuse_other_settings
 from lightning_prune.callbacks.state import State as BaseState
 from lightning_prune.callbacks.state import deal_out, from_checkpoint, gather, to_checkpoint
 from lightning_prune.callbacks.surgery_step import prune_in_training
-from lightning_prune.callbacks.trainer_state import log_epoch, log_mean, unlogged
+from lightning_prune.callbacks.trainer_state import is_fitting, log_epoch, log_mean, unlogged
 from lightning_prune.callbacks.validating import Validator
 from lightning_prune.criteria.registry import find, needs_data, needs_loss, takes_data
 from lightning_prune.graph import ChannelGraph, trace
@@ -68,7 +68,8 @@ class PruningCallback(Schedule, Callback):
     survive a checkpoint and in ``Run`` what exists while it trains; see the guide "Write your own callback".
 
     Args:
-        keep: Fraction of the original cost that is kept in the end, in (0, 1].
+        keep: Fraction of the original cost that is kept in the end, in (0, 1]; default 0.5. With ``max_drop`` the least
+            fraction that may be kept, or a list of the least and the greatest, or nothing.
         metric: What the fraction is of: ``"flops"``, ``"params"``, ``"channels"``, or ``"latency"``: the time of a
             forward pass of the example inputs in evaluation mode, measured on the device of the first rank.
         start_epoch: Number of epochs to train before the first prune, at least 0.
@@ -99,6 +100,12 @@ class PruningCallback(Schedule, Callback):
             `ModelCheckpoint` has written one, it is ``pruned.ckpt`` in the folder of the checkpoints.
         ranking: With which others a channel is compared: ``"global"`` for those of all groups, or ``"isomorphic"`` for
             those of the groups that are built alike, see `lightning_prune.plan`.
+        max_drop: How far ``monitor`` may drop from its value before the first prune, at least 0, in its own units.
+            Small prunes then follow each other while it stays within that after the ``every_n_epochs`` epochs that
+            follow each; the one too many is taken back: weights, optimizers, averages and plan are those of before.
+        monitor: Name of a metric that validation logs, such as ``"val/accuracy"``.
+        mode: ``"max"`` if much of that metric is good, ``"min"`` if little is.
+        step_keep: What each of these prunes keeps of the cost that there was before it, in (0, 1).
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -120,13 +127,14 @@ class PruningCallback(Schedule, Callback):
     Run: TypeAlias = BaseRun
     cap: ClassVar[float] = 1.0  # greatest fraction of its channels that a group may lose
     rankings: ClassVar[Sequence[str]] = planning.RANKINGS  # what ``ranking`` may be
+    can_stop: ClassVar[bool] = True  # whether its prunes can go on as long as a metric allows
 
     state: BaseState
     run: BaseRun
 
     def __init__(
         self,
-        keep: float = 0.5,
+        keep: float | list[float] | None = None,
         metric: str = "flops",
         start_epoch: int = 1,
         every_n_epochs: int = 1,
@@ -144,8 +152,11 @@ class PruningCallback(Schedule, Callback):
         reset_monitors: bool = True,
         save_result: bool = True,
         ranking: str = "global",
+        max_drop: float | None = None,
+        monitor: str | None = None,
+        mode: str = "max",
+        step_keep: float = 0.9,
     ) -> None:
-        planning.check_keep(keep)
         planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
         check_whole_number("start_epoch", start_epoch, 0)
         check_whole_number("every_n_epochs", every_n_epochs, 1)
@@ -157,6 +168,11 @@ class PruningCallback(Schedule, Callback):
         distill_settings(distill)  # refuses what it does not know
         self._check_ranking(ranking)
         self.keep = keep
+        self.keep = 0.5 if keep is None and max_drop is None else keep
+        self.max_drop = max_drop
+        self.monitor = monitor
+        self.mode = mode
+        self.step_keep = step_keep
         self.metric = metric
         self.start_epoch = start_epoch
         self.every_n_epochs = every_n_epochs
@@ -175,6 +191,7 @@ class PruningCallback(Schedule, Callback):
         self.save_result = save_result
         self.ranking = ranking
         self.result_path = ""
+        stopping.check_settings(self)
         self.check_criterion()
         self.state = self.State()
         self._last_module: ref[pl.LightningModule] | None = None
@@ -183,6 +200,17 @@ class PruningCallback(Schedule, Callback):
     def steps_done(self) -> int:
         """Number of prunes so far."""
         return self.state.steps_done
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no prune is to come."""
+        if self.max_drop is not None:
+            return stopping.step_to_come(self) == self.steps_done
+        return self.steps_done >= self.steps
+
+    @override
+    def steps_due(self, epoch: int) -> int:
+        return super().steps_due(epoch) if self.max_drop is None else stopping.next_step(self, epoch)
 
     @property
     def history(self) -> History | None:
@@ -286,7 +314,8 @@ class PruningCallback(Schedule, Callback):
         """Raise a ValueError if the budget cannot be reached; called when training starts."""
         limits = self.round_to, self.min_channels, self.cap
         with progress(f"Measuring the {self.metric} of {type(graph.model).__name__}"):
-            decided_by_first_rank(trainer, lambda: planning.check_reachable(graph, self.keep, self.metric, *limits))
+            keep = self.keep_after(1 if self.max_drop is not None else self.steps)
+            decided_by_first_rank(trainer, lambda: planning.check_reachable(graph, keep, self.metric, *limits))
 
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         """Set up what the run needs, and refuse what cannot work; called when training starts."""
@@ -312,17 +341,19 @@ class PruningCallback(Schedule, Callback):
         if stage != "fit":
             return
         refusals.refuse_short_run(trainer, self)
+        stopping.check_start(trainer, self)
         without_placeholder(trainer)
         same_module = self._last_module is not None and self._last_module() is pl_module
         if not same_module or plan_in_force(pl_module) is None:
             self.state = self.State()  # before the state of a run that is resumed is loaded
+        self.state.stop.begin_again()
         self._last_module = ref(pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         with unlogged(pl_module):
             graph = self._trace(trainer, pl_module)
-            if self.steps_done < self.steps:
+            if not self.is_complete:
                 self.check_budget(trainer, graph)
             recorder = Recorder(trainer, graph, self.history)
             tell_what_holds(self, recorder)
@@ -330,7 +361,7 @@ class PruningCallback(Schedule, Callback):
             self.state.history = recorder.history
             batches = PruneBatches(trainer, self.compensate_batches, self.run_on_batch)
             self.run = self.Run(trainer, graph, recorder, Validator(trainer, self.validate_batches), batches)
-            if self.steps_done < self.steps:
+            if not self.is_complete:
                 self._try_batches()
             self._begin_distillation()
             self.prepare(trainer, graph)
@@ -369,12 +400,17 @@ class PruningCallback(Schedule, Callback):
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if self.max_drop is not None and is_fitting(trainer):
+            stopping.note_validation(trainer, self)
         if self._is_running:
             self.run.recorder.add_validation()
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._warn_if_short()
+        if self.max_drop is not None:
+            stopping.end(trainer, self)
+        else:
+            self._warn_if_short()
         with unlogged(pl_module):
             metrics = self.run.validator.now() if self.steps_done else {}
             self.run.recorder.end(metrics)  # later hooks find the module on the CPU again, whatever it was trained on
@@ -516,8 +552,10 @@ class PruningCallback(Schedule, Callback):
         self.run.epoch = trainer.current_epoch
         # Checkpoints of an epoch are written before the next one starts, so each holds the network as it was trained
         # and a resumed run prunes from the same state as an unbroken one.
+        if self.max_drop is not None:
+            stopping.judge(trainer, self, trainer.current_epoch)
         due = self.steps_due(trainer.current_epoch)
-        if due > self.steps_done and self.ready():
+        if due > self.steps_done and self.ready() and (self.max_drop is None or stopping.may_prune(self)):
             self._warn_if_several(due, trainer.current_epoch)
             self._prune(trainer, pl_module, due)
         for metric, fraction in self.run.recorder.kept.items():
@@ -528,7 +566,7 @@ class PruningCallback(Schedule, Callback):
 
     def _prune(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
         self.run.step = step
-        doing = f"Pruning {type(pl_module).__name__}, step {step} of {self.steps}"
+        doing = f"Pruning {type(pl_module).__name__}, step {step} of {self.steps_told}"
         with unlogged(pl_module), progress(doing):
             made, scores = self.make_plan(trainer, self.run.graph, self.keep_after(step))
             plan = agreed_plan(trainer, lambda: made)
@@ -542,19 +580,27 @@ class PruningCallback(Schedule, Callback):
             report = prune_in_training(trainer, plan, found, copies)
             self.state.steps_done = step
             self.state.teacher = teacher
+            self.state.stop.pruned = trainer.current_epoch
+            self.state.stop.achieved = (plan.budget or {}).get("achieved", self.keep_after(step))
             if self.reset_monitors:
-                start_anew(trainer, budget_is_met=step == self.steps)
+                start_anew(trainer, budget_is_met=self.max_drop is not None or step == self.steps)
             self.run.untried = list(report.widths)
             self.run.recorder.add_prune(plan, step, report.compensation, metrics)
             self.run.recorder.tell_prune(scores)
         if not report.widths:
             warn(
-                f"Prune {step} of {self.steps} has pruned nothing: the next smaller network in steps of "
+                f"Prune {step} of {self.steps_told} has pruned nothing: the next smaller network in steps of "
                 f"round_to={self.round_to} is below the budget. Lower round_to, or take fewer steps."
             )
         self._warn_if_narrow(plan, step)
         told = "\n".join([self._headline(trainer, plan, step), str(report), *metrics.lines])
         say(told)
+
+    def find_followers(self) -> list[Candidate]:
+        """Return the copies of weights that are pruned with the module, which have to follow it."""
+        trainer = self.run.trainer
+        rehearsal = Rehearsal(trainer, trainer.lightning_module, self.state.training_batch_like)
+        return followers(rehearsal, frozen_parts(trainer.lightning_module, self.module))
 
     def _begin_distillation(self) -> None:
         """Let the teacher of a run that goes on teach, and refuse what cannot be taught."""
@@ -595,7 +641,7 @@ class PruningCallback(Schedule, Callback):
         others = [getattr(other, "result_path", "") for other in trainer.callbacks]  # type: ignore[attr-defined]
         if not self.save_result:
             return found_result(trainer, others)
-        return named_result(trainer, others, budget_is_met=self.steps_done >= self.steps)
+        return named_result(trainer, others, budget_is_met=self.max_drop is not None or self.steps_done >= self.steps)
 
     def _end_run(self) -> None:
         """Drop every reference to the module."""
@@ -607,15 +653,20 @@ class PruningCallback(Schedule, Callback):
         show_with(None)
         vars(self).pop("log", None)  # Lightning gives every callback the module's bound method
 
+    @property
+    def steps_told(self) -> str:
+        """The number of prunes, in words."""
+        return f"at most {self.most_steps}" if self.max_drop is not None else str(self.steps)
+
     # -- messages --------------------------------------------------------------------------------------------------
 
     def _headline(self, trainer: "pl.Trainer", plan: PruningPlan, step: int) -> str:
         budget = plan.budget or {}
         told = ", ".join(f"{budget[name]:.3f} {name}" for name in ("asked", "rounded", "achieved") if name in budget)
-        return f"Prune {step} of {self.steps} before epoch {trainer.current_epoch}: {self.metric} {told}"
+        return f"Prune {step} of {self.steps_told} before epoch {trainer.current_epoch}: {self.metric} {told}"
 
     def _warn_if_several(self, due: int, epoch: int) -> None:
-        if due == self.steps_done + 1:
+        if due == self.steps_done + 1 or self.max_drop is not None:
             return
         warn(
             f"Prunes {self.steps_done + 1} to {due} of {self.steps} happen at once, before epoch {epoch}: the run goes "
@@ -628,8 +679,8 @@ class PruningCallback(Schedule, Callback):
             return
         told = ", ".join(f"{name} {fraction:.1%}" for name, fraction in narrow.items())
         warn(
-            f"Prune {step} of {self.steps} leaves hardly any channels of {told}, and far more of the others: all that "
-            "comes behind has to do with these. Raise min_channels, or name another criterion."
+            f"Prune {step} of {self.steps_told} leaves hardly any channels of {told}, and far more of the others: all "
+            "that comes behind has to do with these. Raise min_channels, or name another criterion."
         )
 
     def _warn_if_short(self) -> None:

@@ -130,6 +130,7 @@ class LearnToPruneCallback(PruningCallback):
         validation: ValidationBatches = field(init=False)
 
     cap = 0.8
+    can_stop = False
 
     rankings = ("global",)
 

@@ -90,6 +90,19 @@ class Recorder:
         added.compensation = Compensation.of(compensated)
         added.metrics = metrics
 
+    def take_back(self, plan: PruningPlan | None, step: int) -> None:
+        """Note that the network went back to what an earlier prune has left.
+
+        Args:
+            plan: What is in force now; None for the original network.
+            step: The number of that prune; 0 for the original network.
+        """
+        if self.history is None or not self.trainer.is_global_zero:
+            return
+        widths = plan.widths if plan is not None else {}
+        self.history.take_back(self.graph, widths, step, self.trainer.current_epoch)
+        self._write(self.history)
+
     def tell_prune(self, scores: dict[str, Tensor]) -> None:
         """Write and log the last prune, with the scores that led to it."""
         if self.history is None or not self.trainer.is_global_zero:

@@ -111,12 +111,19 @@ def _refuse_overlap(callback: "PruningCallback", other: "PruningCallback") -> No
 
 def refuse_short_run(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
     """Raise a ValueError if the run ends before a prune that is still to come."""
-    if callback.steps_done >= callback.steps and plan_in_force(trainer.lightning_module) is not None:
+    if callback.is_complete and plan_in_force(trainer.lightning_module) is not None:
         return
     epochs, last = trainer.max_epochs, callback.last_prune_epoch
     endless = epochs is None or epochs < 0
-    if trainer.fast_dev_run or endless or last < epochs:  # type: ignore[attr-defined, operator]
+    recovery = callback.every_n_epochs if callback.max_drop is not None else 1
+    if trainer.fast_dev_run or endless or last + recovery <= epochs:  # type: ignore[attr-defined, operator]
         return
+    if callback.max_drop is not None:
+        raise ValueError(
+            f"{type(callback).__name__} prunes before epoch {last} (counted from 0) first, and validates what the "
+            f"{recovery} epochs after it have recovered, but the run ends after {epochs} epochs; raise max_epochs to "
+            f"at least {last + recovery}, or lower start_epoch or every_n_epochs."
+        )
     raise ValueError(
         f"{type(callback).__name__} prunes before epochs {callback.start_epoch} to {last} (counted from 0), but the "
         f"run ends after {epochs} epochs; raise max_epochs to at least {last + 1}, or lower start_epoch, steps or "

@@ -39,10 +39,15 @@ def tell_what_holds(callback: "PruningCallback", recorder: Recorder) -> None:
     if not changed:
         return
     former, new = _told(changed, "before"), _told(changed, "after")
+    if callback.state.stop.reference is not None and {"monitor", "mode"} & changed.keys():
+        raise ValueError(
+            f"{type(callback).__name__} goes on from a run with {former}, now with {new}: how far that has dropped "
+            "since the first prune is not known; give the same monitor and mode, or start anew."
+        )
     begin = f"{type(callback).__name__} goes on from a run with {former}, now with {new}: "
     kept = recorder.kept.get(callback.metric)
     now = f"the network keeps {kept:.3f} of the {callback.metric}" if kept is not None else "the network is pruned"
-    if callback.steps_done >= callback.steps:
+    if callback.is_complete:
         warn(
             f"{begin}that schedule is complete and {now}, so what the checkpoint holds is in force and the new "
             "settings change nothing; to prune further, load it with load_pruned and start a new run."
@@ -53,7 +58,7 @@ def tell_what_holds(callback: "PruningCallback", recorder: Recorder) -> None:
     learned = f"; what was learned under the former ones ({', '.join(forgotten)}) is forgotten" if forgotten else ""
     warn(
         f"{begin}the new settings hold for the prunes that are still to come ({callback.steps_done + 1} to "
-        f"{callback.steps}){learned}; {now}, and what has been pruned cannot come back."
+        f"{callback.steps_told}){learned}; {now}, and what has been pruned cannot come back."
     )
 
 

@@ -127,6 +127,7 @@ class RLJointPruneCallback(PruningCallback):
         alignment: Alignment | None = None
 
     cap = 0.8
+    can_stop = False
 
     rankings = ("global",)
 

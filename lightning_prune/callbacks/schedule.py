@@ -1,8 +1,12 @@
 """The schedule of a pruning callback: before which epochs it prunes, and how much it keeps after each prune."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["Schedule", "check_whole_number"]
+
+_LEAST = 0.01  # of the original: where nothing bounds it, the metric or rounding has said stop long before
 
 
 def check_whole_number(name: str, value: Any, least: int) -> None:
@@ -25,18 +29,47 @@ class Schedule:
         start_epoch: Number of epochs to train before the first prune, at least 0.
         every_n_epochs: Number of epochs from one prune to the next, at least 1.
         steps: Number of prunes, at least 1.
+        max_drop: How far the monitored metric may drop; None where the budget alone says when to stop.
+        step_keep: What a prune keeps of what there was before it, where ``max_drop`` says when to stop.
     """
 
-    keep: float
+    keep: Any
     start_epoch: int
     every_n_epochs: int
     steps: int
+    max_drop: float | None = None
+    step_keep: float = 0.9
 
     def keep_after(self, step: int) -> float:
         """Return the fraction of the original cost that is kept after a number of prunes."""
+        if step <= 0:
+            return 1.0
+        if self.max_drop is not None:
+            low, high = self.bounds
+            first = high if high < 1 else self.step_keep
+            return max(low, first * self.step_keep ** (step - 1))
         if step >= self.steps:
             return float(self.keep)
         return 1 - (1 - self.keep) * step / self.steps
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least fraction that may be kept, and the greatest, where ``max_drop`` says when to stop."""
+        if self.keep is None:
+            return _LEAST, 1.0
+        if isinstance(self.keep, Sequence):
+            low, high = self.keep
+            return low, high
+        return self.keep, 1.0
+
+    @property
+    def most_steps(self) -> int:
+        """Number of prunes that lead to the least fraction, where ``max_drop`` says when to stop."""
+        low, high = self.bounds
+        first = high if high < 1 else self.step_keep
+        if low >= first:
+            return 1
+        return 1 + math.ceil(math.log(low / first) / math.log(self.step_keep) - 1e-9)
 
     def steps_due(self, epoch: int) -> int:
         """Return how many prunes come before an epoch, one right before it included."""

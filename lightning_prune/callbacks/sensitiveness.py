@@ -120,7 +120,7 @@ class SensitivenessCallback(PruningCallback):
 
     @override
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
-        if self.steps_done < self.steps:  # refuse now what would fail at the first prune
+        if not self.is_complete:  # refuse now what would fail at the first prune
             self.run.evaluate = measure_in(self)
             one_batch = ValidationBatches(trainer, 1, type(self).__name__)
             evaluate_candidates(graph, [{}], one_batch, evaluate=self.run.evaluate, own_data=True)

@@ -16,6 +16,7 @@ from lightning_prune.reporting.history import History
 
 __all__ = [
     "State",
+    "Stop",
     "deal_out",
     "from_checkpoint",
     "gather",
@@ -97,6 +98,41 @@ def _read_history(content: Content | None) -> History | None:
 
 
 @dataclass
+class Stop:
+    """What is known of the metric that may not drop too far.
+
+    Attributes:
+        reference: Its value before the first prune.
+        value: Its value at the last validation.
+        measured: Number of epochs trained until then.
+        pruned: Number of epochs trained before the last prune; -1 before the first.
+        achieved: Fraction of the original cost that the last prune has kept.
+        judged: Number of prunes after which it was within the drop.
+        over: Whether no more is pruned.
+        snapshot: The last network that was within the drop, and how far the run had pruned it.
+    """
+
+    reference: float | None = None
+    value: float | None = None
+    measured: int = 0
+    pruned: int = -1
+    achieved: float = 1.0
+    judged: int = 0
+    over: bool = False
+    snapshot: dict[str, Any] = field(default_factory=dict)
+
+    def begin_again(self) -> None:
+        """Forget in which epochs things happened, as a run begins that counts its own."""
+        self.value = None
+        self.measured = 0
+        self.pruned = -1
+
+
+def _read_stop(content: Content) -> Stop:
+    return Stop(**content)
+
+
+@dataclass
 class State:
     """What a pruning callback has to remember; subclasses add fields, each with a default.
 
@@ -106,6 +142,7 @@ class State:
         training_batch_like: What the first training batch is like, where a loader would lose it.
         history: What became of the network; on the first rank.
         teacher: Parameters and buffers of the network before the first prune, by name, if it teaches.
+        stop: What is known of the metric that says when to stop, if one does.
 
     Example:
         >>> @dataclass
@@ -123,6 +160,7 @@ class State:
     training_batch_like: Content | None = None
     history: History | None = field(default=None, metadata=stored(_write_history, _read_history))
     teacher: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    stop: Stop = field(default_factory=Stop, repr=False, compare=False, metadata=stored(vars, _read_stop))
 
     @classmethod
     def upgraded(cls, content: Mapping[str, Any]) -> Mapping[str, Any]:

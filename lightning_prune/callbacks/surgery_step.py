@@ -6,16 +6,18 @@ from dataclasses import replace
 import lightning.pytorch as pl
 
 from lightning_prune.callbacks.followers import NONE, Following
-from lightning_prune.callbacks.trainer_state import averaged_copies
+from lightning_prune.callbacks.trainer_state import averaged_copies, averages
 from lightning_prune.compiled import forget_compiled
 from lightning_prune.ddp import rewrap
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery import PruneReport, check, pruned
 from lightning_prune.surgery.compensation import Compensation
+from lightning_prune.surgery.pruning import Follower
 from lightning_prune.surgery.replacing import Replacement, in_place
+from lightning_prune.surgery.rollback import Snapshot, snapshot_of, went_back
 
-__all__ = ["prune_in_training"]
+__all__ = ["go_back_in_training", "prune_in_training", "snapshot_in_training"]
 
 
 def prune_in_training(
@@ -57,3 +59,40 @@ def prune_in_training(
     if compensations:
         return replace(report, compensation=compensations[0].report)
     return report
+
+
+def snapshot_in_training(trainer: "pl.Trainer", followers: Sequence[Follower] = ()) -> Snapshot:
+    """Return what the module of a trainer is now, with its optimizers, averaged copies and followers.
+
+    Args:
+        trainer: The trainer.
+        followers: What else follows the weights of the module.
+    """
+    others = [*followers, *_counters(trainer)]
+    return snapshot_of(trainer.lightning_module, trainer.optimizers, averaged_copies(trainer), others)
+
+
+def go_back_in_training(
+    trainer: "pl.Trainer", snapshot: Snapshot, followers: Sequence[Follower] = ()
+) -> PruningPlan | None:
+    """Go back to a snapshot of the module of a trainer and what goes with it, or change nothing.
+
+    Args:
+        trainer: The trainer.
+        snapshot: What `snapshot_in_training` has returned.
+        followers: What else follows the weights of the module.
+
+    Returns:
+        The plan that is in force then; None for the original network.
+    """
+    module, copies = trainer.lightning_module, averaged_copies(trainer)
+    others = [*followers, *_counters(trainer)]
+    with went_back(module, snapshot, trainer.optimizers, copies, others) as plan:
+        rewrap(trainer)
+    forget_compiled()
+    return plan
+
+
+def _counters(trainer: "pl.Trainer") -> list[Follower]:
+    """Return how many weights averages are made of."""
+    return [Follower({"n_averaged": average.n_averaged}) for average in averages(trainer)]

@@ -187,7 +187,7 @@ class TaylorRankCallback(PruningCallback):
     @override
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         make_collector(graph, self.variant, self.state.totals)  # which refuses what it cannot watch
-        if self.steps_done < self.steps and not may_thaw(trainer):
+        if not self.is_complete and not may_thaw(trainer):
             self._refuse_unseen(trainer, graph)
 
     def _refuse_unseen(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:

@@ -9,12 +9,13 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.namesakes import namesakes
 
 __all__ = [
-    "averaged_copies", "has_own", "is_fitting", "is_validation_metric", "log_epoch", "log_mean", "loss_scale",
-    "metrics", "unlogged",
+    "averaged_copies", "averages", "has_own", "is_fitting", "is_validation_metric", "log_epoch", "log_mean",
+    "loss_scale", "metrics", "unlogged",
 ]  # fmt: skip
 
 
@@ -40,12 +41,17 @@ def has_own(pl_module: "pl.LightningModule", name: str) -> bool:
     return is_overridden(name, pl_module, parent)
 
 
-def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
-    """Return the copies of the module whose weights `WeightAveraging` callbacks average."""
+def averages(trainer: "pl.Trainer") -> list[AveragedModel]:
+    """Return the averages that `WeightAveraging` callbacks keep of the module."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     kinds = namesakes(WeightAveraging)
-    averages = [callback._average_model for callback in callbacks if isinstance(callback, kinds)]
-    return [average.module for average in averages if average is not None]
+    found = [callback._average_model for callback in callbacks if isinstance(callback, kinds)]
+    return [average for average in found if average is not None]
+
+
+def averaged_copies(trainer: "pl.Trainer") -> list[nn.Module]:
+    """Return the copies of the module whose weights `WeightAveraging` callbacks average."""
+    return [average.module for average in averages(trainer)]
 
 
 def loss_scale(trainer: "pl.Trainer") -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.export.inputs import Inputs, Run, flat_tensors, free_batch_axis, reason
 
-__all__ = ["write_onnx"]
+__all__ = ["open_session", "write_onnx"]
 
 _LARGE = 1_500_000_000  # bytes of weights from which ONNX has to keep them in a file of their own
 _ERRORS_ONLY = 3  # as ONNX Runtime numbers what it logs
@@ -48,7 +48,7 @@ def write_onnx(model: nn.Module, example: Inputs, path: Path) -> Run:
         )
     except torch.onnx.OnnxExporterError as raised:
         raise ValueError(f"{type(model).__name__} cannot be exported to ONNX: {reason(raised)}") from raised
-    session = _open_session(path)
+    session = open_session(path)
 
     def run(inputs: Inputs) -> list[Tensor]:
         names = [entry.name for entry in session.get_inputs()]
@@ -69,7 +69,8 @@ def _check_installed() -> None:
         )
 
 
-def _open_session(path: Path) -> Any:
+def open_session(path: Path) -> Any:
+    """Open a file with ONNX Runtime, on as many CPU threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -16,7 +16,17 @@ from lightning_prune.graph.twin import twin_in_evaluation
 from lightning_prune.planning.spread import Spread
 from lightning_prune.progress import progress
 
-__all__ = ["device_of", "latency_spread", "measure_latency", "median_time", "placed", "timed", "times_in_turns", "wait"]
+__all__ = [
+    "device_of",
+    "latency_spread",
+    "measure_latency",
+    "median_time",
+    "placed",
+    "run_times",
+    "timed",
+    "times_in_turns",
+    "wait",
+]
 
 _LEAST_RUNS = 3  # of which the median counts
 _SHORTEST = 1e-3  # milliseconds: what a clock may tell of next to nothing
@@ -89,11 +99,15 @@ def median_time(run: Callable[[], Any], device: torch.device, milliseconds: floa
     Returns:
         Milliseconds of one run.
     """
+    return statistics.median(run_times(run, device, milliseconds, most_runs))
+
+
+def run_times(run: Callable[[], Any], device: torch.device, milliseconds: float, most_runs: int) -> list[float]:
+    """Return the times of runs of a function as `median_time` has them, in milliseconds, in their order."""
     warm_up = max(timed(run, device), _SHORTEST)
     affordable_runs = int(milliseconds / warm_up)
     runs = min(most_runs, max(_LEAST_RUNS, affordable_runs))
-    times = [timed(run, device) for _ in range(runs)]
-    return statistics.median(times)
+    return [timed(run, device) for _ in range(runs)]
 
 
 def placed(example_inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -153,6 +153,7 @@ class Prune:
         after: The network after it.
         compensation: How the weights that are kept made up for it; None if they did not.
         metrics: Validation metrics right before and right after it.
+        until: Number of epochs trained when it was taken back; None if it was not.
     """
 
     step: int
@@ -162,6 +163,7 @@ class Prune:
     after: Measurement
     compensation: Compensation | None = None
     metrics: MetricsAround = field(default_factory=MetricsAround)
+    until: int | None = None
 
 
 @dataclass
@@ -184,6 +186,7 @@ class History:
         after: The network at the end of training.
         metrics_at_end: Validation metrics at the end of training, on the batches of those around prunes.
         speed: Times of the network before the first prune and at the end of training, taken in turns.
+        taken_back: Prunes after which the network went back to what it had been before.
     """
 
     model: str
@@ -200,6 +203,7 @@ class History:
     after: Measurement | None = None
     metrics_at_end: dict[str, float] = field(default_factory=dict)
     speed: Speed | None = None
+    taken_back: list[Prune] = field(default_factory=list)
 
     @classmethod
     def begin(
@@ -244,6 +248,21 @@ class History:
         )
         self.prunes.append(prune)
         self.layers_after = layers_at(graph, plan.widths, [layer.name for layer in self.layers_before])
+
+    def take_back(self, graph: ChannelGraph, widths: Mapping[str, int], step: int, epoch: int) -> None:
+        """Set aside the prunes after one, as the network is again what that one has left.
+
+        Args:
+            graph: The traced model.
+            widths: Channels by group name that the network has now.
+            step: The number of the prune; 0 for the original network.
+            epoch: Number of epochs trained until now.
+        """
+        later = [prune for prune in self.prunes if prune.step > step]
+        self.prunes = [prune for prune in self.prunes if prune.step <= step]
+        self.taken_back += [replace(prune, until=epoch) for prune in later]
+        names = [layer.name for layer in self.layers_before]
+        self.layers_after = layers_at(graph, widths, names) if self.prunes else []
 
     def add_times(self, speed: Speed, layers: tuple[Mapping[str, Spread], Mapping[str, Spread]]) -> None:
         """Add times that were taken in turns, of the network before the first prune and as it is now.

@@ -293,6 +293,10 @@ class Page:
             kept = _percent(prune.after.flops, original)
             mark = Mark(float(prune.epoch), f"prune {prune.step}: {kept} of the FLOPs kept")
             marks.append(mark)
+        for prune in self.history.taken_back:
+            for epoch, what in ((prune.epoch, "prune"), (prune.until, "taken back: prune")):
+                mark = Mark(float(epoch or 0), f"{what} {prune.step}")
+                marks.append(mark)
         charts = [line_chart("FLOPs kept", self._flops_kept(), marks)]
         for metric in self.history.metrics:
             measured = [validation for validation in self.history.epochs if metric in validation]
@@ -302,17 +306,21 @@ class Page:
         return charts
 
     def _flops_kept(self) -> list[tuple[float, float]]:
-        """Return the corners of the line that goes down at each prune."""
+        """Return the corners of the line that goes down at each prune, and up where one was taken back."""
         original = max(self.history.before.flops, 1)
-        epoch, kept = 0.0, 1.0
-        corners = [(epoch, kept)]
-        for prune in self.history.prunes:
-            epoch = float(prune.epoch)
-            corners.append((epoch, kept))
-            kept = prune.after.flops / original
-            corners.append((epoch, kept))
+        changes = [(prune.epoch, prune.after.flops) for prune in (*self.history.prunes, *self.history.taken_back)]
+        if self.history.taken_back:
+            returned = self.history.taken_back[-1].until or 0
+            changes.append((returned, self.history.last.flops))
+        kept = 1.0
+        corners = [(0.0, kept)]
+        for epoch, flops in sorted(changes):
+            corners.append((float(epoch), kept))
+            kept = flops / original
+            corners.append((float(epoch), kept))
         trained = [validation["epoch"] for validation in self.history.epochs]
-        end = max([epoch, *trained])
+        last, _ = corners[-1]
+        end = max([last, *trained])
         return [*corners, (end, kept)]
 
     @property
@@ -324,11 +332,16 @@ class Page:
     def metrics_around(self) -> list[MetricRow]:
         """The validation metrics around each prune, and at the end."""
         rows = []
-        for prune in self.history.prunes:
+        for prune in (*self.history.prunes, *self.history.taken_back):
+            when = str(prune.step)
+            if prune.until is not None:
+                when += ", taken back"
             for name in prune.metrics.names[:FEW]:
                 around = prune.metrics
-                told = [_number(metrics, name) for metrics in (around.before, around.uncompensated, around.after)]
-                row = MetricRow(str(prune.step), name, (told[0], told[1], told[2]))
+                before = _number(around.before, name)
+                uncompensated = _number(around.uncompensated, name)
+                after = _number(around.after, name)
+                row = MetricRow(when, name, (before, uncompensated, after))
                 rows.append(row)
         named = {row.name for row in rows}
         at_end = self.history.metrics_at_end

@@ -30,6 +30,7 @@ __all__ = [
     "check_plan",
     "complete",
     "kept_positions",
+    "of_record",
     "prune",
     "pruned",
     "pruned_tensors",
@@ -67,8 +68,13 @@ class Follower:
             if name in kept:
                 yield of_slices(tensor, kept[name])
         if self.module is not None:
-            modules = modules_in_step(self.module, changed)
-            yield of_attributes(self.module, partial(_sync, modules))
+            yield self.sizes(changed)
+
+    def sizes(self, changed: Iterable[Tensor]) -> Replacement:
+        """Let the size attributes of the module follow tensors of it that change."""
+        assert self.module is not None
+        modules = modules_in_step(self.module, changed)
+        return of_attributes(self.module, partial(_sync, modules))
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,7 @@ def reshape(model: nn.Module, plan: PruningPlan | None) -> None:
             zeros = tensor.detach().new_zeros(shape)
             replacements.append(of_tensor(tensor, zeros, None))
     touched = [tensors[name] for name in shapes]
-    replacements.append(_of_record(model, plan, touched))
+    replacements.append(of_record(model, plan, touched))
     with in_place(replacements):
         pass
     expect_others(touched, [])
@@ -251,7 +257,7 @@ def complete(model: nn.Module, plan: PruningPlan) -> None:
     if cuts is None:
         return
     replacements = [of_slices(tensors[name], kept) for name, kept in cuts.items()]
-    replacements.append(_of_record(model, plan, [tensors[name] for name in shapes]))
+    replacements.append(of_record(model, plan, [tensors[name] for name in shapes]))
     with in_place(replacements):
         pass
     expect_others([tensors[name] for name in cuts], [])
@@ -363,7 +369,7 @@ class _Cut:
             kept = self.kept[name]
             yield from sliced_state(optimizers, tensor, kept)
             yield of_slices(tensor, kept)
-        yield _of_record(self.model, self.plan, self.tensors.values())
+        yield of_record(self.model, self.plan, self.tensors.values())
 
 
 def kept_positions(plan: PruningPlan, earlier: PruningPlan) -> Index:
@@ -423,8 +429,14 @@ def _count(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def _of_record(model: nn.Module, plan: PruningPlan | None, changed: Iterable[Tensor]) -> Replacement:
-    """Note a plan on a model, whose size attributes then follow the tensors that have changed."""
+def of_record(model: nn.Module, plan: PruningPlan | None, changed: Iterable[Tensor]) -> Replacement:
+    """Note a plan on a model, whose size attributes then follow the tensors that have changed.
+
+    Args:
+        model: The model.
+        plan: The plan that is in force afterwards; None for the original shapes.
+        changed: Tensors of the model whose shapes change.
+    """
     modules = modules_in_step(model, changed)
     return of_attributes(model, partial(_finish, model, plan, modules))
 

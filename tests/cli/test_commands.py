@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune.cli.benchmark import original_of, times
+from lightning_prune.cli.benchmark import _percentile, original_of, times
 from lightning_prune.cli.entry import main
 from lightning_prune.cli.loading import load
 from lightning_prune.pruning_plan import plan_in_force
@@ -105,6 +106,14 @@ def test_benchmark_tells_what_ran_where(run: Path, capsys: pytest.CaptureFixture
     command = ["benchmark", str(run / "last.ckpt"), "--batch_sizes", "1", "4", "--rounds", "2", *SHAPE]
     main([*command, "--threads", str(threads)])
     head, columns, _, *rows = capsys.readouterr().out.splitlines()
+    *_, scenarios, _, single_stream, offline = rows
+    rows = rows[: rows.index("")]
+    assert scenarios.split()[:4] == ["batch", "original", "p50", "(ms)"]
+    for row, name, size in ((single_stream, "single-stream", 1), (offline, "offline", 4)):
+        told, batch, *numbers = row.split()
+        assert (told, int(batch)) == (name, size)
+        assert float(numbers[0]) <= float(numbers[1])
+        assert float(numbers[2]) <= float(numbers[3])
     assert head.startswith(f"ResidualClassifier on CPU, {threads} thread")
     assert f"torch {torch.__version__}; median (quartiles) of 2 turns" in head
     assert [word in columns for word in ("original (ms)", "pruned (ms)", "speed-up", "pruned (1/s)")] == [True] * 4
@@ -117,6 +126,21 @@ def test_benchmark_tells_what_ran_where(run: Path, capsys: pytest.CaptureFixture
         for time, rate in zip((before, after), rates, strict=True):  # as printed, to two digits of a millisecond
             assert float(rate.replace(",", "")) * (float(time) - 0.006) / 1000 < int(size)
             assert int(size) < (float(rate.replace(",", "")) + 1) * (float(time) + 0.006) / 1000
+
+
+def test_percentiles_are_those_of_the_sorted_values() -> None:
+    values = [5.0, 1.0, 4.0, 2.0, 3.0, 10.0, 9.0, 8.0, 7.0, 6.0]
+    assert [_percentile(values, percent) for percent in (50, 90, 91, 100)] == [5.0, 9.0, 10.0, 10.0]
+    assert _percentile([1.0], 90) == 1.0
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_benchmark_runs_in_other_runtimes(runtime: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(runtime)
+    main(["benchmark", str(run / "last.ckpt"), "--runtime", runtime, "--rounds", "1", "--batch_sizes", "2", *SHAPE])
+    told = capsys.readouterr().out
+    assert f", {runtime} {version(runtime)}; median" in told
+    assert re.search(r"^ *offline +2 ", told, re.MULTILINE)
 
 
 def test_benchmark_says_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
