@@ -241,11 +241,11 @@ def _has_recovered(callback: "PruningCallback") -> bool:
 
 def _is_within(callback: "PruningCallback") -> bool:
     stop = callback.state.stop
-    assert stop.reference is not None
-    assert stop.value is not None
-    assert callback.max_drop is not None
-    drop = stop.reference - stop.value if callback.mode == "max" else stop.value - stop.reference
-    return drop <= callback.max_drop + _ROUNDING * max(1.0, abs(stop.reference))  # which of NaN is not so
+    reference, value, most = stop.reference, stop.value, callback.max_drop
+    if reference is None or value is None or most is None:
+        return False
+    drop = reference - value if callback.mode == "max" else value - reference
+    return drop <= most + _ROUNDING * max(1.0, abs(reference))  # which of NaN is not so
 
 
 def _told(callback: "PruningCallback") -> str:

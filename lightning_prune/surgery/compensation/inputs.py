@@ -1,6 +1,6 @@
 """Inputs of layers: which positions of a weight consume which channels, and which of them are kept."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +51,9 @@ class Block:
 def wide_blocks(model: nn.Module, plan: PruningPlan, name: str, axis: int) -> list[Block]:
     """Return the channels that take several positions each of an axis, those with equally many in one block.
 
+    There is none where groups cross, as heads and the values in them do: what lies there is taken one by one, and so are
+    channels that lie in several places, as those of all heads.
+
     Args:
         model: The model, before the prune.
         plan: The channels to keep, about the original model.
@@ -60,9 +63,14 @@ def wide_blocks(model: nn.Module, plan: PruningPlan, name: str, axis: int) -> li
     earlier = plan_in_force(model) or PruningPlan()
     index = earlier.index().get(name, {}).get(axis)
     blocks_by_width = defaultdict(list)
+    groups_at: Counter[int] = Counter()
     for group_name, group in plan.groups.items():
         slices = [one for one in group.slices if one.tensor == name and one.axis == axis]
         if not slices:
+            continue
+        every = _positions(slices, torch.arange(group.size))
+        groups_at.update(every.flatten().tolist())
+        if all(one.width == 1 for one in slices):
             continue
         before = earlier.groups.get(group_name)
         channels = torch.arange(group.size) if before is None else before.channels
@@ -72,6 +80,8 @@ def wide_blocks(model: nn.Module, plan: PruningPlan, name: str, axis: int) -> li
         is_kept = torch.isin(channels, group.channels)
         width = positions.shape[1]
         blocks_by_width[width].append((positions, is_kept))
+    if max(groups_at.values(), default=0) > 1:
+        return []
     return [_joined(found) for width, found in blocks_by_width.items() if width > 1]
 
 
