@@ -40,7 +40,7 @@ def check_settings(callback: "PruningCallback") -> None:
     """Raise a ValueError unless the settings say in one way how far to prune; called by the constructor."""
     name = type(callback).__name__
     if callback.max_drop is None:
-        if callback.keep is None or isinstance(callback.keep, Sequence):
+        if callback.keep is None or (isinstance(callback.keep, Sequence) and not isinstance(callback.keep, str)):
             raise ValueError(f"keep={callback.keep!r} does not say how far to prune: give one number, or {_REMEDY}.")
         planning.check_keep(callback.keep)
         if callback.monitor is not None:

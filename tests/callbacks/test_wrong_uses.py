@@ -201,7 +201,6 @@ SETTINGS: dict[str, Row] = {
     "keep=True": (lambda _: PruningCallback(keep=True), ValueError, f"{KEEP} True."),
     "keep=-0.5": (lambda _: PruningCallback(keep=-0.5), ValueError, f"{KEEP} -0.5."),
     "keep in percent": (lambda _: PruningCallback(keep=50), ValueError, f"{KEEP} 50."),
-    "keep=None": (lambda _: PruningCallback(keep=None), ValueError, f"{KEEP} None."),
     "keep of Taylor": (lambda _: TaylorRankCallback(keep=0.0), ValueError, f"{KEEP} 0.0."),
     "metric in capitals": (lambda _: PruningCallback(metric="FLOPs"), ValueError, f"{METRIC} 'FLOPs'."),
     "metric=None": (lambda _: PruningCallback(metric=None), ValueError, f"{METRIC} None."),

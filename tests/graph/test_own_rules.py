@@ -62,11 +62,11 @@ class Checked(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1))
-        self.channels, self.sizes = channels, [channels]
+        self.channels, self.sizes = str(channels), [channels]  # no number that could be followed
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == self.channels
-        return self.inner(x).view(len(x), self.channels, -1).view_as(x) + x
+        assert x.shape[1] == int(self.channels)
+        return self.inner(x).view(len(x), int(self.channels), -1).view_as(x) + x
 
 
 @pytest.fixture
@@ -131,8 +131,8 @@ def test_a_module_that_writes_down_the_sizes_of_others_is_taught_by_these(tables
 
     @size_attributes(CHECKED)
     def sizes(module):
-        module.channels = module.inner[1].in_channels
-        module.sizes = [module.channels]
+        module.channels = str(module.inner[1].in_channels)
+        module.sizes = [int(module.channels)]
 
     kept, inner = [0, 2, 5], "1.0.inner.1"
     expected = {
@@ -145,19 +145,19 @@ def test_a_module_that_writes_down_the_sizes_of_others_is_taught_by_these(tables
 def test_such_sizes_are_as_they_were_after_tracing_and_after_a_prune_that_fails(tables):
     @size_attributes(CHECKED)
     def sizes(module):
-        module.channels = module.inner[1].in_channels
-        module.sizes.append(module.channels)
-        if module.channels == 2:
+        module.channels = str(module.inner[1].in_channels)
+        module.sizes.append(int(module.channels))
+        if module.channels == "2":
             raise ZeroDivisionError
 
     model = checked_network()
     graph = lp.trace(model, IMAGE)
-    assert (model[1][0].channels, model[1][0].sizes) == (6, [6])
+    assert (model[1][0].channels, model[1][0].sizes) == ("6", [6])
     with pytest.raises(ZeroDivisionError):
         lp.prune(model, graph.plan({"0": torch.tensor([0, 2])}))
-    assert (model[1][0].channels, model[1][0].inner[1].in_channels) == (6, 6)
+    assert (model[1][0].channels, model[1][0].inner[1].in_channels) == ("6", 6)
     lp.prune(model, graph.plan({"0": torch.tensor([0, 2, 3])}))
-    assert model[1][0].channels == 3
+    assert model[1][0].channels == "3"
     assert model(IMAGE).shape == (2, 2, 8, 8)
 
 
