@@ -67,19 +67,30 @@ def isomorphic_ranking(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dic
     """
     ranking = dict(scores)
     for names in isomorphic_groups(graph):
-        compared = [name for name in names if not bool((scores[name] == math.inf).any())]
+        compared = [name for name in names if not _keeps_all(scores[name])]
         if not compared:
             continue
         of_class = torch.cat([scores[name] for name in compared])
-        ranked = torch.where(of_class.isinf(), of_class, shares_pruned(of_class))
+        is_fixed = of_class.isinf()
+        shares = shares_pruned(of_class)
+        ranked = torch.where(is_fixed, of_class, shares)
         sizes = [len(scores[name]) for name in compared]
         ranking.update(zip(compared, ranked.split(sizes), strict=True))
     return ranking
 
 
+def _keeps_all(scores: Tensor) -> bool:
+    is_whole = scores == math.inf
+    return bool(is_whole.any())
+
+
 def _structure(graph: ChannelGraph, group: Group) -> frozenset[tuple[object, int]]:
     """Return what groups that are built alike have in common: their kind, and how many slices of each description."""
-    sides = {"out": group.out_slices, "in": group.in_slices, "other": group.other_slices}
+    sides = {
+        "out": group.out_slices,
+        "in": group.in_slices,
+        "other": group.other_slices,
+    }
     described: Counter[object] = Counter([group.kind])
     for side, slices in sides.items():
         described.update((side, *_description(graph, one)) for one in slices)
