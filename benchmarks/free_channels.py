@@ -46,7 +46,9 @@ from lightning_prune.planning.cost import CostModel
 RESULTS = Path(__file__).parent / "results" / "free_channels.json"
 PATIENCE = 120  # seconds of processor time for each network
 PATIENCE_WITH_OTHERS = 10
-LONGEST = 600  # seconds after which a process is ended, for what takes no processor time or does not let itself be told
+LONGEST = (
+    1800  # seconds after which a process is ended, for what takes no processor time or does not let itself be told
+)
 LARGE = 40_000_000  # parameters of networks that are not judged in float64
 LIMIT = 1e-9
 OUTPUT = "is an output of the network"

@@ -115,7 +115,7 @@ def _video() -> Iterator[tuple[str, Callable[[], Built]]]:
 def _of_video(name: str) -> Built:
     import torchvision
 
-    frames, size = (16, 224) if name == "mvit_v2_s" else (16, 64)
+    frames, size = (16, 224) if name in ("mvit_v2_s", "s3d") else (16, 64)
     return torchvision.models.get_model(name, weights=None), (torch.randn(1, 3, frames, size, size),)
 
 

@@ -491,6 +491,27 @@ def test_shares_of_channels_leave_outputs_out():
     assert (found["exact"], found["inexact"], found["unprunable"], found["outputs"]) == (0, 1, 0, 3)
 
 
+# -- engine ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_the_engine_is_what_its_records_give():
+    engine = import_module("engine_vs_torch_pruning")
+    records = json.loads((files.RESULTS / "engine.json").read_text())
+    assert (files.RESULTS / "engine.md").read_text() == engine.page(records)
+
+
+def test_the_engine_is_compared_round_by_round_where_both_prune():
+    engine = import_module("engine_vs_torch_pruning")
+    rounds = [{"trace": 1.0, "score": 0.5, "plan": 0.25, "prune": 0.25}, dict.fromkeys(engine.PARTS, 1.0)]
+    both = {"ours": rounds, "theirs": [4.0, 4.0], "fails": ""}
+    alone = {"ours": rounds, "theirs": [], "fails": "KeyError: 'x'"}
+    assert (engine.ratio_of(both), engine.ratio_of(alone)) == (0.75, None)
+    *_, one, other, _, said = engine.page({"a": both, "b": alone}).splitlines()
+    assert one == "| a | 3.000 | 1.000 | 0.750 | 0.625 | 0.625 | 4.000 | 0.75 |"
+    assert other == "| b | 3.000 | 1.000 | 0.750 | 0.625 | 0.625 | KeyError: 'x' | - |"
+    assert said.startswith("Worst 0.75 (limit 0.8), geometric mean 0.75 (limit 0.2), of the 1 networks")
+
+
 # -- links -------------------------------------------------------------------------------------------------------------
 
 
