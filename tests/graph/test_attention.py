@@ -176,6 +176,7 @@ def test_attention_of_torch_loses_heads_and_widths(settings: dict[str, Any]):
     model = randomised(Crossed(**settings).double()).eval()
     graph = lp.trace(model, IMAGE)
     assert kinds(graph) == {"channels": [12], "query-key": [3], "value": [3], "heads": [4]}
+    assert all(group.mask_exact for group in graph.groups.values())
     for _ in range(3):
         assert judge(model, graph, draw_pruned(graph), IMAGE).apart <= 1e-9
     smaller, _ = pruned(model, graph)
