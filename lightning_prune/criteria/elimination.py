@@ -193,7 +193,7 @@ def _places(graph: ChannelGraph) -> dict[str, dict[str, Tensor]]:
     places: dict[str, dict[str, Tensor]] = {}
     for name, group in graph.groups.items():
         channels = graph.kept(name)
-        for one in group.in_slices:
+        for one in group.consuming:
             positions = graph.positions_now(one, channels)
             positions = positions.view(len(channels), -1)
             of_weight = places.setdefault(one.tensor, {})

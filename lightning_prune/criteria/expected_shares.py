@@ -101,7 +101,7 @@ def _consumed(now: Snapshot) -> dict[tuple[str, int], list[_Place]]:
     consumed = defaultdict(list)
     for name, group in now.groups.items():
         channels = now.kept(name)
-        for one in group.in_slices:
+        for one in group.consuming:
             along = one.tensor, one.axis
             positions = now.positions(one, channels)
             positions = positions.view(len(channels), -1)

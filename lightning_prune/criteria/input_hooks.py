@@ -30,7 +30,7 @@ def watched_places(graph: ChannelGraph, group: Group) -> dict[str, Slice]:
         group: One of its groups.
     """
     places = {}
-    for place in group.in_slices:
+    for place in group.consuming:
         places[place.tensor] = place
     if places:
         return places
@@ -73,7 +73,7 @@ def watch_inputs(graph: ChannelGraph, on_input: OnInput) -> list[RemovableHandle
     before: dict[str, nn.Module] = {}
     after: dict[str, nn.Module] = {}
     for group in graph.groups.values():
-        hooked = before if group.in_slices else after
+        hooked = before if group.consuming else after
         for key, place in watched_places(graph, group).items():
             module = _module_of(place.tensor)
             hooked[key] = modules[module]
@@ -137,7 +137,7 @@ def check_watchable(graph: ChannelGraph, criterion: str) -> None:
     """
     modules = dict(graph.model.named_modules())
     for name, group in graph.groups.items():
-        consumed = bool(group.in_slices)
+        consumed = bool(group.consuming)
         does = "consumes" if consumed else "produces"
         for place in watched_places(graph, group).values():
             path = _module_of(place.tensor)
