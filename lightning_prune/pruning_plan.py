@@ -27,6 +27,7 @@ __all__ = [
     "Site",
     "Size",
     "Slice",
+    "are_crossed",
     "plan_in_force",
     "record_plan",
     "renamed",
@@ -399,7 +400,8 @@ class PruningPlan:
         """Tell whether channels of a group meet each channel of others as often as each other one, as heads do."""
         own = group.positions_at(place)
         for other in self.groups.values():
-            if other is not group and not _are_crossed(own, other.positions_at(place)):
+            lies_there = any((one.tensor, one.axis) == place for one in other.slices)
+            if lies_there and other is not group and not are_crossed(own, other.positions_at(place)):
                 return False
         return len(own.unique()) == own.numel()
 
@@ -731,10 +733,26 @@ def _check_follows(name: str, planned: PlannedGroup, earlier: PlannedGroup) -> N
         )
 
 
-def _are_crossed(first: Tensor, second: Tensor) -> bool:
-    """Tell whether each channel of a group has as many positions in common with each of another: (channels, ...)."""
-    counts = torch.stack([torch.isin(first, positions).sum(dim=1) for positions in second])
-    return bool((counts == counts[0, 0]).all())
+def are_crossed(first: Tensor, second: Tensor) -> bool:
+    """Tell whether each channel of a group has as many positions in common with each of another.
+
+    Args:
+        first: (channels, positions of each) where those of the group lie along an axis.
+        second: (channels, positions of each) where those of the other one do.
+
+    Example:
+        >>> heads, widths = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 2], [1, 3]])
+        >>> are_crossed(heads, widths), are_crossed(heads, heads)
+        (True, False)
+    """
+    if not first.numel() or not second.numel():
+        return True
+    channel_of = torch.full((1 + int(max(first.max(), second.max())),), -1)
+    channel_of[second] = torch.arange(len(second))[:, None]
+    met = channel_of[first]  # (channels, positions of each), -1 where the other group is not
+    pairs = met + len(second) * torch.arange(len(first))[:, None]
+    counts = torch.bincount(pairs[met >= 0], minlength=len(first) * len(second))
+    return bool((counts == counts[0]).all())
 
 
 def _is_count(number: Any, least: int = 0) -> bool:

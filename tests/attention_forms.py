@@ -118,6 +118,20 @@ class SplitBySize(Fused):
         return self.proj(self.attend(q, k, v).transpose(1, 2).contiguous().view(n, t, c))
 
 
+class Attributes(Fused):
+    """Shapes by attributes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim, self.inner = WIDTH_OF_HEAD, INNER
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        qkv = self.qkv(x).reshape(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(n, t, self.inner))
+
+
 class Einsum(Form):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).view(*x.shape[:2], self.num_heads, self.head_dim) for layer in (self.q, self.k, self.v))
@@ -218,8 +232,8 @@ class SingleHead(Form):
 
 FORMS = [
     Form, Scaled, ScaledByNumber, ScaledInForward, AnyNumberOfHeads, AnyWidth, Literal, Unflattened, Fused, FusedScaled,
-    FusedByIndex, Chunked, SplitBySize, Einsum, Grouped, GroupedScaled, Biased, TalkingHeads, Rotated, Normalised,
-    SingleHead,
+    FusedByIndex, Chunked, SplitBySize, Attributes, Einsum, Grouped, GroupedScaled, Biased, TalkingHeads, Rotated,
+    Normalised, SingleHead,
 ]  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_prune.criteria.channel_scores import Scores, flops_per_channel, to_original_channels
 from lightning_prune.criteria.expected_shares import expected_shares
-from lightning_prune.criteria.input_hooks import consumed_by_layers
 from lightning_prune.criteria.layer_sensitivity import Sensitivity, sensitivities
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
@@ -194,7 +193,7 @@ def _places(graph: ChannelGraph) -> dict[str, dict[str, Tensor]]:
     places: dict[str, dict[str, Tensor]] = {}
     for name, group in graph.groups.items():
         channels = graph.kept(name)
-        for one in consumed_by_layers(group):
+        for one in group.consuming:
             positions = graph.positions_now(one, channels)
             positions = positions.view(len(channels), -1)
             of_weight = places.setdefault(one.tensor, {})

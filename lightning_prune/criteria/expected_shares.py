@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_prune.criteria.input_hooks import consumed_by_layers
 from lightning_prune.graph.channel_graph import ChannelGraph, Snapshot, values_of
 
 __all__ = ["expected_shares", "names_of_scales"]
@@ -114,7 +113,7 @@ def _consumed(now: Snapshot) -> dict[tuple[str, int], list[_Place]]:
     consumed = defaultdict(list)
     for name, group in now.groups.items():
         channels = now.kept(name)
-        for one in consumed_by_layers(group):
+        for one in group.consuming:
             along = one.tensor, one.axis
             positions = now.positions(one, channels)
             positions = positions.view(len(channels), -1)

@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.criteria.input_hooks import (
     check_watchable,
-    consumed_by_layers,
     places_made,
     positions_of_channels,
     sum_positions,
@@ -276,11 +275,11 @@ class _Gradients(Collector):
         """Tell whether all that counts is trained: what frozen weights pass on is not known from the others."""
         if self.variant != "gate":
             return True
-        return all(tensors[place.tensor].requires_grad for place in consumed_by_layers(group))
+        return all(tensors[place.tensor].requires_grad for place in group.consuming)
 
     def _add_products(self, group: Group, products: Mapping[str, Tensor]) -> None:
         # A gate on a channel multiplies it wherever it is consumed, as would a factor on the weights that consume it.
-        places: Sequence[Slice] = consumed_by_layers(group)
+        places: Sequence[Slice] = group.consuming
         if self.variant != "gate":
             places = group.out_slices + group.other_slices
         elif not places:  # or wherever it is produced, as would a factor on all that is stored of it there

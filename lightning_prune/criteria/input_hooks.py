@@ -16,7 +16,6 @@ from lightning_prune.pruning_plan import Slice
 __all__ = [
     "OnInput",
     "check_watchable",
-    "consumed_by_layers",
     "places_made",
     "positions_of_channels",
     "sum_positions",
@@ -32,16 +31,6 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 
 
-def consumed_by_layers(group: Group) -> list[Slice]:
-    """Return where layers consume a group; queries are consumed by the keys they are multiplied by, and by no layer.
-
-    Args:
-        group: A group. What it is masked at may be what produces it, where no layer consumes it.
-    """
-    made = {*group.out_slices, *group.other_slices}
-    return [place for place in group.in_slices if place not in made]
-
-
 def watched_places(graph: ChannelGraph, group: Group) -> dict[str, list[Slice]]:
     """Return where a group is watched, by key: in what its layers consume, or else in what produces it.
 
@@ -52,7 +41,7 @@ def watched_places(graph: ChannelGraph, group: Group) -> dict[str, list[Slice]]:
         group: One of its groups.
     """
     places: dict[str, list[Slice]] = {}
-    for place in consumed_by_layers(group):
+    for place in group.consuming:
         of_tensor = places.setdefault(place.tensor, [])
         of_tensor.append(place)
     if places:
@@ -118,7 +107,7 @@ def watch_inputs(graph: ChannelGraph, on_input: OnInput) -> list[RemovableHandle
     before: dict[str, nn.Module] = {}
     after: dict[str, nn.Module] = {}
     for group in graph.groups.values():
-        hooked = before if consumed_by_layers(group) else after
+        hooked = before if group.consuming else after
         for key, places in watched_places(graph, group).items():
             module = _module_of(places[0].tensor)
             hooked[key] = modules[module]
@@ -182,7 +171,7 @@ def check_watchable(graph: ChannelGraph, criterion: str) -> None:
     """
     modules = dict(graph.model.named_modules())
     for name, group in graph.groups.items():
-        consumed = bool(consumed_by_layers(group))
+        consumed = bool(group.consuming)
         does = "consumes" if consumed else "produces"
         for place, *_ in watched_places(graph, group).values():
             path = _module_of(place.tensor)

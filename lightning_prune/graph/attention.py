@@ -8,7 +8,7 @@ from torch.nn import functional
 
 __all__ = ["FreeMultiheadAttention", "free", "sync_attention"]
 
-_ATTENTION: type[nn.Module] = nn.MultiheadAttention
+_ATTENTION = nn.MultiheadAttention
 
 
 class FreeMultiheadAttention(nn.MultiheadAttention):
@@ -211,6 +211,10 @@ def free(module: nn.Module) -> None:
         module.__class__ = FreeMultiheadAttention
 
 
+def _set_class(module: Any, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+
+
 def sync_attention(module: Any) -> None:
     """Make the size attributes of multi-head attention fit its tensors, and its class the way in which it has to run.
 
@@ -226,10 +230,9 @@ def sync_attention(module: Any) -> None:
         of_keys = (module.in_proj_weight.shape[0] - of_values) // 2
         module.embed_dim = module.kdim = module.vdim = module.in_proj_weight.shape[1]
     widths = {of_keys, of_values, module.embed_dim, output, module.num_heads * module.head_dim}
-    kind: Any = type(module)
-    if kind is _ATTENTION and len(widths) > 1:
-        module.__class__ = FreeMultiheadAttention
+    if type(module) is _ATTENTION and len(widths) > 1:
+        _set_class(module, FreeMultiheadAttention)
         module._qkv_same_embed_dim = False  # by which encoder layers know that they cannot run it as one operator
-    elif kind is FreeMultiheadAttention and len(widths) == 1:
-        module.__class__ = _ATTENTION
+    elif type(module) is FreeMultiheadAttention and len(widths) == 1:
+        _set_class(module, _ATTENTION)
         module._qkv_same_embed_dim = module.in_proj_weight is not None

@@ -51,6 +51,12 @@ class Group:
         return tuple(dict.fromkeys(every))
 
     @property
+    def consuming(self) -> tuple[Slice, ...]:
+        """Where weights consume the channels, without those that produce them too, as of queries and keys."""
+        producing = {*self.out_slices, *self.other_slices}
+        return tuple(one for one in self.in_slices if one not in producing)
+
+    @property
     def width(self) -> int:
         """How many output channels of its first layer one channel of the group stands for."""
         first = self.out_slices[0]

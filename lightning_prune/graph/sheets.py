@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy import ndarray
+from torch import Tensor
 
 from lightning_prune.graph.channel_graph import Axis, Group, Term
 from lightning_prune.graph.groups import Grouping
 from lightning_prune.graph.records import CostTerm, Labels, Record
-from lightning_prune.pruning_plan import Slice
+from lightning_prune.pruning_plan import Slice, are_crossed
 
 __all__ = ["Sheet", "is_pair", "joined_groups", "terms_of"]
 
@@ -106,36 +107,29 @@ class _Places:
 
     def lies_across(self, group: Group) -> bool:
         """Tell whether each channel of a group has as many positions in common with each of those that it meets."""
-        own: dict[tuple[str, int], list[ndarray]] = {}
+        own: dict[tuple[str, int], list[Tensor]] = {}
         for one in group.slices:
-            own.setdefault((one.tensor, one.axis), []).append(_positions(group, one))
-        for place, parts in own.items():
-            of_group = np.concatenate(parts, axis=1)  # (channels, positions of each)
+            place = one.tensor, one.axis
+            own.setdefault(place, []).append(_positions(group, one))
+        for place, slices in own.items():
+            of_group = torch.cat(slices, dim=1)
             for others in self._at(place).values():
-                if not _are_crossed(of_group, np.concatenate(others, axis=1)):
+                if not are_crossed(of_group, torch.cat(others, dim=1)):
                     return False
         return True
 
-    def _at(self, place: tuple[str, int]) -> dict[str, list[ndarray]]:
+    def _at(self, place: tuple[str, int]) -> dict[str, list[Tensor]]:
         """Return the positions of the groups that lie along an axis, by name."""
-        found: dict[str, list[ndarray]] = {}
+        found: dict[str, list[Tensor]] = {}
         for group, one in self._slices.get(place, ()):
             found.setdefault(group.name, []).append(_positions(group, one))
         return found
 
 
-def _positions(group: Group, one: Slice) -> ndarray:
+def _positions(group: Group, one: Slice) -> Tensor:
     """Return where the channels of a group lie: (channels, positions of each)."""
     every = torch.arange(group.size)
-    return one.positions(every).view(group.size, -1).numpy()
-
-
-def _are_crossed(first: ndarray, second: ndarray) -> bool:
-    channel_of = np.full(1 + max(first.max(), second.max()), _NONE)
-    channel_of[second] = np.arange(len(second))[:, None]
-    met = channel_of[first]  # (channels, positions of each) of the other group, -1 for none
-    counts = np.stack([(met == channel).sum(axis=1) for channel in range(len(second))])
-    return bool((counts == counts[0, 0]).all())
+    return one.positions(every).view(group.size, -1)
 
 
 # -- lengths -----------------------------------------------------------------------------------------------------------

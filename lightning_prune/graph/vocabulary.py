@@ -250,6 +250,11 @@ class Vocabulary:
         """Say that the channels which a tensor holds numbers of cannot be pruned, because these are used."""
         for labels in self.numbered(tensor):
             self.mark_unprunable(labels, "has its channels told apart by number")
+        self.record.not_mask_exact.extend(getattr(tensor, "_when_used", ()))
+
+    def mark_when_used(self, tensor: Tensor, labels: Labels, why: str) -> None:
+        """Say that pruning some channels is not the same as masking them if anything uses a tensor."""
+        tensor._when_used = [Note(labels, self.where(), why)]  # type: ignore[attr-defined]
 
     def mark_not_mask_exact(self, labels: Labels | None, why: str) -> None:
         """Say that pruning these channels is not the same as masking what is read from them."""

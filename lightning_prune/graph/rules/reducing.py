@@ -129,7 +129,10 @@ def _reduce(tracer: Tracer, call: Call, dim: Any) -> None:
     reduced = _axes(x, dim)
     for axis in reduced:
         labels = tracer.labels(x, axis)
-        tracer.mark_not_mask_exact(labels, why)
+        if labels is not None and tracer.where() in tracer.free_modules:  # the weights of all heads, often for nobody
+            tracer.mark_when_used(call.output, labels, why)
+        else:
+            tracer.mark_not_mask_exact(labels, why)
     _label_without(tracer, call, reduced)
 
 
