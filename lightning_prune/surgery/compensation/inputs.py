@@ -56,7 +56,13 @@ def wide_blocks(model: nn.Module, plan: PruningPlan, name: str, axis: int) -> li
         plan: The channels to keep, about the original model.
         name: Name of a weight.
         axis: The axis along which it consumes channels.
+
+    Returns:
+        The blocks; none where groups cross, as heads and the channels of their values do: a position is then pruned
+        with the channel of either, and no block has channels of equally many positions.
     """
+    if _cross(plan, name, axis):
+        return []
     earlier = plan_in_force(model) or PruningPlan()
     index = earlier.index().get(name, {}).get(axis)
     blocks_by_width = defaultdict(list)
@@ -73,6 +79,21 @@ def wide_blocks(model: nn.Module, plan: PruningPlan, name: str, axis: int) -> li
         width = positions.shape[1]
         blocks_by_width[width].append((positions, is_kept))
     return [_joined(found) for width, found in blocks_by_width.items() if width > 1]
+
+
+def _cross(plan: PruningPlan, name: str, axis: int) -> bool:
+    """Tell whether a position along an axis belongs to channels of more than one group."""
+    taken: set[int] = set()
+    for group in plan.groups.values():
+        every = torch.arange(group.size)
+        for one in group.slices:
+            if one.tensor != name or one.axis != axis:
+                continue
+            positions = set(one.positions(every).tolist())
+            if not taken.isdisjoint(positions):
+                return True
+            taken |= positions
+    return False
 
 
 def _positions(slices: Sequence[Slice], channels: Tensor) -> Tensor:
