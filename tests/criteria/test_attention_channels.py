@@ -118,7 +118,7 @@ def test_queries_and_keys_are_told_apart_by_what_they_give_to_products(graph: Ch
 
 
 def with_heads(graph: ChannelGraph) -> ChannelGraph:
-    """Add the heads of the values, each of which has a channel of every group of the width."""
+    """Take heads to be those of the values alone, each of which has a position of every channel of the width."""
     heads = Group(
         "v#heads",
         HEADS,
@@ -127,13 +127,14 @@ def with_heads(graph: ChannelGraph) -> ChannelGraph:
         other_slices=(Slice("v.bias", 0, 0, 5, 5),),
         kind="heads",
     )
-    return replace(graph, groups={**graph.groups, "v#heads": heads})
+    others = {name: group for name, group in graph.groups.items() if group.kind != "heads"}
+    return replace(graph, groups={**others, "v#heads": heads})
 
 
 def order_by_masks(graph: ChannelGraph) -> list[tuple[str, int]]:
     """Return the order in which channels are pruned if the norms of masked weights are taken anew after each."""
     weights = {name: value.detach().double().clone() for name, value in graph.model.named_parameters()}
-    left = {(name, channel) for name, group in graph.groups.items() for channel in range(group.size)}
+    left = [(name, channel) for name, group in graph.groups.items() for channel in range(group.size)]
 
     def places(name: str, channel: int) -> list[tuple[Tensor, int, Tensor]]:
         slices = dict.fromkeys(graph.groups[name].slices)
@@ -148,13 +149,12 @@ def order_by_masks(graph: ChannelGraph) -> list[tuple[str, int]]:
             )
             for name, channel in left
         }
-        means = {
-            name: torch.tensor([norm for (other, _), norm in norms.items() if other == name]).mean() for name, _ in left
-        }
-        chosen = min(sorted(norms), key=lambda key: norms[key] / float(means[key[0]]) if norms[key] > 1e-12 else 0.0)
+        by_group = {name: [norm for (other, _), norm in norms.items() if other == name] for name, _ in left}
+        means = {name: sum(of_group) / len(of_group) for name, of_group in by_group.items()}
+        chosen = min(left, key=lambda key: norms[key] / means[key[0]] if norms[key] > 1e-12 else 0.0)
         for weight, axis, at in places(*chosen):
             weight.index_fill_(axis, at, 0.0)
-        left.discard(chosen)
+        left.remove(chosen)
         order.append(chosen)
     return order
 
