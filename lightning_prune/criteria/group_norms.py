@@ -97,17 +97,19 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Crossing:
-    """A place of a group, and the places that cross it: those along other axes of the same tensor.
+    """A place of a group, and the places that share weights with it.
 
     Attributes:
-        squares: The squares of the tensor.
+        squares: The squares of the tensor, zeros where a channel has been pruned.
         place: The place.
-        others: The places that share weights with it.
+        across: Places along other axes of the same tensor.
+        along: Places of other groups at the same positions of the same axis, as heads and their values have them.
     """
 
     squares: np.ndarray
     place: _Place
-    others: list[_Place]
+    across: list[_Place]
+    along: list[_Place]
 
 
 class _CoupledNorms:
@@ -147,9 +149,17 @@ class _CoupledNorms:
         changed = {group}
         for crossing in self._crossings[group]:
             place = crossing.place
-            pruned = crossing.squares.take(place.positions[channel], place.axis)
-            for other in crossing.others:
+            positions = place.positions[channel]
+            pruned = crossing.squares.take(positions, place.axis)
+            for other in crossing.across:
                 self.of_kept[other.group] -= _sums_of_channels(pruned, other)
+                changed.add(other.group)
+            within = (slice(None),) * place.axis + (positions,)
+            crossing.squares[within] = 0.0  # what two channels share is pruned once
+            for other in crossing.along:
+                alone = np.zeros_like(crossing.squares)
+                alone[within] = pruned
+                self.of_kept[other.group] -= _sums_of_channels(alone, other)
                 changed.add(other.group)
         self.of_kept[group][channel] = np.inf
         return changed
@@ -160,7 +170,7 @@ def _places_by_tensor(now: Snapshot) -> dict[str, list[_Place]]:
     places: defaultdict[str, list[_Place]] = defaultdict(list)
     for name, group in now.groups.items():
         kept = now.kept(name)
-        for where in group.slices:
+        for where in dict.fromkeys(group.slices):  # queries are masked where they are produced, which counts once
             if now.tensors[where.tensor].dim() == 1:  # a bias, or a scale of normalisation
                 continue
             positions = now.positions(where, kept).reshape(len(kept), -1)
@@ -179,8 +189,16 @@ def _crossings(group: Group, squares: np.ndarray, places: Sequence[_Place]) -> I
     """Yield the places of a group in one tensor, with those that cross them."""
     for place in places:
         if place.group == group.name:
-            others = [other for other in places if other.axis != place.axis]
-            yield _Crossing(squares, place, others)
+            across = [other for other in places if other.axis != place.axis]
+            along = [other for other in places if _meet(place, other)]
+            yield _Crossing(squares, place, across, along)
+
+
+def _meet(place: _Place, other: _Place) -> bool:
+    """Tell whether two groups have positions of one axis in common."""
+    if other.group == place.group or other.axis != place.axis:
+        return False
+    return bool(np.isin(place.positions, other.positions).any())
 
 
 def _squares_along(places: Sequence[_Place], tensor: Tensor) -> np.ndarray:

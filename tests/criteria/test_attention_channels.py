@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import lightning_prune as lp
 from lightning_prune.criteria.expected_shares import expected_shares
-from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph import ChannelGraph, Group
+from lightning_prune.pruning_plan import Slice
 
 HEADS = 3
 
@@ -114,3 +115,54 @@ def test_queries_and_keys_are_told_apart_by_what_they_give_to_products(graph: Ch
     graph.model.q.weight.data.zero_()
     graph.model.k.weight.data.zero_()
     assert expected_shares(graph)["q"].tolist() == [0.25] * 4
+
+
+def with_heads(graph: ChannelGraph) -> ChannelGraph:
+    """Take heads to be those of the values alone, each of which has a position of every channel of the width."""
+    heads = Group(
+        "v#heads",
+        HEADS,
+        out_slices=(Slice("v.weight", 0, 0, 5, 5),),
+        in_slices=(Slice("out.weight", 1, 0, 5, 5),),
+        other_slices=(Slice("v.bias", 0, 0, 5, 5),),
+        kind="heads",
+    )
+    others = {name: group for name, group in graph.groups.items() if group.kind != "heads"}
+    return replace(graph, groups={**others, "v#heads": heads})
+
+
+def order_by_masks(graph: ChannelGraph) -> list[tuple[str, int]]:
+    """Return the order in which channels are pruned if the norms of masked weights are taken anew after each."""
+    weights = {name: value.detach().double().clone() for name, value in graph.model.named_parameters()}
+    left = [(name, channel) for name, group in graph.groups.items() for channel in range(group.size)]
+
+    def places(name: str, channel: int) -> list[tuple[Tensor, int, Tensor]]:
+        slices = dict.fromkeys(graph.groups[name].slices)
+        matrices = [one for one in slices if weights[one.tensor].dim() > 1]
+        return [(weights[one.tensor], one.axis, one.positions(torch.tensor([channel]))) for one in matrices]
+
+    order = []
+    while left:
+        norms = {
+            (name, channel): sum(
+                float(w.index_select(axis, at).square().sum()) for w, axis, at in places(name, channel)
+            )
+            for name, channel in left
+        }
+        by_group = {name: [norm for (other, _), norm in norms.items() if other == name] for name, _ in left}
+        means = {name: sum(of_group) / len(of_group) for name, of_group in by_group.items()}
+        chosen = min(left, key=lambda key: norms[key] / means[key[0]] if norms[key] > 1e-12 else 0.0)
+        for weight, axis, at in places(*chosen):
+            weight.index_fill_(axis, at, 0.0)
+        left.remove(chosen)
+        order.append(chosen)
+    return order
+
+
+def test_group_norms_count_once_what_heads_and_their_values_share(graph: ChannelGraph) -> None:
+    graph = crossed(with_heads(graph))
+    scores = lp.criteria.group_magnitude(graph)
+    found = sorted(
+        (float(score), name, channel) for name, values in scores.items() for channel, score in enumerate(values)
+    )
+    assert [(name, channel) for _, name, channel in found] == order_by_masks(graph)

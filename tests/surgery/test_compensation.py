@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 import lightning_prune as lp
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.pruning_plan import PruningPlan, plan_in_force
+from lightning_prune.pruning_plan import PlannedGroup, PruningPlan, Slice, plan_in_force
 from lightning_prune.surgery.compensation import compensating, least_squares, normalisation
+from lightning_prune.surgery.compensation.inputs import wide_blocks
 from lightning_prune.surgery.compensation.least_squares import Moments
 from lightning_prune.surgery.compensation.operators import READ_CALL, as_matrix, from_matrix
 from lightning_prune.surgery.compensation.sampling import Places
@@ -704,3 +705,16 @@ def test_momentum_of_changed_weights_is_zero(make: Any, momenta: set[str]):
             is_zero = isinstance(value, torch.Tensor) and not bool(value.any())
             assert is_zero == (is_changed and key in momenta), key
     optimizer.step()
+
+
+def test_channels_of_groups_that_cross_are_taken_one_by_one() -> None:
+    """Two heads of three channels: a channel of values lies in both heads, and a head has all of its channels."""
+    model = nn.Linear(6, 2)
+    values = PlannedGroup(3, (0, 2), (Slice("weight", 1, 0), Slice("weight", 1, 3)))
+    heads = SimpleNamespace(size=2, channels=torch.tensor([1]), slices=(Slice("weight", 1, 0, step=3, width=3),))
+    alone = PruningPlan({"values": values}, {"weight": (2, 6)})
+    (block,) = wide_blocks(model, alone, "weight", 1)
+    assert block.positions.tolist() == [[0, 3], [1, 4], [2, 5]]
+    crossed: Any = SimpleNamespace(groups={"values": values, "heads": heads})
+    assert wide_blocks(model, crossed, "weight", 1) == []
+    assert wide_blocks(model, crossed, "weight", 0) == []

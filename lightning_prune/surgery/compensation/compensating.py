@@ -159,7 +159,7 @@ def _step_through(work: Work, handlers: Mapping[str, Handler], batches: Iterable
     streams = work.survey.added_to
     lanes = work.survey.lanes()
     lanes_at = {name: lanes[name] for name in handlers}
-    both = Lockstep(work.model, work.tensors, batches, run, streams)
+    both = Lockstep(work.model, work.plan.after(plan_in_force(work.model)), work.tensors, batches, run, streams)
     for name, meetings in both.meetings(lanes_at):
         alike = [meeting for meeting in meetings if _comparable(meeting)]
         _check_finite(name, alike)

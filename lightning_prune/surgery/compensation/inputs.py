@@ -1,6 +1,6 @@
 """Inputs of layers: which positions of a weight consume which channels, and which of them are kept."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,25 +51,26 @@ class Block:
 def wide_blocks(model: nn.Module, plan: PruningPlan, name: str, axis: int) -> list[Block]:
     """Return the channels that take several positions each of an axis, those with equally many in one block.
 
-    There is none where groups cross, as heads and the values in them do: what lies there is taken one by one, and so are
-    channels that lie in several places, as those of all heads.
-
     Args:
         model: The model, before the prune.
         plan: The channels to keep, about the original model.
         name: Name of a weight.
         axis: The axis along which it consumes channels.
+
+    Returns:
+        The blocks; none where groups cross, as heads and the channels of their values do: a position is then pruned
+        with the channel of either, and no block has channels of equally many positions. Nor do channels count that lie
+        in several places, as in all heads: what lies there is taken one by one.
     """
+    if _cross(plan, name, axis):
+        return []
     earlier = plan_in_force(model) or PruningPlan()
     index = earlier.index().get(name, {}).get(axis)
     blocks_by_width = defaultdict(list)
-    groups_at: Counter[int] = Counter()
     for group_name, group in plan.groups.items():
         slices = [one for one in group.slices if one.tensor == name and one.axis == axis]
         if not slices:
             continue
-        every = _positions(slices, torch.arange(group.size))
-        groups_at.update(every.flatten().tolist())
         if all(one.width == 1 for one in slices):
             continue
         before = earlier.groups.get(group_name)
@@ -80,9 +81,22 @@ def wide_blocks(model: nn.Module, plan: PruningPlan, name: str, axis: int) -> li
         is_kept = torch.isin(channels, group.channels)
         width = positions.shape[1]
         blocks_by_width[width].append((positions, is_kept))
-    if max(groups_at.values(), default=0) > 1:
-        return []
     return [_joined(found) for width, found in blocks_by_width.items() if width > 1]
+
+
+def _cross(plan: PruningPlan, name: str, axis: int) -> bool:
+    """Tell whether a position along an axis belongs to channels of more than one group."""
+    taken: set[int] = set()
+    for group in plan.groups.values():
+        every = torch.arange(group.size)
+        for one in group.slices:
+            if one.tensor != name or one.axis != axis:
+                continue
+            positions = set(one.positions(every).tolist())
+            if not taken.isdisjoint(positions):
+                return True
+            taken |= positions
+    return False
 
 
 def _positions(slices: Sequence[Slice], channels: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_prune.graph.adapting import adapt
 from lightning_prune.graph.nested import first_length
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery.compensation.copies import shared_twin
 from lightning_prune.surgery.compensation.operators import Step
 from lightning_prune.surgery.compensation.runs import PausedRun
@@ -73,6 +75,7 @@ class Lockstep:
 
     Args:
         model: The network before the prune.
+        plan: What is kept of the original network afterwards.
         tensors: The tensors of the pruned network, by name.
         batches: The batches.
         run: Runs a model on a batch.
@@ -86,6 +89,7 @@ class Lockstep:
     def __init__(
         self,
         model: nn.Module,
+        plan: PruningPlan,
         tensors: Mapping[str, Tensor],
         batches: Iterable[Any],
         run: Run,
@@ -95,6 +99,7 @@ class Lockstep:
         self.batches_seen = 0
         self.samples_seen = 0
         self._model = model
+        self._plan = plan
         self._tensors = tensors
         self._batches = iter(batches)
         self._run = run
@@ -134,4 +139,6 @@ class Lockstep:
 
     def _paused_run(self, tensors: Mapping[str, Tensor], batch: Any, before: bool) -> PausedRun:
         copied = shared_twin(self._model, tensors)
+        if before:
+            adapt(copied, self._plan)
         return PausedRun(lambda: self._run(copied, batch), names_of(tensors), self._pending, before, self._streams)
