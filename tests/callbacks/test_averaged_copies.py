@@ -295,6 +295,20 @@ def test_a_momentum_encoder_that_follows_later_on_is_pruned_along(tmp_path: Path
     assert shapes(module.momentum) == shapes(module.body) != shapes(Following().body)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [Following, FollowingLate])
+def test_a_momentum_encoder_resumes_to_the_same_bits(kind: Any, tmp_path: Path) -> None:
+    def run(root: Path, **settings: Any) -> Any:
+        callback = PruningCallback(round_to=2, steps=2, compensate_batches=2)
+        return battery.train(root, callback, module=kind(), max_epochs=4, **settings)[0]
+
+    unbroken = run(tmp_path)
+    paths = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert len(paths) == 4
+    for path in paths[:-1]:
+        assert battery.differences(unbroken, run(tmp_path / path.stem, ckpt_path=path)) == [], path.name
+
+
 class Taught(ByHand):
     """A teacher that starts as what is trained, and does not change."""
 
