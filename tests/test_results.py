@@ -482,6 +482,21 @@ def test_the_page_of_free_channels_is_what_its_records_give_and_none_is_falsely_
     assert not {"falsely mask-exact", "outputs of other shapes"} & {record["wrong"] for record in records.values()}
 
 
+def test_the_page_of_projects_is_what_its_records_give(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(files.RESULTS.parent / "projects"))
+    records = json.loads((files.RESULTS / "projects.json").read_text())
+    page = (files.RESULTS / "projects.md").read_text()
+    assert page == import_module("run").page(records)
+    runs = [record for record in records.values() if record["fit"]["outcome"] == "runs"]
+    for record in runs:
+        assert record["try"]["outcome"] == "runs"
+        assert record["fit"]["achieved"] <= record["fit"]["asked"]
+        assert record["fit"]["untrained"] == []
+        assert set(record["load"]["loaded"].values()) == {"pruned"}
+        assert record["resume"]["resumed"] == "yes"
+    assert all(record["fit"]["outcome"].startswith(("runs", "refused: ")) for record in records.values())
+
+
 def test_shares_of_channels_leave_outputs_out():
     free_channels = import_module("free_channels")
     layers = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3))

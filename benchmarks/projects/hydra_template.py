@@ -50,6 +50,7 @@ class OfTemplate(Case):
 
     def evaluate(self, work: Path, path: str) -> str:
         """Run ``eval.py`` on a checkpoint as a process of its own; its Trainer has to know of plans: a line of help."""
+        work.mkdir(parents=True, exist_ok=True)
         made = [*overrides(self.folder, work), f"ckpt_path={path}"]
         made.append("+trainer.callbacks=[{_target_: lightning_prune.callbacks.PruningCallback}]")
         command = [sys.executable, "src/eval.py", *made]

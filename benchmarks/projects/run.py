@@ -131,7 +131,8 @@ def _step(
     path = work / f"{step}.json"
     if not path.exists():
         return {"outcome": f"fails: {log.read_text().strip().splitlines()[-1]}", "seconds": 0.0}
-    found: dict[str, Any] = json.loads(path.read_text())
+    text = path.read_text().replace(f"{settings.work.absolute()}/", "")  # where that is, is nobody else's concern
+    found: dict[str, Any] = json.loads(text)
     return {name: value for name, value in found.items() if name not in ("told", "lines")}
 
 

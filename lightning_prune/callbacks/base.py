@@ -514,7 +514,8 @@ class PruningCallback(Schedule, Callback):
     def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> ChannelGraph:
         """Trace the model, and refuse what cannot be pruned."""
         check(pl_module, trainer.optimizers)
-        rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like)
+        # Steps as they are when a run begins: one that is resumed has to find the same groups.
+        rehearsal = Rehearsal(trainer, pl_module, self.state.training_batch_like, epoch=0, global_step=0)
         copies = followers(rehearsal, frozen_parts(pl_module, self.module))
         graph = self._trace_steps(rehearsal, copies)
         tell_of_relations(graph, copies)

@@ -124,7 +124,15 @@ def followers(rehearsal: Rehearsal, frozen: Sequence[str] = ()) -> list[Candidat
 
 
 def _that_change(rehearsal: Rehearsal, found: list[Candidate]) -> list[Candidate]:
-    """Return those of some copies that a training step, or the hooks around it, change."""
+    """Return those of some copies that a training step, or the hooks around it, change: now, or after a warm-up."""
+    changed: list[Candidate] = []
+    for moment in (rehearsal, rehearsal.later()):
+        known = {id(candidate) for candidate in changed}
+        changed += _changed_at(moment, [candidate for candidate in found if id(candidate) not in known])
+    return changed
+
+
+def _changed_at(rehearsal: Rehearsal, found: list[Candidate]) -> list[Candidate]:
     if not found:
         return []
     for step in rehearsal.first_steps(with_hooks=True):
@@ -136,16 +144,13 @@ def _that_change(rehearsal: Rehearsal, found: list[Candidate]) -> list[Candidate
 
 
 def followed_inside(rehearsal: Rehearsal, frozen: Sequence[str]) -> dict[str, str]:
-    """Return which tensors of frozen parts of a module follow others of it, by way of a callback.
+    """Return which tensors of frozen parts of a module follow others of it, by way of a callback or later on.
 
     Args:
         rehearsal: The steps of the LightningModule.
         frozen: Dotted names of the frozen parts.
     """
     pl_module = rehearsal.pl_module
-    callbacks = rehearsal.trainer.callbacks  # type: ignore[attr-defined]
-    if not frozen or not any(map(_is_somebodys, callbacks)):
-        return {}  # what the module itself does is traced
     found = list(_frozen_copies(pl_module, frozen))
     names = {id(tensor): name for name, tensor in named_tensors(pl_module).items()}
     followed = {}
@@ -315,6 +320,7 @@ class _Experiment:
         trainer = quiet_trainer(self.rehearsal, twin.model)
         hooks: dict[str, tuple[Any, ...]] = {
             "on_train_batch_start": (step.args[0], 0),
+            "on_before_optimizer_step": tuple(trainer.optimizers[:1]),
             "on_before_zero_grad": tuple(trainer.optimizers[:1]),
             "on_train_batch_end": (None, step.args[0], 0),
             "on_train_epoch_end": (),
@@ -331,7 +337,8 @@ class _Experiment:
 
 
 def _values(copy: Any) -> list[Tensor]:
-    items = list(named_tensors(copy).values()) if isinstance(copy, nn.Module) else _items(copy)
+    # Not the buffers of a module: a teacher that runs in training mode counts its batches.
+    items = list(copy.parameters()) if isinstance(copy, nn.Module) else _items(copy)
     return [item.clone() for item in items if isinstance(item, Tensor)]
 
 

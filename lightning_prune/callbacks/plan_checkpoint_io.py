@@ -40,6 +40,7 @@ __all__ = ["PlanCheckpointIO", "carry_plans", "read_back"]
 
 # Spawned ranks hand their last weights back in a file of this name, without anything else in it (Lightning 2.6).
 _HANDED_BACK = ".temp.ckpt"
+_RESULTS = "lightning_prune_results"  # beside them: the files that the callbacks of the first rank have named
 
 
 def carry_plans(trainer: "pl.Trainer") -> None:
@@ -100,6 +101,9 @@ class PlanCheckpointIO(CheckpointIO):
         module = self.trainer.lightning_module
         if module is not None and plan_in_force(module) is not None:
             checkpoint = _with_plan(module, checkpoint, path)
+            if _is_handed_back(checkpoint, path):
+                checkpoint = copy.copy(checkpoint)
+                checkpoint[_RESULTS] = {name: one.result_path for name, one in _pruning(self.trainer).items()}
         self.checkpoint_io.save_checkpoint(checkpoint, path, *args, **kwargs)
 
     @override
@@ -110,6 +114,8 @@ class PlanCheckpointIO(CheckpointIO):
             return loaded
         if _is_handed_back(loaded, path):
             # This is the parent of the ranks, which knows only the module that it gave to them.
+            for name, result_path in loaded.pop(_RESULTS, {}).items():
+                _pruning(self.trainer)[name].result_path = result_path
             content = loaded.pop(CHECKPOINT_KEY, None)
             restore_shape(module, {CHECKPOINT_KEY: content, "state_dict": loaded})
         elif "state_dict" in loaded and str(path) == str(self.trainer.ckpt_path):
@@ -205,6 +211,12 @@ def _with_plan(module: "pl.LightningModule", checkpoint: dict[str, Any], path: A
     checkpoint = copy.copy(checkpoint)  # with the versions that torch notes on weights
     save_plan(module, checkpoint)
     return checkpoint
+
+
+def _pruning(trainer: "pl.Trainer") -> dict[str, Any]:
+    """Return the callbacks that name the result of a run, by the key of their state."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return {callback.state_key: callback for callback in callbacks if hasattr(callback, "result_path")}
 
 
 def _is_handed_back(checkpoint: dict[str, Any], path: Any) -> bool:

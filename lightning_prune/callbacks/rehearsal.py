@@ -1,5 +1,6 @@
 """Rehearsal: the steps of a module, to be run on twins of it, where trainer, loggers and optimizers do not notice."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +37,12 @@ VALIDATION = "validation_step"
 Backward = Callable[..., None]
 Hook = Callable[[Any], tuple[Any, ...]]
 
+_AFTER_A_STEP = (
+    "on_after_backward", "optimizer_step", "on_before_zero_grad", "on_train_batch_end", "on_train_epoch_end",
+)  # fmt: skip
+_RARELY_UPDATE = frozenset({"on_train_batch_start", "on_before_optimizer_step"})  # and may look for gradients
+_LATE = 720_720  # optimizer steps; a multiple of every number up to 16, of which some do something every so many
+
 _DONE_BY_THE_TRAINER = (
     "log",
     "log_dict",
@@ -58,6 +65,7 @@ class Rehearsal:
         pl_module: The LightningModule.
         batch_like: What the training batch is like, if a run that is resumed must not draw one again.
         epoch: The epoch that steps find themselves in; default the present one.
+        global_step: The number of optimizer steps before them; default what the trainer says.
 
     Attributes:
         keeps_copies: Whether the module may bring copies of weights up to date at the end of an epoch.
@@ -70,9 +78,11 @@ class Rehearsal:
         pl_module: "pl.LightningModule",
         batch_like: Any = None,
         epoch: int | None = None,
+        global_step: int | None = None,
     ) -> None:
         self.trainer = trainer
         self.epoch = last_epoch(trainer) if epoch is None else epoch
+        self.global_step = global_step
         self.pl_module = pl_module
         self.batch_like = batch_like
         self._loaders, self._structure = tree_flatten(trainer.train_dataloader)
@@ -80,6 +90,15 @@ class Rehearsal:
         self.keeps_copies = False
         self._only_batch: Any = None
         self._last_batch: Any = None
+
+    def later(self) -> "Rehearsal":
+        """Return a rehearsal of what the same steps do once all that warms up has done so."""
+        epochs = self.trainer.max_epochs
+        last = epochs - 1 if epochs is not None and epochs > 0 else _LATE
+        made = copy.copy(self)
+        made.epoch = max(last, self.epoch)
+        made.global_step = _LATE
+        return made
 
     def sizes(self, first: int = 1) -> list[int]:
         """Return numbers of samples to try, one after the other: losses may need two, or as many as there will be.
@@ -109,12 +128,12 @@ class Rehearsal:
         Args:
             first: Number of samples to begin with.
         """
-        for with_hooks in (True, False):
+        own = {name for name in (*_AFTER_A_STEP, *_RARELY_UPDATE) if has_own(self.pl_module, name)}
+        choices = [own, own - _RARELY_UPDATE, set[str]()]
+        for names in [one for place, one in enumerate(choices) if one not in choices[:place]]:
             for size in self.sizes(first):
-                steps = self.steps(size, with_hooks)
-                yield steps
-            if not any(step.hooks for step in steps):
-                return
+                found = self.steps(size, with_hooks=True)
+                yield [_with_hooks(step, names) for step in found]
 
     @property
     def serves_as_it_likes(self) -> bool:
@@ -187,7 +206,7 @@ class Rehearsal:
                     backward(loss)
 
     def _prepare(self, model: nn.Module) -> None:
-        _prepare(self.trainer, self.epoch, model)
+        _prepare(quiet_trainer(self, model), model)
 
     def step(self, name: str, batch: Any) -> Step | None:
         """Return a step on a batch; None if the module has no such step, or draws batches by itself.
@@ -212,7 +231,9 @@ class Rehearsal:
             "on_after_backward": lambda output: (),
             "optimizer_step": lambda output: (0, 0, *optimizers[:1], _do_nothing),
             "on_before_zero_grad": lambda output: tuple(optimizers[:1]),
+            "on_train_batch_start": lambda output: (batch, 0),
             "on_train_batch_end": lambda output: ({"loss": output}, batch, 0),
+            "on_before_optimizer_step": lambda output: tuple(optimizers[:1]),
         }
         if self.keeps_copies:  # else there is no reason to run what may write files
             hooks["on_train_epoch_end"] = lambda output: ()
@@ -256,6 +277,10 @@ class Rehearsal:
         return self.step(VALIDATION, batch)
 
 
+def _with_hooks(step: Step, names: set[str]) -> Step:
+    return replace(step, hooks={name: given for name, given in step.hooks.items() if name in names})
+
+
 def _first(loader: Any, size: int) -> list[int]:
     """Return the positions of the first samples of a loader."""
     available = len(loader.dataset)
@@ -273,7 +298,7 @@ def _arguments(parameters: list[inspect.Parameter], batch: Any) -> tuple[Any, ..
 
 def quiet_trainer(rehearsal: Rehearsal, model: nn.Module) -> Any:
     """Return what callbacks may be given in place of the trainer, with a copy of its module."""
-    return _QuietTrainer(rehearsal.trainer, rehearsal.epoch, model)
+    return _QuietTrainer(rehearsal.trainer, rehearsal.epoch, model, rehearsal.global_step)
 
 
 def quietened(trainer: "pl.Trainer", model: nn.Module) -> None:
@@ -283,7 +308,7 @@ def quietened(trainer: "pl.Trainer", model: nn.Module) -> None:
         trainer: The trainer.
         model: The copy.
     """
-    _prepare(trainer, last_epoch(trainer), model)
+    _prepare(_QuietTrainer(trainer, last_epoch(trainer), model), model)
 
 
 def let_log(model: nn.Module, log: Callable[..., None]) -> None:
@@ -305,9 +330,8 @@ def last_epoch(trainer: "pl.Trainer") -> int:
     return trainer.current_epoch if epochs in (None, -1) else min(trainer.current_epoch, epochs - 1)
 
 
-def _prepare(trainer: "pl.Trainer", epoch: int, model: nn.Module) -> None:
+def _prepare(quiet: "_QuietTrainer", model: nn.Module) -> None:
     """Give a twin of a LightningModule stand-ins of all that its steps may change beside the module."""
-    quiet = _QuietTrainer(trainer, epoch, model)
     for module in model.modules():
         attributes = vars(module)
         if isinstance(module, namesakes(pl.LightningModule)):
@@ -315,7 +339,7 @@ def _prepare(trainer: "pl.Trainer", epoch: int, model: nn.Module) -> None:
             attributes["_trainer"] = quiet
             attributes["optimizers"] = partial(_alone_or_all, quiet.optimizers)
             attributes["lr_schedulers"] = partial(_alone_or_all, quiet.lr_schedulers)
-            attributes["all_gather"] = partial(_gathered, trainer.world_size)
+            attributes["all_gather"] = partial(_gathered, quiet.world_size)
         elif isinstance(module, nn.SyncBatchNorm) and not _is_without_data(model):
             attributes["forward"] = partial(_BatchNorm.forward, module)
         elif isinstance(module, Metric | MetricCollection) and _is_without_data(model):
@@ -357,11 +381,13 @@ class _QuietTrainer:
         trainer: The trainer.
         epoch: The epoch that it is said to be in.
         model: The twin that stands in for its module.
+        global_step: The number of optimizer steps that it is said to have made; default those that it has.
     """
 
-    def __init__(self, trainer: "pl.Trainer", epoch: int, model: nn.Module) -> None:
+    def __init__(self, trainer: "pl.Trainer", epoch: int, model: nn.Module, global_step: int | None = None) -> None:
         self._asked = trainer
         self.current_epoch = epoch
+        self.global_step = trainer.global_step if global_step is None else global_step
         self.lightning_module = self.model = model
         self.optimizers = [_QuietOptimizer(optimizer) for optimizer in trainer.optimizers]
         configured = trainer.lr_scheduler_configs

@@ -199,7 +199,24 @@ class Wrapped(ByHand):
             torch._foreach_lerp_(list(self.ema["module"].parameters()), list(pl_module.body.parameters()), 0.1)
 
 
-@pytest.mark.parametrize("kind", [ByHand, OfNames, InOrder, Wrapped])
+class BeforeSteps(ByHand):
+    """The same, before the weights change."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.average.update_parameters(pl_module.body)
+
+    on_train_batch_end = L.Callback.on_train_batch_end
+
+
+class Late(ByHand):
+    """The same, which waits for the network to settle down, and takes every other step."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step > 14 and trainer.global_step % 2 == 0:
+            super().on_train_batch_end(trainer, pl_module, *args)
+
+
+@pytest.mark.parametrize("kind", [ByHand, OfNames, InOrder, Wrapped, Late, BeforeSteps])
 def test_an_average_that_a_callback_keeps_is_pruned_along(kind: Any, tmp_path: Path) -> None:
     kept = kind()
     module, _ = battery.train(tmp_path, PruningCallback(round_to=2), kept, module=without_average(), max_epochs=3)
@@ -211,7 +228,7 @@ def test_an_average_that_a_callback_keeps_is_pruned_along(kind: Any, tmp_path: P
     elif kind is InOrder:
         assert [value.shape for value in kept.shadow] == shapes(module)
     else:
-        model = kept.average.module if kind is ByHand else kept.ema["module"]
+        model = kept.ema["module"] if kind is Wrapped else kept.average.module
         assert shapes(model) == shapes(module.body)
         assert model[0].out_features == len(model[0].bias)
 
@@ -264,6 +281,35 @@ def test_a_copy_that_has_the_weights_makes_up_for_a_prune_as_they_do(kind: Any, 
     copied = copies_of(kept[0] if kept else None, module)
     for name, tensor in module.body.state_dict().items():
         assert torch.allclose(copied[name], tensor, atol=1e-5), name
+
+
+class FollowingLate(Following):
+    """The same from the second epoch on; until then its copy could be a teacher."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.current_epoch >= 1:
+            return super().training_step(batch, batch_idx)
+        return battery.ResidualClassifier.training_step(self, batch, batch_idx)
+
+
+def test_a_momentum_encoder_that_follows_later_on_is_pruned_along(tmp_path: Path) -> None:
+    module: Any = FollowingLate()
+    battery.train(tmp_path, PruningCallback(round_to=2), module=module, max_epochs=3)
+    assert shapes(module.momentum) == shapes(module.body) != shapes(Following().body)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [Following, FollowingLate])
+def test_a_momentum_encoder_resumes_to_the_same_bits(kind: Any, tmp_path: Path) -> None:
+    def run(root: Path, **settings: Any) -> Any:
+        callback = PruningCallback(round_to=2, steps=2, compensate_batches=2)
+        return battery.train(root, callback, module=kind(), max_epochs=4, **settings)[0]
+
+    unbroken = run(tmp_path)
+    paths = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert len(paths) == 4
+    for path in paths[:-1]:
+        assert battery.differences(unbroken, run(tmp_path / path.stem, ckpt_path=path)) == [], path.name
 
 
 class Taught(ByHand):

@@ -34,7 +34,7 @@ def test_a_loader_that_knows_its_position_keeps_it() -> None:
         callbacks=[callback, position],
     )  # fmt: skip
     trainer.fit(module, DigitsDataModule())
-    assert callback.state.batch_like == {"shape": [1, 1, 8, 8], "dtype": "float32"}
+    assert (callback.state.batch_like["shape"], callback.state.batch_like["dtype"]) == ([1, 1, 8, 8], "float32")
     assert position.used == 0
     assert callback.history.after.flops <= 0.5 * callback.history.before.flops
     assert torch.isfinite(module.network.linear.weight).all()
@@ -104,7 +104,7 @@ def fit_on_two_loaders(module: L.LightningModule, *callbacks: L.Callback) -> Non
 def test_hooks_get_the_batches_of_several_loaders_together(name: str) -> None:
     callback = battery.make_callback(name)
     fit_on_two_loaders(TwoLoaders(), callback)
-    assert callback.state.batch_like == {"shape": [1, 1, 8, 8], "dtype": "float32"}
+    assert (callback.state.batch_like["shape"], callback.state.batch_like["dtype"]) == ([1, 1, 8, 8], "float32")
     assert callback.history.after.flops <= 0.5 * callback.history.before.flops
 
 

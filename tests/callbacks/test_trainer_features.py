@@ -681,10 +681,10 @@ def test_compiled_parts_stay_compiled_after_many_prunes(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp_spawn", marks=pytest.mark.long), "ddp_fork", "ddp_notebook"])
 def test_the_parent_of_spawned_ranks_holds_the_pruned_model(strategy: str, tmp_path: Path) -> None:
-    module, trainer = battery.train(
-        tmp_path, battery.make_callback("taylor"), strategy=strategy, devices=2, accelerator="cpu"
-    )
+    callback = battery.make_callback("taylor")
+    module, trainer = battery.train(tmp_path, callback, strategy=strategy, devices=2, accelerator="cpu")
     assert is_pruned(module)
+    assert callback.result_path == last_path(trainer)
     assert trainer.callback_metrics["prune/keep_flops"] <= 0.5
     loaded = lp.load_pruned(battery.ResidualClassifier, last_path(trainer))
     assert battery.differences(module, loaded) == []
