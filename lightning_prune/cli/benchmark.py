@@ -1,6 +1,5 @@
 """``lightning-prune benchmark CKPT``: latency and throughput of a pruned model against the original."""
 
-import argparse
 import copy
 import statistics
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_prune.cli.loading import add_loading_options, load_given
+from lightning_prune.cli.option_errors import CommandParser
 from lightning_prune.export import random_inputs
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.planning.timing import median_time, placed, times_in_turns
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: The command line after ``benchmark``.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "lightning-prune benchmark",
         description="Time a pruned model and its original in evaluation mode, turn and turn about.",
     )

@@ -1,12 +1,12 @@
 """``lightning-prune compare A B``: two runs, or two checkpoints, side by side."""
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_prune.cli.benchmark import times
 from lightning_prune.cli.loading import Loaded, add_loading_options, load_given
+from lightning_prune.cli.option_errors import CommandParser
 from lightning_prune.graph import trace
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.pruning_plan import plan_in_force
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: The command line after ``compare``.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "lightning-prune compare",
         description="Compare two runs by what they logged at their end, or two checkpoints by counting and timing them "
         "here and now; metrics are those of the last validation.",

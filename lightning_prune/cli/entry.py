@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_prune import __version__
+from lightning_prune.cli.option_errors import OptionError, command_error
 from lightning_prune.cli.sentences import is_refusal, sentence
 
 __all__ = ["COMMANDS", "TRACEBACK", "main"]
@@ -26,6 +27,30 @@ COMMANDS = {
     "compare": "lightning_prune.cli.compare",
 }
 """Modules of the subcommands that are not LightningCLI's; each has a ``main``."""
+
+TRAINING = ("fit", "validate", "test", "predict")
+"""The subcommands of LightningCLI."""
+
+_HELP = """\
+lightning-prune: trained networks, and networks that train, become physically smaller.
+
+  fit        train a model, and prune it while it trains, as a --config says
+  validate   run the module's own validation, of a checkpoint that was pruned or not
+  test       run its own test
+  predict    run its own predict_step
+
+  plan       measure before any training what budgets cost
+  prune      prune a trained checkpoint to a budget without training
+  inspect    print what can be pruned in a model, what it costs, and what cannot be pruned and why
+
+  report     write what pruning did in a run as one HTML page
+  benchmark  time a pruned model against its original
+  compare    two runs, or two checkpoints, side by side
+  export     write a checkpoint as ONNX, as a program of torch.export, or as plain weights
+  configs    list the configs that ship with the package, or copy one
+
+lightning-prune COMMAND --help says more. With any command, --traceback shows where an error comes from; --version tells
+the version. Begin with: lightning-prune fit --config quickstart"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(typed)
     except BrokenPipeError:  # whoever was to read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OptionError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         if not is_refusal(error, runs_projects=_command(typed) not in COMMANDS):
             raise
@@ -61,10 +89,14 @@ def _run(typed: list[str]) -> None:
     command = _command(typed)
     if command == "--version":
         print(f"lightning-prune {__version__}")
+    elif command in ("--help", "-h"):
+        print(_HELP)
     elif command in COMMANDS:
         import_module(COMMANDS[command]).main(typed[1:])
-    else:
+    elif command in TRAINING or command.startswith("-"):
         import_module("lightning_prune.cli.training").main(typed)
+    else:
+        raise command_error(command, [*TRAINING, *COMMANDS])
 
 
 def _command(typed: list[str]) -> str:

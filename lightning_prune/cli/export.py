@@ -1,10 +1,10 @@
 """``lightning-prune export CKPT OUT``: a checkpoint as ONNX, as a program of torch.export, or as plain weights."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_prune.cli.loading import add_loading_options, load_given
+from lightning_prune.cli.option_errors import CommandParser
 from lightning_prune.export import BATCH_SIZES, export
 
 __all__ = ["main"]
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: The command line after ``export``.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "lightning-prune export",
         description="Export the model of a checkpoint, and check the file against the model on random inputs.",
     )

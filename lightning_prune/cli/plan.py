@@ -1,10 +1,10 @@
 """``lightning-prune plan CKPT``: what a budget will cost, before any training."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_prune.cli.option_errors import CommandParser
 from lightning_prune.cli.project import add_project_options, load_project, without_settings
 from lightning_prune.cli.prune_options import add_prune_options, settings_of
 from lightning_prune.cli.survey_table import told
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str]) -> None:
     print("\n".join([*lines, "", f"kept in {path}, and as a page in {path.with_suffix('.html')}"]))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         "lightning-prune plan",
         description="Measure what budgets would cost before any training: widths, FLOPs, parameters, time, and the "
         "module's own validation right after the compensated prune. The network itself is not pruned.",

@@ -17,7 +17,14 @@ from lightning_prune.cli.shipped_configs import found
 from lightning_prune.files import read_checkpoint
 from lightning_prune.importing import nothing_imported_for
 
-__all__ = ["Project", "add_project_options", "load_project", "without_settings"]
+__all__ = [
+    "Project",
+    "add_network_options",
+    "add_project_options",
+    "load_network",
+    "load_project",
+    "without_settings",
+]
 
 Sections = dict[str, Any]
 _SECTIONS = ("model", "data")
@@ -50,12 +57,7 @@ class Project:
 
 def add_project_options(parser: ArgumentParser) -> None:
     """Add the options that say which class and which data are meant."""
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="config with a section data, and perhaps model (default: the config.yaml of the run of the checkpoint)",
-    )
+    add_network_options(parser)
     parser.add_argument(
         "--data",
         metavar="CLASS_PATH",
@@ -63,6 +65,16 @@ def add_project_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--accelerator", default="auto", help="as for a Trainer: auto, cpu, gpu ... (default: auto)")
     parser.add_argument("--torch_threads", type=int, metavar="N", help="CPU threads of torch (default: its own choice)")
+
+
+def add_network_options(parser: ArgumentParser) -> None:
+    """Add the options that say which class is meant."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="config with the sections model and data (default: for data, config.yaml of the run of the checkpoint)",
+    )
     add_loading_options(parser)
 
 
@@ -109,17 +121,35 @@ def load_project(path: Path | None, given: Namespace, settings: Sequence[str]) -
         FileNotFoundError: If there is no such file.
         ValueError: If the class, the weights or the settings do not fit, or the class cannot be told.
     """
+    model = load_network(path, given, settings)
+    sections = _sections_of(given.config) if given.config else {}
+    section = given.data or sections.get("data")
+    is_trusted = section is not None
+    if section is None and path is not None:
+        section = _noted_data(path) or _sections_of(_config_beside(path)).get("data")
+    if section is None:
+        return Project(model)
+    # What was found beside a checkpoint comes from anywhere, as the checkpoint does.
+    with nullcontext() if is_trusted else nothing_imported_for(section, "lightning_prune"):
+        parsed = _parsed({"data": section}, [setting for setting in settings if setting.startswith("--data.")])
+    described = parsed.parser.dump(parsed.config, skip_none=False, format="json")
+    return Project(model, parsed.datamodule, json.loads(described).get("data", {}))
+
+
+def load_network(path: Path | None, given: Namespace, settings: Sequence[str]) -> Any:
+    """Load a trained network; the arguments are those of `load_project`, whose errors are raised.
+
+    Without a checkpoint, it is the network of the config.
+    """
     import_given(given)
     sections = _sections_of(given.config) if given.config else {}
     checkpoint = _content(path, is_known=bool(given.model or sections.get("model")))
     for_model = [setting for setting in settings if setting.startswith("--model.")]
-    for_data = [setting for setting in settings if setting.startswith("--data.")]
-    project = _data(path, given, sections, checkpoint, for_data)
-    model_is_noted = path is not None and not for_model and bool(given.model or noted_class(checkpoint))
-    if model_is_noted and path is not None:
-        project.model = load_model(path, given.model)
-        _keep_class_path(project.model, checkpoint)
-        return project
+    is_noted = not for_model and bool(given.model or noted_class(checkpoint))
+    if is_noted and path is not None:
+        model = load_model(path, given.model)
+        _keep_class_path(model, checkpoint)
+        return model
     section = given.model or sections.get("model")
     if section is None:
         where = f"{str(path)!r} does not say" if path is not None else "The command line does not say"
@@ -127,8 +157,7 @@ def load_project(path: Path | None, given: Namespace, settings: Sequence[str]) -
             f"{where} of which class the model is: give --model, such as --model mypackage.MyModel, or a --config."
         )
     made = _parsed({"model": section}, for_model).model
-    project.model = made if path is None else _with_weights(made, path)
-    return project
+    return made if path is None else _with_weights(made, path)
 
 
 def _content(path: Path | None, is_known: bool) -> Mapping[str, Any]:
@@ -150,26 +179,9 @@ def _keep_class_path(model: Any, checkpoint: Mapping[str, Any]) -> None:
             model.hparams[name] = noted[name]
 
 
-def _data(
-    path: Path | None, given: Namespace, sections: Sections, checkpoint: Mapping[str, Any], settings: Sequence[str]
-) -> Project:
-    """Return a project with its data alone."""
-    section = given.data or sections.get("data")
-    is_trusted = section is not None
-    if section is None and path is not None:
-        section = _noted_data(checkpoint) or _sections_of(_config_beside(path)).get("data")
-    if section is None:
-        return Project(nn.Identity())
-    # What was found beside a checkpoint comes from anywhere, as the checkpoint does.
-    with nullcontext() if is_trusted else nothing_imported_for(section, "lightning_prune"):
-        parsed = _parsed({"data": section}, settings)
-    described = parsed.parser.dump(parsed.config, skip_none=False, format="json")
-    return Project(nn.Identity(), parsed.datamodule, json.loads(described).get("data", {}))
-
-
-def _noted_data(checkpoint: Mapping[str, Any]) -> Sections | None:
+def _noted_data(path: Path) -> Sections | None:
     """Return the data module that LightningCLI has noted in a checkpoint, if it has."""
-    saved = checkpoint.get("datamodule_hyper_parameters")
+    saved = _content(path, is_known=True).get("datamodule_hyper_parameters")
     if not isinstance(saved, Mapping) or not isinstance(saved.get("_class_path"), str):
         return None
     arguments = {name: value for name, value in saved.items() if not name.startswith("_")}

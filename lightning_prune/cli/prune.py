@@ -1,6 +1,5 @@
 """``lightning-prune prune CKPT OUT``: a trained checkpoint to a smaller one, without training."""
 
-import argparse
 import statistics
 import time
 from argparse import Namespace
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_prune.checkpoint import CHECKPOINT_KEY, save
+from lightning_prune.cli.option_errors import CommandParser
 from lightning_prune.cli.project import Project, add_project_options, load_project, without_settings
 from lightning_prune.cli.prune_options import add_prune_options, settings_of
 from lightning_prune.files import read_checkpoint, written_whole
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     print("\n".join([*told, "", f"{time.perf_counter() - started:.0f} seconds in all"]))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         "lightning-prune prune",
         description="Prune a trained checkpoint to a budget without training: channels are scored on some training "
         "batches, those that are kept make up for the others, and the module's own validation is run before and after.",

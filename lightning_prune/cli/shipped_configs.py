@@ -4,11 +4,12 @@ A config may take its model and its data from files beside it (``data: datasets/
 reads as they stand. A copy holds all of it in one file.
 """
 
-import argparse
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from lightning_prune.cli.option_errors import CommandParser
 
 __all__ = ["FOLDER", "copy", "find", "found", "listing", "main"]
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: The command line after ``configs``.
     """
-    parser = argparse.ArgumentParser("lightning-prune configs", description="List the shipped configs, or copy one.")
+    parser = CommandParser("lightning-prune configs", description="List the shipped configs, or copy one.")
     parser.add_argument("name", nargs="?", help="the config to copy; without it, all are listed")
     parser.add_argument("destination", nargs="?", default=".", help="folder or file to copy it to (default: here)")
     given = parser.parse_args(arguments)

@@ -1,11 +1,13 @@
 """Training from the command line: LightningCLI with the classes of this package, and its shipped configs."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
+import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -13,22 +15,82 @@ from typing_extensions import override
 
 import lightning_prune.callbacks
 import lightning_prune.datamodules
-import lightning_prune.models  # noqa: F401  so that YAML may name these classes without their path
-from lightning_prune.cli.entry import COMMANDS
+import lightning_prune.models
+from lightning_prune.callbacks import PruningCallback
+from lightning_prune.callbacks.refusals import refuse_short_run
+from lightning_prune.cli.option_errors import OptionError, reworded, settings_of_class
 from lightning_prune.cli.shipped_configs import find
 from lightning_prune.files import read_checkpoint
+from lightning_prune.importing import imported
 
 __all__ = ["PartsCLI", "PruneCLI", "main", "parsed"]
 
 CLI = TypeVar("CLI", bound="PruneCLI")
-_EPILOG = f"Besides these: {', '.join(COMMANDS)}. Each has a --help of its own. --version tells the version."
+_ROOMS = (lightning_prune.callbacks, lightning_prune.models, lightning_prune.datamodules)
+_NAMED = {name: getattr(room, name) for room in _ROOMS for name in getattr(room, "__all__", ())}
+_NAMES = [name for name, value in _NAMED.items() if isinstance(value, type)]
+_USUAL = {"prune": ["PruningCallback"]}
+_KNOWN_PLACES = ("best", "last", "hpc", "registry")  # that Lightning finds by itself
+_TOLD = {
+    "fit": "Train a model, and prune it while it trains by the callback of the section prune.",
+    "validate": "Run the module's own validation, of a checkpoint that was pruned or not.",
+    "test": "Run the module's own test, of a checkpoint that was pruned or not.",
+    "predict": "Run the module's own predict_step, of a checkpoint that was pruned or not.",
+}
+
+
+class Parser(LightningArgumentParser):
+    """The parser of LightningCLI, which says in one sentence what is wrong."""
+
+    typed: ClassVar[Sequence[str]] = ()
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        options = [option for option in self._options() if option.startswith("--")]
+        settings = [f"--{section}.{name}" for section, kind in _classes(self.typed) for name in settings_of_class(kind)]
+        raise OptionError(reworded(message, [*options, *settings], self.typed, _NAMES)) from ex
+
+    def _options(self) -> list[str]:
+        """Return the options of the subcommand in the command line, or of a command without any."""
+        action = self._subcommands_action
+        parser: Any = action.choices.get(self.typed[0], self) if action and self.typed else self
+        if "trainer" not in {one.dest.partition(".")[0] for one in parser._actions}:  # of a class alone
+            return []
+        return [option for one in parser._actions for option in one.option_strings]
+
+
+def _classes(typed: Sequence[str]) -> Iterator[tuple[str, type]]:
+    """Yield the classes that a command line names by itself or in its configs, each with its section."""
+    for section in ("prune", "model", "data"):
+        named = [value for option, value in _values(typed) if option in (f"--{section}", f"--{section}.class_path")]
+        named = named or [str(path) for path in _paths_in_configs(typed, section)] or _USUAL.get(section, [])
+        for path in named[-1:]:
+            with suppress(ImportError):
+                yield section, _NAMED.get(path) or imported(path)
+
+
+def _values(typed: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for argument, following in zip(typed, [*typed[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        yield option, value if equals else following
+
+
+def _paths_in_configs(typed: Sequence[str], section: str) -> Iterator[Any]:
+    for option, value in _values(typed):
+        if option in ("--config", "-c"):
+            with suppress(OSError, yaml.YAMLError, ValueError):
+                content = yaml.safe_load(Path(value).read_text())
+                found = content.get(section) if isinstance(content, dict) else None
+                if isinstance(found, dict) and "class_path" in found:
+                    yield found["class_path"]
 
 
 class PruneCLI(LightningCLI):
-    """LightningCLI with one more option: ``torch_threads``, the number of CPU threads of torch."""
+    """LightningCLI with a section for the callback that prunes, and the number of CPU threads of torch."""
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(PruningCallback, "prune", subclass_mode=True, required=False)
         parser.add_argument(
             "--torch_threads",
             type=PositiveInt | None,
@@ -41,11 +103,19 @@ class PruneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # without a warning where another program's command line is at hand
 
+    def before_fit(self) -> None:
+        """Refuse a schedule that does not fit into the run before any data are touched, or a logger has written."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PruningCallback):
+                refuse_short_run(self.trainer, callback)
+
     @override
     def _parse_ckpt_path(self) -> None:
         # Lightning takes the hyper-parameters of a checkpoint for settings of the model, of whatever class it is; those
         # of a module that was made in Python name none.
         path = self.config[self.subcommand_given].get("ckpt_path") if self.subcommand_given else None
+        if path and "://" not in path and path not in _KNOWN_PLACES and not Path(path).is_file():
+            raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}: correct --ckpt_path.")
         if path and Path(path).is_file() and "_class_path" not in _hyper_parameters(path):
             return
         super()._parse_ckpt_path()
@@ -60,6 +130,11 @@ class PruneCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
+        given = [callback for callback in callbacks if callback is not None]  # the section may be absent
+        return super()._instantiate_trainer(config, given)
 
 
 class PartsCLI(PruneCLI):
@@ -77,6 +152,12 @@ class PartsCLI(PruneCLI):
     @override
     def instantiate_trainer(self, **settings: Any) -> Any:
         return None
+
+
+def _help_of_subcommands() -> dict[str, dict[str, str]]:
+    """Return what each subcommand says of itself, before its hundred options."""
+    usage = "lightning-prune {} --config FILE [options]"
+    return {name: {"description": told, "usage": usage.format(name)} for name, told in _TOLD.items()}
 
 
 def _hyper_parameters(path: str) -> Mapping[str, Any]:
@@ -106,6 +187,7 @@ def parsed(cli: type[CLI], arguments: Sequence[str], run: bool) -> CLI:
     from_process = sys.argv[1:] == list(arguments)
     if from_process:
         sys.argv[1:] = found  # what LightningCLI reads, and what starts the other ranks
+    Parser.typed = found
     return cli(
         LightningModule,
         LightningDataModule,
@@ -114,5 +196,6 @@ def parsed(cli: type[CLI], arguments: Sequence[str], run: bool) -> CLI:
         args=None if from_process else found,
         run=run,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "lightning-prune", "epilog": _EPILOG},
+        parser_class=Parser,
+        parser_kwargs={"prog": "lightning-prune", **_help_of_subcommands()} if run else {"prog": "lightning-prune"},
     )

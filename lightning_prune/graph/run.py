@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.entry import as_call, let_in
 from lightning_prune.graph.memory import what_is_kept
+from lightning_prune.graph.nearest import nearest_names
 from lightning_prune.graph.nested import nested_tensors, with_tensors
 from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
@@ -281,7 +282,8 @@ def submodule_of(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"The model has no module {name!r}; name one of its submodules, such as 'network'.") from None
+        names = dict(model.named_modules())
+        raise ValueError(f"The model has no module {name!r}; {nearest_names(name, names)}.") from None
 
 
 def _refuse_untraceable(name: str, module: nn.Module) -> None:

@@ -16,6 +16,7 @@ from lightning_prune.graph.entry import Step
 from lightning_prune.graph.explanation import Finding
 from lightning_prune.graph.groups import Grouping, form_groups
 from lightning_prune.graph.memory import Memory
+from lightning_prune.graph.nearest import nearest_names
 from lightning_prune.graph.operators import OperatorTables
 from lightning_prune.graph.records import CostTerm, Known, Note, Record
 from lightning_prune.graph.relations import NO_RELATIONS, Relations, frozen_channels
@@ -103,7 +104,8 @@ def _checked_patterns(ignore: Sequence[str], module_names: Sequence[str]) -> lis
     patterns = [ignore] if isinstance(ignore, str) else list(ignore)
     for pattern in patterns:
         if not _matches_any(pattern, module_names):
-            raise ValueError(f"The ignore pattern {pattern!r} matches no module; module names look like 'layer1.0'.")
+            known = nearest_names(pattern, module_names)
+            raise ValueError(f"The ignore pattern {pattern!r} matches no module of the model; {known}.")
     return patterns
 
 

@@ -1,6 +1,7 @@
 """Widths that fit a budget, from one ranking of the channels of all groups."""
 
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ def fit(graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, cost: Co
     ranking = _Ranking([scores[name] for name in graph.groups])
     rounded = _widths_of_best(ranking, limits, cost, affordable)
     widths = _widened(rounded, ranking, limits, cost, affordable)
+    _tell_if_nothing_more(widths, limits, cost, keep)
     budget = Budget(
         metric=cost.metric,
         asked=keep,
@@ -51,6 +53,17 @@ def fit(graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, cost: Co
     width_of = zip(graph.groups, widths.tolist(), strict=True)
     plan = graph.plan({name: best_channels(scores[name], width) for name, width in width_of})
     return replace(plan, budget=budget.to_json())
+
+
+def _tell_if_nothing_more(widths: np.ndarray, limits: Limits, cost: CostModel, keep: float) -> None:
+    """Warn if a network that has been pruned before is within the budget already."""
+    is_pruned = (limits.most < cost.sizes).any()
+    if is_pruned and keep < 1 and (widths == limits.most).all():
+        warnings.warn(
+            f"keep={keep} prunes nothing: fractions are of the original network, of whose {cost.metric} "
+            f"{cost.fraction(widths):.3f} is left since it was pruned before; lower keep.",
+            stacklevel=2,
+        )
 
 
 class _Ranking:

@@ -29,7 +29,7 @@ CONFIGS = Path(lightning_prune.__file__).parent / "configs"
 def quickstart(**changes: object) -> dict[str, object]:
     """Return the quickstart's config with other settings for the pruning callback."""
     content = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
-    content["trainer"]["callbacks"][0]["init_args"].update(changes)
+    content["prune"]["init_args"].update(changes)
     return content
 
 
@@ -141,7 +141,7 @@ def test_the_quickstart_halves_the_flops_and_keeps_its_accuracy(
         content = quickstart()
         content["trainer"]["logger"]["init_args"]["name"] = name
         if name == "plain":
-            del content["trainer"]["callbacks"][0]
+            del content["prune"]
         config = tmp_path / f"{name}.yaml"
         config.write_text(yaml.safe_dump(content))
         main(["fit", "--config", str(config)])
