@@ -72,7 +72,8 @@ def _tell_if_nothing_more(widths: np.ndarray, limits: Limits, cost: CostModel, k
 def _tell_if_coarse(graph: ChannelGraph, widths: np.ndarray, limits: Limits, cost: CostModel, keep: float) -> None:
     """Warn if much of the budget is left since a step of rounding is too coarse, and name the group."""
     achieved = cost.fraction(widths)
-    if limits.round_to == 1 or achieved >= _NEARLY_ALL * keep:
+    is_predicted = cost.metric == "latency"  # and measured afterwards
+    if is_predicted or limits.round_to == 1 or achieved >= _NEARLY_ALL * keep:
         return
     steps = {}
     for group in np.flatnonzero(widths < limits.most).tolist():
