@@ -7,7 +7,7 @@ from weakref import ref
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, nn, tensor
 from typing_extensions import override
 
 from lightning_prune import criteria, planning
@@ -35,7 +35,7 @@ from lightning_prune.callbacks.settings import refuse_other_settings
 from lightning_prune.callbacks.state import State as BaseState
 from lightning_prune.callbacks.state import deal_out, from_checkpoint, gather, to_checkpoint
 from lightning_prune.callbacks.surgery_step import prune_in_training
-from lightning_prune.callbacks.trainer_state import is_fitting, log_epoch, log_mean, unlogged
+from lightning_prune.callbacks.trainer_state import is_fitting, log_mean, unlogged
 from lightning_prune.callbacks.validating import Validator
 from lightning_prune.criteria.registry import find, needs_data, needs_loss, takes_data
 from lightning_prune.graph import ChannelGraph, trace
@@ -560,7 +560,7 @@ class PruningCallback(Schedule, Callback):
             self._warn_if_several(due, trainer.current_epoch)
             self._prune(trainer, pl_module, due)
         for metric, fraction in self.run.recorder.kept.items():
-            log_epoch(pl_module, f"{folder(self.module)}/keep_{metric}", fraction)
+            log_mean(pl_module, f"{folder(self.module)}/keep_{metric}", tensor(fraction), samples=1)  # all ranks alike
         if self.run.distiller is not None:
             self.run.distiller.begin_epoch()
         self.begin_epoch(trainer, pl_module)

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
+from lightning_prune.callbacks.refusals import refuse_alike
 from lightning_prune.checkpoint import load_onto, made, saved_plan, widened
 from lightning_prune.namesakes import PACKAGES
 from lightning_prune.surgery import prune
@@ -53,6 +54,7 @@ def _extend_trainer(trainer: Any) -> None:
 
     @wraps(construct)
     def construct_and_carry_plans(self: "pl.Trainer", *args: Any, **kwargs: Any) -> None:
+        refuse_alike(kwargs.get("callbacks"))
         construct(self, *args, **kwargs)
         carry_plans(self)
 

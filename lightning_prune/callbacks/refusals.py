@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "can_prune_under",
+    "refuse_alike",
     "refuse_averaged_models",
     "refuse_other_callbacks",
     "refuse_short_run",
@@ -84,6 +85,27 @@ def refuse_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback") -
             )
         if other is not callback and _prunes(other):
             _refuse_overlap(callback, other)
+
+
+def refuse_alike(callbacks: Any) -> None:
+    """Raise a ValueError if two pruning callbacks of one class are about the same submodule.
+
+    Lightning would refuse them too, as their states in a checkpoint had the same name.
+
+    Args:
+        callbacks: What a Trainer is given: a list, a single callback, or nothing.
+    """
+    given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+    pruning = [callback for callback in given if _prunes(callback)]
+    known: dict[str, PruningCallback] = {}
+    for callback in pruning:
+        alike = known.setdefault(callback.state_key, callback)
+        if alike is not callback:
+            about = repr(callback.module) if callback.module else "the whole model"
+            raise ValueError(
+                f"Two callbacks {type(callback).__name__} prune {about}; keep one of them, or give each a submodule of "
+                "its own with `module`."
+            )
 
 
 def _prunes(callback: Any) -> bool:

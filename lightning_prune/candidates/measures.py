@@ -25,7 +25,10 @@ __all__ = [
 Evaluate = Callable[[nn.Module, Any], tuple[Any, Any]]
 """Given a model and a batch, returns the mean loss and the mean accuracy (any number; higher is better)."""
 
-_REMEDY = "pass `evaluate`, a function of the model and a batch that returns loss and accuracy"
+_REMEDY = (
+    "accuracy is that of a classifier; name another metric that validation_step logs with `monitor`, or pass "
+    "`evaluate`, a function of the model and a batch that returns loss and accuracy"
+)
 
 
 class Measurement(NamedTuple):

@@ -1,6 +1,5 @@
 """``lightning-prune benchmark CKPT``: latency and throughput of a pruned model against the original."""
 
-import argparse
 import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence

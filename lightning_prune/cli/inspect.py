@@ -7,6 +7,7 @@ import torch
 
 from lightning_prune.cli.option_errors import CommandParser
 from lightning_prune.cli.project import add_network_options, load_network, without_settings
+from lightning_prune.export.inputs import refuse_misfit
 from lightning_prune.graph import trace
 from lightning_prune.reporting.flops import flop_table
 from lightning_prune.reporting.inspect import describe
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
             f"{type(model).__name__} has no example_input_array; say what its forward takes with --input_shape, such "
             "as --input_shape 1 3 224 224."
         )
+    refuse_misfit(model.eval(), inputs)
     print(describe(trace(model, inputs)))
     if given.verbose:
         print()

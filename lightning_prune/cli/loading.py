@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_prune.checkpoint import load_pruned
+from lightning_prune.export.inputs import refuse_misfit
 from lightning_prune.files import read_checkpoint
 from lightning_prune.importing import imported, may_be_imported
 from lightning_prune.namesakes import namesakes
@@ -94,6 +95,7 @@ def load(path: Path, class_path: str | None = None, input_shape: list[int] | Non
             f"{type(model).__name__} has no example_input_array; say what its forward takes with --input_shape, such "
             "as --input_shape 1 3 224 224."
         )
+    refuse_misfit(model, inputs)
     return Loaded(model, inputs, histories)
 
 

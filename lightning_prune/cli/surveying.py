@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,10 @@ class Surveyor(AtOnce):
         row = Row(method, keep, self.asked)
         graph = self.run.graph
         try:
-            plan = self.allocate(graph, self._scores_of(trainer, method), keep)
+            scores = self._scores_of(trainer, method)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is kept is told of each row
+                plan = self.allocate(graph, scores, keep)
             row.metrics = self.run.validator.after(plan, self._compensations(plan, NO_COPIES))
         except ValueError as refusal:
             row.refusal = str(refusal)

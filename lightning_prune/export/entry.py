@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.export.inputs import Inputs, Run, flat_tensors, random_call, reason
+from lightning_prune.export.inputs import Inputs, Run, flat_tensors, random_call, reason, refuse_misfit
 from lightning_prune.export.onnx import write_onnx
 from lightning_prune.export.program import write_program
 from lightning_prune.export.weights import write_weights
 from lightning_prune.progress import progress
 
 __all__ = ["BATCH_SIZES", "FORMATS", "export"]
+
+_BESIDE_WEIGHTS = 200_000  # bytes of what is written besides
 
 BATCH_SIZES = (1, 2, 5)  # that are tried out
 
@@ -65,6 +68,8 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path, tolerance: f
     path = Path(path)
     _check_settings(path, tolerance)
     model = _copy_on_cpu(model)
+    refuse_misfit(model, example_inputs)
+    _check_space(model, path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, progress(f"Writing {path.name}"):
         difference = _write_and_compare(model, example_inputs, Path(folder, path.name))
         if not difference <= tolerance:
@@ -83,6 +88,21 @@ def _check_settings(path: Path, tolerance: float) -> None:
         raise FileNotFoundError(f"There is no folder {str(path.parent)!r}: make it first.")
     if not tolerance > 0:
         raise ValueError(f"tolerance must be above 0; got {tolerance!r}.")
+
+
+def _check_space(model: nn.Module, path: Path) -> None:
+    """Raise an OSError if the weights have no place on the device of a file: torch would end the process."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values() if _is_tensor(tensor))
+    free = shutil.disk_usage(path.parent).free
+    if free < needed + _BESIDE_WEIGHTS:
+        raise OSError(
+            f"No space is left for {str(path)!r}: it takes about {(needed + _BESIDE_WEIGHTS) / 1e6:,.1f} MB, and "
+            f"{free / 1e6:,.1f} MB are free on its device."
+        )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _copy_on_cpu(model: nn.Module) -> nn.Module:

@@ -4,12 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.graph.entry import as_call
+from lightning_prune.planning.timing import placed
 
-__all__ = ["Inputs", "Run", "flat_tensors", "free_batch_axis", "random_call", "random_inputs", "reason"]
+__all__ = [
+    "Inputs",
+    "Run",
+    "flat_tensors",
+    "free_batch_axis",
+    "random_call",
+    "random_inputs",
+    "reason",
+    "refuse_misfit",
+]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments by position and by name."""
@@ -73,6 +83,34 @@ def free_batch_axis(inputs: Inputs, word: Any) -> Any:
 def flat_tensors(nested: Any) -> list[Tensor]:
     """Return the tensors in nested values, in order."""
     return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
+
+
+def refuse_misfit(model: nn.Module, example_inputs: Any) -> None:
+    """Raise a ValueError that says what a model takes, unless it runs on some inputs as they are.
+
+    Args:
+        model: The model, in evaluation mode.
+        example_inputs: What its ``forward`` is said to take.
+    """
+    args, kwargs = placed(example_inputs, model)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as raised:
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in flat_tensors((args, kwargs)))
+        raise ValueError(
+            f"Inputs of shape {shapes} do not fit {type(model).__name__} ({reason(raised)}); {_what_fits(model)}."
+        ) from raised
+
+
+def _what_fits(model: nn.Module) -> str:
+    own = flat_tensors([getattr(model, "example_input_array", None)])
+    if own:
+        return "its example_input_array has shape " + " and ".join(str(tuple(tensor.shape)) for tensor in own)
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            return f"its first layer, {name!r}, is {module}"
+    return "give those that its forward takes"
 
 
 def reason(raised: BaseException) -> str:

@@ -12,6 +12,7 @@ from lightning_prune.graph.attention import FreeMultiheadAttention, free
 from lightning_prune.graph.counts import number_attributes
 from lightning_prune.graph.entry import Step, as_call, let_in
 from lightning_prune.graph.memory import what_is_kept
+from lightning_prune.graph.nearest import nearest_names
 from lightning_prune.graph.nested import nested_tensors, plain, plainly, with_tensors
 from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
@@ -334,7 +335,8 @@ def submodule_of(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"The model has no module {name!r}; name one of its submodules, such as 'network'.") from None
+        names = dict(model.named_modules())
+        raise ValueError(f"The model has no module {name!r}; {nearest_names(name, names)}.") from None
 
 
 def _refuse_untraceable(name: str, module: nn.Module) -> None:

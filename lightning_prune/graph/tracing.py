@@ -11,6 +11,7 @@ from lightning_prune.compiled import as_written
 from lightning_prune.graph.channel_graph import ChannelGraph, Group, Unprunable
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.fitting import Fitting
+from lightning_prune.graph.nearest import nearest_names
 from lightning_prune.graph.records import Known, Record, Split
 from lightning_prune.graph.records import Sheet as Which
 from lightning_prune.graph.relations import NO_RELATIONS, Relations
@@ -128,7 +129,8 @@ def _checked_patterns(ignore: Sequence[str], module_names: Sequence[str]) -> lis
     patterns = [ignore] if isinstance(ignore, str) else list(ignore)
     for pattern in patterns:
         if not matches_any(pattern, module_names):
-            raise ValueError(f"The ignore pattern {pattern!r} matches no module; module names look like 'layer1.0'.")
+            known = nearest_names(pattern, module_names)
+            raise ValueError(f"The ignore pattern {pattern!r} matches no module of the model; {known}.")
     return patterns
 
 

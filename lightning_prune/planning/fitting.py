@@ -1,6 +1,7 @@
 """Widths that fit a budget, from one ranking of the channels of all groups."""
 
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from lightning_prune.planning.scores import best_channels
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["fit"]
+
+_NEARLY_ALL = 0.95  # of the budget: more than what is left then is worth a word
 
 
 def fit(graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, cost: CostModel, limits: Limits) -> PruningPlan:
@@ -39,6 +42,8 @@ def fit(graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, cost: Co
     ranking = _Ranking([scores[name] for name in graph.groups])
     rounded = _widths_of_best(ranking, limits, cost, affordable)
     widths = _widened(rounded, ranking, limits, cost, affordable)
+    _tell_if_nothing_more(widths, limits, cost, keep)
+    _tell_if_coarse(graph, widths, limits, cost, keep)
     budget = Budget(
         metric=cost.metric,
         asked=keep,
@@ -51,6 +56,39 @@ def fit(graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, cost: Co
     width_of = zip(graph.groups, widths.tolist(), strict=True)
     plan = graph.plan({name: best_channels(scores[name], width) for name, width in width_of})
     return replace(plan, budget=budget.to_json())
+
+
+def _tell_if_nothing_more(widths: np.ndarray, limits: Limits, cost: CostModel, keep: float) -> None:
+    """Warn if a network that has been pruned before is within the budget already."""
+    is_pruned = (limits.most < cost.sizes).any()
+    if is_pruned and keep < 1 and (widths == limits.most).all():
+        warnings.warn(
+            f"keep={keep} prunes nothing: fractions are of the original network, of whose {cost.metric} "
+            f"{cost.fraction(widths):.3f} is left since it was pruned before; lower keep.",
+            stacklevel=2,
+        )
+
+
+def _tell_if_coarse(graph: ChannelGraph, widths: np.ndarray, limits: Limits, cost: CostModel, keep: float) -> None:
+    """Warn if much of the budget is left since a step of rounding is too coarse, and name the group."""
+    achieved = cost.fraction(widths)
+    is_predicted = cost.metric == "latency"  # and measured afterwards
+    if is_predicted or limits.round_to == 1 or achieved >= _NEARLY_ALL * keep:
+        return
+    steps = {}
+    for group in np.flatnonzero(widths < limits.most).tolist():
+        wider = widths.copy()
+        wider[group] = limits.above(widths[group], group)
+        steps[group] = cost.fraction(wider) - achieved
+    if not steps:  # nothing could be wider
+        return
+    coarsest = max(steps, key=lambda group: steps[group])
+    warnings.warn(
+        f"{achieved:.3f} of the {cost.metric} is kept where keep={keep:.3f} was asked for: one step of "
+        f"round_to={limits.round_to} in {list(graph.groups)[coarsest]!r} is {steps[coarsest]:.3f} of the cost; lower "
+        "round_to.",
+        stacklevel=2,
+    )
 
 
 class _Ranking:

@@ -91,6 +91,11 @@ class Limits:
         """Raise a ValueError, with the range, unless a budget is at least the fraction that can be reached."""
         if reachable <= keep:
             return
+        if (self.least == self.most).all() and self.min_channels >= self.most.max(initial=0) > 0:
+            raise ValueError(
+                f"min_channels={self.min_channels} is above every width, of which the greatest is "
+                f"{self.most.max()}, so that nothing can be pruned; lower min_channels."
+            )
         capped = f", and at most {self.cap} of a layer may be pruned" if self.cap < 1 else ""
         raise ValueError(
             f"keep={keep} of the {metric} cannot be reached: between {reachable:.3f} and 1 can be kept with "

@@ -81,8 +81,8 @@ def whereabouts(trainer: Any, run: Path | None, checkpoint: str) -> list[str]:
         checkpoint: The file with the network, if there is one.
     """
     lines = []
-    log_dir = trainer.log_dir
-    if log_dir:
+    log_dir = trainer.log_dir  # asks all ranks; without a logger it is where a checkpoint would lie
+    if log_dir and trainer.loggers:
         lines.append(f"logs:       {log_dir}")
     if run is not None:
         lines.append(f"report:     lightning-prune report {run}")

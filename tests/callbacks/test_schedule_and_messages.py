@@ -57,7 +57,7 @@ def test_taylor_needs_an_epoch_to_rank() -> None:
     [
         ({"keep": 0.01, "round_to": 4}, r"keep=0.01 of the flops cannot be reached: between 0\.\d+ and 1 can be kept"),
         ({"ignore": ["layer7.*"]}, r"The ignore pattern 'layer7\.\*' matches no module"),
-        ({"module": "backbone"}, "The model has no module 'backbone'; name one of its submodules, such as"),
+        ({"module": "backbone"}, "The model has no module 'backbone'; its modules are"),
         ({"module": "backbone", "example_inputs": [1, 1, 8, 8]}, "The model has no module 'backbone'"),
         ({"example_inputs": [1, 3, 8, 8]}, r"The example inputs \[\(1, 3, 8, 8\)\] do not fit the forward pass"),
         (

@@ -249,7 +249,7 @@ SETTINGS: dict[str, Row] = {
     ),
     "pattern with a name from elsewhere": (
         fit(PruningCallback(ignore="model.stem")), ValueError,
-        "The ignore pattern 'model.stem' matches no module; module names look like 'layer1.0'.",
+        "The ignore pattern 'model.stem' matches no module of the model; its modules",
     ),
     "metric of a plan": (
         lambda _: lp.plan(lp.trace(battery.ResidualClassifier(), EXAMPLE), {}, metric="macs"), ValueError,
@@ -287,8 +287,8 @@ COMPANY: dict[str, Row] = {
         fit(ModelPruning("l1_unstructured"), PruningCallback()), ValueError, f"ModelPruning {OTHER} PruningCallback",
     ),
     "the same callback twice": (
-        fit(PruningCallback(), PruningCallback()), RuntimeError,
-        "Found more than one stateful callback of type `PruningCallback`.",  # Lightning's
+        fit(PruningCallback(), PruningCallback()), ValueError,
+        "Two callbacks PruningCallback prune the whole model; keep one of them, or give each a submodule",
     ),
     "a part and the whole": (
         fit(PruningCallback(), body(), module=Parts()), ValueError,
@@ -339,7 +339,7 @@ MODELS: dict[str, Row] = {
     ),
     "a part that is not there": (
         fit(body(module="body.7"), module=Parts()), ValueError,
-        "The model has no module 'body.7'; name one of its submodules, such as 'network'.",
+        "The model has no module 'body.7'; its modules nearest to that are 'body'",
     ),
     "inputs without sizes": (
         fit(PruningCallback(example_inputs=[])), ValueError, f"The example inputs [] {INPUTS} ResidualClassifier:",
