@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
+from lightning_prune.callbacks.runtimes import planned_metric
 from lightning_prune.callbacks.state import under
 from lightning_prune.criteria import afie
 from lightning_prune.graph import ChannelGraph
@@ -74,4 +75,4 @@ class AFIEEarlyPruneCallback(PruningCallback):
         if not self.state.entropy:
             self.state.entropy = afie(graph, self.flatten)
         limits = self.round_to, self.min_channels, self.cap
-        return plan_by_layer(graph, self.state.entropy, scores, keep, self.metric, *limits)
+        return plan_by_layer(graph, self.state.entropy, scores, keep, planned_metric(self), *limits)

@@ -30,6 +30,7 @@ from lightning_prune.callbacks.relatives import frozen_parts, relations_in, tell
 from lightning_prune.callbacks.result import found_result, interrupted_result, named_result
 from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
 from lightning_prune.callbacks.run import Run as BaseRun
+from lightning_prune.callbacks.runtimes import check_runtime, planned_metric, prepare_runtime
 from lightning_prune.callbacks.schedule import Schedule, check_whole_number
 from lightning_prune.callbacks.settings import refuse_other_settings
 from lightning_prune.callbacks.state import State as BaseState
@@ -106,6 +107,9 @@ class PruningCallback(Schedule, Callback):
         monitor: Name of a metric that validation logs, such as ``"val/accuracy"``.
         mode: ``"max"`` if much of that metric is good, ``"min"`` if little is.
         step_keep: What each of these prunes keeps of the cost that there was before it, in (0, 1).
+        runtime: What the time of ``metric="latency"`` is that of: ``"torch"``, or ``"onnxruntime"`` on this machine, or
+            the path of a table (``"table.json"``) that ``lightning-prune profile`` has printed on the machine that the
+            network is for.
 
     Raises:
         ValueError: If a setting is out of range; when training starts also if the budget cannot be reached, the
@@ -156,6 +160,7 @@ class PruningCallback(Schedule, Callback):
         monitor: str | None = None,
         mode: str = "max",
         step_keep: float = 0.9,
+        runtime: str = "torch",
     ) -> None:
         planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
         check_whole_number("start_epoch", start_epoch, 0)
@@ -173,6 +178,8 @@ class PruningCallback(Schedule, Callback):
         self.monitor = monitor
         self.mode = mode
         self.step_keep = step_keep
+        check_runtime(runtime, metric)
+        self.runtime = runtime
         self.metric = metric
         self.start_epoch = start_epoch
         self.every_n_epochs = every_n_epochs
@@ -263,7 +270,7 @@ class PruningCallback(Schedule, Callback):
             keep: Fraction of the original cost that may be kept.
         """
         limits = self.round_to, self.min_channels
-        return planning.plan(graph, scores, keep, self.metric, *limits, ranking=self.ranking)
+        return planning.plan(graph, scores, keep, planned_metric(self), *limits, ranking=self.ranking)
 
     def run_on_batch(self, model: nn.Module, batch: Any) -> Any:
         """Run the LightningModule on a training batch without its labels, for scores and compensation.
@@ -315,7 +322,7 @@ class PruningCallback(Schedule, Callback):
         limits = self.round_to, self.min_channels, self.cap
         with progress(f"Measuring the {self.metric} of {type(graph.model).__name__}"):
             keep = self.keep_after(1 if self.max_drop is not None else self.steps)
-            decided_by_first_rank(trainer, lambda: planning.check_reachable(graph, keep, self.metric, *limits))
+            decided_by_first_rank(trainer, lambda: planning.check_reachable(graph, keep, planned_metric(self), *limits))
 
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         """Set up what the run needs, and refuse what cannot work; called when training starts."""
@@ -353,6 +360,7 @@ class PruningCallback(Schedule, Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         with unlogged(pl_module):
             graph = self._trace(trainer, pl_module)
+            prepare_runtime(trainer, self, graph)
             if not self.is_complete:
                 self.check_budget(trainer, graph)
             recorder = Recorder(trainer, graph, self.history)

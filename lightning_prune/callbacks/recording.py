@@ -129,8 +129,9 @@ class Recorder:
         if self.history is None or not self.history.prunes or not self.trainer.is_global_zero:
             return
         with progress(f"Timing {type(self.graph.model).__name__} before and after, turn and turn about"):
-            speed = compare_speed(self.graph, self._widths)
-            self.history.add_times(speed, compare_layers(self.graph, self._widths))
+            widths = {name: width for name, width in self._widths.items() if name in self.graph.groups}
+            speed = compare_speed(self.graph, widths)  # of this part: another callback may have pruned another one
+            self.history.add_times(speed, compare_layers(self.graph, widths))
         self.history.after = self._measure(speed.spread_after)
         self.history.after.metrics = metrics(self.trainer)
         self.history.metrics_at_end = metrics_at_end

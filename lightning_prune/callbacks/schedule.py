@@ -1,7 +1,6 @@
 """The schedule of a pruning callback: before which epochs it prunes, and how much it keeps after each prune."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["Schedule", "check_whole_number"]
@@ -57,9 +56,8 @@ class Schedule:
         """The least fraction that may be kept, and the greatest, where ``max_drop`` says when to stop."""
         if self.keep is None:
             return _LEAST, 1.0
-        if isinstance(self.keep, Sequence):
-            low, high = self.keep
-            return low, high
+        if isinstance(self.keep, list | tuple):
+            return self.keep[0], self.keep[-1]
         return self.keep, 1.0
 
     @property

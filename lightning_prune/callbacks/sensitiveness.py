@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit
 from lightning_prune.callbacks.monitoring import check_measure, measure_in
+from lightning_prune.callbacks.runtimes import planned_metric
 from lightning_prune.callbacks.state import under
 from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.criteria.damage import LEVELS, RATIOS, check_settings, layer_scores, sensitiveness
@@ -137,4 +138,4 @@ class SensitivenessCallback(PruningCallback):
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
         by_group = layer_scores(self.state.sensitiveness, self.ratio)
         limits = self.round_to, self.min_channels, self.cap
-        return plan_by_layer(graph, by_group, scores, keep, self.metric, *limits)
+        return plan_by_layer(graph, by_group, scores, keep, planned_metric(self), *limits)

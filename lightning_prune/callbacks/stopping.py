@@ -8,7 +8,6 @@ pruned. At the end of training the same is asked once more, so that what a run e
 
 import math
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -16,6 +15,7 @@ import lightning.pytorch as pl
 from lightning_prune import planning
 from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.ranks import decided_by_first_rank
+from lightning_prune.callbacks.runtimes import planned_metric
 from lightning_prune.callbacks.surgery_step import go_back_in_training, snapshot_in_training
 from lightning_prune.callbacks.trainer_state import unlogged
 from lightning_prune.callbacks.validating import Validator
@@ -40,7 +40,7 @@ def check_settings(callback: "PruningCallback") -> None:
     """Raise a ValueError unless the settings say in one way how far to prune; called by the constructor."""
     name = type(callback).__name__
     if callback.max_drop is None:
-        if callback.keep is None or (isinstance(callback.keep, Sequence) and not isinstance(callback.keep, str)):
+        if callback.keep is None or isinstance(callback.keep, list | tuple):
             raise ValueError(f"keep={callback.keep!r} does not say how far to prune: give one number, or {_REMEDY}.")
         planning.check_keep(callback.keep)
         if callback.monitor is not None:
@@ -65,8 +65,8 @@ def _check_range(keep: Any) -> None:
     """Raise a ValueError unless the fractions that bound the prunes are in order."""
     if keep is None:
         return
-    several = keep if isinstance(keep, Sequence) else [keep]
-    if isinstance(keep, str) or len(several) not in (1, 2):
+    several = keep if isinstance(keep, list | tuple) else [keep]
+    if len(several) not in (1, 2):
         raise ValueError(f"keep must be one fraction, or the least and the greatest that may be kept; got {keep!r}.")
     for fraction in several:
         planning.check_keep(fraction)
@@ -223,7 +223,7 @@ def _see_whether_there_is_more(trainer: "pl.Trainer", callback: "PruningCallback
 
     def refusal() -> str:
         try:
-            planning.check_reachable(callback.run.graph, keep, callback.metric, *limits)
+            planning.check_reachable(callback.run.graph, keep, planned_metric(callback), *limits)
         except ValueError as raised:
             return str(raised)
         return ""

@@ -1,5 +1,6 @@
 """``lightning-prune benchmark CKPT``: latency and throughput of a pruned model against the original."""
 
+import argparse
 import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence

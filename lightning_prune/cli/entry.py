@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "lightning_prune.cli.export",
     "benchmark": "lightning_prune.cli.benchmark",
     "compare": "lightning_prune.cli.compare",
+    "profile": "lightning_prune.cli.profile",
 }
 """Modules of the subcommands that are not LightningCLI's; each has a ``main``."""
 

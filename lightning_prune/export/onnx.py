@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.export.inputs import Inputs, Run, flat_tensors, free_batch_axis, reason
 
-__all__ = ["open_session", "write_onnx"]
+__all__ = ["check_installed", "open_session", "write_onnx"]
 
 _LARGE = 1_500_000_000  # bytes of weights from which ONNX has to keep them in a file of their own
 _ERRORS_ONLY = 3  # as ONNX Runtime numbers what it logs
@@ -31,7 +31,7 @@ def write_onnx(model: nn.Module, example: Inputs, path: Path) -> Run:
         ImportError: If a package for ONNX is missing.
         ValueError: If the model cannot be exported.
     """
-    _check_installed()
+    check_installed()
     args, kwargs = example
     weights = model.state_dict().values()
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights)
@@ -59,7 +59,8 @@ def write_onnx(model: nn.Module, example: Inputs, path: Path) -> Run:
     return run
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Raise an ImportError if a package for ONNX is missing."""
     packages = ("onnx", "onnxscript", "onnxruntime")
     missing = [package for package in packages if find_spec(package) is None]
     if missing:

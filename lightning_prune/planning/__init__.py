@@ -12,6 +12,7 @@ from lightning_prune.planning.profiling import profile
 from lightning_prune.planning.ranking import RANKINGS, check_ranking, isomorphic_groups
 from lightning_prune.planning.reachability import check_reachable, reachable
 from lightning_prune.planning.scores import checked_scores
+from lightning_prune.planning.tables import read_table, use_table
 from lightning_prune.planning.timing import measure_latency, times_in_turns
 
 __all__ = [
@@ -34,5 +35,7 @@ __all__ = [
     "plan_by_layer",
     "profile",
     "reachable",
+    "read_table",
     "times_in_turns",
+    "use_table",
 ]

@@ -18,6 +18,7 @@ from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.fitting import fit
 from lightning_prune.planning.limits import Limits, WidthSettings, check_whole_number
 from lightning_prune.planning.profiling import profile
+from lightning_prune.planning.tables import TABLE
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 
@@ -198,12 +199,61 @@ class MeasuredTime(Metric):
         limits.check(keep, self.name, reachable)
 
 
+class TabledTime(CountedMetric):
+    """The time of a forward pass as a latency table of another runtime or machine predicts it."""
+
+    counted = False
+
+    def cost_model(self, graph: ChannelGraph) -> CostModel:
+        """Return what the network takes at any widths, in milliseconds.
+
+        Raises:
+            ValueError: If the graph was given no table.
+        """
+        if self.name not in graph.terms:
+            raise ValueError("A budget by a latency table needs one: lightning_prune.planning.use_table(graph, table).")
+        return CostModel(graph, self.name)
+
+    def roundings(self, round_to: int | str) -> Sequence[int]:
+        """Return the one multiple that is asked for; for ``"auto"`` several to try."""
+        return ROUNDINGS if round_to == "auto" else [check_whole_number("round_to", round_to)]
+
+    def plan_by_score(self, graph: ChannelGraph, scores: Scores, keep: float, settings: WidthSettings) -> PruningPlan:
+        """Rank channels by score for each millisecond that pruning them saves, as the table has it."""
+        return self._predicted(by_score_per_cost, graph, scores, scores, keep, settings)
+
+    def plan_by_layer(
+        self, graph: ChannelGraph, thresholds: Scores, scores: Scores, keep: float, settings: WidthSettings
+    ) -> PruningPlan:
+        """Prune channels in the order of their thresholds until the predicted time fits."""
+        return self._predicted(fit, graph, thresholds, scores, keep, settings)
+
+    def _predicted(
+        self,
+        planner: Planner,
+        graph: ChannelGraph,
+        ranking: Scores,
+        scores: Scores,
+        keep: float,
+        settings: WidthSettings,
+    ) -> PruningPlan:
+        """Make a plan for each rounding, and take the one whose channels score highest."""
+        cost = self.cost_model(graph)
+
+        def make(round_to: int) -> PruningPlan:
+            limits = Limits(graph, ranking, round_to, settings.min_channels, settings.cap)
+            return planner(graph, ranking, keep, cost, limits)
+
+        return best_plan(self.roundings(settings.round_to), scores, make)
+
+
 METRICS: dict[str, Metric] = {
     "flops": CountedMetric("flops"),
     "params": CountedMetric("params"),
     "channels": CountedMetric("channels"),
     "latency": MeasuredTime("latency"),
 }
+_BY_TABLE = TabledTime(TABLE)
 
 
 def metric_named(name: str) -> Metric:
@@ -219,6 +269,8 @@ def metric_named(name: str) -> Metric:
         Traceback (most recent call last):
         ValueError: metric must be one of flops, params, channels, latency; got 'macs'.
     """
+    if name == TABLE:  # which a graph has once it was given a table
+        return _BY_TABLE
     if name not in tuple(METRICS):
         raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {name!r}.")
     return METRICS[name]

@@ -12,7 +12,7 @@ from lightning_prune.planning.segments import Segment, time_segments
 from lightning_prune.planning.timing import device_of
 from lightning_prune.progress import progress
 
-__all__ = ["profile"]
+__all__ = ["fitted", "profile", "random_widths"]
 
 _MOST_FEATURES = 6  # of more, some say the same
 _STEP, _STEP_FROM = 8, 64  # groups of so many channels or more are tried at multiples of the step
@@ -59,15 +59,29 @@ def profile(graph: ChannelGraph, samples: int = 32, runs: int = 3) -> None:
 
 def _measured_terms(graph: ChannelGraph, samples: int, runs: int) -> list[Term]:
     """Time the network at random widths, and fit the time of each of its segments."""
-    sizes = integers(group.size for group in graph.groups.values())
-    generator = np.random.default_rng(0)
-    tried = [sizes, *(_random_widths(sizes, generator) for _ in range(samples))]
+    tried = _tried(graph, samples)
     measured = _timed(graph, tried, runs)
     terms: list[Term] = []
     for segment in measured[0]:
         times = [times_of_network.get(segment, 0.0) for times_of_network in measured]
-        terms += _fitted(graph, segment, np.array(times), tried)
+        terms += fitted(graph, segment, np.array(times), tried)
     return terms
+
+
+def random_widths(graph: ChannelGraph, samples: int) -> list[dict[str, int]]:
+    """Return the original widths of a network and some random ones, by group name.
+
+    Args:
+        graph: The traced model.
+        samples: Number of random ones.
+    """
+    return [dict(zip(graph.groups, widths.tolist(), strict=True)) for widths in _tried(graph, samples)]
+
+
+def _tried(graph: ChannelGraph, samples: int) -> list[np.ndarray]:
+    sizes = integers(group.size for group in graph.groups.values())
+    generator = np.random.default_rng(0)
+    return [sizes, *(_random_widths(sizes, generator) for _ in range(samples))]
 
 
 def _timed(graph: ChannelGraph, tried: Sequence[np.ndarray], runs: int) -> list[dict[Segment, float]]:
@@ -91,7 +105,7 @@ def _random_widths(sizes: np.ndarray, generator: np.random.Generator) -> np.ndar
     return np.maximum(rounded, least)
 
 
-def _fitted(graph: ChannelGraph, segment: Segment, times: np.ndarray, tried: Sequence[np.ndarray]) -> list[Term]:
+def fitted(graph: ChannelGraph, segment: Segment, times: np.ndarray, tried: Sequence[np.ndarray]) -> list[Term]:
     """Fit the time of one segment: a constant, the length of each axis, and the products of axes.
 
     Args:
