@@ -106,7 +106,7 @@ class Picture:
                 panel.errorbar(times, accuracies, deviations, label=name, color=colour, marker="o", capsize=2)
         panel.set_xlabel("measured time of a forward pass, of that of the whole network")
         panel.set_ylabel("test accuracy (%)")
-        panel.set_title("ResNet-20, CIFAR-10 (JPEG copy), fine-tuned at equal cost", fontsize=10)
+        panel.set_title("CIFAR-10 (JPEG copy), fine-tuned at equal cost", fontsize=10)
         panel.xaxis.set_major_formatter(PercentFormatter(decimals=0))
         panel.grid(color="#e6e6e6", linewidth=0.6)
         panel.legend(frameon=False, loc="lower right")
