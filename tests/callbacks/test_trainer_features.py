@@ -569,7 +569,7 @@ class Auxiliary(battery.ResidualClassifier):
         self.images = batch[0]
         return super().training_step(batch, batch_idx)
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
+    def configure_gradient_clipping(self, *settings: Any, **more: Any) -> None:
         self.auxiliary(self.first(self.stem(self.images).relu()).mean((2, 3)))
 
 

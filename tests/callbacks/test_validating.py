@@ -176,6 +176,7 @@ def test_where_it_cannot_be_done_training_goes_on(tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             warnings.filterwarnings("ignore", module="lightning.pytorch|torch")
+            warnings.filterwarnings("ignore", ".* of the flops is kept where")
             callback = PruningCallback(**ONE_PRUNE, example_inputs=[1, 1, 8, 8])
             trainer = L.Trainer(
                 max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,

@@ -241,7 +241,7 @@ SETTINGS: dict[str, Row] = {
     ),
     "min_channels above all widths": (
         fit(PruningCallback(min_channels=100)), ValueError,
-        "keep=0.5 of the flops cannot be reached: between 1.000 and 1 can be kept with round_to=8 and min_channels=100",
+        "min_channels=100 is above every width, of which the greatest is 24, so that nothing can be pruned",
     ),
     "round_to above all widths": (
         fit(PruningCallback(keep=0.1, metric="params", round_to=64)), ValueError,
@@ -339,7 +339,7 @@ MODELS: dict[str, Row] = {
     ),
     "a part that is not there": (
         fit(body(module="body.7"), module=Parts()), ValueError,
-        "The model has no module 'body.7'; its modules nearest to that are 'body'",
+        "The model has no module 'body.7'; its modules nearest to that are 'body.0'",
     ),
     "inputs without sizes": (
         fit(PruningCallback(example_inputs=[])), ValueError, f"The example inputs [] {INPUTS} ResidualClassifier:",
