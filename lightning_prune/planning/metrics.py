@@ -134,38 +134,31 @@ class CountedMetric(Metric):
         limits.check(keep, self.name, limits.reachable(self.cost_model(graph)))
 
 
-class MeasuredTime(Metric):
-    """The time of a forward pass on the device where the model is, predicted by a profile and then measured."""
+class Time(Metric):
+    """The time of a forward pass; channels are ranked by score for each millisecond that pruning them saves.
+
+    Note:
+        Ranking by score for each unit of latency is how a greedy solver treats the knapsack problem of Shen et al.,
+        "Structural Pruning via Latency-Saliency Knapsack" (NeurIPS 2022), whose latency comes from a table of layers.
+    """
 
     counted = False
-
-    def cost_model(self, graph: ChannelGraph) -> CostModel:
-        """Return what the network takes at any widths, in milliseconds; profiles a network that was not."""
-        if self.name not in graph.terms:
-            profile(graph)
-        return CostModel(graph, self.name)
 
     def roundings(self, round_to: int | str) -> Sequence[int]:
         """Return the one multiple that is asked for; for ``"auto"`` several to try."""
         return ROUNDINGS if round_to == "auto" else [check_whole_number("round_to", round_to)]
 
     def plan_by_score(self, graph: ChannelGraph, scores: Scores, keep: float, settings: WidthSettings) -> PruningPlan:
-        """Rank channels by score for each millisecond that pruning them saves, and time plans until one fits.
-
-        Note:
-            Ranking by score for each unit of latency is how a greedy solver treats the knapsack problem of Shen et
-            al., "Structural Pruning via Latency-Saliency Knapsack" (NeurIPS 2022), whose latency comes from a table of
-            layers; predicting it from a fit, and correcting the budget by timing networks, is done here.
-        """
-        return self._timed(by_score_per_cost, graph, scores, scores, keep, settings)
+        """Prune channels in the order of their scores for each millisecond until the time fits."""
+        return self._best(by_score_per_cost, graph, scores, scores, keep, settings)
 
     def plan_by_layer(
         self, graph: ChannelGraph, thresholds: Scores, scores: Scores, keep: float, settings: WidthSettings
     ) -> PruningPlan:
-        """Prune channels in the order of their thresholds, and time plans until one fits."""
-        return self._timed(fit, graph, thresholds, scores, keep, settings)
+        """Prune channels in the order of their thresholds until the time fits."""
+        return self._best(fit, graph, thresholds, scores, keep, settings)
 
-    def _timed(
+    def _best(
         self,
         planner: Planner,
         graph: ChannelGraph,
@@ -174,17 +167,39 @@ class MeasuredTime(Metric):
         keep: float,
         settings: WidthSettings,
     ) -> PruningPlan:
-        """Make a timed plan for each rounding, and take the one whose channels score highest."""
-        cost = self.cost_model(graph)
+        """Make a plan for each rounding, and take the one whose channels score highest."""
 
         def make(round_to: int) -> PruningPlan:
             limits = Limits(graph, ranking, round_to, settings.min_channels, settings.cap)
-            if not graph.groups:  # there is nothing to time
-                return fit(graph, ranking, keep, cost, limits)
-            return timed_plan(planner, graph, ranking, keep, cost, limits)
+            return self._made(planner, graph, ranking, keep, limits)
 
+        return best_plan(self.roundings(settings.round_to), scores, make)
+
+    def _made(self, planner: Planner, graph: ChannelGraph, ranking: Scores, keep: float, limits: Limits) -> PruningPlan:
+        """Make a plan whose time is predicted."""
+        return planner(graph, ranking, keep, self.cost_model(graph), limits)
+
+
+class MeasuredTime(Time):
+    """The time of a forward pass on the device where the model is, predicted by a profile and then measured.
+
+    Note:
+        Predicting it from a fit, and correcting the budget by timing networks, is done here.
+    """
+
+    def cost_model(self, graph: ChannelGraph) -> CostModel:
+        """Return what the network takes at any widths, in milliseconds; profiles a network that was not."""
+        if self.name not in graph.terms:
+            profile(graph)
+        return CostModel(graph, self.name)
+
+    def _made(self, planner: Planner, graph: ChannelGraph, ranking: Scores, keep: float, limits: Limits) -> PruningPlan:
+        """Time plans until one fits."""
+        cost = self.cost_model(graph)
+        if not graph.groups:  # there is nothing to time
+            return fit(graph, ranking, keep, cost, limits)
         with progress("Timing smaller networks"):
-            return best_plan(self.roundings(settings.round_to), scores, make)
+            return timed_plan(planner, graph, ranking, keep, cost, limits)
 
     def check_reachable(self, graph: ChannelGraph, keep: float, settings: WidthSettings) -> None:
         """Time the smallest network where the profile says that it is too slow."""
@@ -199,10 +214,8 @@ class MeasuredTime(Metric):
         limits.check(keep, self.name, reachable)
 
 
-class TabledTime(CountedMetric):
+class TabledTime(Time):
     """The time of a forward pass as a latency table of another runtime or machine predicts it."""
-
-    counted = False
 
     def cost_model(self, graph: ChannelGraph) -> CostModel:
         """Return what the network takes at any widths, in milliseconds.
@@ -214,37 +227,10 @@ class TabledTime(CountedMetric):
             raise ValueError("A budget by a latency table needs one: lightning_prune.planning.use_table(graph, table).")
         return CostModel(graph, self.name)
 
-    def roundings(self, round_to: int | str) -> Sequence[int]:
-        """Return the one multiple that is asked for; for ``"auto"`` several to try."""
-        return ROUNDINGS if round_to == "auto" else [check_whole_number("round_to", round_to)]
-
-    def plan_by_score(self, graph: ChannelGraph, scores: Scores, keep: float, settings: WidthSettings) -> PruningPlan:
-        """Rank channels by score for each millisecond that pruning them saves, as the table has it."""
-        return self._predicted(by_score_per_cost, graph, scores, scores, keep, settings)
-
-    def plan_by_layer(
-        self, graph: ChannelGraph, thresholds: Scores, scores: Scores, keep: float, settings: WidthSettings
-    ) -> PruningPlan:
-        """Prune channels in the order of their thresholds until the predicted time fits."""
-        return self._predicted(fit, graph, thresholds, scores, keep, settings)
-
-    def _predicted(
-        self,
-        planner: Planner,
-        graph: ChannelGraph,
-        ranking: Scores,
-        scores: Scores,
-        keep: float,
-        settings: WidthSettings,
-    ) -> PruningPlan:
-        """Make a plan for each rounding, and take the one whose channels score highest."""
-        cost = self.cost_model(graph)
-
-        def make(round_to: int) -> PruningPlan:
-            limits = Limits(graph, ranking, round_to, settings.min_channels, settings.cap)
-            return planner(graph, ranking, keep, cost, limits)
-
-        return best_plan(self.roundings(settings.round_to), scores, make)
+    def check_reachable(self, graph: ChannelGraph, keep: float, settings: WidthSettings) -> None:
+        """Ask the table for the smallest network."""
+        limits = self.least_limits(graph, settings)
+        limits.check(keep, self.name, limits.reachable(self.cost_model(graph)))
 
 
 METRICS: dict[str, Metric] = {
