@@ -59,8 +59,7 @@ def wide_blocks(model: nn.Module, plan: PruningPlan, name: str, axis: int) -> li
 
     Returns:
         The blocks; none where groups cross, as heads and the channels of their values do: a position is then pruned
-        with the channel of either, and no block has channels of equally many positions. Nor do channels count that lie
-        in several places, as in all heads: what lies there is taken one by one.
+        with the channel of either, and no block has channels of equally many positions.
     """
     if _cross(plan, name, axis):
         return []
@@ -70,8 +69,6 @@ def wide_blocks(model: nn.Module, plan: PruningPlan, name: str, axis: int) -> li
     for group_name, group in plan.groups.items():
         slices = [one for one in group.slices if one.tensor == name and one.axis == axis]
         if not slices:
-            continue
-        if all(one.width == 1 for one in slices):
             continue
         before = earlier.groups.get(group_name)
         channels = torch.arange(group.size) if before is None else before.channels
