@@ -95,7 +95,7 @@ def test_a_rival_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch,
 
 def test_rows_at_equal_cost_prune_as_the_rows_that_they_are_of(network: nn.Module, batches, monkeypatch):
     assert [name for name, row in PAID.items() if row.distilled] == [name for name in PAID if "distilled" in name]
-    assert len(PAID) == 4
+    assert len(PAID) == 7
     monkeypatch.setattr(rows, "COMPENSATED_BY", 1)
     plain = copy.deepcopy(network)
     found = PAID["coherent OBS, refit"].begin(network, batches)(0.5, [])
