@@ -108,5 +108,5 @@ def test_wrong_monitors_are_refused(tmp_path: Path) -> None:
 
 def test_labels_beyond_the_logits_are_refused() -> None:
     logits, labels = torch.zeros(2, 3), torch.tensor([0, 3])
-    with pytest.raises(ValueError, match="The labels go up to 3, and the model returns 3 logits; .*pass `evaluate`"):
+    with pytest.raises(ValueError, match=r"The labels go up to 3, and the model returns 3 logits; .*pass `evaluate`"):
         lp.candidates.classification(torch.nn.Identity(), (logits, labels))

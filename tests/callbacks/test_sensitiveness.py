@@ -192,7 +192,7 @@ def fit_regression(root: Path, callback: L.Callback, validate: bool = True) -> L
 
 
 def test_other_tasks_bring_their_own_measure_or_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no pair of inputs and labels that are integers; .*pass `evaluate`"):
+    with pytest.raises(ValueError, match=r"no pair of inputs and labels that are integers; .*pass `evaluate`"):
         fit_regression(tmp_path, SensitivenessCallback(keep=0.5, **SETTINGS))
     with pytest.raises(ValueError, match="measures on the validation split, and this run has none"):
         fit_regression(tmp_path, SensitivenessCallback(evaluate=closeness, **SETTINGS), validate=False)

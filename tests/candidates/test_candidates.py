@@ -353,7 +353,7 @@ def test_other_tasks_bring_their_own_measure() -> None:
 def test_refuses_what_is_no_classification() -> None:
     graph, ((x, y), *_) = made(Sequence)
     for batch in (x, (x, y.double()), {"x": x}, (x, y, y)):
-        with pytest.raises(ValueError, match="no pair of inputs and labels that are integers; .*pass `evaluate`"):
+        with pytest.raises(ValueError, match=r"no pair of inputs and labels that are integers; .*pass `evaluate`"):
             evaluate_candidates(graph, [{}], [batch])
     with pytest.raises(ValueError, match=r"shape \(6, 5\) for labels of shape \(6, 2\), which are no logits"):
         evaluate_candidates(graph, [{}], [(x, torch.stack([y, y], 1))])
