@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune.callbacks.rehearsal import TRAINING, Rehearsal, quiet_trainer
+from lightning_prune.callbacks.schedule import Schedule
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.neutral import neutral_state
@@ -328,6 +329,8 @@ class _Experiment:
         keeping = {id(candidate.callback) for candidate in self.found}
         any_may = id(None) in keeping  # a copy that the module keeps
         for callback in self.rehearsal.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Schedule):  # which would prune
+                continue
             if not (id(callback) in keeping or (any_may and _is_somebodys(callback))):
                 continue
             for name, args in hooks.items():
