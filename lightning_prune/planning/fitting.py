@@ -76,17 +76,20 @@ def _tell_if_coarse(graph: ChannelGraph, widths: np.ndarray, limits: Limits, cos
     if is_predicted or limits.round_to == 1 or achieved >= _NEARLY_ALL * keep:
         return
     steps = {}
-    for group in np.flatnonzero(widths < limits.most).tolist():
+    is_narrower = widths < limits.most
+    for group in np.flatnonzero(is_narrower).tolist():
         wider = widths.copy()
         wider[group] = limits.above(widths[group], group)
         steps[group] = cost.fraction(wider) - achieved
     if not steps:  # nothing could be wider
         return
     coarsest = max(steps, key=lambda group: steps[group])
+    step = steps[coarsest]
+    names = list(graph.groups)
+    name = names[coarsest]
     warnings.warn(
         f"{achieved:.3f} of the {cost.metric} is kept where keep={keep:.3f} was asked for: one step of "
-        f"round_to={limits.round_to} in {list(graph.groups)[coarsest]!r} is {steps[coarsest]:.3f} of the cost; lower "
-        "round_to.",
+        f"round_to={limits.round_to} in {name!r} is {step:.3f} of the cost; lower round_to.",
         stacklevel=2,
     )
 

@@ -31,9 +31,13 @@ def forward_times(
         (networks, rounds) median milliseconds of one forward pass in a turn.
     """
     device = device_of(graph.model)
+    turns: list[Callable[[], float]] = []
     with ExitStack() as stack:
-        runs = [stack.enter_context(at_widths(graph, widths)) for widths in several]
-        turns: list[Callable[[], float]] = [partial(median_time, run, device, milliseconds, 20) for run in runs]
+        for widths in several:
+            network = at_widths(graph, widths)
+            run = stack.enter_context(network)
+            turn = partial(median_time, run, device, milliseconds, 20)
+            turns.append(turn)
         return times_in_turns(turns, rounds)
 
 
@@ -49,12 +53,16 @@ def layer_times(graph: ChannelGraph, several: Sequence[Widths], rounds: int) -> 
         For each network the milliseconds from the start of a layer to the start of the next one, by module name, in the
         order of the forward pass; under ``""`` what comes before the first.
     """
-    measured: list[dict[str, list[float]]] = [defaultdict(list) for _ in several]
+    measured: list[dict[str, list[float]]] = []
+    turns: list[Callable[[], float]] = []
     with ExitStack() as stack:
-        timers = [stack.enter_context(LayerTimer.at(graph, widths)) for widths in several]
-        turns: list[Callable[[], float]] = [
-            partial(_note, timer, times) for timer, times in zip(timers, measured, strict=True)
-        ]
+        for widths in several:
+            network = LayerTimer.at(graph, widths)
+            timer = stack.enter_context(network)
+            times: dict[str, list[float]] = defaultdict(list)
+            measured.append(times)
+            turn = partial(_note, timer, times)
+            turns.append(turn)
         times_in_turns(turns, rounds)
     return [{name: Spread.of(times) for name, times in of_network.items()} for of_network in measured]
 

@@ -40,7 +40,9 @@ def at_widths(graph: ChannelGraph, widths: Mapping[str, int], watcher: Watcher |
     """
     submodule = graph.model.get_submodule(graph.module)
     kept = {name: torch.arange(width) for name, width in widths.items() if name in graph.groups}
-    plan = graph.plan(kept).after(_beside(graph))
+    beside = _beside(graph)
+    plan = graph.plan(kept)
+    plan = plan.after(beside)
     shapes = {**graph.shapes, **plan.pruned_shapes()}
     tensors = graph.tensors()
     resized = {name: tensor for name, tensor in tensors.items() if tuple(tensor.shape) != shapes[name]}
@@ -67,7 +69,8 @@ def _beside(graph: ChannelGraph) -> PruningPlan:
 
 def _stand_in(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a tensor of some shape, with device, precision and memory format of another."""
-    stand_in = torch.full(shape, _FILL, device=tensor.device).to(tensor.dtype)
+    stand_in = torch.full(shape, _FILL, device=tensor.device)
+    stand_in = stand_in.to(tensor.dtype)
     if _is_channels_last(tensor):
         return stand_in.contiguous(memory_format=torch.channels_last)
     return stand_in
