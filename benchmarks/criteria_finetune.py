@@ -20,7 +20,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,18 @@ class Runner:
         optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
         model.train()
+        for done, batch in enumerate(self.training_batches(steps, first_epoch)):
+            if before and done in before:
+                before[done]([optimizer])
+                model.train()
+            loss = taught(model, self.served(batch), teacher)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+
+    def training_batches(self, steps: int, first_epoch: int) -> Iterator[Sequence[Tensor]]:
+        """Yield a batch for each of some steps, as the loader gives it."""
         done, epoch = 0, first_epoch
         while done < steps:
             loader = self.data.train_dataloader()
@@ -103,14 +115,7 @@ class Runner:
             for batch in loader:
                 if done == steps:
                     break
-                if before and done in before:
-                    before[done]([optimizer])
-                    model.train()
-                loss = taught(model, self.served(batch), teacher)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                decay.step()
+                yield batch
                 done += 1
             epoch += 1
 

@@ -82,8 +82,7 @@ def main() -> None:
         records[kind] = {"seconds": times, "made": stored.made_with(settings)}
     print(page(records))
     stored.save(settings.results, records)
-    with stored.whole(settings.results.with_suffix(".md")) as partial:
-        partial.write_text(page(records))
+    stored.save_page(settings.results, page(records))
 
 
 if __name__ == "__main__":

@@ -208,8 +208,7 @@ def main() -> None:
     if ratios:
         print(summary(ratios, (LIMIT, MEAN_LIMIT) if kept else (ITERATIVE_LIMIT, ITERATIVE_LIMIT)))
     if kept:
-        with stored.whole(settings.results.with_suffix(".md")) as partial:
-            partial.write_text(page(results))
+        stored.save_page(settings.results, page(results))
 
 
 if __name__ == "__main__":

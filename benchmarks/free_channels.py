@@ -243,8 +243,7 @@ def main() -> None:
                 stored.save(settings.results, results)
                 print(_row(key, results[key]), flush=True)
     stored.save(settings.results, results)
-    with stored.whole(settings.results.with_suffix(".md")) as partial:
-        partial.write_text(page(results))
+    stored.save_page(settings.results, page(results))
 
 
 if __name__ == "__main__":

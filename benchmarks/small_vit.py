@@ -97,20 +97,12 @@ class Transformer(Runner):
         warm_up = WARM_UP * steps
         factors = LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up)))
         model.train()
-        done, epoch = 0, first_epoch
-        while done < steps:
-            loader = self.data.train_dataloader()
-            loader.sampler.set_epoch(epoch)
-            for batch in loader:
-                if done == steps:
-                    break
-                images, labels = self.served(batch)
-                optimizer.zero_grad()
-                F.cross_entropy(model(images), labels).backward()
-                optimizer.step()
-                factors.step()
-                done += 1
-            epoch += 1
+        for batch in self.training_batches(steps, first_epoch):
+            images, labels = self.served(batch)
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            factors.step()
         model.eval()
 
     def _scores(self, criterion: str) -> dict[str, torch.Tensor]:

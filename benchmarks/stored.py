@@ -37,6 +37,12 @@ def save(path: str | Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def save_page(path: Path, text: str) -> None:
+    """Write the page that shows a file of results, beside it, whole or not at all."""
+    with whole(path.with_suffix(".md")) as partial:
+        partial.write_text(text)
+
+
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """Make a file appear only when it is complete: a context that yields where to write it."""

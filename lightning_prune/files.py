@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["Unread", "read_checkpoint", "read_without_objects", "written_whole"]
+__all__ = ["Unread", "check_folder", "read_checkpoint", "read_without_objects", "written_whole"]
+
+
+def check_folder(path: Path) -> None:
+    """Raise a FileNotFoundError unless there is a folder for a file.
+
+    Args:
+        path: Where the file belongs.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(path.parent)!r}: make it first.")
 
 
 @contextmanager

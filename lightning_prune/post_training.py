@@ -17,7 +17,7 @@ from lightning_prune.surgery.compensation import check_method, prune
 from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
 from lightning_prune.surgery.compensation.lockstep import Run
 from lightning_prune.surgery.pruning import PruneReport
-from lightning_prune.unlabelled import arguments_of_forward, forward_arguments
+from lightning_prune.unlabelled import arguments_of_forward, first_entry, forward_arguments
 
 __all__ = ["prune_for"]
 
@@ -133,7 +133,7 @@ def _entry(model: nn.Module, batch: Any) -> Entry:
 
 
 def _first_entry(model: nn.Module, batch: Any) -> Arguments:
-    return (batch[0],), {}
+    return (first_entry(batch),), {}
 
 
 def _arguments(model: nn.Module, batch: Any, entry: Entry) -> Arguments:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["arguments_of_forward", "forward_arguments", "run_forward"]
+__all__ = ["arguments_of_forward", "first_entry", "forward_arguments", "run_forward"]
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -60,3 +60,18 @@ def arguments_of_forward(model: nn.Module) -> int:
     parameters = inspect.signature(model.forward).parameters.values()
     needed = [one for one in parameters if one.kind in _POSITIONAL and one.default is Parameter.empty]
     return max(1, len(needed))
+
+
+def first_entry(batch: Any) -> Any:
+    """Return the first entry of a batch as it is, such as a list of images.
+
+    Raises:
+        TypeError: If the batch is no list or tuple: the first row of a tensor is no entry.
+
+    Example:
+        >>> first_entry(([1, 2], ["labels"]))
+        [1, 2]
+    """
+    if not isinstance(batch, list | tuple):
+        raise TypeError(f"a batch of type {type(batch).__name__} has no entries")
+    return batch[0]

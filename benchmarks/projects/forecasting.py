@@ -1,5 +1,6 @@
 """pytorch-forecasting: N-BEATS and the temporal fusion transformer, as in its tutorials, on series in a CSV file."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,7 @@ def nbeats(data: Path) -> Case:
         training, _ = _split(table, categorical_encoders={"series": NaNLabelEncoder().fit(table["series"])})
         return NBeats.from_dataset(training, learning_rate=3e-3, weight_decay=1e-2, widths=[32, 64], log_interval=-1)
 
-    return Case(
-        module=module,
-        data=loaders,
-        monitor="val_loss",
-        trainer={"gradient_clip_val": 0.01},
-        given=_trusting,
-        resumed=_trusting(),
-    )
+    return _case(module, loaders, clipped_at=0.01)
 
 
 def tft(data: Path) -> Case:
@@ -50,11 +44,15 @@ def tft(data: Path) -> Case:
             hidden_continuous_size=32, loss=QuantileLoss(), log_interval=-1, reduce_on_plateau_patience=4,
         )  # fmt: skip
 
+    return _case(module, loaders, clipped_at=0.1)
+
+
+def _case(module: Callable[[], Any], loaders: Callable[[], dict[str, Any]], clipped_at: float) -> Case:
     return Case(
         module=module,
         data=loaders,
         monitor="val_loss",
-        trainer={"gradient_clip_val": 0.1},
+        trainer={"gradient_clip_val": clipped_at},
         given=_trusting,
         resumed=_trusting(),
     )

@@ -47,6 +47,7 @@ from lightning_prune.reporting.history import History
 from lightning_prune.reporting.loggers import folder, say, warn, without_placeholder
 from lightning_prune.surgery import check, uninterrupted
 from lightning_prune.surgery.compensation import METHODS, Compensation
+from lightning_prune.surgery.pruning import Follower
 from lightning_prune.unlabelled import run_forward
 
 __all__ = ["PruningCallback"]
@@ -172,7 +173,6 @@ class PruningCallback(Schedule, Callback):
         check_whole_number("validate_batches", validate_batches, 0)
         distill_settings(distill)  # refuses what it does not know
         self._check_ranking(ranking)
-        self.keep = keep
         self.keep = 0.5 if keep is None and max_drop is None else keep
         self.max_drop = max_drop
         self.monitor = monitor
@@ -605,11 +605,12 @@ class PruningCallback(Schedule, Callback):
         told = "\n".join([self._headline(trainer, plan, step), str(report), *metrics.lines])
         say(told)
 
-    def find_followers(self) -> list[Candidate]:
+    def find_followers(self) -> list[Follower]:
         """Return the copies of weights that are pruned with the module, which have to follow it."""
         trainer = self.run.trainer
         rehearsal = Rehearsal(trainer, trainer.lightning_module, self.state.training_batch_like)
-        return followers(rehearsal, frozen_parts(trainer.lightning_module, self.module))
+        found = followers(rehearsal, frozen_parts(trainer.lightning_module, self.module))
+        return [candidate.follower for candidate in found]
 
     def _begin_distillation(self) -> None:
         """Let the teacher of a run that goes on teach, and refuse what cannot be taught."""

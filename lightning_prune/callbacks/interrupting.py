@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 
 from lightning_prune.callbacks.monitors import model_checkpoints
+from lightning_prune.callbacks.schedule import pruning_callbacks
 from lightning_prune.reporting.loggers import say
 
 if TYPE_CHECKING:
@@ -23,10 +24,7 @@ def tell_how_to_resume(trainer: "pl.Trainer", callback: "PruningCallback") -> No
         trainer: The trainer.
         callback: The callback that was interrupted, whose ``result_path`` may be a file of the network as it is now.
     """
-    from lightning_prune.callbacks.base import PruningCallback
-
-    callbacks = [other for other in trainer.callbacks if isinstance(other, PruningCallback)]  # type: ignore[attr-defined]
-    if callbacks[-1] is not callback:
+    if pruning_callbacks(trainer)[-1] is not callback:
         return
     written = "" if trainer.world_size > 1 else callback.result_path  # of several ranks it holds no optimizers
     path = written or _newest(trainer)

@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.callbacks.refusals import can_prune_under
+from lightning_prune.callbacks.schedule import pruning_callbacks
 from lightning_prune.callbacks.trainer_state import averaged_copies, is_fitting
 from lightning_prune.checkpoint import (
     CHECKPOINT_KEY,
@@ -215,8 +216,7 @@ def _with_plan(module: "pl.LightningModule", checkpoint: dict[str, Any], path: A
 
 def _pruning(trainer: "pl.Trainer") -> dict[str, Any]:
     """Return the callbacks that name the result of a run, by the key of their state."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return {callback.state_key: callback for callback in callbacks if hasattr(callback, "result_path")}
+    return {callback.state_key: callback for callback in pruning_callbacks(trainer)}
 
 
 def _is_handed_back(checkpoint: dict[str, Any], path: Any) -> bool:

@@ -17,6 +17,7 @@ from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.reporting.loggers import warn
 from lightning_prune.surgery.compensation.copies import shared_twin, undisturbed
 from lightning_prune.surgery.compensation.lockstep import Run
+from lightning_prune.unlabelled import first_entry
 
 __all__ = ["PruneBatches", "arguments_of"]
 
@@ -63,8 +64,7 @@ class PruneBatches:
 
     def run_on(self, model: nn.Module, batch: Any) -> Any:
         """Run the LightningModule, a copy or an average of it, on a batch."""
-        device = next(iter(named_tensors(model).values())).device  # averages may lie on another one than the module
-        return self._run(model, move_data_to_device(plainly(batch), device))
+        return self._run(model, _beside(model, plainly(batch)))
 
     def try_out(self, needing: Sequence[str], who: str, submodule: str) -> None:
         """Run a copy of the module on a batch, by its ``forward``, or else as its ``training_step`` does.
@@ -121,7 +121,7 @@ class PruneBatches:
         call = first_call(self._trainer.lightning_module, [""], step)
         if call is None:
             raise ValueError("training_step does not call forward.")
-        args, kwargs = move_data_to_device(call, next(iter(named_tensors(model).values())).device)
+        args, kwargs = _beside(model, call)
         return model(*args, **kwargs)
 
     def _validation_step(self, model: nn.Module, batch: Any) -> Any:
@@ -161,11 +161,15 @@ class PruneBatches:
             )
 
 
+def _beside(model: nn.Module, data: Any) -> Any:
+    """Return data on the device of a model: averages may lie on another one than the module."""
+    device = next(iter(named_tensors(model).values())).device
+    return move_data_to_device(data, device)
+
+
 def _run_first_entry(model: nn.Module, batch: Any) -> Any:
     """Run a model on the first entry of a batch as it is, such as a list of images."""
-    if not isinstance(batch, list | tuple):  # the first row of a tensor is no entry
-        raise TypeError(f"a batch of type {type(batch).__name__} has no entries")
-    return model(batch[0])
+    return model(first_entry(batch))
 
 
 def arguments_of(example_inputs: Any) -> int:

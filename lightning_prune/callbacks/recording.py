@@ -44,6 +44,9 @@ class Recorder:
         trainer: The trainer.
         graph: The traced model.
         history: What has been recorded in a run that is resumed.
+
+    Attributes:
+        costs: What networks cost by each metric that is counted.
     """
 
     trainer: "pl.Trainer"
@@ -53,13 +56,13 @@ class Recorder:
     def __post_init__(self) -> None:
         self._is_written = False
         self._has_warned = False
-        self._costs = {name: metric.cost_model(self.graph) for name, metric in METRICS.items() if metric.counted}
+        self.costs = {name: metric.cost_model(self.graph) for name, metric in METRICS.items() if metric.counted}
 
     @property
     def kept(self) -> dict[str, float]:
         """What is left now, as a fraction of the original, by metric."""
         widths = self._widths
-        return {metric: cost(widths) / cost.original for metric, cost in self._costs.items()}
+        return {metric: cost(widths) / cost.original for metric, cost in self.costs.items()}
 
     def begin(self, callback: "PruningCallback") -> None:
         """Measure the network before the first prune, unless that is known."""
@@ -172,4 +175,4 @@ class Recorder:
     def _measure(self, latency: Spread | None = None) -> Measurement:
         """Count the network as it is now, and time it unless its time is known."""
         network = self.graph.model.get_submodule(self.graph.module)
-        return measure(network, self.graph.example_inputs, int(self._costs["flops"](self._widths)), latency)
+        return measure(network, self.graph.example_inputs, int(self.costs["flops"](self._widths)), latency)

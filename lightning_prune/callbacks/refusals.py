@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks.followers import Candidate
+from lightning_prune.callbacks.schedule import pruning_among, pruning_callbacks
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.namesakes import namesakes
@@ -77,13 +78,14 @@ def _refuse_another_version(trainer: "pl.Trainer") -> None:
 
 def refuse_other_callbacks(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
     """Raise a ValueError if another callback prunes the same submodule, or keeps a copy of the weights."""
+    pruning = pruning_callbacks(trainer)
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(other, namesakes(StochasticWeightAveraging, ModelPruning)):
             raise ValueError(
                 f"{type(other).__name__} keeps a copy or a mask of the weights in the shapes they have now, which does "
                 f"not follow when {type(callback).__name__} prunes channels; use one of the two."
             )
-        if other is not callback and _prunes(other):
+        if other is not callback and other in pruning:
             _refuse_overlap(callback, other)
 
 
@@ -96,9 +98,8 @@ def refuse_alike(callbacks: Any) -> None:
         callbacks: What a Trainer is given: a list, a single callback, or nothing.
     """
     given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-    pruning = [callback for callback in given if _prunes(callback)]
     known: dict[str, PruningCallback] = {}
-    for callback in pruning:
+    for callback in pruning_among(given):
         alike = known.setdefault(callback.state_key, callback)
         if alike is not callback:
             about = repr(callback.module) if callback.module else "the whole model"
@@ -106,12 +107,6 @@ def refuse_alike(callbacks: Any) -> None:
                 f"Two callbacks {type(callback).__name__} prune {about}; keep one of them, or give each a submodule of "
                 "its own with `module`."
             )
-
-
-def _prunes(callback: Any) -> bool:
-    from lightning_prune.callbacks.base import PruningCallback
-
-    return isinstance(callback, PruningCallback)
 
 
 def _refuse_overlap(callback: "PruningCallback", other: "PruningCallback") -> None:

@@ -1,9 +1,12 @@
 """The schedule of a pruning callback: before which epochs it prunes, and how much it keeps after each prune."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Schedule", "check_whole_number"]
+import lightning.pytorch as pl
+
+__all__ = ["Schedule", "check_whole_number", "pruning_among", "pruning_callbacks"]
 
 _LEAST = 0.01  # of the original: where nothing bounds it, the metric or rounding has said stop long before
 
@@ -80,3 +83,21 @@ class Schedule:
     def last_prune_epoch(self) -> int:
         """The epoch that the last prune comes before."""
         return self.start_epoch + (self.steps - 1) * self.every_n_epochs
+
+
+def pruning_among(callbacks: Iterable[Any]) -> list[Any]:
+    """Return those of some callbacks that prune, in their order: each has a schedule.
+
+    Args:
+        callbacks: The callbacks.
+    """
+    return [callback for callback in callbacks if isinstance(callback, Schedule)]
+
+
+def pruning_callbacks(trainer: "pl.Trainer") -> list[Any]:
+    """Return the pruning callbacks of a trainer, in its order.
+
+    Args:
+        trainer: The trainer.
+    """
+    return pruning_among(trainer.callbacks)  # type: ignore[attr-defined]

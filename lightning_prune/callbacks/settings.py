@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import lightning.pytorch as pl
 from torch import Tensor, distributed
 
+from lightning_prune.callbacks.schedule import pruning_callbacks
+
 if TYPE_CHECKING:
     from lightning_prune.callbacks.base import PruningCallback
 
@@ -61,9 +63,7 @@ def refuse_other_settings(trainer: "pl.Trainer", callback: "PruningCallback") ->
         trainer: The trainer.
         callback: The callback that is set up; the first of several asks for all of them.
     """
-    from lightning_prune.callbacks.base import PruningCallback
-
-    callbacks = [other for other in trainer.callbacks if isinstance(other, PruningCallback)]  # type: ignore[attr-defined]
+    callbacks = pruning_callbacks(trainer)
     if callbacks[:1] != [callback] or trainer.world_size == 1 or not distributed.is_initialized():
         return
     own: Described = [(type(other).__name__, settings_of(other)) for other in callbacks]

@@ -16,13 +16,13 @@ from lightning_prune import planning
 from lightning_prune.callbacks.monitors import start_anew
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.runtimes import planned_metric
+from lightning_prune.callbacks.schedule import pruning_callbacks
 from lightning_prune.callbacks.surgery_step import go_back_in_training, snapshot_in_training
 from lightning_prune.callbacks.trainer_state import unlogged
 from lightning_prune.callbacks.validating import Validator
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.loggers import say, warn
 from lightning_prune.surgery import uninterrupted
-from lightning_prune.surgery.pruning import Follower
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks.base import PruningCallback
@@ -90,10 +90,7 @@ def check_start(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
             f"{name} goes by {callback.monitor!r}, which no validation measures: give the run a validation_step, "
             "validation data and limit_val_batches above 0."
         )
-    from lightning_prune.callbacks.base import PruningCallback
-
-    others = [other for other in trainer.callbacks if isinstance(other, PruningCallback)]  # type: ignore[attr-defined]
-    if len(others) > 1:
+    if len(pruning_callbacks(trainer)) > 1:
         raise ValueError(
             f"{name} with max_drop goes back to what the whole network was, so that no other callback can prune beside "
             "it; use one pruning callback."
@@ -260,12 +257,8 @@ def _told(callback: "PruningCallback") -> str:
 
 def _take_snapshot(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
     stop = callback.state.stop
-    network = snapshot_in_training(trainer, _followers(callback))
+    network = snapshot_in_training(trainer, callback.find_followers())
     stop.snapshot = {"steps_done": callback.steps_done, "achieved": stop.achieved, "network": network}
-
-
-def _followers(callback: "PruningCallback") -> list[Follower]:
-    return [candidate.follower for candidate in callback.find_followers()]
 
 
 def _go_back(trainer: "pl.Trainer", callback: "PruningCallback", why: str) -> None:
@@ -279,7 +272,7 @@ def _go_back(trainer: "pl.Trainer", callback: "PruningCallback", why: str) -> No
         stop.judged = callback.steps_done
         return
     with uninterrupted(), unlogged(trainer.lightning_module):
-        plan = go_back_in_training(trainer, stop.snapshot["network"], _followers(callback))
+        plan = go_back_in_training(trainer, stop.snapshot["network"], callback.find_followers())
         taken_back = callback.steps_done
         state.steps_done = stop.judged = stop.snapshot["steps_done"]
         stop.achieved = stop.snapshot["achieved"]

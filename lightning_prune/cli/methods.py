@@ -63,11 +63,19 @@ class AtOnce(PruningCallback):
     """
 
     def __init__(self, method: str = DEFAULT, **settings: Any) -> None:
-        self.method = method
         self.times: list[list[float]] = []
         self.why = "as asked"
-        criterion = "l1" if method == UNIFORM else method
-        super().__init__(start_epoch=0, criterion=criterion, save_result=False, **settings)
+        super().__init__(start_epoch=0, criterion=_criterion_of(method), save_result=False, **settings)
+        self.use(method)
+
+    def use(self, method: str) -> None:
+        """Prune by a method.
+
+        Args:
+            method: A criterion, or ``"uniform"``.
+        """
+        self.method = method
+        self.criterion = _criterion_of(method)
 
     @override
     def check_criterion(self) -> None:
@@ -133,6 +141,10 @@ class AtOnce(PruningCallback):
         if self.method != UNIFORM:
             return partial(planning.plan, **settings)
         return partial(_uniform, **settings)
+
+
+def _criterion_of(method: str) -> str:
+    return "l1" if method == UNIFORM else method
 
 
 def _uniform(graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, **settings: Any) -> PruningPlan:

@@ -8,6 +8,7 @@ from lightning_prune.cli.option_errors import CommandParser
 from lightning_prune.cli.project import add_project_options, load_project, without_settings
 from lightning_prune.cli.prune_options import add_prune_options, settings_of
 from lightning_prune.cli.survey_table import told
+from lightning_prune.files import check_folder
 from lightning_prune.planning import check_keep
 
 __all__ = ["main"]
@@ -29,8 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     from lightning_prune.cli.surveying import Surveyor, place_of
 
     path = given.out or place_of(given.checkpoint or Path(given.config.name))
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(path.parent)!r}: make it first.")
+    check_folder(path)
     methods = _methods(given.method)
     keeps = sorted(dict.fromkeys(given.keep), reverse=True)
     project = load_project(given.checkpoint, given, dotted)

@@ -121,12 +121,12 @@ def load_project(path: Path | None, given: Namespace, settings: Sequence[str]) -
         FileNotFoundError: If there is no such file.
         ValueError: If the class, the weights or the settings do not fit, or the class cannot be told.
     """
-    model = load_network(path, given, settings)
-    sections = _sections_of(given.config) if given.config else {}
+    sections = _sections_of(given.config)
+    model, checkpoint = _network_and_content(path, given, settings, sections)
     section = given.data or sections.get("data")
     is_trusted = section is not None
     if section is None and path is not None:
-        section = _noted_data(path) or _sections_of(_config_beside(path)).get("data")
+        section = _noted_data(checkpoint) or _sections_of(_config_beside(path)).get("data")
     if section is None:
         return Project(model)
     # What was found beside a checkpoint comes from anywhere, as the checkpoint does.
@@ -141,15 +141,22 @@ def load_network(path: Path | None, given: Namespace, settings: Sequence[str]) -
 
     Without a checkpoint, it is the network of the config.
     """
+    model, _ = _network_and_content(path, given, settings, _sections_of(given.config))
+    return model
+
+
+def _network_and_content(
+    path: Path | None, given: Namespace, settings: Sequence[str], sections: Sections
+) -> tuple[Any, Mapping[str, Any]]:
+    """Return the network, and what is in its checkpoint."""
     import_given(given)
-    sections = _sections_of(given.config) if given.config else {}
     checkpoint = _content(path, is_known=bool(given.model or sections.get("model")))
     for_model = [setting for setting in settings if setting.startswith("--model.")]
     is_noted = not for_model and bool(given.model or noted_class(checkpoint))
     if is_noted and path is not None:
         model = load_model(path, given.model)
         _keep_class_path(model, checkpoint)
-        return model
+        return model, checkpoint
     section = given.model or sections.get("model")
     if section is None:
         where = f"{str(path)!r} does not say" if path is not None else "The command line does not say"
@@ -157,7 +164,7 @@ def load_network(path: Path | None, given: Namespace, settings: Sequence[str]) -
             f"{where} of which class the model is: give --model, such as --model mypackage.MyModel, or a --config."
         )
     made = _parsed({"model": section}, for_model).model
-    return made if path is None else _with_weights(made, path)
+    return made if path is None else _with_weights(made, path), checkpoint
 
 
 def _content(path: Path | None, is_known: bool) -> Mapping[str, Any]:
@@ -179,9 +186,9 @@ def _keep_class_path(model: Any, checkpoint: Mapping[str, Any]) -> None:
             model.hparams[name] = noted[name]
 
 
-def _noted_data(path: Path) -> Sections | None:
+def _noted_data(checkpoint: Mapping[str, Any]) -> Sections | None:
     """Return the data module that LightningCLI has noted in a checkpoint, if it has."""
-    saved = _content(path, is_known=True).get("datamodule_hyper_parameters")
+    saved = checkpoint.get("datamodule_hyper_parameters")
     if not isinstance(saved, Mapping) or not isinstance(saved.get("_class_path"), str):
         return None
     arguments = {name: value for name, value in saved.items() if not name.startswith("_")}

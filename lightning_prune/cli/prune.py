@@ -1,6 +1,5 @@
 """``lightning-prune prune CKPT OUT``: a trained checkpoint to a smaller one, without training."""
 
-import statistics
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,9 @@ from lightning_prune.checkpoint import CHECKPOINT_KEY, save
 from lightning_prune.cli.option_errors import CommandParser
 from lightning_prune.cli.project import Project, add_project_options, load_project, without_settings
 from lightning_prune.cli.prune_options import add_prune_options, settings_of
-from lightning_prune.files import read_checkpoint, written_whole
+from lightning_prune.files import check_folder, read_checkpoint, written_whole
 from lightning_prune.planning import check_keep
+from lightning_prune.planning.spread import ratios
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.load_lines import load_lines
 from lightning_prune.reporting.summary import summarize
@@ -69,8 +69,7 @@ def _check_place(out: Path) -> None:
     """Refuse before the work a place that cannot be written to after it."""
     if out.is_dir():
         raise IsADirectoryError(f"{str(out)!r} is a folder: give the file to write.")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(out.parent)!r}: make it first.")
+    check_folder(out)
 
 
 def _pruned(project: Project, given: Namespace) -> list[str]:
@@ -151,9 +150,9 @@ def speed_up(before: Sequence[float], after: Sequence[float]) -> str:
         >>> speed_up([2.0, 2.2, 2.0], [1.0, 1.0, 1.1])
         'speed-up: 2.00x (quartiles 1.91-2.10 of 3 turns on this machine)'
     """
-    ratios = [one / other for one, other in zip(before, after, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return f"speed-up: {middle:.2f}x (quartiles {low:.2f}-{high:.2f} of {len(ratios)} turns on this machine)"
+    spread = ratios(before, after)
+    quartiles = f"quartiles {spread.low:.2f}-{spread.high:.2f} of {len(before)} turns on this machine"
+    return f"speed-up: {spread.median:.2f}x ({quartiles})"
 
 
 def _whereabouts(project: Project, out: Path) -> list[str]:

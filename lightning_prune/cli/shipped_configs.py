@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_prune.cli.option_errors import CommandParser
+from lightning_prune.files import check_folder
 
 __all__ = ["FOLDER", "copy", "find", "found", "listing", "main"]
 
@@ -80,8 +81,7 @@ def copy(name: str, destination: Path) -> Path:
         names = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
         raise ValueError(f"No config {name!r} ships with lightning-prune: choose one of {names}.")
     target = destination / source.name if destination.is_dir() else destination
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(target.parent)!r}: make it first.")
+    check_folder(target)
     text = _OTHER_FILE.sub(_inline, source.read_text())
     try:
         with target.open("x") as file:

@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.batches import ValidationBatches, training_batches
 from lightning_prune.callbacks.followers import NONE as NO_COPIES
-from lightning_prune.cli.methods import DEFAULT, UNIFORM, AtOnce
-from lightning_prune.planning import METRICS
+from lightning_prune.cli.methods import DEFAULT, AtOnce
 from lightning_prune.planning.in_turns import forward_times
+from lightning_prune.planning.spread import ratios
 from lightning_prune.progress import progress
 from lightning_prune.reporting.survey import (
     Row,
@@ -92,8 +92,7 @@ class Surveyor(AtOnce):
 
     def _begun(self, trainer: "pl.Trainer") -> Survey:
         """Return the survey in the file, if it is about this network and these data; otherwise begin one."""
-        graph = self.run.graph
-        costs = {name: metric.cost_model(graph) for name, metric in METRICS.items() if metric.counted}
+        graph, costs = self.run.graph, self.run.recorder.costs
         model, data_settings = self.about
         new = Survey(
             model=model,
@@ -116,8 +115,7 @@ class Surveyor(AtOnce):
     def _measured(self, trainer: "pl.Trainer", method: str, keep: float) -> Row:
         """Make a plan and measure it, or say why there is none."""
         started = time.perf_counter()
-        self.method = method
-        self.criterion = "l1" if method == UNIFORM else method
+        self.use(method)
         row = Row(method, keep, self.asked)
         graph = self.run.graph
         try:
@@ -129,11 +127,13 @@ class Surveyor(AtOnce):
         except ValueError as refusal:
             row.refusal = str(refusal)
             return row
-        row.times = forward_times(graph, [{}, plan.widths], rounds=5, milliseconds=200)
+        row.times = before, after = forward_times(graph, [{}, plan.widths], rounds=5, milliseconds=200)
         row.widths = {name: width * graph.groups[name].width for name, width in plan.widths.items()}
-        costs = {name: metric.cost_model(graph) for name, metric in METRICS.items() if metric.counted}
+        costs = self.run.recorder.costs
         row.kept = {name: cost(plan.widths) / cost.original for name, cost in costs.items()}
-        row.kept["latency"] = (plan.budget or {})["achieved"] if self.metric == "latency" else _ratio(row.times)
+        row.kept["latency"] = ratios(after, before).median
+        if self.metric == "latency":
+            row.kept["latency"] = (plan.budget or {})["achieved"]
         row.flops, row.params = costs["flops"](plan.widths), costs["params"](plan.widths)
         row.seconds = time.perf_counter() - started
         return row
@@ -187,14 +187,8 @@ class PlannedOnce(AtOnce):
         nearest = min((abs(row.keep - self.keep), row.keep) for row in rows)[1]
         compared = [row for row in rows if row.keep == nearest]
         best = best_first(compared)[0]
-        self.method = best.method
-        self.criterion = "l1" if best.method == UNIFORM else best.method
+        self.use(best.method)
         self.why = f"best in {shown_metric(compared)} of {len(compared)} at keep {nearest:g} in {self.path}"
-
-
-def _ratio(times: Sequence[Sequence[float]]) -> float:
-    ratios = sorted(after / before for before, after in zip(*times, strict=True))
-    return ratios[len(ratios) // 2]
 
 
 # -- what a survey is about --------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import lightning_prune.datamodules
 import lightning_prune.models
 from lightning_prune.callbacks import PruningCallback
 from lightning_prune.callbacks.refusals import refuse_short_run
+from lightning_prune.callbacks.schedule import pruning_callbacks
 from lightning_prune.cli.option_errors import OptionError, reworded, settings_of_class
 from lightning_prune.cli.shipped_configs import find
 from lightning_prune.files import read_checkpoint
@@ -105,9 +106,8 @@ class PruneCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse a schedule that does not fit into the run before any data are touched, or a logger has written."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PruningCallback):
-                refuse_short_run(self.trainer, callback)
+        for callback in pruning_callbacks(self.trainer):
+            refuse_short_run(self.trainer, callback)
 
     @override
     def _parse_ckpt_path(self) -> None:

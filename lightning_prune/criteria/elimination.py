@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_prune.criteria.channel_scores import Scores, flops_per_channel, to_original_channels
 from lightning_prune.criteria.expected_shares import expected_shares
+from lightning_prune.criteria.input_hooks import consumed_places, positions_of_channels
 from lightning_prune.criteria.layer_sensitivity import Sensitivity, sensitivities
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
@@ -192,14 +193,9 @@ def _places(graph: ChannelGraph) -> dict[str, dict[str, Tensor]]:
     """Return the (channels, positions of a channel) of groups in the weights that consume them, by weight and group."""
     places: dict[str, dict[str, Tensor]] = {}
     for name, group in graph.groups.items():
-        channels = graph.kept(name)
-        for one in group.consuming:
-            positions = graph.positions_now(one, channels)
-            positions = positions.view(len(channels), -1)
-            of_weight = places.setdefault(one.tensor, {})
-            if name in of_weight:
-                positions = torch.cat([of_weight[name], positions], 1)
-            of_weight[name] = positions
+        for tensor, slices in consumed_places(group).items():
+            of_weight = places.setdefault(tensor, {})
+            of_weight[name] = positions_of_channels(graph, name, slices)
     return places
 
 

@@ -16,6 +16,7 @@ from lightning_prune.pruning_plan import Slice
 __all__ = [
     "OnInput",
     "check_watchable",
+    "consumed_places",
     "places_made",
     "positions_of_channels",
     "sum_positions",
@@ -31,6 +32,19 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 
 
+def consumed_places(group: Group) -> dict[str, list[Slice]]:
+    """Return where layers consume a group, by the names of their weights.
+
+    Args:
+        group: The group.
+    """
+    places: dict[str, list[Slice]] = {}
+    for place in group.consuming:
+        of_tensor = places.setdefault(place.tensor, [])
+        of_tensor.append(place)
+    return places
+
+
 def watched_places(graph: ChannelGraph, group: Group) -> dict[str, list[Slice]]:
     """Return where a group is watched, by key: in what its layers consume, or else in what produces it.
 
@@ -40,10 +54,7 @@ def watched_places(graph: ChannelGraph, group: Group) -> dict[str, list[Slice]]:
         graph: The traced model.
         group: One of its groups.
     """
-    places: dict[str, list[Slice]] = {}
-    for place in group.consuming:
-        of_tensor = places.setdefault(place.tensor, [])
-        of_tensor.append(place)
+    places = consumed_places(group)
     if places:
         return places
     for place in places_made(graph, group):

@@ -16,6 +16,7 @@ from lightning_prune.export.inputs import Inputs, Run, flat_tensors, random_call
 from lightning_prune.export.onnx import write_onnx
 from lightning_prune.export.program import write_program
 from lightning_prune.export.weights import write_weights
+from lightning_prune.files import check_folder
 from lightning_prune.progress import progress
 
 __all__ = ["BATCH_SIZES", "FORMATS", "export"]
@@ -84,8 +85,7 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path, tolerance: f
 def _check_settings(path: Path, tolerance: float) -> None:
     if path.suffix not in FORMATS:
         raise ValueError(f"The format of {str(path)!r} is unknown: end the name with one of {', '.join(FORMATS)}.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(path.parent)!r}: make it first.")
+    check_folder(path)
     if not tolerance > 0:
         raise ValueError(f"tolerance must be above 0; got {tolerance!r}.")
 

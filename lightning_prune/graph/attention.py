@@ -134,28 +134,8 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
         """Add the positions that the settings ask for behind the keys and values."""
         added = 0
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat(
-                [
-                    k,
-                    self.bias_k.expand(
-                        len(k),
-                        -1,
-                        -1,
-                    ),
-                ],
-                dim=1,
-            )
-            v = torch.cat(
-                [
-                    v,
-                    self.bias_v.expand(
-                        len(v),
-                        -1,
-                        -1,
-                    ),
-                ],
-                dim=1,
-            )
+            k = _lengthened(k, self.bias_k)
+            v = _lengthened(v, self.bias_v)
             added += 1
         if self.add_zero_attn:
             k = functional.pad(k, (0, 0, 0, 1))
@@ -192,6 +172,12 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
             scores = scores + mask
         weights = functional.dropout(scores.softmax(dim=-1), p=dropout)
         return weights @ v, weights
+
+
+def _lengthened(states: Tensor, position: Tensor) -> Tensor:
+    """Add one position behind those of keys or values, the same for all samples."""
+    of_samples = position.expand(len(states), -1, -1)
+    return torch.cat([states, of_samples], dim=1)
 
 
 def _added(mask: Tensor, like: Tensor) -> Tensor:

@@ -48,7 +48,6 @@ class Forward:
         tensors: The parameters and buffers of the model, by name.
         shapes: Their shapes in the original model.
         module_names: The names of all submodules of the model.
-        known_names: The same.
         names: The names of all modules, by ``id``; that of the model's class for the model itself.
         labelled: The labels of all positions of the tensors of the submodule.
         needs_data: Whether it has to run on real data, by whether that is in training mode.
@@ -75,7 +74,6 @@ class Forward:
         self.module_names = [name for name in modules if name]
         self.names = {id(submodule): name for name, submodule in modules.items()}
         self.names[id(model)] = type(model).__name__
-        self.known_names = frozenset(self.module_names)
         self.labelled = SlotTable(self._shapes_to_label())
         self.needs_data = {False: False, True: False}
         self.real = False
@@ -141,8 +139,8 @@ class Forward:
 
     def name_of(self, module: nn.Module) -> str:
         """Return the dotted name of a submodule of the model."""
-        name = self.names[id(module)]
-        return name if name in self.known_names else ""
+        is_model = module is self.submodule and not self.module
+        return "" if is_model else self.names[id(module)]
 
     def _let_in(self, model: nn.Module) -> None:
         let_in(model, self.example_inputs)

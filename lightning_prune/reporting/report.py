@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lightning_prune.files import written_whole
+from lightning_prune.files import check_folder, written_whole
 from lightning_prune.reporting.charts import LineChart, Mark, line_chart
 from lightning_prune.reporting.comparison import RunRecord, column_of, read_run, side_by_side
 from lightning_prune.reporting.history import FEW, History, Layer, Prune, read_histories
@@ -47,7 +47,7 @@ def write_report(run: str | Path, out: str | Path | None = None, baseline: str |
     path = run.with_suffix(".html") if run.is_file() else run / "report.html"
     if out is not None:
         path = Path(out)
-    _check_folder(path)
+    check_folder(path)
     config = ""
     config_file = run / "config.yaml"
     if config_file.is_file():
@@ -75,20 +75,13 @@ def write_comparison(runs: Sequence[str | Path], out: str | Path | None = None) 
     path = Path(runs[0], "compare.html")
     if out is not None:
         path = Path(out)
-    _check_folder(path)
+    check_folder(path)
     pages = []
     for record in records:
         pages += [Page(history, record.name) for history in record.histories]
     text = _page(pages, f"{len(records)} runs", "", records)
     _write(path, text)
     return path
-
-
-def _check_folder(path: Path) -> None:
-    """Raise a FileNotFoundError unless there is a folder for a file."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(folder)!r}: make it first.")
 
 
 def _write(path: Path, text: str) -> None:
