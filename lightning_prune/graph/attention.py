@@ -33,7 +33,10 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; see `torch.nn.MultiheadAttention`."""
         is_batched = query.dim() == 3
-        query, key, value = (self._batch_first(x) for x in (query, key, value))
+        if query is key and key is value:
+            query = key = value = self._batch_first(query)
+        else:
+            query, key, value = (self._batch_first(x) for x in (query, key, value))
         q, k, v = self._projected(
             query,
             key,
@@ -79,6 +82,9 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
     ) -> list[Tensor]:
         """Return queries, keys and values of all heads: (batch, positions, heads * width of one) each."""
         rows = self._rows()
+        if self.in_proj_weight is not None and query is key and key is value:
+            joined = functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+            return list(joined.split(rows, dim=-1))
         weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.split(rows)

@@ -423,6 +423,65 @@ def test_the_report_tells_errors_and_what_is_not_compensated():
     assert "product: not compensated, because" in str(report)
 
 
+class Tokens(nn.Module):
+    """A transformer of torch's own parts on patches of an image, with a class token and positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 2, 2)
+        self.token = nn.Parameter(torch.zeros(1, 1, 16))
+        self.positions = nn.Parameter(torch.zeros(17, 16))
+        self.blocks = nn.ModuleList(nn.MultiheadAttention(16, 4, batch_first=True) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            y = norm(x)
+            x = x + block(y, y, y, need_weights=False)[0]
+        return self.head(x[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["heads", "value"])
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_of_torch_makes_up_for_heads_and_values(kind: str, method: str):
+    """Values that others of the same head repeat leave without a trace, and so do heads that repeat others."""
+    model = randomised(Tokens().double()).eval()
+    x = torch.randn(48, 3, 8, 8, dtype=torch.float64)
+    graph = lp.trace(model, x[:1])
+    names = [name for name, group in graph.groups.items() if group.kind == kind]
+    plan = graph.plan({name: torch.arange(2) for name in names})
+    with torch.no_grad():
+        for block in model.blocks:
+            for weights in block.in_proj_weight, block.in_proj_bias:
+                of_heads = weights.unflatten(0, (3, 4, 4))  # queries, keys and values; heads; their widths
+                if kind == "heads":
+                    of_heads[:, 2:] = of_heads[:, :2]
+                else:
+                    of_heads[2, :, 2:] = of_heads[2, :, :2]
+    whole = model(x)
+    assert error(pruned(model, plan, "none", x), model, x) > 1e-2
+    smaller = copy.deepcopy(model)
+    report = lp.prune(smaller, plan, compensate=method, batches=x.split(16)).compensation
+    assert report.not_compensated == {}
+    assert (smaller(x) - whole).abs().max() < 1e-9 * whole.abs().max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_of_torch_makes_up_for_its_stream(method: str):
+    model = randomised(Tokens()).eval()
+    x = torch.randn(256, 3, 8, 8)
+    plan = halved(lp.trace(model, x[:1]))
+    smaller = copy.deepcopy(model)
+    report = lp.prune(smaller, plan, compensate=method, batches=x.split(64)).compensation
+    assert report.not_compensated == {}
+    assert {"blocks.0.in_proj_weight", "blocks.1.out_proj.weight"} <= set(report.errors)
+    if method == "refit":
+        assert error(smaller, model, x) < 0.8 * error(pruned(model, plan, "none", x), model, x)
+
+
 def test_computed_weights_that_consume_pruned_channels_are_told():
     norm = nn.utils.parametrizations.weight_norm
     model = nn.Sequential(norm(nn.Linear(6, 16)), nn.ReLU(), norm(nn.Linear(16, 8)), nn.ReLU(), nn.Linear(8, 3))

@@ -211,7 +211,7 @@ def _tell_unseen(work: Work) -> None:
     """Note the weights that may consume pruned channels and that nothing is known of."""
     own = named_tensors(work.model)
     for name, axes in work.kept.items():
-        if own[name].dim() == 1 or name in work.survey.calls:
+        if own[name].dim() == 1 or name in work.survey.calls or name in work.survey.terms:
             continue
         if _consumed_along(work.model, name) & axes.keys():
             work.report.not_compensated[name] = "no convolution or linear layer was seen to work with it"

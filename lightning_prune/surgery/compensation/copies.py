@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.compiled import as_written
+from lightning_prune.graph.adapting import adapt
+from lightning_prune.graph.attention import free
 from lightning_prune.graph.neutral import preserving_random_state, unfused_attention
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import Twin, set_mode
+from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["shared_twin", "stand_ins", "undisturbed"]
 
@@ -28,15 +31,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def shared_twin(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+def shared_twin(model: nn.Module, tensors: Mapping[str, Tensor], plan: PruningPlan | None = None) -> nn.Module:
     """Return a twin of a model in evaluation mode that works with given tensors.
+
+    Multi-head attention runs its projections one by one there, so that they are seen as the linear layers that they
+    are.
 
     Args:
         model: The model.
         tensors: What the twin has in place of each parameter and buffer, by name; these are not copied.
+        plan: What is kept of the original model, if the tensors are those of the pruned one.
     """
     replaced = {id(tensor): tensors[name] for name, tensor in named_tensors(model).items()}
     twin = Twin(model, replaced).model
+    if plan is not None:
+        adapt(twin, plan)
+    for module in twin.modules():
+        free(module)
     set_mode(twin, training=False)
     return twin
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.graph.adapting import adapt
 from lightning_prune.graph.nested import first_length
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan
@@ -138,7 +137,5 @@ class Lockstep:
             self._lanes.append(_Lane(whole, pruned))
 
     def _paused_run(self, tensors: Mapping[str, Tensor], batch: Any, before: bool) -> PausedRun:
-        copied = shared_twin(self._model, tensors)
-        if before:
-            adapt(copied, self._plan)
+        copied = shared_twin(self._model, tensors, self._plan if before else None)
         return PausedRun(lambda: self._run(copied, batch), names_of(tensors), self._pending, before, self._streams)

@@ -1,6 +1,6 @@
 """Survey of a model: which layers run in which order, how much memory they take, and which lie behind each other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -16,6 +16,11 @@ __all__ = ["Survey", "names_of", "survey", "uses_of"]
 
 ACTIVATIONS = 2**28  # bytes that paused runs may keep
 _SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+_JOINS = {"cat", "concat", "concatenate"}
+_VIEWS = {
+    "__getitem__", "expand", "expand_as", "flatten", "permute", "repeat", "reshape", "squeeze", "transpose",
+    "unsqueeze", "view",
+}  # fmt: skip
 _PER_LANE = 3  # what two paused runs keep, as a multiple of the input and output of a layer: branches among that
 
 
@@ -58,6 +63,8 @@ class Survey:
         bias_of: The name of the bias that goes with a weight.
         bytes: What the input and output of each layer take.
         norms: Each normalisation, by the name of its running mean.
+        terms: Names of the tensors that are added to activations or joined with them, such as positions and class
+            tokens: they make channels, and consume none.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -67,6 +74,7 @@ class Survey:
     bias_of: dict[str, str] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
+    terms: set[str] = field(default_factory=set)
 
     def lanes(self) -> dict[str, int]:
         """Return how many batches of this size may be under way at each layer."""
@@ -108,6 +116,7 @@ class _Survey(Watch):
         self.found = Survey()
         self._returned = _Named()  # outputs of weights, normalised or not
         self._given = _Named()  # inputs of layers
+        self._viewed = _Named()  # views of tensors of the model
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -117,7 +126,22 @@ class _Survey(Watch):
             first, second = args
             self._note_sum(first, second)
             self._note_sum(second, first)
-        return super().__torch_function__(func, types, args, kwargs)
+            self._note_terms(args)
+        elif name in _JOINS:
+            self._note_terms(args[0])
+        output = super().__torch_function__(func, types, args, kwargs)
+        if name in _VIEWS and self._own_name(args[0]):
+            self._viewed.set(output, self._own_name(args[0]))
+        return output
+
+    def _own_name(self, tensor: Any) -> str:
+        """Return the name of the tensor of the model that this is or shows; empty if it is none."""
+        return self.names.get(id(tensor)) or self._viewed.get(tensor) or ""
+
+    def _note_terms(self, operands: Sequence[Any]) -> None:
+        owners = [self._own_name(one) for one in operands]
+        if "" in owners:  # else it is a weight that is computed from several
+            self.found.terms.update(filter(None, owners))
 
     def _note_sum(self, output: Any, stream: Any) -> None:
         weight = self._returned.get(output)
