@@ -15,6 +15,7 @@ import torch
 from engine import counted_flops
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import warm
+from shortened import WAYS, ordinary
 from torch import Tensor, nn
 
 import lightning_prune as lp
@@ -23,17 +24,17 @@ from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.surgery.masks import mask
 
 ROWS = pytest.mark.parametrize("name", battery.CALLBACKS, scope="module")  # the tests of a row share a run
-# Where the network makes no difference to what is checked, that of the last row is tried in the long run alone.
-OTHER_ROWS = pytest.mark.parametrize(
+# Where rows differ little in what is checked, the ordinary suite has one for each way of finding a plan, or network.
+SOME_ROWS = pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.long if name == "vit" else ()) for name in battery.CALLBACKS],
+    ordinary(battery.CALLBACKS, *WAYS),
     scope="module",
 )
-STOPS = [
-    pytest.param(name, moments, marks=pytest.mark.long if (name, moments) == ("vit", "steps") else ())
-    for name in battery.CALLBACKS
-    for moments in ("epochs", "steps")
-]
+NETWORKS = pytest.mark.parametrize("name", ordinary(battery.CALLBACKS, "default", "rl_joint", "vit"), scope="module")
+STOPS = ordinary(
+    [(name, moments) for name in battery.CALLBACKS for moments in ("epochs", "steps")],
+    *[(name, "steps") for name in battery.CALLBACKS if name != "vit"], ("vit", "epochs"), ("default", "epochs"),
+)  # fmt: skip
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 # In steps of two channels some rows come to their budget in fewer than three prunes.
 pytestmark = pytest.mark.filterwarnings("ignore:Prune . of .")
@@ -110,7 +111,7 @@ def test_stopped_equals_unbroken(name: str, moments: str, run: Run, tmp_path: Pa
         assert battery.differences(run.module, resumed) == [], path.name
 
 
-@OTHER_ROWS
+@SOME_ROWS
 def test_a_callback_whose_run_broke_off_knows_nothing_of_it_in_the_next(name: str, tmp_path: Path) -> None:
     class BreakOff(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
@@ -223,7 +224,7 @@ def test_leaves_nothing_behind(name: str, run: Run) -> None:
     assert pickle.loads(pickle.dumps(callback)).state_dict().keys() == callback.state_dict().keys()
 
 
-@ROWS
+@NETWORKS
 def test_exports(run: Run, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     module = copy.deepcopy(run.module).eval()
@@ -238,7 +239,7 @@ def test_exports(run: Run, tmp_path: Path) -> None:
     torch.testing.assert_close(exported.module()(images), expected)
 
 
-@OTHER_ROWS
+@SOME_ROWS
 def test_fits_again_the_same_module_or_another_one(name: str, run: Run, tmp_path: Path) -> None:
     callback = battery.make_callback(name)
     module, _ = battery.train(tmp_path / "first", callback, module=battery.network_of(name))
@@ -297,7 +298,7 @@ def _kill_and_resume(name: str, unbroken: Run, root: Path, kills: int) -> None:
         runs += 1
 
 
-@OTHER_ROWS
+@SOME_ROWS
 def test_killed_and_resumed_equals_unbroken(name: str, run: Run, tmp_path: Path) -> None:
     _kill_and_resume(name, run, tmp_path, kills=2)
 

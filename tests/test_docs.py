@@ -129,6 +129,7 @@ def test_every_benchmark_that_is_named_exists():
     assert [name for name in sorted(named) if not (ROOT / "benchmarks" / name).is_file()] == []
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_as_it_was")
 def test_the_notebook_runs_from_top_to_bottom():
     notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())

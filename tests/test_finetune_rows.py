@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shortened import ordinary
 from torch import nn
 
 import lightning_prune as lp
@@ -17,6 +18,10 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts import
 rows = import_module("finetune_rows")
 OURS = [name for name, row in rows.ROWS.items() if isinstance(row, rows.Ours)]
 RIVALS = [name for name, row in rows.ROWS.items() if isinstance(row, rows.TorchPruning)]
+ONE_OF_EACH_KIND = (
+    "random channels", "AFIE, L1", "sensitiveness, L1", "L1", "group magnitude, inside blocks", "Taylor A, 8 steps",
+    "Taylor gate, a quarter of each layer stays", "random search, L1", "Taylor gate for each FLOP", "coherent OBS",
+)  # fmt: skip
 PAID = {name: row for name, row in rows.ROWS.items() if isinstance(row, rows.AtEqualCost)}
 
 
@@ -38,7 +43,7 @@ def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "EPISODES", 20)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", ordinary(OURS, *ONE_OF_EACH_KIND))
 def test_rows_prune_to_their_budget_in_one_step_or_several(name: str, network: nn.Module, batches):
     prune = rows.ROWS[name].begin(network, batches)
     before = prune(0.75, [])
@@ -78,6 +83,7 @@ def test_a_search_takes_the_best_of_all_its_episodes(network: nn.Module, monkeyp
     assert plan.widths["features.0"] == min(played)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("torch_pruning") is None, reason="needs the extra `benchmark`")
 @pytest.mark.parametrize(("name", "network_name"), list(zip(RIVALS, ["resnet20", "vgg11_bn"], strict=True)))
 def test_the_rival_prunes_to_the_same_budget(name: str, network_name: str):

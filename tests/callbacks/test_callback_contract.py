@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from shortened import WAYS, ordinary
 from torch import Tensor
 
 from lightning_prune import callbacks
@@ -98,7 +99,7 @@ def test_every_field_of_a_state_is_in_checkpoints_and_starts_anew(name: str, tmp
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", battery.CALLBACKS)
+@pytest.mark.parametrize("name", ordinary(battery.CALLBACKS, *WAYS))
 def test_a_run_exists_while_training_goes_on_and_is_in_no_copy(name: str, tmp_path: Path) -> None:
     runs: list[Any] = []
 
@@ -151,7 +152,9 @@ def strangers_callback() -> type[PruningCallback]:
     return names["RandomSharesCallback"]
 
 
-@pytest.mark.parametrize("moments", [{}, {"every_n_train_steps": 4}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    "moments", [pytest.param({}, marks=pytest.mark.long), {"every_n_train_steps": 4}], ids=["epochs", "steps"]
+)
 def test_the_callback_of_the_guide_resumes_to_the_same_bits(moments: dict[str, int], tmp_path: Path) -> None:
     kind, settings = strangers_callback(), {"keep": 0.5, "steps": 3, "round_to": 2}
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}-{step}", save_top_k=-1, **moments)

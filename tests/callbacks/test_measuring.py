@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from shortened import WAYS, ordinary
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -109,7 +110,7 @@ def watched_run(callback: PruningCallback, window: Window, root: Path, monkeypat
         )
 
 
-@pytest.mark.parametrize("name", battery.CALLBACKS)
+@pytest.mark.parametrize("name", ordinary(battery.CALLBACKS, *WAYS))
 def test_at_every_call_of_a_layer_the_module_is_its_own(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

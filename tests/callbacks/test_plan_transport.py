@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.core import saving
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from shortened import ordinary
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -323,7 +324,11 @@ class Noting(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-@pytest.mark.parametrize("make", [Noting, AsyncCheckpointIO, lambda: AsyncCheckpointIO(Noting())])
+def noting_in_a_thread() -> AsyncCheckpointIO:
+    return AsyncCheckpointIO(Noting())
+
+
+@pytest.mark.parametrize("make", ordinary([Noting, AsyncCheckpointIO, noting_in_a_thread], noting_in_a_thread))
 def test_any_checkpoint_io_resumes_to_the_same_bits(make: Callable[[], Any], tmp_path: Path) -> None:
     unbroken, _ = battery.train(tmp_path / "as it is", battery.make_callback("magnitude"))
     plugin = make()
@@ -434,7 +439,7 @@ sys.exit(", ".join(changed))
 @pytest.mark.parametrize(
     ("module", "extended"),
     [
-        ("lightning_prune", []),
+        pytest.param("lightning_prune", [], marks=pytest.mark.long),
         ("lightning_prune.callbacks", ["Trainer.__init__", "lightning.pytorch.core.saving._load_state"]),
     ],
 )

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from shortened import ordinary
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -31,9 +32,9 @@ from lightning_prune.planning.cost import CostModel
 from lightning_prune.pruning_plan import plan_in_force
 
 # What only reads the weights at a prune, and what follows every step; where gradients matter, what changes them too.
-CALLBACKS = pytest.mark.parametrize("name", ["magnitude", "taylor"])
+CALLBACKS = pytest.mark.parametrize("name", ordinary(["magnitude", "taylor"], "taylor"))
 pytestmark = pytest.mark.filterwarnings("ignore:Prune . of .")  # removes nothing, in steps of two channels
-GRADIENTS = pytest.mark.parametrize("name", ["magnitude", "taylor", "rl_joint"])
+GRADIENTS = pytest.mark.parametrize("name", ordinary(["magnitude", "taylor", "rl_joint"], "magnitude", "taylor"))
 
 
 class Optimized(battery.ResidualClassifier):
@@ -618,7 +619,10 @@ def test_copies_in_the_middle_of_a_run_stand_alone(how: str, name: str, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("taylor", "module.compile()"), pytest.param("magnitude", "torch.compile(module)", marks=pytest.mark.long)],
+    [
+        pytest.param("taylor", "module.compile()", marks=pytest.mark.long),
+        pytest.param("magnitude", "torch.compile(module)", marks=pytest.mark.long),
+    ],
 )
 def test_compiled_modules(name: str, how: str, tmp_path: Path) -> None:
     torch.compiler.reset()
@@ -645,7 +649,7 @@ def test_compiled_modules(name: str, how: str, tmp_path: Path) -> None:
     torch.testing.assert_close(compiled.eval()(images), loaded(images))
 
 
-@pytest.mark.parametrize("name", ["magnitude", "sensitiveness"])
+@pytest.mark.parametrize("name", ordinary(["magnitude", "sensitiveness"], "magnitude"))
 def test_compiled_parts_stay_compiled_after_many_prunes(name: str, tmp_path: Path) -> None:
     torch.compiler.reset()
     runs: list[int] = []  # of compiled code, by the number of its operations

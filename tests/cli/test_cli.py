@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from fvcore.nn import FlopCountAnalysis
+from shortened import ordinary
 
 import lightning_prune
 from lightning_prune.cli.entry import main
@@ -111,6 +112,7 @@ def test_bad_settings_end_the_command_with_their_sentence(
     assert message in str(raised.value) + capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_callbacks_import_nothing_that_only_other_parts_need() -> None:
     heavy = "{'torchvision', 'gymnasium', 'matplotlib', 'sklearn'}"
     # torchmetrics, which Lightning needs, imports torchvision by itself; nothing of ours may add to that.
@@ -200,8 +202,9 @@ HEAVY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("call", LIGHT.values(), ids=LIGHT)
-def test_what_is_not_needed_is_not_imported(call: str) -> None:
+@pytest.mark.parametrize("name", ordinary(LIGHT, "import", "report", "prune"))
+def test_what_is_not_needed_is_not_imported(name: str) -> None:
+    call = LIGHT[name]
     code = f"""
 import sys, lightning_prune
 try:

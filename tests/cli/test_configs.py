@@ -37,13 +37,12 @@ SIZES = {
 # Positions of tokens are among the weights of a vision transformer, so that these are for one size of images.
 WITHOUT_WEIGHTS = {"torchvision/vit_b_16"}
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-# Large networks, each with a callback that another config trains with too.
-LARGE = {
-    "mobilenet_v2_imagenet_rl_joint", "resnet34_imagenet_rl_joint", "resnet50_imagenet_afie",
-    "vgg16_cifar10_learn_to_prune", "vit_b_16_imagenet_isomorphic", "swin_t_imagenet_isomorphic",
-    "convnext_tiny_imagenet_isomorphic",
+# One small network for each kind of callback that trains in the ordinary suite; the others are parsed in `test_cli.py`.
+SMALL = {
+    "quickstart", "lenet_mnist_taylor", "conv4_mnist_sensitiveness", "resnet20_cifar10_search",
+    "resnet20_cifar10_taylor", "vit_cifar10_isomorphic",
 }  # fmt: skip
-trained = [pytest.param(path, marks=pytest.mark.long if path.stem in LARGE else (), id=path.stem) for path in CONFIGS]
+trained = [pytest.param(path, marks=() if path.stem in SMALL else pytest.mark.long, id=path.stem) for path in CONFIGS]
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from engine import counted_flops, difference, named_nowhere, random_plan, torchvision_model
+from shortened import ordinary
 
 import lightning_prune as lp
 from lightning_prune.planning.cost import CostModel
@@ -21,7 +22,7 @@ FAMILIES = {
 LARGE = ("convnext_tiny", "densenet121", "inception_v3", "resnext50_32x4d", "swin_t", "swin_v2_t", "vit_b_32")
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=ordinary(SIZES, "resnet18", "mobilenet_v2"))
 def traced(request: pytest.FixtureRequest):
     torch.manual_seed(0)
     model = torchvision_model(request.param)
@@ -78,6 +79,7 @@ def test_one_network_of_every_family(name: str):
     assert free > 0.35 * (free + unprunable)
 
 
+@pytest.mark.long
 def test_reasons_name_lines_of_torchvision():
     graph = lp.trace(torchvision_model("swin_t"), torch.zeros(1, 3, 64, 64, dtype=torch.float64))
     assert "computes with the number of its channels (swin_transformer.py:" in graph.unprunable["features.0.0"].reason

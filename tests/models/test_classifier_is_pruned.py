@@ -5,6 +5,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from shortened import ordinary
 from torch.utils.data import DataLoader
 
 import lightning_prune as lp
@@ -49,7 +50,7 @@ def train(root, module, ckpt_path=None):
     return module
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ordinary(SETTINGS, "distillation", "mixing"))
 def test_it_is_pruned_resumes_and_loads(name, teacher, tmp_path):
     module = train(tmp_path, make_module(name, teacher))
     plan = plan_in_force(module)
