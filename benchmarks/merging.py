@@ -165,21 +165,20 @@ def run(settings: argparse.Namespace, results: dict[str, Any]) -> None:
                 for way in (KEPT, BY_FILTERS, BY_ACTIVATIONS):
                     results[f"{network}, {share} | {way} | {seed}"] = {
                         "error": statistics.fmean(errors[way] for errors in by_place),
-                        "layers": len(by_place),
-                        "better": sum(errors[way] < errors[KEPT] for errors in by_place),
+                        "nearer": statistics.fmean(errors[way] < errors[KEPT] for errors in by_place),
                         "made": stored.made_with(settings),
                     }
             stored.save(settings.results, results)
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| network, share | what stays | error of the layer behind (%) | layers where it is the better one |"]
+    lines = ["| network, share | what stays | error of the layer behind (%) | layers where it is smaller (%) |"]
     lines += ["|---|---|---|---|"]
     for setting, rows in stored.by_setting(results).items():
         for row, seeds in rows.items():
             errors = [100 * record["error"] for record in seeds.values()]
-            better, layers = (sum(record[field] for record in seeds.values()) for field in ("better", "layers"))
-            told = "" if row == KEPT else f"{better} of {layers}"
+            nearer = [100 * record["nearer"] for record in seeds.values()]
+            told = "" if row == KEPT else stored.spread(nearer, 0)
             lines.append(f"| {setting} | {row} | {stored.spread(errors, 2)} | {told} |")
     return "\n".join(lines)
 
