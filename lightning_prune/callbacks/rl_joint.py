@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.alignment import Alignment
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit, training_batches
-from lightning_prune.callbacks.monitoring import check_measure, measure_in
+from lightning_prune.callbacks.monitoring import check_candidates, check_measure, measure_in
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.schedule import check_whole_number
 from lightning_prune.callbacks.state import under
@@ -34,8 +34,8 @@ __all__ = ["RLJointPruneCallback"]
 # Settings that choices of widths, and what an agent has learned, mean something under alone.
 _OF_BUDGET = ("keep", "metric", "round_to", "min_channels", "ignore", "criterion")
 _OF_SEARCH = (
-    "agent", "episodes", "seed", "search_settings", "start_epoch", "recalibrate_batches", "limit_batches", "evaluate",
-    "monitor", "mode",
+    "agent", "episodes", "seed", "search_settings", "start_epoch", "compensate_candidates", "candidate_batches",
+    "limit_batches", "evaluate", "monitor", "mode",
 )  # fmt: skip
 
 
@@ -61,8 +61,9 @@ class RLJointPruneCallback(PruningCallback):
             of all steps, over 1 - momentum, off each norm: short schedules need more than the default.
         squared: Whether the norms that make up the penalty are squared.
         finalists: How many of the best choices of an epoch are measured again in the next one.
-        recalibrate_batches: Number of training batches from which the statistics of batch normalisation are estimated
-            anew for each choice; 0 to keep those of the network.
+        compensate_candidates: How each choice is compensated before it is measured, whatever ``compensate`` says of
+            the prune: ``"none"``, ``"statistics"``, ``"fold"`` or ``"refit"``.
+        candidate_batches: Number of training batches that choices are compensated on.
         limit_batches: Number of validation batches to measure on, of samples drawn at random, the same ones each time;
             default all that validation runs on.
         within: What chooses the channels within a group: a criterion that needs no data.
@@ -118,12 +119,12 @@ class RLJointPruneCallback(PruningCallback):
 
         Attributes:
             search: The policy search, until the prune.
-            recalibration: Batches to estimate the statistics of batch normalisation from.
+            training: Batches to compensate choices on.
             alignment: What draws the weights towards the choice in force.
         """
 
         search: PolicySearch = field(init=False)
-        recalibration: list[Any] = field(default_factory=list)
+        training: list[Any] = field(default_factory=list)
         alignment: Alignment | None = None
 
     cap = 0.8
@@ -145,7 +146,8 @@ class RLJointPruneCallback(PruningCallback):
         strength: float = 5e-5,
         squared: bool = False,
         finalists: int = 5,
-        recalibrate_batches: int = 10,
+        compensate_candidates: str = "statistics",
+        candidate_batches: int = 10,
         limit_batches: int | None = None,
         within: str | dict[str, Any] = "l1",
         evaluate: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
@@ -164,8 +166,9 @@ class RLJointPruneCallback(PruningCallback):
         if not 0 <= warmup_epochs < start_epoch:
             raise ValueError(f"warmup_epochs must be below start_epoch={start_epoch}; got {warmup_epochs!r}.")
         check_whole_number("rounds", rounds, 1)
-        if strength < 0 or finalists < 0 or recalibrate_batches < 0:
-            raise ValueError("strength, finalists and recalibrate_batches must be at least 0.")
+        if strength < 0 or finalists < 0:
+            raise ValueError("strength and finalists must be at least 0.")
+        check_candidates(compensate_candidates, candidate_batches)
         check_limit(limit_batches)
         check_measure(evaluate, monitor, mode)
         self.agent = agent
@@ -179,7 +182,8 @@ class RLJointPruneCallback(PruningCallback):
         self.strength = strength
         self.squared = squared
         self.finalists = finalists
-        self.recalibrate_batches = recalibrate_batches
+        self.compensate_candidates = compensate_candidates
+        self.candidate_batches = candidate_batches
         self.limit_batches = limit_batches
         self.evaluate = evaluate
         self.monitor = monitor
@@ -229,7 +233,8 @@ class RLJointPruneCallback(PruningCallback):
         self.run.search = self._make_search(len(graph.groups))
         if self.state.search is not None:
             self.run.search.load_state_dict(self.state.search)
-        self.run.recalibration = training_batches(trainer, self.recalibrate_batches, self.seed)
+        if self.compensate_candidates != "none":
+            self.run.training = training_batches(trainer, self.candidate_batches, self.seed)
         self.run.evaluate = measure_in(self)
         self.measure([PruningPlan()], limit=1)  # refuses now what would fail later
 
@@ -267,7 +272,12 @@ class RLJointPruneCallback(PruningCallback):
         """
         batches = ValidationBatches(self.run.trainer, limit or self.limit_batches, type(self).__name__)
         measure = accuracy_of(
-            self.run.graph, batches, evaluate=self.run.evaluate, recalibrate=self.run.recalibration, own_data=True
+            self.run.graph,
+            batches,
+            evaluate=self.run.evaluate,
+            compensate=self.compensate_candidates,
+            compensate_batches=self.run.training,
+            own_data=True,
         )
         return measure(plans)
 
@@ -340,7 +350,7 @@ class RLJointPruneCallback(PruningCallback):
         """Drop what served to choose the channels, which now have been chosen."""
         self.state = replace(self.state, search=None, searched_epoch=-1, best=[], in_force={}, figures={})
         self.run.alignment = None
-        self.run.recalibration = []
+        self.run.training = []
         del self.run.search
 
 

@@ -31,8 +31,7 @@ def accuracy_of(graph: ChannelGraph, batches: Iterable[Any], **settings: Any) ->
     Args:
         graph: The traced model.
         batches: The batches to measure on.
-        settings: As for `evaluate_candidates`: ``recalibrate`` takes batches to estimate the statistics of batch
-            normalisation from, for each plan anew.
+        settings: As for `evaluate_candidates`: ``compensate``, and the ``compensate_batches`` for it.
     """
     return lambda plans: evaluate_candidates(graph, plans, batches, **settings).accuracy
 

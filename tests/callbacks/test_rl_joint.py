@@ -119,7 +119,7 @@ def test_the_gradient_is_that_of_the_explicit_loss(
         module.load_state_dict(modules[0].state_dict())
     callback = InForce(
         **{**SHORT, "start_epoch": 1, "warmup_epochs": 0, "search_epochs": 0, "strength": STRENGTH},
-        squared=squared, recalibrate_batches=0,
+        squared=squared, compensate_candidates="none",
     )  # fmt: skip
     monkeypatch.setattr(refusals, "refuse_short_run", lambda *_: None)  # the run is to end before the prune
     aligned = one_epoch(tmp_path / "0", modules[0], callback, **{**trainer, **plugins(), **double})
@@ -331,13 +331,13 @@ def test_batches_of_the_training_split_are_taken_without_touching_its_loader(tmp
             before = trainer.train_dataloader.state_dict()
             super().on_train_start(trainer, pl_module)
             assert trainer.train_dataloader.state_dict() == before
-            found.extend(self.run.recalibration)
+            found.extend(self.run.training)
 
     data = DigitsDataModule(batch_size=64)
     module = battery.ResidualClassifier()
     module.head, module.example_input_array = nn.Linear(48, 10), torch.zeros(1, 1, 8, 8)
     trainer = L.Trainer(
-        max_epochs=2, accelerator="cpu", callbacks=[Watch(start_epoch=1, warmup_epochs=0, recalibrate_batches=3)],
+        max_epochs=2, accelerator="cpu", callbacks=[Watch(start_epoch=1, warmup_epochs=0, candidate_batches=3)],
         logger=False, enable_progress_bar=False, enable_checkpointing=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)

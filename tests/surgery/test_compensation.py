@@ -559,7 +559,7 @@ def test_moments_are_those_of_all_pairs_of_columns(count: int, columns: int):
 def test_statistics_are_those_of_all_samples_and_positions(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(normalisation, "_BLOCK", 2 * torch.Size(shape[1:]).numel())  # two samples at a time
     batches = [torch.randn(shape, dtype=torch.float64) + 10 * number for number in range(2)]
-    found = normalisation._Statistics()
+    found = normalisation.Statistics()
     for batch in batches:
         found.add(batch)
     by_channel = torch.cat(batches).movedim(1, 0).flatten(1).numpy()
