@@ -25,8 +25,9 @@ from lightning_prune.planning import metric_named
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.loggers import say
-from lightning_prune.search.policy_search import PolicySearch
+from lightning_prune.search import CONTROLS, make_search
 from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
+from lightning_prune.search.width_search import WidthSearch
 
 __all__ = ["RLJointPruneCallback"]
 
@@ -51,7 +52,8 @@ class RLJointPruneCallback(PruningCallback):
     Args:
         start_epoch: Number of epochs before the channels are pruned, at least 1.
         agent: ``"sac"``, ``"ppo-clip"``, ``"ppo-kl"``, ``"ppo-cim"``, ``"ppo-cim-1"``, ``"ppo-cim-2"``,
-            ``"reinforce"`` or ``"random"``, or the import path of your own; see `make_agent`.
+            ``"reinforce"`` or ``"random"``, or the import path of your own, see `make_agent`; or a search without one,
+            ``"uniform"``, ``"greedy"``, ``"evolution"``, ``"halving"`` or ``"skip-whole"``, see `make_search`.
         warmup_epochs: Number of epochs of plain training at first, below ``start_epoch``.
         search_epochs: Number of epochs with episodes after that; the choice is kept then. Default: all up to the prune.
         episodes: Number of episodes in a round, at least 2.
@@ -74,7 +76,7 @@ class RLJointPruneCallback(PruningCallback):
         mode: ``"max"`` if much of that metric is good, ``"min"`` if little is.
         seed: Seed of the agent.
         search_settings: As for `PolicySearch`: ``agent_updates``, ``environment_updates``, ``environment_size``,
-            ``rewarded``, ``agent_settings``.
+            ``rewarded``, ``agent_settings``; or those of the search without an agent.
         compensate: As for `PruningCallback`; the method itself knows of none.
         settings: As for `PruningCallback`, without ``criterion``, ``steps`` and ``every_n_epochs``.
 
@@ -123,7 +125,7 @@ class RLJointPruneCallback(PruningCallback):
             alignment: What draws the weights towards the choice in force.
         """
 
-        search: PolicySearch = field(init=False)
+        search: WidthSearch = field(init=False)
         training: list[Any] = field(default_factory=list)
         alignment: Alignment | None = None
 
@@ -175,10 +177,10 @@ class RLJointPruneCallback(PruningCallback):
         self.episodes = episodes
         self.rounds = rounds
         self.seed = seed
-        self.search_settings = {"environment_size": 128, **(search_settings or {})}
-        self._make_search(steps=1)  # refuses wrong settings
+        self.search_settings = dict(search_settings or {})
         self.warmup_epochs = warmup_epochs
         self.search_epochs = search_epochs
+        self._make_search(steps=1)  # refuses wrong settings
         self.strength = strength
         self.squared = squared
         self.finalists = finalists
@@ -214,6 +216,7 @@ class RLJointPruneCallback(PruningCallback):
 
         plans = [problem.plan(widths) for widths in decided_by_first_rank(trainer, finalists)]
         best = plans[int(self.measure(plans).argmax())]
+        say(f"{self.agent}: {search.census()}")
         self._forget_search()
         return best, problem.scores
 
@@ -294,15 +297,17 @@ class RLJointPruneCallback(PruningCallback):
         search, problem, epoch = self.run.search, self._problem(), trainer.current_epoch
         began = time.monotonic()
 
-        def choices() -> np.ndarray:
-            return _rows(search.explore(problem, epoch), search.settle(problem, epoch), self.state.best)
+        def choices() -> tuple[np.ndarray, int]:
+            explored = search.explore(problem, epoch)
+            return _rows(explored, search.settle(problem, epoch), self.state.best), len(explored)
 
-        widths = decided_by_first_rank(trainer, choices)  # (choices, groups), those of the episodes first
+        widths, count = decided_by_first_rank(trainer, choices)  # (choices, groups), those of the episodes first
         plans = [problem.plan(choice) for choice in widths]
         with progress(f"Episodes before epoch {epoch}"):
             rewards = self.measure(plans)
-        explored = rewards[: search.episodes]
+        explored = rewards[:count]
         losses = decided_by_first_rank(trainer, lambda: search.learn(explored))
+        rewards = rewards.where(torch.from_numpy(problem.within_budget(widths)), -torch.inf)
         best_first = rewards.argsort(descending=True, stable=True).tolist()
         best_plan = plans[best_first[0]]
         # The one in force is always among those that are measured again.
@@ -340,10 +345,18 @@ class RLJointPruneCallback(PruningCallback):
             cap=self.cap,
         )
 
-    def _make_search(self, steps: int) -> PolicySearch:
-        epochs = self.start_epoch + 1
-        return PolicySearch(
-            self.agent, steps=steps, episodes=self.episodes, epochs=epochs, seed=self.seed, **self.search_settings
+    def _make_search(self, steps: int) -> WidthSearch:
+        settings = self.search_settings
+        if self.agent not in CONTROLS:
+            settings = {"environment_size": 128, **settings}
+        return make_search(
+            self.agent,
+            steps=steps,
+            episodes=self.episodes,
+            evaluations=self.episodes * self.rounds * len(self._search_epochs_from(0)),
+            epochs=self.start_epoch + 1,
+            seed=self.seed,
+            **settings,
         )
 
     def _forget_search(self) -> None:

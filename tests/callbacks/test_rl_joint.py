@@ -222,13 +222,37 @@ def test_several_rounds_in_an_epoch_build_on_each_other(tmp_path: Path) -> None:
     assert [plan.widths for plan in rounds[0][0][:4]] != [plan.widths for plan in rounds[1][0][:4]]
 
 
-@pytest.mark.parametrize("agent", ["sac", "ppo-cim", "random"])
+def test_a_control_takes_the_place_of_an_agent_and_what_is_in_force_is_within_the_budget(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Greedy search begins with the whole network, which earns more than any plan within the budget."""
+    kept: list[float] = []
+
+    class Noted(RLJointPruneCallback):
+        def _align(self) -> None:
+            super()._align()
+            if self.state.in_force and self.steps_done == 0:
+                tensors = {name: torch.tensor(channels) for name, channels in self.state.in_force.items()}
+                cost = self._problem().cost
+                kept.append(cost(self.run.graph.plan(tensors).widths) / cost.original)
+
+    callback = Noted(**{**SHORT, "agent": "greedy", "search_settings": {}, "compensate_candidates": "fold"})
+    module, _ = battery.train(tmp_path, callback)
+    assert len(kept) == 2
+    assert max(kept) <= 0.5
+    assert plan_in_force(module).budget["achieved"] <= 0.5
+    assert "greedy: 3 plans tried" in caplog.text  # the whole network, and each of two groups narrower
+
+
+@pytest.mark.parametrize("agent", ["sac", "ppo-cim", "random", pytest.param("greedy", marks=pytest.mark.long)])
 def test_stopped_equals_unbroken(agent: str, tmp_path: Path) -> None:
     def callback() -> RLJointPruneCallback:
         changes = {"agent_settings": {"learning_starts": 8}} if agent == "sac" else {}
+        settings = {} if agent == "greedy" else {**LITTLE, **changes}
         return make_callback(
-            agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings={**LITTLE, **changes}
-        )
+            agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings=settings,
+            compensate_candidates="fold",
+        )  # fmt: skip
 
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
     unbroken, _ = battery.train(tmp_path, callback(), saver)
