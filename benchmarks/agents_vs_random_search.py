@@ -1,8 +1,9 @@
 """Agents that choose the widths of a trained ResNet-20 against random search, with the same number of evaluations.
 
 The weights are fixed; half of the FLOPs may stay. Each episode chooses the widths of all groups and earns the accuracy
-on a part of the training images, all of which published weights may have seen, once the statistics of batch
-normalisation have been estimated anew. For each agent and seed: the mean reward of the last fifth of the episodes, and
+on a part of the training images, all of which published weights may have seen, once the network has been
+compensated (``--compensate``; figures that were recorded before this setting had the statistics of batch normalisation
+estimated anew). For each agent and seed: the mean reward of the last fifth of the episodes, and
 the best that was found. Then, for each agent, the means over the seeds with 95 % confidence intervals (t-distribution),
 and those of the differences from random search, seed by seed. Each run is written to a file when it is done, and not
 computed again::
@@ -11,7 +12,7 @@ computed again::
     python benchmarks/agents_vs_random_search.py --root data/cifar10-jpeg --weights resnet20.pt --rates
     python benchmarks/agents_vs_random_search.py --root data/cifar10-jpeg --weights resnet20.pt --two-ranks
 
-The second form compares episodes per second with a loop that masks, estimates the statistics and runs, on the same
+The second form compares episodes per second with a loop that prunes a copy, compensates it and runs it, on the same
 images; both take turns in one process, and the ratio is the median of the rounds. The third compares two ranks with
 one, see `two_ranks.py`.
 """
@@ -38,12 +39,10 @@ from lightning_prune.search import make_agent
 from lightning_prune.search.episodes import play
 from lightning_prune.search.policy_search import PolicySearch
 from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, Measure, PruningProblem, accuracy_of
-from lightning_prune.surgery.batch_norm import recalibrate
-from lightning_prune.surgery.masks import mask
 
 RESULTS = Path(__file__).parent / "results" / "agents_vs_random_search.json"
 AGENTS = ("sac", "ppo-clip", "ppo-kl", "ppo-cim", "reinforce", "random")
-SETTINGS = ("keep", "episodes", "round", "updates", "images", "recalibrate")  # that rewards depend on
+SETTINGS = ("keep", "episodes", "round", "updates", "images", "recalibrate", "compensate")  # that rewards depend on
 LAST = 0.2  # share of the episodes that the mean is taken of
 GOAL = 3.0  # episodes per second, as multiple of the loop's
 Batch = tuple[Tensor, Tensor]
@@ -121,7 +120,7 @@ def compare(settings: argparse.Namespace) -> None:
     found: dict[str, list[float]] = results["rewards"]
     made = results.setdefault("made", {})  # by run; earlier runs did not say
     problem, rewarded, statistics_from = make_problem(settings)
-    measure = accuracy_of(problem.graph, rewarded, recalibrate=statistics_from)
+    measure = accuracy_of(problem.graph, rewarded, **compensated(settings, statistics_from))
     for seed in range(settings.seeds):
         for agent in settings.agents:
             if key(agent, seed) in found:
@@ -138,17 +137,22 @@ def compare(settings: argparse.Namespace) -> None:
     table(found, settings)
 
 
+def compensated(settings: argparse.Namespace, batches: list[Batch]) -> dict[str, Any]:
+    """Return how candidates are compensated, as `evaluate_candidates` is told."""
+    return {"compensate": settings.compensate, "compensate_batches": batches}
+
+
 @torch.no_grad()
-def mask_and_run(problem: PruningProblem, plans: list[Any], rewarded: list[Batch], batches: list[Batch]) -> list[float]:
+def prune_and_run(
+    problem: PruningProblem, plans: list[Any], rewarded: list[Batch], method: str, batches: list[Batch]
+) -> list[float]:
     """Return the rewards of plans, in the way everybody would write it."""
-    rewards, graph = [], problem.graph
-    before = copy.deepcopy(graph.model.state_dict())
+    rewards = []
     for plan in plans:
-        mask(graph, plan)
-        recalibrate(graph.model, [images for images, _ in batches])
-        hits = sum(int((graph.model(images).argmax(1) == labels).sum()) for images, labels in rewarded)
+        pruned = copy.deepcopy(problem.graph.model)
+        lp.prune(pruned, plan, compensate=method, batches=[images for images, _ in batches])
+        hits = sum(int((pruned(images).argmax(1) == labels).sum()) for images, labels in rewarded)
         rewards.append(hits / sum(len(labels) for _, labels in rewarded))
-        graph.model.load_state_dict(before)
     return rewards
 
 
@@ -156,7 +160,7 @@ def rates(settings: argparse.Namespace) -> None:
     """Compare episodes per second."""
     problem, rewarded, batches = make_problem(settings)
     agent = make_agent("random", OBSERVATION_SIZE, 1, 0)
-    measure = accuracy_of(problem.graph, rewarded, recalibrate=batches)
+    measure = accuracy_of(problem.graph, rewarded, **compensated(settings, batches))
     ratios, worst = [], 0.0
     for _ in range(settings.rounds + 1):  # the first one warms up
         start = time.perf_counter()
@@ -164,18 +168,18 @@ def rates(settings: argparse.Namespace) -> None:
         playing = time.perf_counter() - start
         ours = measure(plans).tolist()
         middle = time.perf_counter()
-        naive = mask_and_run(problem, plans, rewarded, batches)
+        naive = prune_and_run(problem, plans, rewarded, settings.compensate, batches)
         end = time.perf_counter()
         ratios.append((end - middle + playing) / (middle - start))
         worst = max(worst, *(abs(a - b) for a, b in zip(ours, naive, strict=True)))
-    print(f"{settings.round / (middle - start):.2f} episodes/s; {statistics.median(ratios[1:]):.2f} x mask and run ")
+    print(f"{settings.round / (middle - start):.2f} episodes/s; {statistics.median(ratios[1:]):.2f} x prune and run ")
     print(f"(goal {GOAL} x); greatest difference of rewards {worst:.1e}")
 
 
 def work_of(settings: argparse.Namespace) -> two_ranks.Work:
     """Return what two ranks share: some rounds of episodes, of which each rank plays all and measures its share."""
     problem, rewarded, batches = make_problem(settings)
-    measure = accuracy_of(problem.graph, rewarded, recalibrate=batches)
+    measure = accuracy_of(problem.graph, rewarded, **compensated(settings, batches))
 
     def work() -> None:
         agent = make_agent("random", OBSERVATION_SIZE, 1, 0)
@@ -196,6 +200,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=200, help="updates of the agent in each round")
     parser.add_argument("--images", type=int, default=1000, help="that rewards are measured on")
     parser.add_argument("--recalibrate", type=int, default=4, help="batches of 128 images that statistics come from")
+    parser.add_argument("--compensate", default="statistics", choices=["none", "statistics", "fold", "refit"])
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -172,12 +172,12 @@ def at_random(graph: Graph, batches: Batches, keep: float) -> PruningPlan:
 def searched(agent: str, graph: Graph, batches: Batches, keep: float) -> PruningPlan:
     """Take the widths that earned most in all episodes of a search; the L1 norm says which channels stay.
 
-    Rewards are accuracies on half of the batches, with statistics of batch normalisation from the other half.
+    Rewards are accuracies on half of the batches, with statistics of batch normalisation that follow the other half.
     """
     problem = PruningProblem(graph, keep=keep)
     search = PolicySearch(agent, steps=len(problem), episodes=ROUND, seed=torch.initial_seed())
     half = len(batches) // 2
-    measure = accuracy_of(graph, batches[:half], recalibrate=batches[half:])
+    measure = accuracy_of(graph, batches[:half], compensate="statistics", compensate_batches=batches[half:])
     tried: list[tuple[float, PruningPlan]] = []
     for _ in range(EPISODES // ROUND):
         plans = [problem.plan(widths) for widths in search.explore(problem)]

@@ -65,7 +65,7 @@ def make_callback(row: str, seed: int, settings: Settings, widths: dict[str, int
         "keep": settings.keep, "round_to": 1, "start_epoch": 0, "steps": NETWORKS[settings.network][2],
         "accepted_drop": settings.accepted_drop,
         "samples": settings.samples, "updates": settings.updates, "limit_batches": settings.batches,
-        "recalibrate_batches": settings.recalibrate, "seed": seed,
+        "candidate_batches": settings.recalibrate, "seed": seed,
     }  # fmt: skip
     if row == WHOLE:
         return None
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5, help="choices that an agent learns from at once")
     parser.add_argument("--updates", type=int, default=80, help="how often an agent learns")
     parser.add_argument("--batches", type=int, default=2, help="of 128 validation images that choices are measured on")
-    parser.add_argument("--recalibrate", type=int, default=1, help="batches that statistics are estimated from")
+    parser.add_argument("--recalibrate", type=int, default=1, help="batches that the statistics of choices follow")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--work", type=Path, default=Path("logs/learn_to_prune"), help="where networks are kept")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "learn_to_prune.json")

@@ -103,7 +103,7 @@ def joint(kind: type[Joint], settings: Settings, seed: int, **changes: Any) -> J
     common: dict[str, Any] = {
         "agent": settings.agent, "start_epoch": settings.epochs // 2, "warmup_epochs": settings.warmup,
         "episodes": settings.episodes, "strength": strength(settings), "limit_batches": settings.batches,
-        "recalibrate_batches": settings.recalibrate, "seed": seed,
+        "candidate_batches": settings.recalibrate, "seed": seed,
     }  # fmt: skip
     return kind(**{**BUDGET, **common, **changes})
 
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--agent", default="sac")
     parser.add_argument("--episodes", type=int, default=10, help="in each epoch with episodes")
     parser.add_argument("--batches", type=int, default=8, help="of 128 validation images that rewards are measured on")
-    parser.add_argument("--recalibrate", type=int, default=3, help="batches that statistics are estimated from")
+    parser.add_argument("--recalibrate", type=int, default=3, help="batches that the statistics of choices follow")
     parser.add_argument("--pull", type=float, default=5.0, help="what the penalty takes off a norm")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--work", type=Path, default=Path("logs/rl_joint"), help="where first halves are kept")

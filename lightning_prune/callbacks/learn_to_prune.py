@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit, training_batches
-from lightning_prune.callbacks.monitoring import check_measure, measure_in
+from lightning_prune.callbacks.monitoring import check_candidates, check_measure, measure_in
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.trainer_state import log_epoch
 from lightning_prune.candidates.finite import refuse_not_finite
@@ -76,9 +76,11 @@ class LearnToPruneCallback(PruningCallback):
         samples: Number of choices that an agent learns from at once, at least 2.
         updates: Number of times that it learns.
         finetune_steps: Training steps that a copy of the network gets after a choice, before it is measured; 0 to
-            estimate the statistics of batch normalisation anew instead.
+            compensate it instead.
         finetune_lr: Learning rate of these steps, of gradient descent with a momentum of 0.9.
-        recalibrate_batches: Number of training batches to fine-tune or to estimate the statistics on.
+        compensate_candidates: How each choice that is not fine-tuned is compensated before it is measured, whatever
+            ``compensate`` says of the prune: ``"none"``, ``"statistics"``, ``"fold"`` or ``"refit"``.
+        candidate_batches: Number of training batches to fine-tune or to compensate on.
         limit_batches: Number of validation batches to measure on, of samples drawn at random, the same ones each time;
             default all that validation runs on.
         evaluate: Given the LightningModule and a batch, returns loss and accuracy (from 0 to 1) as means over its
@@ -146,7 +148,8 @@ class LearnToPruneCallback(PruningCallback):
         updates: int = 100,
         finetune_steps: int = 0,
         finetune_lr: float = 0.01,
-        recalibrate_batches: int = 10,
+        compensate_candidates: str = "statistics",
+        candidate_batches: int = 10,
         limit_batches: int | None = None,
         evaluate: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
         monitor: str | None = None,
@@ -161,12 +164,13 @@ class LearnToPruneCallback(PruningCallback):
             raise ValueError("LearnToPruneCallback needs a metric that can be counted: flops, params or channels.")
         if accepted_drop <= 0:
             raise ValueError(f"accepted_drop must be above 0, in points of accuracy; got {accepted_drop!r}.")
-        if finetune_steps > 0 and recalibrate_batches < 1:
-            raise ValueError("finetune_steps needs batches to train on: raise recalibrate_batches to 1 or more.")
+        if finetune_steps > 0 and candidate_batches < 1:
+            raise ValueError("finetune_steps needs batches to train on: raise candidate_batches to 1 or more.")
         if finetune_steps > 0 and monitor is not None:
             raise ValueError("finetune_steps needs a loss to train copies on: give evaluate in place of monitor.")
-        if updates < 0 or finetune_steps < 0 or recalibrate_batches < 0:
-            raise ValueError("updates, finetune_steps and recalibrate_batches must be at least 0.")
+        if updates < 0 or finetune_steps < 0:
+            raise ValueError("updates and finetune_steps must be at least 0.")
+        check_candidates(compensate_candidates, candidate_batches)
         check_limit(limit_batches)
         check_measure(evaluate, monitor, mode)
         self.accepted_drop = accepted_drop
@@ -174,7 +178,8 @@ class LearnToPruneCallback(PruningCallback):
         self.updates = updates
         self.finetune_steps = finetune_steps
         self.finetune_lr = finetune_lr
-        self.recalibrate_batches = recalibrate_batches
+        self.compensate_candidates = compensate_candidates
+        self.candidate_batches = candidate_batches
         self.limit_batches = limit_batches
         self.evaluate = evaluate
         self.monitor = monitor
@@ -199,7 +204,7 @@ class LearnToPruneCallback(PruningCallback):
     @override
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         if self.steps_done < self.steps:
-            self.run.training = training_batches(trainer, self.recalibrate_batches, self.seed)
+            self.run.training = training_batches(trainer, self.candidate_batches, self.seed)
             self.run.validation = ValidationBatches(trainer, 1, type(self).__name__)
             self.run.evaluate = measure_in(self)
             self.measure([PruningPlan()])  # refuses now what would fail later
@@ -270,7 +275,8 @@ class LearnToPruneCallback(PruningCallback):
                 self.run.graph,
                 self.run.validation,
                 evaluate=self.run.evaluate,
-                recalibrate=self.run.training,
+                compensate=self.compensate_candidates,
+                compensate_batches=self.run.training,
                 own_data=True,
             )
             return measure(plans)

@@ -20,8 +20,9 @@ from lightning_prune.candidates import classification
 from lightning_prune.candidates.measures import Evaluate, labelled
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.steps import run_step
+from lightning_prune.surgery.compensation import METHODS
 
-__all__ = ["check_measure", "measure_in"]
+__all__ = ["check_candidates", "check_measure", "measure_in"]
 
 _MODES = ("max", "min")
 _END_OF_EPOCH = "on_validation_epoch_end"
@@ -53,6 +54,22 @@ class Measuring(Protocol):
 
     @property
     def state(self) -> State: ...
+
+
+def check_candidates(compensate: str, batches: int) -> None:
+    """Raise a ValueError unless candidates can be compensated in some way.
+
+    Args:
+        compensate: The setting ``compensate_candidates``.
+        batches: The setting ``candidate_batches``.
+    """
+    if compensate not in METHODS:
+        raise ValueError(f"compensate_candidates must be one of {', '.join(METHODS)}; got {compensate!r}.")
+    if compensate != "none" and batches < 1:
+        raise ValueError(
+            f"compensate_candidates={compensate!r} looks at data: raise candidate_batches to 1 or more, or set "
+            "compensate_candidates='none'."
+        )
 
 
 def measure_in(callback: Measuring) -> Evaluate:

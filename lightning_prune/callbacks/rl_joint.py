@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_prune.callbacks.alignment import Alignment
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit, training_batches
-from lightning_prune.callbacks.monitoring import check_measure, measure_in
+from lightning_prune.callbacks.monitoring import check_candidates, check_measure, measure_in
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.schedule import check_whole_number
 from lightning_prune.callbacks.state import under
@@ -25,8 +25,9 @@ from lightning_prune.planning import metric_named
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.reporting.loggers import say
-from lightning_prune.search.policy_search import PolicySearch
+from lightning_prune.search import CONTROLS, make_search
 from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
+from lightning_prune.search.width_search import WidthSearch
 
 __all__ = ["RLJointPruneCallback"]
 
@@ -34,8 +35,8 @@ __all__ = ["RLJointPruneCallback"]
 # Settings that choices of widths, and what an agent has learned, mean something under alone.
 _OF_BUDGET = ("keep", "metric", "round_to", "min_channels", "ignore", "criterion")
 _OF_SEARCH = (
-    "agent", "episodes", "seed", "search_settings", "start_epoch", "recalibrate_batches", "limit_batches", "evaluate",
-    "monitor", "mode",
+    "agent", "episodes", "seed", "search_settings", "start_epoch", "compensate_candidates", "candidate_batches",
+    "limit_batches", "evaluate", "monitor", "mode",
 )  # fmt: skip
 
 
@@ -51,7 +52,8 @@ class RLJointPruneCallback(PruningCallback):
     Args:
         start_epoch: Number of epochs before the channels are pruned, at least 1.
         agent: ``"sac"``, ``"ppo-clip"``, ``"ppo-kl"``, ``"ppo-cim"``, ``"ppo-cim-1"``, ``"ppo-cim-2"``,
-            ``"reinforce"`` or ``"random"``, or the import path of your own; see `make_agent`.
+            ``"reinforce"`` or ``"random"``, or the import path of your own, see `make_agent`; or a search without one,
+            ``"uniform"``, ``"greedy"``, ``"evolution"``, ``"halving"`` or ``"skip-whole"``, see `make_search`.
         warmup_epochs: Number of epochs of plain training at first, below ``start_epoch``.
         search_epochs: Number of epochs with episodes after that; the choice is kept then. Default: all up to the prune.
         episodes: Number of episodes in a round, at least 2.
@@ -61,8 +63,9 @@ class RLJointPruneCallback(PruningCallback):
             of all steps, over 1 - momentum, off each norm: short schedules need more than the default.
         squared: Whether the norms that make up the penalty are squared.
         finalists: How many of the best choices of an epoch are measured again in the next one.
-        recalibrate_batches: Number of training batches from which the statistics of batch normalisation are estimated
-            anew for each choice; 0 to keep those of the network.
+        compensate_candidates: How each choice is compensated before it is measured, whatever ``compensate`` says of
+            the prune: ``"none"``, ``"statistics"``, ``"fold"`` or ``"refit"``.
+        candidate_batches: Number of training batches that choices are compensated on.
         limit_batches: Number of validation batches to measure on, of samples drawn at random, the same ones each time;
             default all that validation runs on.
         within: What chooses the channels within a group: a criterion that needs no data.
@@ -73,7 +76,7 @@ class RLJointPruneCallback(PruningCallback):
         mode: ``"max"`` if much of that metric is good, ``"min"`` if little is.
         seed: Seed of the agent.
         search_settings: As for `PolicySearch`: ``agent_updates``, ``environment_updates``, ``environment_size``,
-            ``rewarded``, ``agent_settings``.
+            ``rewarded``, ``agent_settings``; or those of the search without an agent.
         compensate: As for `PruningCallback`; the method itself knows of none.
         settings: As for `PruningCallback`, without ``criterion``, ``steps`` and ``every_n_epochs``.
 
@@ -118,12 +121,12 @@ class RLJointPruneCallback(PruningCallback):
 
         Attributes:
             search: The policy search, until the prune.
-            recalibration: Batches to estimate the statistics of batch normalisation from.
+            training: Batches to compensate choices on.
             alignment: What draws the weights towards the choice in force.
         """
 
-        search: PolicySearch = field(init=False)
-        recalibration: list[Any] = field(default_factory=list)
+        search: WidthSearch = field(init=False)
+        training: list[Any] = field(default_factory=list)
         alignment: Alignment | None = None
 
     cap = 0.8
@@ -145,7 +148,8 @@ class RLJointPruneCallback(PruningCallback):
         strength: float = 5e-5,
         squared: bool = False,
         finalists: int = 5,
-        recalibrate_batches: int = 10,
+        compensate_candidates: str = "statistics",
+        candidate_batches: int = 10,
         limit_batches: int | None = None,
         within: str | dict[str, Any] = "l1",
         evaluate: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
@@ -164,22 +168,24 @@ class RLJointPruneCallback(PruningCallback):
         if not 0 <= warmup_epochs < start_epoch:
             raise ValueError(f"warmup_epochs must be below start_epoch={start_epoch}; got {warmup_epochs!r}.")
         check_whole_number("rounds", rounds, 1)
-        if strength < 0 or finalists < 0 or recalibrate_batches < 0:
-            raise ValueError("strength, finalists and recalibrate_batches must be at least 0.")
+        if strength < 0 or finalists < 0:
+            raise ValueError("strength and finalists must be at least 0.")
+        check_candidates(compensate_candidates, candidate_batches)
         check_limit(limit_batches)
         check_measure(evaluate, monitor, mode)
         self.agent = agent
         self.episodes = episodes
         self.rounds = rounds
         self.seed = seed
-        self.search_settings = {"environment_size": 128, **(search_settings or {})}
-        self._make_search(steps=1)  # refuses wrong settings
+        self.search_settings = dict(search_settings or {})
         self.warmup_epochs = warmup_epochs
         self.search_epochs = search_epochs
+        self._make_search(steps=1)  # refuses wrong settings
         self.strength = strength
         self.squared = squared
         self.finalists = finalists
-        self.recalibrate_batches = recalibrate_batches
+        self.compensate_candidates = compensate_candidates
+        self.candidate_batches = candidate_batches
         self.limit_batches = limit_batches
         self.evaluate = evaluate
         self.monitor = monitor
@@ -210,6 +216,7 @@ class RLJointPruneCallback(PruningCallback):
 
         plans = [problem.plan(widths) for widths in decided_by_first_rank(trainer, finalists)]
         best = plans[int(self.measure(plans).argmax())]
+        say(f"{self.agent}: {search.census()}")
         self._forget_search()
         return best, problem.scores
 
@@ -229,7 +236,8 @@ class RLJointPruneCallback(PruningCallback):
         self.run.search = self._make_search(len(graph.groups))
         if self.state.search is not None:
             self.run.search.load_state_dict(self.state.search)
-        self.run.recalibration = training_batches(trainer, self.recalibrate_batches, self.seed)
+        if self.compensate_candidates != "none":
+            self.run.training = training_batches(trainer, self.candidate_batches, self.seed)
         self.run.evaluate = measure_in(self)
         self.measure([PruningPlan()], limit=1)  # refuses now what would fail later
 
@@ -267,7 +275,12 @@ class RLJointPruneCallback(PruningCallback):
         """
         batches = ValidationBatches(self.run.trainer, limit or self.limit_batches, type(self).__name__)
         measure = accuracy_of(
-            self.run.graph, batches, evaluate=self.run.evaluate, recalibrate=self.run.recalibration, own_data=True
+            self.run.graph,
+            batches,
+            evaluate=self.run.evaluate,
+            compensate=self.compensate_candidates,
+            compensate_batches=self.run.training,
+            own_data=True,
         )
         return measure(plans)
 
@@ -284,15 +297,17 @@ class RLJointPruneCallback(PruningCallback):
         search, problem, epoch = self.run.search, self._problem(), trainer.current_epoch
         began = time.monotonic()
 
-        def choices() -> np.ndarray:
-            return _rows(search.explore(problem, epoch), search.settle(problem, epoch), self.state.best)
+        def choices() -> tuple[np.ndarray, int]:
+            explored = search.explore(problem, epoch)
+            return _rows(explored, search.settle(problem, epoch), self.state.best), len(explored)
 
-        widths = decided_by_first_rank(trainer, choices)  # (choices, groups), those of the episodes first
+        widths, count = decided_by_first_rank(trainer, choices)  # (choices, groups), those of the episodes first
         plans = [problem.plan(choice) for choice in widths]
         with progress(f"Episodes before epoch {epoch}"):
             rewards = self.measure(plans)
-        explored = rewards[: search.episodes]
+        explored = rewards[:count]
         losses = decided_by_first_rank(trainer, lambda: search.learn(explored))
+        rewards = rewards.where(torch.from_numpy(problem.within_budget(widths)), -torch.inf)
         best_first = rewards.argsort(descending=True, stable=True).tolist()
         best_plan = plans[best_first[0]]
         # The one in force is always among those that are measured again.
@@ -330,17 +345,25 @@ class RLJointPruneCallback(PruningCallback):
             cap=self.cap,
         )
 
-    def _make_search(self, steps: int) -> PolicySearch:
-        epochs = self.start_epoch + 1
-        return PolicySearch(
-            self.agent, steps=steps, episodes=self.episodes, epochs=epochs, seed=self.seed, **self.search_settings
+    def _make_search(self, steps: int) -> WidthSearch:
+        settings = self.search_settings
+        if self.agent not in CONTROLS:
+            settings = {"environment_size": 128, **settings}
+        return make_search(
+            self.agent,
+            steps=steps,
+            episodes=self.episodes,
+            evaluations=self.episodes * self.rounds * len(self._search_epochs_from(0)),
+            epochs=self.start_epoch + 1,
+            seed=self.seed,
+            **settings,
         )
 
     def _forget_search(self) -> None:
         """Drop what served to choose the channels, which now have been chosen."""
         self.state = replace(self.state, search=None, searched_epoch=-1, best=[], in_force={}, figures={})
         self.run.alignment = None
-        self.run.recalibration = []
+        self.run.training = []
         del self.run.search
 
 

@@ -3,8 +3,9 @@
 How a candidate is run is decided in `jobs` and done by a `Runner`; what has been measured before comes from `notes`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_prune.candidates.candidate import Candidate, Noise
+from lightning_prune.candidates.compensating import CompensatingRunner
 from lightning_prune.candidates.finite import refuse_not_finite
 from lightning_prune.candidates.isolation import of_twin, undisturbed
 from lightning_prune.candidates.jobs import Job, share
 from lightning_prune.candidates.journal import Entry
 from lightning_prune.candidates.measures import Evaluate, classification, samples_in
 from lightning_prune.candidates.notes import Notes, open_notes
-from lightning_prune.candidates.recalibrating import RecalibratingRunner
 from lightning_prune.candidates.replaying import ReplayingRunner
 from lightning_prune.candidates.runner import Runner
 from lightning_prune.graph.channel_graph import ChannelGraph
@@ -27,6 +28,7 @@ from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import refusing_calls
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.surgery.compensation import check_method
 
 __all__ = ["Measured", "evaluate_candidates"]
 
@@ -50,7 +52,8 @@ def evaluate_candidates(
     batches: Iterable[Any],
     *,
     evaluate: Evaluate = classification,
-    recalibrate: Sequence[Any] = (),
+    compensate: str = "none",
+    compensate_batches: Sequence[Any] = (),
     resume: str | Path | None = None,
     own_data: bool = False,
 ) -> Measured:
@@ -62,6 +65,9 @@ def evaluate_candidates(
     Each shortcut is tried out first; where it does not give what the plain run gives, the plain run is used. The model
     is not touched: twins of it run. The random state is as it was.
 
+    With ``compensate`` a candidate is what `lightning_prune.prune` with that setting makes of the model. All but
+    ``"refit"`` collect what layers are given once for all candidates, so that each costs little more than its runs.
+
     In a distributed run the ranks share the candidates and all get all results; they must pass the same arguments.
 
     Args:
@@ -69,8 +75,9 @@ def evaluate_candidates(
         candidates: Plans, kept channels by group name as for `ChannelGraph.plan`, or `Noise`.
         batches: The batches, on the device of the model; by default pairs of inputs and labels.
         evaluate: Given a twin of the model and a batch, returns loss and accuracy as means over its samples.
-        recalibrate: Batches to estimate the statistics of batch normalisation from, for each candidate anew; none to
-            keep the statistics of the model.
+        compensate: ``"none"``, ``"statistics"``, ``"fold"`` or ``"refit"``, as for `lightning_prune.prune`. The
+            statistics of copies with noise follow it, whichever of these it is.
+        compensate_batches: The batches that candidates are compensated on, of the kind of ``batches``.
         resume: Folder in which results are noted, so that the same call goes on after an interruption. One folder may
             serve several calls: results are found by the model, the batch and the candidate.
         own_data: Whether each rank has batches of its own; each then measures all candidates.
@@ -79,10 +86,10 @@ def evaluate_candidates(
         Loss and accuracy of each candidate.
 
     Raises:
-        ValueError: If the batches or the outputs are not those of a classifier and ``evaluate`` is not given, there
-            are no batches, a plan does not fit the model, ``evaluate`` runs another model than it is given, what was
-            measured is not finite, a file in ``resume`` is damaged, or ``evaluate`` cannot be told from others by what
-            is noted there.
+        ValueError: If there is no such ``compensate`` or nothing to compensate on, the batches or the outputs are not
+            those of a classifier and ``evaluate`` is not given, there are no batches, a plan does not fit the model,
+            ``evaluate`` runs another model than it is given, what was measured is not finite, a file in ``resume`` is
+            damaged, or ``evaluate`` cannot be told from others by what is noted there.
 
     Example:
         >>> from lightning_prune import trace
@@ -93,6 +100,7 @@ def evaluate_candidates(
         >>> evaluate_candidates(graph, [{}, {"0": torch.tensor([0, 2])}], [batch]).accuracy
         tensor([1., 0.], dtype=torch.float64)
     """
+    make_runner = _runner_for(compensate, compensate_batches)
     planned = [_planned(graph, candidate) for candidate in candidates]
     ranks = _Ranks.current()
     notes = open_notes(resume, ranks.this, planned)
@@ -101,8 +109,8 @@ def evaluate_candidates(
 
     with undisturbed(graph.model) as twin, progress(f"Measuring {len(planned)} sub-networks") as work:
         graph_of_twin = replace(graph, model=twin.model)
-        runner = _make_runner(graph_of_twin, planned, of_twin(evaluate, twin), recalibrate)
-        notes.begin_run(graph.model, evaluate, recalibrate)
+        runner = make_runner(graph_of_twin, planned, of_twin(evaluate, twin))
+        notes.begin_run(graph.model, evaluate, compensate, compensate_batches)
         for batch in batches:
             if jobs is None:
                 with refusing_calls(graph.model):
@@ -133,12 +141,14 @@ def _planned(graph: ChannelGraph, candidate: Candidate | Mapping[str, Tensor]) -
     return graph.plan(candidate)
 
 
-def _make_runner(
-    graph: ChannelGraph, candidates: Sequence[Candidate], evaluate: Evaluate, recalibration: Sequence[Any]
-) -> Runner:
-    if recalibration:
-        return RecalibratingRunner(graph, candidates, evaluate, recalibration)
-    return ReplayingRunner(graph, candidates, evaluate)
+def _runner_for(method: str, batches: Sequence[Any]) -> Callable[..., Runner]:
+    """Return what makes the runner of candidates that are compensated in some way."""
+    check_method(method)
+    if method == "none":
+        return ReplayingRunner
+    if len(batches) == 0:
+        raise ValueError(f"compensate={method!r} looks at data: give `compensate_batches`, or compensate='none'.")
+    return partial(CompensatingRunner, method=method, batches=batches)
 
 
 def _noted_or_measured(job: Job, notes: Notes, runner: Runner, samples: int) -> list[Entry]:

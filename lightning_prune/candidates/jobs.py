@@ -11,6 +11,8 @@ from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
+from typing_extensions import override
+
 from lightning_prune.candidates.candidate import Candidate, Noise
 from lightning_prune.candidates.operator_trace import OperatorTrace
 from lightning_prune.graph.channel_graph import ChannelGraph
@@ -18,7 +20,7 @@ from lightning_prune.planning.cost import CostModel
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery.masks import in_positions_of_pruned, pruned_channels
 
-__all__ = ["Job", "Planner", "Way", "share"]
+__all__ = ["CompensatingPlanner", "Job", "Planner", "Way", "share"]
 
 _WORTH_SLICING = 0.9  # of the FLOPs of the masked network; copying the tensors takes time too
 
@@ -37,7 +39,7 @@ class Way(Enum):
     STACKED = "stacked"
     """From the first difference on, several candidates as one batch, with masks on the inputs of layers."""
     FOLDED = "folded"
-    """With tensors of the pruned shapes, and batch normalisation folded into convolutions."""
+    """As sliced ones, and with batch normalisation folded into convolutions."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,29 @@ class Planner:
                 spent.append(term)
         behind = replace(self._graph, terms={"flops": spent})
         return CostModel(behind, "flops")
+
+
+class CompensatingPlanner(Planner):
+    """Decide how to run candidates that are compensated, whose tensors are others from the first difference on.
+
+    Args:
+        graph: As for `Planner`.
+        trace: As for `Planner`.
+    """
+
+    def __init__(self, graph: ChannelGraph, trace: OperatorTrace) -> None:
+        super().__init__(graph, trace, ())
+
+    @override
+    def _choose(self, candidate: Candidate) -> _Choice:
+        if isinstance(candidate, Noise):
+            noisy = self._choose_for_noise(candidate)
+            return replace(noisy, way=Way.FOLDED)
+        plan = candidate.after(self._plan_in_force)
+        boundary = self._first_use(plan.index())
+        if boundary == self._end:
+            return _Choice(Way.PLAIN, self._end, self._cost_of_model)
+        return _Choice(Way.FOLDED, boundary, self._cost_from(boundary)(plan.widths))
 
 
 def _order_of_jobs(kind: _Kind) -> tuple[int, str]:

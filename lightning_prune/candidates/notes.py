@@ -26,13 +26,14 @@ __all__ = ["Notes", "digest_of_values", "open_notes", "values_of_function"]
 class Notes:
     """Notes that are not kept: nothing is found."""
 
-    def begin_run(self, model: nn.Module, evaluate: Evaluate, recalibration: Sequence[Any]) -> None:
+    def begin_run(self, model: nn.Module, evaluate: Evaluate, compensate: str, batches: Sequence[Any]) -> None:
         """Say what is measured, and how.
 
         Args:
             model: The model that the candidates are of.
             evaluate: What measures loss and accuracy.
-            recalibration: Batches for the statistics of batch normalisation.
+            compensate: How candidates are compensated.
+            batches: What they are compensated on.
         """
 
     def begin_batch(self, batch: Any) -> None:
@@ -60,10 +61,10 @@ class _NotesInFolder(Notes):
         self._run = ""
         self._batch = ""
 
-    def begin_run(self, model: nn.Module, evaluate: Evaluate, recalibration: Sequence[Any]) -> None:
+    def begin_run(self, model: nn.Module, evaluate: Evaluate, compensate: str, batches: Sequence[Any]) -> None:
         tensors = list(named_tensors(model).items())
         measure = values_of_function(evaluate)
-        self._run = digest_of_values((repr(model), tensors, measure, list(recalibration)))
+        self._run = digest_of_values((repr(model), tensors, measure, compensate, list(batches)))
 
     def begin_batch(self, batch: Any) -> None:
         self._batch = digest_of_values(batch)

@@ -105,6 +105,11 @@ class Replay:
         # Ids of the kept tensors that the pass writes into behind the boundary; None before a run has shown them.
         self._overwritten: set[int] | None = None
 
+    @property
+    def boundary(self) -> int:
+        """Number of operations that are skipped."""
+        return len(self._steps)
+
     def advance(self, boundary: int) -> None:
         """Move the boundary on.
 
@@ -114,7 +119,7 @@ class Replay:
         Raises:
             DivergedError: If the pass has no more operations, or does others than before.
         """
-        known = len(self._steps)
+        known = self.boundary
         if boundary == known:
             return
         if boundary >= len(self._operations):
@@ -144,6 +149,8 @@ class Replay:
         Raises:
             DivergedError: If the run does other operations than the pass up to the boundary.
         """
+        if not self._steps:
+            return (run or self._pass)()
         player = _Player(self._steps, lambda kept: self._hand_out(kept, repeats))
         with player:
             result = (run or self._pass)()

@@ -1,7 +1,4 @@
-"""Runner that reuses what candidates have in common with the model: a pass starts at the first difference from it.
-
-It is for candidates that keep the statistics of the model; those with statistics of their own have nothing in common.
-"""
+"""Runner that reuses what candidates have in common with the model: a pass starts at the first difference from it."""
 
 import warnings
 from collections import Counter
@@ -123,14 +120,21 @@ class ReplayingRunner(Runner):
 
     @override
     def run_shortcut(self, job: Job) -> list[Measurement]:
-        with self.standing_in({}):
-            self._replay.advance(job.boundary)
+        self._advance([self._replay], job.boundary)
         if job.way is Way.STACKED:
             with self.standing_in({}):
                 return self._run_stacked(job.members)
         candidate = self.candidates[job.members[0]]
         with self.standing_in(self._stand_ins(job.way, candidate), _sliced(job.way, candidate)):
             return [as_measurement(self._replay.run())]
+
+    def _advance(self, replays: Iterable[Replay], boundary: int) -> None:
+        """Move replays on to a boundary, by a pass of the model where that takes one."""
+        behind = [replay for replay in replays if replay.boundary != boundary]
+        if behind:
+            with self.standing_in({}):
+                for replay in behind:
+                    replay.advance(boundary)
 
     def _run_stacked(self, members: Sequence[int]) -> list[Measurement]:
         """Run several masked candidates as one batch, in which each has its own copy of the samples."""

@@ -1,7 +1,7 @@
 """Runner of candidates: it takes the shortcut of a job where that has been seen to give what the plain run gives.
 
 How candidates are run is not decided here but in `jobs`, and the shortcuts themselves are those of the two kinds of
-runners, `ReplayingRunner` and `RecalibratingRunner`.
+runners, `ReplayingRunner` and `CompensatingRunner`.
 """
 
 from abc import ABC, abstractmethod

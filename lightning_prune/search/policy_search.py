@@ -5,21 +5,27 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from lightning_prune.rl.environment_model import EnvironmentModel
 from lightning_prune.rl.transitions import Transition
 from lightning_prune.search.agents import make_agent
 from lightning_prune.search.episodes import play
 from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, PruningProblem
+from lightning_prune.search.random_search import RandomSearch
+from lightning_prune.search.width_search import Census, Tried, WidthSearch
 
 __all__ = ["REWARDED", "PolicySearch"]
 
 REWARDED = ("every_step", "last_step")
 
 
-class PolicySearch:
+_CONSTANT = 0.01  # a smaller deviation of the actions, fractions of the channels, is that of a constant agent
+
+
+class PolicySearch(WidthSearch):
     """Let an agent play episodes, and learn from what they have earned.
 
     Agents learn from rewards from which the mean of the first episodes is subtracted, and which are divided by their
@@ -74,7 +80,7 @@ class PolicySearch:
             raise ValueError(f"rewarded must be one of {', '.join(REWARDED)}; got {rewarded!r}.")
         if episodes < 2:
             raise ValueError(f"episodes must be at least 2, for rewards to be compared; got {episodes!r}.")
-        self.episodes = episodes
+        super().__init__(episodes)
         self.rewarded = rewarded
         self.agent_updates = agent_updates
         self.environment_updates = environment_updates
@@ -88,43 +94,30 @@ class PolicySearch:
             settings |= {"context": self.environment.representation, "context_size": environment_size}
         self.agent = make_agent(agent, OBSERVATION_SIZE, 1, seed, **settings)
         self.scale: RewardScale | None = None  # of the first rewards
+        self.constant: bool | None = None  # whether the agent does the same whatever it sees
         self._played: list[Transition] = []
 
-    def explore(self, problem: PruningProblem, epoch: int = 0) -> np.ndarray:
-        """Play episodes to learn from.
-
-        Args:
-            problem: What is decided on.
-            epoch: The epoch of training.
-
-        Returns:
-            The (episodes, groups) widths.
-        """
+    @override
+    def _propose(self, problem: PruningProblem, epoch: int) -> np.ndarray:
+        """Play episodes to learn from."""
         widths, self._played = play(problem, self.agent, self.episodes, epoch=epoch)
         return widths
 
+    @override
     def settle(self, problem: PruningProblem, epoch: int = 0) -> np.ndarray:
-        """Return the (1, groups) widths that the agent takes to be best.
-
-        Args:
-            problem: What is decided on.
-            epoch: The epoch of training.
-        """
         widths, _ = play(problem, self.agent, 1, greedy=True, epoch=epoch)
         return widths
 
-    def learn(self, rewards: Tensor) -> dict[str, float]:
-        """Learn from the episodes that `explore` has played.
+    @override
+    def census(self) -> Census:
+        return self.tried.census(self.constant)
 
-        Args:
-            rewards: (episodes,) what they have earned.
-
-        Returns:
-            Losses and other figures of the last updates, by name.
-        """
-        rewards = rewards.float().cpu()
+    @override
+    def _learn(self, widths: np.ndarray, rewards: Tensor) -> dict[str, float]:
         if self.scale is None:
             self.scale = RewardScale.of(rewards)
+        seen = torch.cat([transition.observation for transition in self._played])
+        epoch = self._played[0].epoch
         self._observe(rewards, self.scale.standardised(rewards))
         figures: dict[str, float] = {}
         # The agent first: what it saw when it acted must be what it sees when it learns from that.
@@ -133,24 +126,31 @@ class PolicySearch:
         if self.environment is not None:
             for _ in range(self.environment_updates):
                 figures |= self.environment.update()
+        if not isinstance(self.agent, RandomSearch):
+            actions = self.agent.act(seen, greedy=True, epoch=epoch)
+            self.constant = bool(actions.std() < _CONSTANT)
         return figures
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what a later process needs to go on to the same bits."""
         environment = None if self.environment is None else self.environment.state_dict()
         scale = None if self.scale is None else astuple(self.scale)
-        return {"agent": self.agent.state_dict(), "environment": environment, "scale": scale}
+        return {
+            "agent": self.agent.state_dict(),
+            "environment": environment,
+            "scale": scale,
+            "tried": dict(vars(self.tried)),
+            "constant": self.constant,
+        }
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken.
-
-        Args:
-            state: What `state_dict` of a search with the same settings returned.
-        """
         if self.environment is not None:
             self.environment.load_state_dict(state["environment"])
         self.agent.load_state_dict(state["agent"])
         self.scale = None if state["scale"] is None else RewardScale(*state["scale"])
+        self.tried = Tried(**state.get("tried", {}))  # of which earlier versions told nothing
+        self.constant = state.get("constant")
 
     def _observe(self, rewards: Tensor, standardised: Tensor) -> None:
         """Let agent and environment model take note of what was played: (episodes,) rewards, and as agents learn."""

@@ -20,6 +20,7 @@ from lightning_prune.search.width_bounds import WidthBounds
 __all__ = ["OBSERVATION_SIZE", "Measure", "PruningProblem", "accuracy_of"]
 
 OBSERVATION_SIZE = 9
+_ROUNDING = 1e-9
 
 Measure = Callable[[Sequence[PruningPlan]], Tensor]
 """Given plans, returns the (plans,) reward of each."""
@@ -31,8 +32,7 @@ def accuracy_of(graph: ChannelGraph, batches: Iterable[Any], **settings: Any) ->
     Args:
         graph: The traced model.
         batches: The batches to measure on.
-        settings: As for `evaluate_candidates`: ``recalibrate`` takes batches to estimate the statistics of batch
-            normalisation from, for each plan anew.
+        settings: As for `evaluate_candidates`: ``compensate``, and the ``compensate_batches`` for it.
     """
     return lambda plans: evaluate_candidates(graph, plans, batches, **settings).accuracy
 
@@ -96,6 +96,15 @@ class PruningProblem:
     def __len__(self) -> int:
         """Return the number of steps of an episode."""
         return len(self.sizes)
+
+    def within_budget(self, widths: np.ndarray) -> np.ndarray:
+        """Tell which widths are within the budget: (n,) bool.
+
+        Args:
+            widths: (n, groups) channels that are kept.
+        """
+        costs = self.cost.of_terms(widths).sum(axis=1)
+        return costs <= self.bounds.budget * (1 + _ROUNDING)
 
     def plan(self, widths: Sequence[int] | np.ndarray) -> PruningPlan:
         """Keep the best channels of each group.

@@ -135,7 +135,7 @@ def test_a_copy_is_trained_for_some_steps(tmp_path: Path) -> None:
             found.append((float(self.measure([plan])[0]), float(expected)))
             return super().decide(*which)
 
-    callback = Compare(keep=0.5, updates=1, samples=2, finetune_steps=1, finetune_lr=0.3, recalibrate_batches=1)
+    callback = Compare(keep=0.5, updates=1, samples=2, finetune_steps=1, finetune_lr=0.3, candidate_batches=1)
     battery.train(tmp_path, callback, max_epochs=2, precision="64-true")
     assert found[0][0] == pytest.approx(found[0][1])
 
@@ -178,7 +178,9 @@ def test_a_development_run(tmp_path: Path) -> None:
         ({"accepted_drop": 0.0}, "points of accuracy"),
         ({"samples": 1}, "at least 2"),
         ({"updates": -1}, "at least 0"),
-        ({"finetune_steps": 1, "recalibrate_batches": 0}, "raise recalibrate_batches"),
+        ({"finetune_steps": 1, "compensate_candidates": "none", "candidate_batches": 0}, "raise candidate_batches"),
+        ({"candidate_batches": 0}, "looks at data: raise candidate_batches"),
+        ({"compensate_candidates": "folded"}, "compensate_candidates must be one of none"),
         ({"limit_batches": 0}, "limit_batches"),
         ({"agent_settings": {"baseline": "best"}}, "no baseline 'best'"),
     ],

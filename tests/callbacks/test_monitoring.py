@@ -20,7 +20,7 @@ from lightning_prune.candidates import evaluate_candidates
 MEASURING = {
     "sensitiveness": lambda **settings: SensitivenessCallback(keep=0.5, levels=[0.5], draws=1, **settings),
     "rl_joint": lambda **settings: RLJointPruneCallback(
-        keep=0.5, start_epoch=1, warmup_epochs=0, episodes=2, recalibrate_batches=1, **settings
+        keep=0.5, start_epoch=1, warmup_epochs=0, episodes=2, candidate_batches=1, **settings
     ),
     "learn_to_prune": lambda **settings: LearnToPruneCallback(keep=0.5, updates=1, samples=2, **settings),
 }

@@ -120,7 +120,7 @@ def test_the_gradient_is_that_of_the_explicit_loss(
         module.load_state_dict(modules[0].state_dict())
     callback = InForce(
         **{**SHORT, "start_epoch": 1, "warmup_epochs": 0, "search_epochs": 0, "strength": STRENGTH},
-        squared=squared, recalibrate_batches=0,
+        squared=squared, compensate_candidates="none",
     )  # fmt: skip
     monkeypatch.setattr(refusals, "refuse_short_run", lambda *_: None)  # the run is to end before the prune
     aligned = one_epoch(tmp_path / "0", modules[0], callback, **{**trainer, **plugins(), **double})
@@ -223,13 +223,37 @@ def test_several_rounds_in_an_epoch_build_on_each_other(tmp_path: Path) -> None:
     assert [plan.widths for plan in rounds[0][0][:4]] != [plan.widths for plan in rounds[1][0][:4]]
 
 
-@pytest.mark.parametrize("agent", ordinary(["sac", "ppo-cim", "random"], "ppo-cim"))
+def test_a_control_takes_the_place_of_an_agent_and_what_is_in_force_is_within_the_budget(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Greedy search begins with the whole network, which earns more than any plan within the budget."""
+    kept: list[float] = []
+
+    class Noted(RLJointPruneCallback):
+        def _align(self) -> None:
+            super()._align()
+            if self.state.in_force and self.steps_done == 0:
+                tensors = {name: torch.tensor(channels) for name, channels in self.state.in_force.items()}
+                cost = self._problem().cost
+                kept.append(cost(self.run.graph.plan(tensors).widths) / cost.original)
+
+    callback = Noted(**{**SHORT, "agent": "greedy", "search_settings": {}, "compensate_candidates": "fold"})
+    module, _ = battery.train(tmp_path, callback)
+    assert len(kept) == 2
+    assert max(kept) <= 0.5
+    assert plan_in_force(module).budget["achieved"] <= 0.5
+    assert "greedy: 3 plans tried" in caplog.text  # the whole network, and each of two groups narrower
+
+
+@pytest.mark.parametrize("agent", ordinary(["sac", "ppo-cim", "random", "greedy"], "ppo-cim"))
 def test_stopped_equals_unbroken(agent: str, tmp_path: Path) -> None:
     def callback() -> RLJointPruneCallback:
         changes = {"agent_settings": {"learning_starts": 8}} if agent == "sac" else {}
+        settings = {} if agent == "greedy" else {**LITTLE, **changes}
         return make_callback(
-            agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings={**LITTLE, **changes}
-        )
+            agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings=settings,
+            compensate_candidates="fold",
+        )  # fmt: skip
 
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
     unbroken, _ = battery.train(tmp_path, callback(), saver)
@@ -332,13 +356,13 @@ def test_batches_of_the_training_split_are_taken_without_touching_its_loader(tmp
             before = trainer.train_dataloader.state_dict()
             super().on_train_start(trainer, pl_module)
             assert trainer.train_dataloader.state_dict() == before
-            found.extend(self.run.recalibration)
+            found.extend(self.run.training)
 
     data = DigitsDataModule(batch_size=64)
     module = battery.ResidualClassifier()
     module.head, module.example_input_array = nn.Linear(48, 10), torch.zeros(1, 1, 8, 8)
     trainer = L.Trainer(
-        max_epochs=2, accelerator="cpu", callbacks=[Watch(start_epoch=1, warmup_epochs=0, recalibrate_batches=3)],
+        max_epochs=2, accelerator="cpu", callbacks=[Watch(start_epoch=1, warmup_epochs=0, candidate_batches=3)],
         logger=False, enable_progress_bar=False, enable_checkpointing=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)

@@ -5,6 +5,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from lightning_prune.candidates import Noise, classification, evaluate_candidate
 from lightning_prune.candidates.jobs import Job, Planner, Way, share
 from lightning_prune.candidates.operator_trace import trace_operators
 from lightning_prune.candidates.replay import DivergedError, Replay
-from lightning_prune.candidates.stand_ins import maskable_layers
+from lightning_prune.candidates.stand_ins import maskable_layers, noisy_tensors
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.substitution import named_tensors
 
 Batch = tuple[Tensor, Tensor]
 
@@ -252,6 +254,7 @@ def test_a_replay_refuses_other_operations() -> None:
         replay.advance(2)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not repeat the same operations")
 def test_leaves_no_trace() -> None:
     graph, batches = made(Blocks)
     model = graph.model.train()
@@ -267,7 +270,7 @@ def test_leaves_no_trace() -> None:
     identities = [id(t) for t in (*model.parameters(), *model.buffers())]
     candidates = [*single_prunings(graph), random_plan(graph), Noise("expand", 0.5, 1)]
     random = torch.get_rng_state()
-    evaluate_candidates(graph, candidates, batches, recalibrate=batches)
+    evaluate_candidates(graph, candidates, batches, compensate="fold", compensate_batches=batches)
     evaluate_candidates(graph, candidates, batches)
     calls = 0
 
@@ -279,7 +282,7 @@ def test_leaves_no_trace() -> None:
         return classification(model, batch)
 
     with pytest.raises(KeyError, match="on purpose"):
-        evaluate_candidates(graph, candidates, batches, evaluate=fails, recalibrate=batches)
+        evaluate_candidates(graph, candidates, batches, evaluate=fails, compensate="fold", compensate_batches=batches)
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in model.modules()] == modes
     assert [id(t) for t in (*model.parameters(), *model.buffers())] == identities
@@ -290,22 +293,82 @@ def test_leaves_no_trace() -> None:
 
 
 @torch.no_grad()
-def test_statistics_can_be_estimated_anew() -> None:
+@pytest.mark.parametrize("method", ["statistics", "fold", "refit"])
+def test_candidates_can_be_compensated(method: str) -> None:
     graph, batches = made(Blocks)
     candidates = [{}, *single_prunings(graph)[::5], random_plan(graph)]
-    measured = evaluate_candidates(graph, candidates, batches, recalibrate=batches[:2])
+    seen = batches[1:]
+    measured = evaluate_candidates(graph, candidates, batches, compensate=method, compensate_batches=seen)
     for candidate, loss in zip(candidates, measured.loss, strict=True):
         copied = copy.deepcopy(graph.model).eval()
-        lp.prune(copied, graph.plan(candidate) if isinstance(candidate, dict) else candidate)
-        seen: list[Tensor] = []
-        handle = copied.norm.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
-        for x, _ in batches[:2]:
-            copied(x)
-        handle.remove()
-        copied.norm.running_mean.copy_(torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
-        copied.norm.running_var.copy_(torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+        plan = graph.plan(candidate) if isinstance(candidate, dict) else candidate
+        lp.prune(copied, plan, compensate=method, batches=[x for x, _ in seen])
         expected = F.cross_entropy(torch.cat([copied(x) for x, _ in batches]), torch.cat([y for _, y in batches]))
         torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_statistics_follow_noise() -> None:
+    graph, batches = made(Blocks)
+    noise = Noise("stem", 0.5, 3)
+    measured = evaluate_candidates(graph, [noise], batches, compensate="fold", compensate_batches=batches)
+    noisy = copy.deepcopy(graph.model).eval()
+    noisy.load_state_dict({**noisy.state_dict(), **noisy_tensors(graph, noise, named_tensors(graph.model))})
+    given: dict[nn.Module, list[Tensor]] = {}
+    with ExitStack() as hooks:
+        for model in (graph.model.eval(), noisy):
+            given[model] = []
+            hooks.enter_context(
+                model.norm.register_forward_pre_hook(lambda _, args, seen=given[model]: seen.append(args[0]))
+            )
+            for x, _ in batches:
+                model(x)
+    before, now = (torch.cat(given[model]) for model in (graph.model, noisy))
+    noisy.norm.running_mean += now.mean((0, 2, 3)) - before.mean((0, 2, 3))
+    variances = [x.var((0, 2, 3), correction=0) + noisy.norm.eps for x in (now, before)]
+    noisy.norm.running_var += noisy.norm.eps
+    noisy.norm.running_var *= variances[0] / variances[1]
+    noisy.norm.running_var -= noisy.norm.eps
+    expected = F.cross_entropy(torch.cat([noisy(x) for x, _ in batches]), torch.cat([y for _, y in batches]))
+    torch.testing.assert_close(measured.loss[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_compensated_candidates_are_replayed_from_their_first_difference_on() -> None:
+    graph, batches = made(Blocks)
+    last = list(graph.groups)[-1]
+    candidates = [{last: torch.arange(graph.group(last).size - 1 - n)} for n in (0, 1)]
+
+    def rows(count: int) -> int:
+        with Counter() as counter:
+            evaluate_candidates(graph, candidates[:count], batches, compensate="fold", compensate_batches=batches)
+        return counter.rows
+
+    samples = sum(len(x) for x, _ in batches)
+    assert rows(2) - rows(1) == 2 * samples  # the last two layers
+
+
+def test_what_candidates_are_compensated_on_is_noted(tmp_path: Path) -> None:
+    graph, batches = made(Blocks)
+    plan = random_plan(graph)
+    measured = []
+    for method, seen in (("none", []), ("statistics", batches), ("fold", batches), ("fold", batches[:1])):
+        settings: dict[str, Any] = {"compensate": method, "compensate_batches": seen}
+        first = evaluate_candidates(graph, [plan], batches, resume=tmp_path, **settings)
+        again = evaluate_candidates(graph, [plan], batches, resume=tmp_path, **settings)
+        assert torch.equal(first.loss, again.loss)
+        measured.append(float(first.loss))
+    assert len(set(measured)) == 4
+
+
+def test_compensation_is_refused_without_data_or_by_a_name_that_is_none() -> None:
+    graph, batches = made(Blocks)
+    with pytest.raises(ValueError, match="give `compensate_batches`"):
+        evaluate_candidates(graph, [{}], batches, compensate="fold")
+    with pytest.raises(ValueError, match="compensate must be one of"):
+        evaluate_candidates(graph, [{}], batches, compensate="folded", compensate_batches=batches)
+    wrong = [(torch.full_like(batches[0][0], torch.nan), batches[0][1])]
+    with pytest.raises(ValueError, match="look for NaN in the batches"):
+        evaluate_candidates(graph, [{}], batches, compensate="fold", compensate_batches=wrong)
 
 
 def test_noise_is_on_the_weights_of_one_group_and_the_same_for_a_seed() -> None:
@@ -473,7 +536,7 @@ def _rank(rank: int, folder: str) -> None:
     again = evaluate_candidates(graph, candidates, batches, evaluate=counted)
     own = evaluate_candidates(graph, candidates, batches[rank::2], own_data=True)
     waiting = lp.trace(nn.SyncBatchNorm.convert_sync_batchnorm(graph.model), batches[0][0])
-    anew = evaluate_candidates(waiting, candidates, batches, recalibrate=batches[:1])
+    anew = evaluate_candidates(waiting, candidates, batches, compensate="fold", compensate_batches=batches[:1])
     results = {"shared": shared, "again": again, "own": own, "anew": anew}
     torch.save({**{name: (m.loss, m.accuracy) for name, m in results.items()}, "calls": calls}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
@@ -485,7 +548,7 @@ def test_two_ranks_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
     graph, batches = made(Blocks)
     candidates = [{}, *single_prunings(graph), Noise("stem", 0.5, 0)]
     alone = evaluate_candidates(graph, candidates, batches)
-    anew = evaluate_candidates(graph, candidates, batches, recalibrate=batches[:1])
+    anew = evaluate_candidates(graph, candidates, batches, compensate="fold", compensate_batches=batches[:1])
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for rank in ranks:
         assert torch.equal(rank["shared"][0], alone.loss)

@@ -8,13 +8,11 @@ import torch
 from engine import randomised
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_prune as lp
 from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.candidates.layout import fold, foldable, put_channels_last
 from lightning_prune.candidates.measures import Evaluate, classification
-from lightning_prune.surgery.batch_norm import recalibrate
 
 
 class Plain(nn.Module):
@@ -105,46 +103,67 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(n, 3, 6, 6, dtype=torch.float64), torch.randint(5, (n,))) for n in (11, 5)]
 
 
-class Counter(TorchDispatchMode):
-    """Count the normalisations of batches."""
-
-    normalisations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.normalisations += "batch_norm" in str(func)
-        return func(*args, **(kwargs or {}))
-
-
 def measure(model: nn.Module, batch: Any) -> tuple[Any, float]:
     """Return the loss, in a way that the evaluator knows nothing of."""
     return F.cross_entropy(model(batch[0]), batch[1]), 0.0
 
 
+def expected(graph: Any, candidate: Any, method: str, batches: Any, seen: Any) -> Tensor:
+    """Return the loss of a copy that is pruned and compensated: the way everybody would write it."""
+    copied = copy.deepcopy(graph.model)
+    lp.prune(copied, candidate, compensate=method, batches=[x for x, _ in batches])
+    inputs, labels = torch.cat([x for x, _ in seen]), torch.cat([y for _, y in seen])
+    return F.cross_entropy(copied(inputs), labels)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("evaluate", [classification, measure])
-@pytest.mark.parametrize("kind", KINDS)
-def test_statistics_estimated_anew_give_what_a_pruned_copy_gives(
-    kind: type[Plain], evaluate: Evaluate, batches: list[tuple[Tensor, Tensor]]
+@pytest.mark.parametrize("method", ["statistics", "fold", "refit"])
+@pytest.mark.parametrize(("kind", "evaluate"), [*((kind, classification) for kind in KINDS), (Plain, measure)])
+def test_compensated_candidates_are_compensated_copies(
+    kind: type[Plain], evaluate: Evaluate, method: str, batches: list[tuple[Tensor, Tensor]]
 ) -> None:
     graph = lp.trace(made(kind), batches[0][0])
     plans = [graph.plan({name: torch.arange(group.size - 2)}) for name, group in graph.groups.items()]
-    measured = evaluate_candidates(graph, plans, batches, recalibrate=batches, evaluate=evaluate)
+    plans.append(graph.plan({name: torch.arange(1, group.size) for name, group in graph.groups.items()}))
+    torch.manual_seed(2)
+    seen = [(torch.randn(n, 3, 6, 6, dtype=torch.float64), torch.randint(5, (n,))) for n in (24, 40)]
+    measured = evaluate_candidates(graph, plans, batches, compensate=method, compensate_batches=seen, evaluate=evaluate)
     for plan, loss in zip(plans, measured.loss, strict=True):
-        copied = copy.deepcopy(graph.model)
-        lp.prune(copied, plan)
-        recalibrate(copied, [x for x, _ in batches])
-        expected = F.cross_entropy(copied(torch.cat([x for x, _ in batches])), torch.cat([y for _, y in batches]))
-        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
-    assert len(plans) > 0
+        torch.testing.assert_close(loss, expected(graph, plan, method, seen, batches), rtol=1e-9, atol=1e-9)
+    uncompensated = evaluate_candidates(graph, plans, batches, evaluate=evaluate).loss
+    assert (measured.loss - uncompensated).abs().max() > 1e-6
 
 
-def test_normalisations_run_for_the_statistics_and_one_check_only(batches: list[tuple[Tensor, Tensor]]) -> None:
+@torch.no_grad()
+def test_a_model_that_was_pruned_before_is_compensated_from_what_it_is_now() -> None:
+    torch.manual_seed(3)
+    seen = [(torch.randn(64, 3, 6, 6, dtype=torch.float64), torch.randint(5, (64,)))]
+    graph = lp.trace(made(Plain), seen[0][0])
+    first = {name: torch.arange(1, group.size) for name, group in graph.groups.items()}
+    lp.prune(graph.model, graph.plan(first), compensate="fold", batches=[seen[0][0]])
+    further = graph.plan({name: channels[1:] for name, channels in first.items()})
+    measured = evaluate_candidates(graph, [further, {}], seen, compensate="fold", compensate_batches=seen)
+    torch.testing.assert_close(measured.loss[0], expected(graph, further, "fold", seen, seen), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(measured.loss[1], F.cross_entropy(graph.model(seen[0][0]), seen[0][1]))
+
+
+def test_each_candidate_takes_one_pass_to_be_compensated_and_those_that_measure_it(
+    batches: list[tuple[Tensor, Tensor]],
+) -> None:
     graph = lp.trace(made(Plain), batches[0][0])
-    plans = [graph.plan({"first": torch.arange(size)}) for size in (4, 5, 6)]
-    with Counter() as counter:
-        evaluate_candidates(graph, plans, batches, recalibrate=batches[:1])
-    # Two normalisations: to see what there is, as a check, and for the statistics of each of three candidates.
-    assert counter.normalisations == 2 * (1 + 1 + 3)
+
+    def passes(count: int) -> int:
+        plans = [graph.plan({"first": torch.arange(size)}) for size in range(2, 2 + count)]
+        ended: list[nn.Module] = []
+        note = nn.modules.module.register_module_forward_hook(lambda module, args, result: ended.append(module))
+        with note:
+            evaluate_candidates(graph, plans, batches, compensate="fold", compensate_batches=batches[:1])
+        return sum(isinstance(module, Plain) for module in ended)
+
+    measuring = len(batches)
+    assert passes(3) - passes(2) == measuring  # what is behind the last normalisation is not run to compensate
+    # To see what there is, to collect what all candidates share, and as a check.
+    assert passes(2) <= 2 + 3 + 2 + 2 * measuring
 
 
 @torch.no_grad()

@@ -208,7 +208,9 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 RUNS: dict[str, Callable[[Any, nn.Module], Any]] = {
     "trace": lambda graph, model: lp.trace(model, X),
     "candidates": lambda graph, model: evaluate_candidates(graph, plans(graph), BATCHES),
-    "recalibrated": lambda graph, model: evaluate_candidates(graph, plans(graph), BATCHES, recalibrate=BATCHES),
+    "compensated": lambda graph, model: evaluate_candidates(
+        graph, plans(graph), BATCHES, compensate="fold", compensate_batches=BATCHES
+    ),
     "flops": lambda graph, model: count_flops(model, X),
     "latency": lambda graph, model: measure_latency(model, X, runs=2, warm_up=1),
     "profile": lambda graph, model: profile(graph, samples=1, runs=1),

@@ -231,10 +231,10 @@ def test_gymnasium_accepts_the_environment() -> None:
     assert total == len(info["plan"].groups["stem.0"].kept) / 8
 
 
-def test_rewards_are_accuracies_after_statistics_are_estimated_anew() -> None:
+def test_rewards_are_accuracies_of_compensated_networks() -> None:
     graph = traced("vgg")
     images, labels = torch.randn(60, 3, 8, 8), torch.randint(5, (60,))
-    settings: dict[str, Any] = {"recalibrate": [(images, labels)]}
+    settings: dict[str, Any] = {"compensate": "fold", "compensate_batches": [(images, labels)]}
     split = list(zip(images.split(25), labels.split(25), strict=True))
     problem = PruningProblem(graph, keep=0.5)
     plans = [problem.plan(widths) for widths in sequences(problem, 4, torch.Generator().manual_seed(0))]
@@ -242,8 +242,7 @@ def test_rewards_are_accuracies_after_statistics_are_estimated_anew() -> None:
     for plan, reward in zip(plans, measured, strict=True):
         pruned = lp.trace(randomised(NETWORKS["vgg"]()), torch.zeros(1, 3, 8, 8)).model
         pruned.load_state_dict(graph.model.state_dict())
-        lp.prune(pruned, plan)
-        lp.surgery.recalibrate(pruned, [images])
+        lp.prune(pruned, plan, compensate="fold", batches=[images])
         expected = (pruned.eval()(images).argmax(1) == labels).double().mean()
         assert float(reward) == pytest.approx(float(expected))
 

@@ -618,7 +618,7 @@ def test_moments_are_those_of_all_pairs_of_columns(count: int, columns: int):
 def test_statistics_are_those_of_all_samples_and_positions(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(normalisation, "_BLOCK", 2 * torch.Size(shape[1:]).numel())  # two samples at a time
     batches = [torch.randn(shape, dtype=torch.float64) + 10 * number for number in range(2)]
-    found = normalisation._Statistics()
+    found = normalisation.Statistics()
     for batch in batches:
         found.add(batch)
     by_channel = torch.cat(batches).movedim(1, 0).flatten(1).numpy()
@@ -649,11 +649,10 @@ def test_what_has_changed_in_one_sample_alone_is_seen(sample: int):
 
 def test_outputs_whose_sum_is_not_finite_are_taken_if_they_are():
     huge = torch.full((8, 2), 3e38)
-    meeting = SimpleNamespace(output=huge)
-    compensating._check_finite("layer", [meeting])
+    compensating.check_finite("layer", huge)
     huge[3, 1] = torch.inf
     with pytest.raises(ValueError, match="'layer' returns numbers that are not finite"):
-        compensating._check_finite("layer", [meeting])
+        compensating.check_finite("layer", huge)
 
 
 @pytest.mark.parametrize(("method", "samples"), [("refit", 12), ("refit", 40), ("fold", 4)])

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from lightning_prune.graph.entry import as_call
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
-from lightning_prune.surgery.compensation.copies import shared_twin, stand_ins, undisturbed
-from lightning_prune.surgery.compensation.folding import fold
-from lightning_prune.surgery.compensation.lockstep import Lockstep, Meeting, Run
+from lightning_prune.surgery.compensation.copies import stand_ins, undisturbed
+from lightning_prune.surgery.compensation.folding import InputMoments, fold
+from lightning_prune.surgery.compensation.lockstep import BothLanes, Lockstep, MakeNetwork, Meeting, Run, networks_of
 from lightning_prune.surgery.compensation.normalisation import adapt_statistics
 from lightning_prune.surgery.compensation.survey import survey, uses_of
 from lightning_prune.surgery.compensation.weights import measure, refit
@@ -24,7 +24,18 @@ from lightning_prune.surgery.optimizer_state import momentum_to_zero
 from lightning_prune.surgery.pruning import kept_positions, pruned_tensors
 from lightning_prune.surgery.replacing import Replacement, of_tensor
 
-__all__ = ["METHODS", "Compensation", "check_batches", "check_method", "compensation", "run_on"]
+__all__ = [
+    "METHODS",
+    "Compensation",
+    "check_batches",
+    "check_finite",
+    "check_method",
+    "compensation",
+    "compensation_by",
+    "folded_by",
+    "handlers_of",
+    "run_on",
+]
 
 METHODS = ("none", "statistics", "fold", "refit")
 
@@ -113,6 +124,21 @@ def compensation(
     Raises:
         ValueError: If there is no batch, or what layers are given is not finite.
     """
+    return compensation_by(networks_of(model, run), model, plan, method, batches)
+
+
+def compensation_by(
+    make: MakeNetwork, model: nn.Module, plan: PruningPlan, method: str, batches: Iterable[Any]
+) -> Compensation:
+    """Work out a compensation, as `compensation` does, with networks that are made in a way of one's own.
+
+    Args:
+        make: Makes a network.
+        model: The model that the plan is about.
+        plan: The channels to keep.
+        method: ``"statistics"``, ``"fold"`` or ``"refit"``.
+        batches: What the model is run on.
+    """
     report = CompensationReport(method)
     earlier = plan_in_force(model) or PruningPlan()
     kept = kept_positions(plan.after(earlier), earlier)
@@ -125,19 +151,32 @@ def compensation(
         first = next(iter(batches), None)
         if first is None:
             raise ValueError(f"There are no batches to compensate by {method!r} with.")
-        found = survey(shared_twin(model, named_tensors(model)), lambda copied: run(copied, first))
+        found = survey(model, make, first)
         work = Work(model, plan, kept, tensors, found, report)
-        handlers = _handlers(work, method)
-        folded = [name for name, handler in handlers.items() if handler is measure]
-        fold(work, folded, batches, run)
-        _step_through(work, handlers, batches, run)
+        handlers = handlers_of(work, method)
+        fold(work, folded_by(handlers), InputMoments(model, make, batches))
+        _step_through(work, handlers, batches, make)
     if method != "statistics":
         _tell_unseen(work)
     return Compensation({name: tensors[name].detach() for name in sorted(work.changed)}, report)
 
 
-def _handlers(work: Work, method: str) -> dict[str, Handler]:
-    """Return what is to be done at each layer, in order, by the name of its tensor."""
+def folded_by(handlers: Mapping[str, Handler]) -> list[str]:
+    """Return the names of the weights that are folded before anything else is done.
+
+    Args:
+        handlers: What is to be done at each layer.
+    """
+    return [name for name, handler in handlers.items() if handler is measure]
+
+
+def handlers_of(work: Work, method: str) -> dict[str, Handler]:
+    """Return what is to be done at each layer, in order, by the name of its tensor.
+
+    Args:
+        work: What the compensation works with.
+        method: One of `METHODS`.
+    """
     shared = {name for name, uses in uses_of(work.model).items() if uses > 1}
     chosen: dict[str, Handler] = {}
     for name, calls in work.survey.calls.items():
@@ -154,15 +193,17 @@ def _handlers(work: Work, method: str) -> dict[str, Handler]:
     return chosen
 
 
-def _step_through(work: Work, handlers: Mapping[str, Handler], batches: Iterable[Any], run: Run) -> None:
+def _step_through(work: Work, handlers: Mapping[str, Handler], batches: Iterable[Any], make: MakeNetwork) -> None:
     """Carry both networks forward, and let each layer be handled in turn."""
     streams = work.survey.added_to
     lanes = work.survey.lanes()
     lanes_at = {name: lanes[name] for name in handlers}
-    both = Lockstep(work.model, work.plan.after(plan_in_force(work.model)), work.tensors, batches, run, streams)
+    plan = work.plan.after(plan_in_force(work.model))
+    both = Lockstep(batches, BothLanes(work.model, plan, work.tensors, make, streams).start)
     for name, meetings in both.meetings(lanes_at):
         alike = [meeting for meeting in meetings if _comparable(meeting)]
-        _check_finite(name, alike)
+        for meeting in alike:
+            check_finite(name, meeting.output)
         consumes_pruned = work.consumes_pruned(name)
         if consumes_pruned and not alike:
             work.report.not_compensated[name] = "the pruned network does not run it on the same samples and positions"
@@ -197,14 +238,19 @@ def _drifted(work: Work, name: str, meetings: Sequence[Meeting]) -> bool:
     return False
 
 
-def _check_finite(name: str, meetings: Sequence[Meeting]) -> None:
-    for meeting in meetings:
-        total = meeting.output.sum()  # in no time, and not finite if one number is not
-        if not bool(total.isfinite()) and not bool(meeting.output.isfinite().all()):
-            raise ValueError(
-                f"The layer of {name!r} returns numbers that are not finite for these batches; look for NaN in the "
-                "batches or in the network."
-            )
+def check_finite(name: str, output: Tensor) -> None:
+    """Raise a ValueError unless what a layer of the network before the prune returns is finite.
+
+    Args:
+        name: Name of its tensor.
+        output: What it returned.
+    """
+    total = output.sum()  # in no time, and not finite if one number is not
+    if not bool(total.isfinite()) and not bool(output.isfinite().all()):
+        raise ValueError(
+            f"The layer of {name!r} returns numbers that are not finite for these batches; look for NaN in the "
+            "batches or in the network."
+        )
 
 
 def _tell_unseen(work: Work) -> None:

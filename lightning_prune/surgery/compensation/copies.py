@@ -14,7 +14,7 @@ from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import Twin, set_mode
 from lightning_prune.pruning_plan import PruningPlan
 
-__all__ = ["shared_twin", "stand_ins", "undisturbed"]
+__all__ = ["bring_in_step", "shared_twin", "stand_ins", "undisturbed"]
 
 
 @contextmanager
@@ -34,9 +34,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def shared_twin(model: nn.Module, tensors: Mapping[str, Tensor], plan: PruningPlan | None = None) -> nn.Module:
     """Return a twin of a model in evaluation mode that works with given tensors.
 
-    Multi-head attention runs its projections one by one there, so that they are seen as the linear layers that they
-    are.
-
     Args:
         model: The model.
         tensors: What the twin has in place of each parameter and buffer, by name; these are not copied.
@@ -44,12 +41,24 @@ def shared_twin(model: nn.Module, tensors: Mapping[str, Tensor], plan: PruningPl
     """
     replaced = {id(tensor): tensors[name] for name, tensor in named_tensors(model).items()}
     twin = Twin(model, replaced).model
+    bring_in_step(twin, plan)
+    set_mode(twin, training=False)
+    return twin
+
+
+def bring_in_step(twin: nn.Module, plan: PruningPlan | None) -> None:
+    """Let a twin run with the tensors of a plan, and show its layers.
+
+    Multi-head attention runs its projections one by one then, so that they are seen as the linear layers that they are.
+
+    Args:
+        twin: The twin.
+        plan: What is kept of the original model; None if its tensors are those of the model that it is a twin of.
+    """
     if plan is not None:
         adapt(twin, plan)
     for module in twin.modules():
         free(module)
-    set_mode(twin, training=False)
-    return twin
 
 
 def stand_ins(model: nn.Module, smaller: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,42 +7,40 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.substitution import named_tensors
-from lightning_prune.surgery.compensation.copies import shared_twin
 from lightning_prune.surgery.compensation.inputs import Block
 from lightning_prune.surgery.compensation.least_squares import Moments, fit_apart, set_aside
-from lightning_prune.surgery.compensation.lockstep import Run
+from lightning_prune.surgery.compensation.lockstep import MakeNetwork
 from lightning_prune.surgery.compensation.operators import Step
 from lightning_prune.surgery.compensation.runs import Watch
 from lightning_prune.surgery.compensation.sampling import at_places, places_in
 from lightning_prune.surgery.compensation.survey import names_of
 from lightning_prune.surgery.compensation.work import Work
 
-__all__ = ["channel_map", "fold", "folded_weight", "keeping"]
+__all__ = ["InputMoments", "channel_map", "fold", "folded_weight", "keeping"]
 
 Apart = tuple[Moments, Moments]
 """Of samples that are fitted to, and of those that are set aside."""
+
+_Key = tuple[str, tuple[int, ...], bytes]
 
 Blocks = Mapping[str, Sequence[Block]]
 """The input channels of layers, by the names of their weights."""
 
 
 @torch.no_grad()
-def fold(work: Work, names: Sequence[str], batches: Iterable[Any], run: Run) -> None:
+def fold(work: Work, names: Sequence[str], seen: "InputMoments") -> None:
     """Fold some weights of the pruned network, by what their layers are given in the network before the prune.
 
     Args:
         work: What the compensation works with.
         names: Names of the weights.
-        batches: The batches.
-        run: Runs a model on one.
+        seen: What the layers are given.
     """
-    if not names:
-        return
     blocks = {name: work.blocks(name) for name in names}
-    copied = shared_twin(work.model, named_tensors(work.model))
-    moments = _input_moments(copied, batches, run, blocks)
+    seen.collect(blocks)
     for name in names:
-        _fold_weight(work, name, blocks[name], moments[name])
+        moments = [seen.of_kept(name, block) for block in blocks[name]]
+        _fold_weight(work, name, blocks[name], moments)
 
 
 def _fold_weight(work: Work, name: str, blocks: Sequence[Block], moments: Sequence[Apart]) -> None:
@@ -74,41 +72,82 @@ def _fold_weight(work: Work, name: str, blocks: Sequence[Block], moments: Sequen
     work.write(bias, constant)
 
 
-def _input_moments(model: nn.Module, batches: Iterable[Any], run: Run, blocks: Blocks) -> dict[str, list[Apart]]:
-    """Return the moments of the channels that layers consume: of the kept ones, and with these of all."""
-    found: dict[str, list[Apart]] = {name: [] for name in blocks}
-    earlier = 0  # samples, in batches before
-    samples = 0
+class InputMoments:
+    """Moments of the channels that layers consume in the network before the prune: the same for every plan.
 
-    def note(name: str, step: Step, proceed: Callable[[], Any]) -> Any:
-        if name in blocks:
-            add(name, step.x)
-        return proceed()
+    Args:
+        model: The network.
+        make: Makes the network that is run.
+        batches: The batches.
+    """
 
-    def add(name: str, x: Tensor) -> None:
-        nonlocal samples
-        samples = max(samples, len(x))
+    def __init__(self, model: nn.Module, make: MakeNetwork, batches: Iterable[Any]) -> None:
+        self._tensors = named_tensors(model)
+        self._make = make
+        self._batches = batches
+        self._found: dict[_Key, Apart] = {}
+        self._earlier = 0  # samples, in batches before
+        self._samples = 0  # in this one
+
+    def collect(self, blocks: Blocks) -> None:
+        """Run the batches once, if anything is not known yet of some channels.
+
+        Args:
+            blocks: The channels.
+        """
+        unknown = {}
+        for name, of_name in blocks.items():
+            new = [block for block in of_name if _key(name, block) not in self._found]
+            if new:
+                unknown[name] = new
+        if not unknown:
+            return
+
+        def note(name: str, step: Step, proceed: Callable[[], Any]) -> Any:
+            if name in unknown:
+                self._add(name, step.x, unknown[name])
+            return proceed()
+
+        run = self._make(self._tensors, None)
+        self._earlier = 0
+        with Watch(names_of(self._tensors), note):
+            for batch in self._batches:
+                self._samples = 0
+                run(batch)
+                self._earlier += self._samples
+
+    def of_kept(self, name: str, block: Block) -> Apart:
+        """Return the moments of the kept channels, and with these of all.
+
+        Args:
+            name: Name of a weight.
+            block: Channels that it consumes, which have been collected.
+        """
+        seen, aside = self._found[_key(name, block)]
+        kept = block.kept.to(seen.x.device)
+        return seen.of_some(kept), aside.of_some(kept)
+
+    def _add(self, name: str, x: Tensor, blocks: Sequence[Block]) -> None:
+        self._samples = max(self._samples, len(x))
         places = places_in(x, x.shape[1], share=1, seed=0)
         inputs = at_places(x, places)
-        is_aside = set_aside(places.sample + earlier)
-        moments = found[name]
-        for number, block in enumerate(blocks[name]):
+        is_aside = set_aside(places.sample + self._earlier)
+        for block in blocks:
             channels = block.rows(inputs)
-            kept = channels[:, block.kept]
-            if number == len(moments):
-                like = Moments.like(kept, channels)
-                moments.append((like, like.empty()))
-            parts = is_aside.repeat_interleave(len(kept) // len(is_aside))
-            for part, some in zip((~parts, parts), moments[number], strict=True):
-                some.add(kept[part], channels[part])
+            nothing = channels[:, :0]
+            key = _key(name, block)
+            if key not in self._found:
+                like = Moments.like(channels, nothing)
+                self._found[key] = (like, like.empty())
+            parts = is_aside.repeat_interleave(len(channels) // len(is_aside))
+            for part, some in zip((~parts, parts), self._found[key], strict=True):
+                some.add(channels[part], nothing[part])
 
-    names = names_of(named_tensors(model))
-    with Watch(names, note):
-        for batch in batches:
-            run(model, batch)
-            earlier += samples
-            samples = 0
-    return found
+
+def _key(name: str, block: Block) -> _Key:
+    """Return what tells the channels of a block from others, whichever of them are kept."""
+    positions = block.positions.cpu().contiguous()
+    return name, tuple(positions.shape), positions.numpy().tobytes()
 
 
 def channel_map(moments: Moments, aside: Moments, kept: Tensor, intercept: bool) -> Tensor:

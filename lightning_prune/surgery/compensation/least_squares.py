@@ -103,6 +103,24 @@ class Moments:
         self.yx += other.yx
         self.yy += other.yy
 
+    def of_some(self, kept: Tensor) -> "Moments":
+        """Return the moments of some of the inputs, with all of them as outputs.
+
+        Args:
+            kept: (n,) int64 inputs.
+        """
+        of_kept = self.xx[kept]
+        return Moments(
+            count=self.count,
+            shift_x=self.shift_x[kept],
+            shift_y=self.shift_x,
+            x=self.x[kept],
+            y=self.x.clone(),
+            xx=of_kept[:, kept],
+            yx=of_kept.T.contiguous(),
+            yy=self.xx.diagonal().clone(),
+        )
+
     def error(self, fitted: Tensor, constant: Tensor) -> float:
         """Return the mean squared error of a map with a constant, summed over the outputs.
 

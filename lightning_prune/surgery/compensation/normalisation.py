@@ -9,7 +9,7 @@ from lightning_prune.surgery.compensation.lockstep import Meeting
 from lightning_prune.surgery.compensation.operators import Normalisation
 from lightning_prune.surgery.compensation.work import Work
 
-__all__ = ["adapt_statistics"]
+__all__ = ["Statistics", "adapt_statistics", "follow"]
 
 _BLOCK = 2**20  # numbers at a time, which a cache holds
 _ENOUGH = 2**15  # numbers of each channel in a batch: from there on, some positions are left out
@@ -23,13 +23,26 @@ def adapt_statistics(work: Work, name: str, meetings: Sequence[Meeting]) -> None
         name: Name of the running mean.
         meetings: The calls of the layer.
     """
-    before = _Statistics()
-    after = _Statistics()
+    before = Statistics()
+    after = Statistics()
     for meeting in meetings:
         before.add(work.kept_inputs(name, meeting.whole.x))
         after.add(meeting.pruned.x)
     norm = meetings[0].pruned
     assert isinstance(norm, Normalisation)
+    follow(work, name, norm, before, after)
+
+
+def follow(work: Work, name: str, norm: Normalisation, before: "Statistics", after: "Statistics") -> None:
+    """Change running statistics by as much as others have changed.
+
+    Args:
+        work: What the compensation works with.
+        name: Name of the running mean.
+        norm: A call of the layer in the pruned network.
+        before: Statistics of what is normalised before the prune, of the kept channels.
+        after: Those in the pruned network.
+    """
     # As differences, so that what has not changed keeps statistics that have come from all of the training data.
     changed = after.mean - before.mean
     mean = norm.mean.double() + changed
@@ -46,7 +59,7 @@ def adapt_statistics(work: Work, name: str, meetings: Sequence[Meeting]) -> None
     work.write(norm.variance, variance.clamp_min(0))
 
 
-class _Statistics:
+class Statistics:
     """Mean and variance of channels over several batches.
 
     Attributes:
@@ -59,6 +72,18 @@ class _Statistics:
         self.count = 0
         self.mean = torch.zeros((), dtype=torch.float64)
         self.variance = torch.zeros((), dtype=torch.float64)
+
+    def of_some(self, kept: Tensor) -> "Statistics":
+        """Return the statistics of some channels.
+
+        Args:
+            kept: (n,) int64 channels.
+        """
+        some = Statistics()
+        some.count = self.count
+        some.mean = self.mean[kept]
+        some.variance = self.variance[kept]
+        return some
 
     def add(self, x: Tensor) -> None:
         """Add (samples, channels, *spatial)."""

@@ -88,16 +88,19 @@ class Survey:
 
 
 @torch.no_grad()
-def survey(model: nn.Module, forward: Callable[[nn.Module], Any]) -> Survey:
+def survey(model: nn.Module, make: Callable[..., Callable[[Any], Any]], batch: Any) -> Survey:
     """Run a model once and note its layers.
 
     Args:
         model: The model.
-        forward: Runs it on a batch.
+        make: Makes the network that is run, of the tensors of the model and no plan.
+        batch: What it is run on.
     """
-    watch = _Survey(names_of(named_tensors(model)))
+    tensors = named_tensors(model)
+    run = make(tensors, None)
+    watch = _Survey(names_of(tensors))
     with watch:
-        forward(model)
+        run(batch)
     return watch.found
 
 
