@@ -210,6 +210,7 @@ class RLJointPruneCallback(PruningCallback):
 
         plans = [problem.plan(widths) for widths in decided_by_first_rank(trainer, finalists)]
         best = plans[int(self.measure(plans).argmax())]
+        problem.bounds.tell(best)
         self._forget_search()
         return best, problem.scores
 
