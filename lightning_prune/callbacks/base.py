@@ -671,9 +671,9 @@ class PruningCallback(Schedule, Callback):
     # -- messages --------------------------------------------------------------------------------------------------
 
     def _headline(self, trainer: "pl.Trainer", plan: PruningPlan, step: int) -> str:
-        budget = plan.budget or {}
-        told = ", ".join(f"{budget[name]:.3f} {name}" for name in ("asked", "rounded", "achieved") if name in budget)
-        return f"Prune {step} of {self.steps_told} before epoch {trainer.current_epoch}: {self.metric} {told}"
+        kept = planning.kept_of(plan.budget or {})
+        told = f": {kept}" if kept else ""
+        return f"Prune {step} of {self.steps_told} before epoch {trainer.current_epoch}{told}"
 
     def _warn_if_several(self, due: int, epoch: int) -> None:
         if due == self.steps_done + 1 or self.max_drop is not None:

@@ -235,6 +235,8 @@ class LearnToPruneCallback(PruningCallback):
             widths[names.index(name)] = len(kept[name])
         del self.run.validation
         plan = replace(graph.plan(kept), budget=bounds.report(widths))
+        if self.run.step == self.steps:
+            bounds.tell(plan)
         return plan, self.scores(trainer, graph)
 
     def decide(self, search: FilterSearch, name: str, kept: dict[str, Tensor]) -> Tensor:

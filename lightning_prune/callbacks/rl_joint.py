@@ -217,6 +217,7 @@ class RLJointPruneCallback(PruningCallback):
         plans = [problem.plan(widths) for widths in decided_by_first_rank(trainer, finalists)]
         best = plans[int(self.measure(plans).argmax())]
         say(f"{self.agent}: {search.census()}")
+        problem.bounds.tell(best)
         self._forget_search()
         return best, problem.scores
 

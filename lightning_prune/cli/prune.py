@@ -14,7 +14,7 @@ from lightning_prune.cli.option_errors import CommandParser
 from lightning_prune.cli.project import Project, add_project_options, load_project, without_settings
 from lightning_prune.cli.prune_options import add_prune_options, settings_of
 from lightning_prune.files import check_folder, read_checkpoint, written_whole
-from lightning_prune.planning import check_keep
+from lightning_prune.planning import check_keep, kept_of
 from lightning_prune.planning.spread import ratios
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.load_lines import load_lines
@@ -94,7 +94,7 @@ def _pruned(project: Project, given: Namespace) -> list[str]:
         *summarize(history.before, history.after),
         "",
         *last.metrics.lines,
-        _achieved(last.budget),
+        kept_of(last.budget),
         speed_up(*callback.times),
         "",
         *_whereabouts(project, given.out),
@@ -133,10 +133,6 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------
-
-
-def _achieved(budget: Mapping[str, Any]) -> str:
-    return f"{budget['metric']}: {budget['asked']:.3f} asked, {budget['achieved']:.3f} kept"
 
 
 def speed_up(before: Sequence[float], after: Sequence[float]) -> str:

@@ -1,6 +1,6 @@
 """Plans under a budget: what a plan costs, which widths are allowed, and which channels are kept."""
 
-from lightning_prune.planning.budget import Budget, check_keep
+from lightning_prune.planning.budget import Budget, check_keep, kept_of
 from lightning_prune.planning.by_layer import plan_by_layer
 from lightning_prune.planning.by_score import plan
 from lightning_prune.planning.by_time import measured_fraction
@@ -27,6 +27,7 @@ __all__ = [
     "check_reachable",
     "checked_scores",
     "isomorphic_groups",
+    "kept_of",
     "measure_latency",
     "measured_fraction",
     "metric_named",

@@ -30,7 +30,8 @@ def plan_by_layer(
 
     A group loses the fraction ``min(cap, t / layer score)`` of its channels, with the same ``t`` for all, found by
     bisection so that what is kept, in channels, fits the budget. Equal numbers are the uniform allocation. What
-    rounding saved of the budget is given back, step by step, to the groups that are pruned most beyond their share.
+    rounding saved of the budget is given back, step by step, to the groups that are pruned most beyond their share, and
+    where that leaves much of it, as with `plan`.
 
     Args:
         graph: The traced model.

@@ -27,9 +27,11 @@ def plan(
     """Choose the channels to keep: the best of all groups together that fit the budget.
 
     Channels of all groups are ranked in one list. The lowest are pruned until the rest, rounded, fits the budget; what
-    rounding saved of the budget is given back step by step to the groups whose next channels score highest. With an
-    isomorphic ranking there is a list for each class of groups that are built alike, and the same share of each list is
-    pruned.
+    rounding saved of the budget is given back step by step to the groups whose next channels score highest. Where more
+    than a twentieth of the budget is left even so, groups exchange channels for better ones. If that is not enough, the
+    one group that rounding is too coarse for keeps a finer multiple, which a warning tells, or groups exchange channels
+    for worse ones. With an isomorphic ranking there is a list for each class of groups that are built alike, and the
+    same share of each list is pruned.
 
     Args:
         graph: The traced model.
@@ -46,7 +48,8 @@ def plan(
             and of hidden channels, or of layers and their downsampling, need not be comparable then.
 
     Returns:
-        The plan. Its ``budget`` tells what was asked, what could be reached, and what was achieved, as fractions.
+        The plan. Its ``budget`` tells what was asked, what could be reached, and what was achieved, as fractions, and
+        as ``finer`` the one group that keeps a finer multiple, with the multiple, if there is one.
 
     Raises:
         ValueError: If a setting is out of range, the budget cannot be reached, or scores do not fit the groups.

@@ -41,7 +41,9 @@ class Limits:
         cap: Greatest fraction of its original channels that a group may lose, in (0, 1].
 
     Attributes:
-        most: (groups,) the greatest width: what the group still has.
+        now: (groups,) what each group still has.
+        most: (groups,) the greatest width to prune to: what a group of the original width has, a multiple of one that
+            is narrower.
         least: (groups,) the least width.
         step: (groups,) what widths in between are multiples of.
 
@@ -59,7 +61,9 @@ class Limits:
         self.round_to = round_to
         self.min_channels = min_channels
         self.cap = cap
+        self._groups = list(graph.groups.values())
         ranges = [self._range(group, scores[name]) for name, group in graph.groups.items()]
+        self.now = integers(widths.now for widths in ranges)
         self.least = integers(widths.least for widths in ranges)
         self.most = integers(widths.most for widths in ranges)
         self.step = integers(widths.step for widths in ranges)
@@ -72,16 +76,19 @@ class Limits:
 
     def _range(self, group: Group, scores: Tensor) -> "_Range":
         """Return the widths of one group."""
-        step = self.round_to // math.gcd(self.round_to, group.width)
-        most = int((scores > -math.inf).sum())
+        step = _step(group, self.round_to)
+        now = int((scores > -math.inf).sum())
         keeps_all = bool((scores == math.inf).any())
         if keeps_all:
-            return _Range(most, most, step)
+            return _Range(now, now, now, step)
         # The small number makes it 99 of 100 at a cap of 0.99, where the product may fall just short of it.
         may_lose = math.floor(self.cap * group.size + 1e-9)
         least = max(self.min_channels, group.least, group.size - may_lose)
         rounded_up = math.ceil(least / step) * step
-        return _Range(min(rounded_up, most), most, step)
+        least = min(rounded_up, now)
+        multiple = now // step * step
+        most = now if now == group.size else max(least, multiple)
+        return _Range(now, least, most, step)
 
     def reachable(self, cost: CostModel) -> float:
         """Return the least fraction of the original cost that can be kept."""
@@ -109,16 +116,30 @@ class Limits:
         allowed = np.maximum(multiples, self.least)
         return np.where(widths >= self.most, self.most, allowed)
 
+    def step_of(self, group: int, round_to: int) -> int:
+        """Return what widths of a group would be multiples of, were its layers rounded to another multiple."""
+        return _step(self._groups[group], round_to)
+
+    def below(self, width: int, group: int) -> np.ndarray:
+        """Return the allowed widths of a group that are less than some width, ascending."""
+        return np.arange(self.least[group], width, self.step[group])
+
     def above(self, width: int, group: int) -> int:
         """Return the next allowed width of a group."""
         wider = width + self.step[group]
         return int(min(wider, self.most[group]))
 
 
+def _step(group: Group, round_to: int) -> int:
+    """Return what widths of a group are multiples of, for those of its layers to be multiples of a number."""
+    return round_to // math.gcd(round_to, group.width)
+
+
 @dataclass(frozen=True)
 class _Range:
-    """The widths of one group: the least, the greatest, and what those in between are multiples of."""
+    """The widths of one group: the present one, the least, the greatest, and what those in between are multiples of."""
 
+    now: int
     least: int
     most: int
     step: int

@@ -19,6 +19,7 @@ from lightning_prune.planning.fitting import fit
 from lightning_prune.planning.limits import Limits, WidthSettings, check_whole_number
 from lightning_prune.planning.profiling import profile
 from lightning_prune.planning.tables import TABLE
+from lightning_prune.planning.telling import tell_of_budget
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 
@@ -120,7 +121,10 @@ class CountedMetric(Metric):
         """Keep as many of the best channels as the budget allows."""
         (round_to,) = self.roundings(settings.round_to)
         limits = Limits(graph, scores, round_to, settings.min_channels, settings.cap)
-        return fit(graph, scores, keep, self.cost_model(graph), limits)
+        cost = self.cost_model(graph)
+        plan = fit(graph, scores, keep, cost, limits)
+        tell_of_budget(plan, cost, limits)
+        return plan
 
     def plan_by_layer(
         self, graph: ChannelGraph, thresholds: Scores, scores: Scores, keep: float, settings: WidthSettings
@@ -169,11 +173,19 @@ class Time(Metric):
     ) -> PruningPlan:
         """Make a plan for each rounding, and take the one whose channels score highest."""
 
+        def limits_of(round_to: int) -> Limits:
+            return Limits(graph, ranking, round_to, settings.min_channels, settings.cap)
+
         def make(round_to: int) -> PruningPlan:
-            limits = Limits(graph, ranking, round_to, settings.min_channels, settings.cap)
+            limits = limits_of(round_to)
             return self._made(planner, graph, ranking, keep, limits)
 
-        return best_plan(self.roundings(settings.round_to), scores, make)
+        plan = best_plan(self.roundings(settings.round_to), scores, make)
+        round_to = (plan.budget or {})["round_to"]
+        cost = self.cost_model(graph)
+        limits = limits_of(round_to)
+        tell_of_budget(plan, cost, limits)
+        return plan
 
     def _made(self, planner: Planner, graph: ChannelGraph, ranking: Scores, keep: float, limits: Limits) -> PruningPlan:
         """Make a plan whose time is predicted."""

@@ -20,7 +20,7 @@ from lightning_prune.reporting.speed import Speed
 
 __all__ = ["render", "templates", "write_comparison", "write_report"]
 
-_BUDGETS = ["asked", "reachable", "rounded", "achieved"]
+_BUDGETS = {"asked": "asked for, at most", "achieved": "kept", "reachable": "could be kept, at least"}
 
 
 def write_report(run: str | Path, out: str | Path | None = None, baseline: str | Path | None = None) -> Path:

@@ -9,6 +9,8 @@ import torch
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.limits import Limits
+from lightning_prune.planning.telling import tell_of_budget
+from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["WidthBounds", "WidthRange"]
 
@@ -69,6 +71,7 @@ class WidthBounds:
         self.cost = cost
         self.keep = keep
         self.round_to = round_to
+        self.limits = limits
         self.budget = keep * cost.original
         self.least = limits.least
         self.most = limits.most
@@ -156,6 +159,14 @@ class WidthBounds:
             "original": self.cost.original,
             "round_to": self.round_to,
         }
+
+    def tell(self, plan: PruningPlan) -> None:
+        """Warn if a plan that was chosen leaves much of its budget.
+
+        Args:
+            plan: The channels to keep, with what `report` returns as its budget.
+        """
+        tell_of_budget(plan, self.cost, self.limits)
 
     def _widest(self, widths: np.ndarray, group: int) -> np.ndarray:
         """Return the widest that a group may be, the least allowed width if none fits: (n,).

@@ -94,7 +94,7 @@ def test_class_and_data_come_from_the_checkpoint_and_the_config_of_its_run(
     model = lp.load_pruned(battery.ResidualClassifier, out)
     budget = plan_in_force(model).budget
     assert budget["achieved"] <= 0.5
-    assert f"flops: 0.500 asked, {budget['achieved']:.3f} kept" in told
+    assert f"{budget['achieved']:.3f} of the flops is kept where keep=0.500 was asked for" in told
     before, after = accuracy(original, Images()), accuracy(model, Images())
     assert f"val/accuracy: {before:.4f} before, " in told
     assert f" pruned, {after:.4f} compensated" in told
@@ -137,7 +137,7 @@ def test_what_is_written_is_read_by_the_other_commands_and_trained_on(
     main(["fit", "--config", config, "--ckpt_path", "small.ckpt", "--trainer.max_epochs=1", *quiet])
     assert "Written to small.pt" in capsys.readouterr().out
     again = pruned(capsys, "small.ckpt", "smaller.ckpt", "--keep", "0.3", "--data", f"{HERE}.Images")
-    assert "0.300 asked" in again
+    assert "keep=0.300 was asked for" in again
     plan = plan_in_force(lp.load_pruned(battery.ResidualClassifier, "smaller.ckpt"))
     assert plan.budget["achieved"] <= 0.3  # of the original network
 
