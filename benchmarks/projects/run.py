@@ -9,12 +9,14 @@ out at a commit from ``--template``, its address or a copy of it. What the proje
 synthesised in their formats; published weights are not fetched.
 
 Each case is tried with each of three callbacks, nothing else changed: ``PruningCallback()``,
-``TaylorRankCallback()`` and ``PruningCallback(criterion="magnitude", compensate="none")``, in four processes:
-`trial.py` says which. A record per case and callback is added to ``benchmarks/results/projects.json`` as it comes;
-those that are there are left alone, and ``projects.md`` is made of them. No part of CI.
+``TaylorRankCallback()`` and ``PruningCallback(criterion="magnitude", compensate="none")``: a trial run of two batches
+and a run of three epochs in one process, the files that are left and going on from them in another (`trial.py`). A
+record per case and callback is added to ``benchmarks/results/projects.json`` as it comes; those that are there are left
+alone, and ``projects.md`` is made of them. No part of CI.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -52,8 +54,8 @@ PROJECTS: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 CALLBACKS = ["default", "taylor", "magnitude"]
-STEPS = ["try", "fit", "load", "resume"]
-LIMIT = 1800  # seconds for a step
+STEPS = [["try", "fit"], ["load", "resume"]]  # those of a process
+LIMIT = 3600  # seconds for a process
 
 
 # -- environments ------------------------------------------------------------------------------------------------------
@@ -98,39 +100,47 @@ def _output(command: list[str]) -> str:
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 
-def tried(python: Path, case: str, callback: str, settings: argparse.Namespace) -> dict[str, Any]:
-    """Put a case with a callback through all steps that it comes to, and return what was found."""
-    work: Path = settings.work / case.replace(":", "-") / callback
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    record: dict[str, Any] = {}
-    for step in STEPS:
-        found = _step(python, case, callback, work, step, settings)
-        record[step] = found
-        if step == "fit" and found["outcome"] != "runs":
-            break
-    return record
+def tried(case: str, callbacks: list[str], python: Path, settings: argparse.Namespace) -> dict[str, Any]:
+    """Put a case with each of some callbacks through all steps that it comes to, and return what was found."""
+    work: Path = settings.work / case.replace(":", "-")
+    for callback in callbacks:
+        shutil.rmtree(work / callback, ignore_errors=True)
+        (work / callback).mkdir(parents=True)
+    records: dict[str, Any] = {callback: {} for callback in callbacks}
+    for steps in STEPS:
+        going_on = [row for row, record in records.items() if record.get("fit", {}).get("outcome", "runs") == "runs"]
+        if going_on:
+            log = _run_trial(python, case, work, steps, going_on, settings)
+            for callback, step in itertools.product(going_on, steps):
+                records[callback][step] = _found(work / callback / f"{step}.json", log, settings)
+    return records
 
 
-def _step(
-    python: Path, case: str, callback: str, work: Path, step: str, settings: argparse.Namespace
-) -> dict[str, Any]:
+def _run_trial(
+    python: Path, case: str, work: Path, steps: list[str], callbacks: list[str], settings: argparse.Namespace
+) -> Path:
+    """Take some steps in a process of their own, and return the file of what it says."""
     known = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
     if case.startswith("hydra_template"):
         known["TEMPLATE"] = str(template(settings).absolute())
         # It tests from files that hold its network and optimizer as objects, which PyTorch since 2.6 does not read
         # unless it is told to, with or without a prune.
         known["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-    command = [str(python), str(HERE / "trial.py"), case, callback, str(work.absolute()), step]
-    log = work / f"{step}.log"
+    command = [str(python), str(HERE / "trial.py"), case, str(work.absolute()), ",".join(steps), *callbacks]
+    log = work / f"{steps[-1]}.log"
     with log.open("w") as written:
         try:
             subprocess.run(command, stdout=written, stderr=written, env=known, timeout=LIMIT, check=False)
         except subprocess.TimeoutExpired:
-            return {"outcome": f"fails: takes more than {LIMIT} s", "seconds": float(LIMIT)}
-    path = work / f"{step}.json"
+            written.write(f"\ntakes more than {LIMIT} s")
+    return log
+
+
+def _found(path: Path, log: Path, settings: argparse.Namespace) -> dict[str, Any]:
+    """Return what a step has written, or how its process ended before."""
     if not path.exists():
-        return {"outcome": f"fails: {log.read_text().strip().splitlines()[-1]}", "seconds": 0.0}
+        last = (log.read_text().strip().splitlines() or ["says nothing"])[-1]
+        return {"outcome": f"fails: {last}", "seconds": 0.0}
     text = path.read_text().replace(f"{settings.work.absolute()}/", "")  # where that is, is nobody else's concern
     found: dict[str, Any] = json.loads(text)
     return {name: value for name, value in found.items() if name not in ("told", "lines")}
@@ -190,12 +200,12 @@ def main() -> None:
     results = stored.load(settings.results)
     for project in names:
         for case in PROJECTS[project][1]:
-            for callback in settings.callbacks:
-                key = f"{project} | {case} | {callback}"
-                if key not in results:
-                    results[key] = tried(environment(project, settings), case, callback, settings)
-                    stored.save(settings.results, results)
-                    print(_row(key, results[key]), flush=True)
+            missing = [row for row in settings.callbacks if f"{project} | {case} | {row}" not in results]
+            if missing:
+                for row, record in tried(case, missing, environment(project, settings), settings).items():
+                    results[f"{project} | {case} | {row}"] = record
+                    print(_row(f"{project} | {case} | {row}", record), flush=True)
+                stored.save(settings.results, results)
     stored.save(settings.results, results)
     stored.save_page(settings.results, page(results))
 

@@ -1,16 +1,15 @@
-"""One project with one callback: a trial run, training, its files in other processes, and going on from them.
+"""One project with some callbacks: a trial run, training, its files in another process, and going on from them.
 
-`run.py` starts this in the environment of the project, once for each step:
+`run.py` starts this in the environment of the project, once for what writes files and once for what reads them:
 
-    python trial.py CASE CALLBACK WORK try      # fast_dev_run=2
-    python trial.py CASE CALLBACK WORK fit
-    python trial.py CASE CALLBACK WORK load
-    python trial.py CASE CALLBACK WORK resume
+    python trial.py CASE WORK try,fit default taylor        # fast_dev_run=2; a run of three epochs
+    python trial.py CASE WORK load,resume default taylor
 
-Each step writes what it found to ``WORK/<step>.json``.
+Each step writes what it found to ``WORK/<callback>/<step>.json``.
 """
 
 import importlib
+import itertools
 import json
 import logging
 import subprocess
@@ -31,6 +30,7 @@ from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
 from lightning_prune.pruning_plan import plan_in_force
 
 EPOCHS = 3  # a prune before the second one
+LIGHTNINGS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")  # each of which may be the one that speaks
 
 CALLBACKS = {
     "default": lambda: PruningCallback(),
@@ -60,15 +60,16 @@ class Watch(L.Callback):
         return sorted(self.moved[0] - self.moved[max(self.moved)])
 
 
-class Told(logging.Handler):
-    """Keep what is said."""
+class Told(logging.Filter):
+    """Keep what is said, and let it pass: handlers are taken off by some projects."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         self.lines += record.getMessage().splitlines()
+        return True
 
 
 def case_named(name: str, work: Path) -> Case:
@@ -128,7 +129,8 @@ def load(case: Case, callback: Any, work: Path, told: Told) -> dict[str, Any]:
         loaded[name] = "pruned" if shapes == held and plan_in_force(module) is not None else "another network"
         if name == "printed" and not _same(module, weights):
             loaded[name] = "other weights"
-    pasted = _pasted(found["lines"], work)
+    # Which lines these are does not depend on the callback, and they take a process.
+    pasted = _pasted(found["lines"], work) if work.name == "default" else "-"
     return {"loaded": loaded, "pasted": pasted, "evaluated": case.evaluate(work / "evaluated", found["files"]["best"])}
 
 
@@ -171,16 +173,23 @@ def outcome_of(raised: Exception, callback: Any) -> str:
 
 
 def main() -> None:
-    name, row, folder, step = sys.argv[1:]
-    work = Path(folder)
-    work.mkdir(parents=True, exist_ok=True)
+    name, folder, steps, *rows = sys.argv[1:]
     warnings.simplefilter("default")
     torch.set_num_threads(1)
     told = Told()
-    for package in ("lightning.pytorch", "pytorch_lightning"):
-        logging.getLogger(package).addHandler(told)
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").addHandler(told)
+    for speaker in (*(f"{package}.utilities.rank_zero" for package in LIGHTNINGS), "py.warnings"):
+        logging.getLogger(speaker).addFilter(told)
+    for row, step in itertools.product(rows, steps.split(",")):
+        work = Path(folder) / row
+        work.mkdir(parents=True, exist_ok=True)
+        told.lines = []
+        found = outcome(name, row, step, work, told)
+        (work / f"{step}.json").write_text(json.dumps(found, indent=1))
+
+
+def outcome(name: str, row: str, step: str, work: Path, told: Told) -> dict[str, Any]:
+    """Take a step with a callback of its own, and return what was found, or how it failed, and what was said."""
     start = time.perf_counter()
     callback = CALLBACKS[row]()
     try:
@@ -190,7 +199,7 @@ def main() -> None:
         found = {"outcome": outcome_of(raised, callback)}
     found["seconds"] = round(time.perf_counter() - start, 1)
     found["told"] = told.lines
-    (work / f"{step}.json").write_text(json.dumps(found, indent=1))
+    return found
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ class KeptLabels:
         tensor([3, 1])
         >>> kept.agree({0: torch.tensor([3])}, {}), kept.agree({0: torch.tensor([1])}, {})
         (True, False)
+        >>> of_heads = KeptLabels(np.array([True, True, False, True]), np.array([False, True, True, False]), True)
+        >>> one, two = torch.tensor([1]), torch.tensor([1, 1])
+        >>> of_heads.agree({0: two}, {0: one}), of_heads.agree({0: two}, {})
+        (True, False)
     """
 
     def __init__(self, is_kept: ndarray, is_prunable: ndarray, with_others: bool = False) -> None:
@@ -73,6 +77,8 @@ class KeptLabels:
 
 def _is_repeated_less(expected: Labels, found: Labels) -> bool:
     """Tell whether labels are those that are expected but for repetitions, one after the other or side by side."""
+    if not len(found):
+        return False
     once = found.unique_consecutive()
     if len(once) == len(found):  # one after the other
         once = found[: len(found.unique())]

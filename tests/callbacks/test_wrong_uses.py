@@ -3,9 +3,11 @@
 Settings out of range, schedules and batches: `test_schedule_and_messages.py`; checkpoints: `test_checkpoint.py`.
 """
 
+import copy
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +111,19 @@ class Words(IterableDataset):
         return iter(["one", "two"])
 
 
-def fit(*callbacks: L.Callback, module: Any = battery.ResidualClassifier, **trainer: Any) -> Callable[[Path], Any]:
-    return lambda root: battery.train(root, *callbacks, module=module, **trainer)
+@dataclass
+class Fit:
+    """A run that is refused, once a folder is known to write to."""
+
+    callbacks: tuple[L.Callback, ...]
+    module: Any
+
+    def __call__(self, root: Path, **trainer: Any) -> Any:
+        return battery.train(root, *copy.deepcopy(self.callbacks), module=self.module, **trainer)
+
+
+def fit(*callbacks: L.Callback, module: Any = battery.ResidualClassifier) -> Fit:
+    return Fit(callbacks, module)
 
 
 def fit_on(data: IterableDataset) -> Callable[[Path], Any]:
@@ -411,6 +424,16 @@ def test_every_wrong_use_gets_its_sentence(use: str, tmp_path: Path) -> None:
     act, kind, start = TABLE[use]
     with pytest.raises(kind, match="^" + re.escape(start.replace("{root}", str(tmp_path)))):
         act(tmp_path)
+
+
+RUNS = {use for use, (act, _, _) in TABLE.items() if isinstance(act, Fit)} - {"starts after the end", "gaps too wide"}
+
+
+@pytest.mark.parametrize("use", sorted(RUNS))
+def test_a_trial_run_of_two_batches_finds_what_a_run_refuses(use: str, tmp_path: Path) -> None:
+    act, kind, start = TABLE[use]
+    with pytest.raises(kind, match="^" + re.escape(start)):
+        act(tmp_path, fast_dev_run=2)
 
 
 def test_the_table_is_long_enough() -> None:
