@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _DisableTorchDispatch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,6 +50,10 @@ _GIVES_SHAPES = frozenset({Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_S
 _TAKES_SIZES = SHAPING | SPLITTING | {SCALED}
 _READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 _SAID_WHEN_USED = frozenset({"_numbered", "_when_used"})  # of tensors, see `Vocabulary.mark_numbered`
+WHOLE: dict[Any, Any] = {
+    functional.linear: torch.ops.aten.linear.default,
+    SCALED: torch.ops.aten.scaled_dot_product_attention.default,
+}
 _SPLITS_BY_COUNT = frozenset({Tensor.chunk, torch.chunk, Tensor.tensor_split, torch.tensor_split})
 
 
@@ -195,12 +201,33 @@ class Tracer(Vocabulary, TorchDispatchMode):
         inputs = tensors_in([*args, *kwargs.values()])
         self.running_inputs = inputs
         output = operator.run(args, kwargs, inputs)
-        call = Call(func, args, kwargs, output)
+        self._note_operator(operator, Call(func, args, kwargs, output), inputs)
+        return output
+
+    def run_whole(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function as one operator that PyTorch would run as several, or return NotImplemented.
+
+        Args:
+            function: One of `WHOLE`.
+            args: Its positional arguments.
+            kwargs: Its named arguments.
+        """
+        operator = self.tables.look_up(WHOLE[function])
+        if operator.shape is None or self.muted:
+            return NotImplemented
+        with _DisableTorchDispatch():  # what follows is about labels and shapes
+            output = operator.shape(*args, **kwargs)
+            if output is not NotImplemented:
+                call = Call(operator.function, args, kwargs, output)
+                self._note_operator(operator, call, call.given)
+        return output
+
+    def _note_operator(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
+        """Note an operator that has run."""
         self._note_origin(call, inputs)
         if not self.muted:
             self._follow(operator, call, inputs)
             self.running_inputs = []
-        return output
 
     def _note_origin(self, call: Call, inputs: list[Tensor]) -> None:
         """Note what the outputs of an operator are computed from."""
@@ -370,7 +397,9 @@ class ValueWatcher(TorchFunctionMode):
         elif func in _SPLITS_BY_COUNT:
             tracer.parts_wanted = _number_of_parts(*args, **kwargs)
         try:
-            output = func(*args, **kwargs)
+            output = tracer.run_whole(func, args, kwargs) if func in WHOLE else NotImplemented
+            if output is NotImplemented:
+                output = func(*args, **kwargs)
         finally:
             tracer.sizes_written = ()
             tracer.parts_wanted = 0
