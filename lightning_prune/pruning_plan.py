@@ -197,17 +197,25 @@ class Slice:
     table: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        numbers = {"axis": self.axis, "start": self.start, "step": self.step, "width": self.width}
-        least = {"axis": 0, "start": 0, "step": 1, "width": 1}
-        wrong = [name for name, number in numbers.items() if not _is_count(number, least[name])]
+        wrong = self._wrong_numbers()
         if not isinstance(self.tensor, str) or wrong or not self._has_regular_table():
             raise ValueError(
                 f"The plan is damaged: {', '.join(wrong) or 'the table'} of a slice of {self.tensor!r} cannot be; "
                 f"{_REMEDY}."
             )
 
+    def _wrong_numbers(self) -> list[str]:
+        """Return the names of the attributes that are no such numbers as they have to be."""
+        numbers = self.axis, self.start, self.step, self.width
+        if _are_counts(numbers) and self.step and self.width:
+            return []
+        least = {"axis": 0, "start": 0, "step": 1, "width": 1}
+        return [name for name, number in least.items() if not _is_count(getattr(self, name), number)]
+
     def _has_regular_table(self) -> bool:
         """Tell whether the table, if there is one, has as many positions for each channel, and each of them once."""
+        if self.table == ():  # the most frequent case
+            return True
         if not isinstance(self.table, tuple) or not all(isinstance(row, tuple) for row in self.table):
             return False
         listed = [position for row in self.table for position in row]
@@ -382,28 +390,39 @@ class PruningPlan:
 
     def _check_places(self) -> None:
         """Raise a ValueError unless the slices lie within their tensors, with room for all of a group along an axis."""
-        room: dict[tuple[str, int], int] = {}  # positions that are left, by tensor and axis
+        taken: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)  # by tensor and axis, and by group
         for name, group in self.groups.items():
-            size = group.size
             for one in group.slices:
-                shape = self.shapes[one.tensor]
-                axis_size = shape[one.axis] if one.axis < len(shape) else 0
                 place = one.tensor, one.axis
-                room[place] = room.get(place, axis_size) - one.count(size)
-                if not one.fits(size, axis_size) or (room[place] < 0 and not self._lies_across(group, place)):
-                    raise ValueError(
-                        f"The plan is damaged: the channels of group {name!r} do not fit along axis {one.axis} of "
-                        f"{one.tensor!r}, which has shape {tuple(shape)}; {_REMEDY}."
-                    )
+                if not one.fits(group.size, self._length(place)):
+                    raise self._misfit(name, place)
+                taken[place][name] = taken[place].get(name, 0) + one.count(group.size)
+        for place, by_group in taken.items():
+            if sum(by_group.values()) > self._length(place):
+                self._check_crossing(place, list(by_group))
 
-    def _lies_across(self, group: PlannedGroup, place: tuple[str, int]) -> bool:
-        """Tell whether channels of a group meet each channel of others as often as each other one, as heads do."""
-        own = group.positions_at(place)
-        for other in self.groups.values():
-            lies_there = any((one.tensor, one.axis) == place for one in other.slices)
-            if lies_there and other is not group and not are_crossed(own, other.positions_at(place)):
-                return False
-        return len(own.unique()) == own.numel()
+    def _length(self, place: tuple[str, int]) -> int:
+        """Return the length of an axis, 0 where there is none."""
+        tensor, axis = place
+        shape = self.shapes[tensor]
+        return shape[axis] if axis < len(shape) else 0
+
+    def _misfit(self, name: str, place: tuple[str, int]) -> ValueError:
+        tensor, axis = place
+        return ValueError(
+            f"The plan is damaged: the channels of group {name!r} do not fit along axis {axis} of {tensor!r}, which "
+            f"has shape {tuple(self.shapes[tensor])}; {_REMEDY}."
+        )
+
+    def _check_crossing(self, place: tuple[str, int], names: Sequence[str]) -> None:
+        """Raise a ValueError unless channels of each group meet those of others equally often there, as heads do."""
+        before: list[Tensor] = []
+        for name in names:
+            own = self.groups[name].positions_at(place)
+            is_there_once = len(own.unique()) == own.numel()
+            if not is_there_once or not all(are_crossed(own, other) for other in before):
+                raise self._misfit(name, place)
+            before.append(own)
 
     @property
     def widths(self) -> dict[str, int]:

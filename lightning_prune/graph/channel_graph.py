@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Group:
         """Whether pruning a channel is the same as masking it."""
         return not self.not_mask_exact
 
-    @property
+    @cached_property
     def slices(self) -> tuple[Slice, ...]:
         """All slices of a channel."""
         every = self.out_slices + self.other_slices + self.in_slices

@@ -46,6 +46,11 @@ class KeptLabels:
         """Return the kept ones of some labels, in order."""
         return labels[self._is_kept[labels]]
 
+    def of(self, labels: ndarray) -> ndarray:
+        """Return which of some labels are kept: (labels,) bool."""
+        kept: ndarray = self._is_kept.numpy()[labels]
+        return kept
+
     def agree(self, full: OutputLabels, small: OutputLabels) -> bool:
         """Tell whether an output of the smaller network has just the kept channels of that of the full one."""
         for axis in full.keys() | small.keys():
@@ -172,8 +177,13 @@ class Expectations:
                 return number
         return None
 
-    def first_new_tie(self, ties: Sequence[Tie]) -> int | None:
-        """Find the first tie of channels of groups that the full network does not tie."""
+    def first_new_tie(self, ties: Sequence[Tie], kept: KeptLabels) -> int | None:
+        """Find the first tie of channels of groups that the full network does not tie.
+
+        Args:
+            ties: What a smaller network ties.
+            kept: The labels that it keeps.
+        """
         of_equal_sides: list[Tie] = []
         for tie in ties:
             if tie.first.numel() == tie.second.numel():
@@ -182,15 +192,17 @@ class Expectations:
                 break
             else:
                 of_equal_sides.append(Tie(_NO_LABELS, _NO_LABELS, tie.module, tie.why))
-        found = self._first_new_pair(of_equal_sides)
+        found = self._first_new_pair(of_equal_sides, kept)
         if found is not None:
             return found
         all_are_equal = len(of_equal_sides) == len(ties)
         return None if all_are_equal else len(of_equal_sides)
 
-    def _first_new_pair(self, ties: Sequence[Tie]) -> int | None:
+    def _first_new_pair(self, ties: Sequence[Tie], kept: KeptLabels) -> int | None:
         """Find the first of some ties that ties a pair of labels which is not tied in the full network."""
         pairs = TiedPairs.of(ties)
+        if self._are_kept_ones(pairs, kept):
+            return None
         # Not only of the same channel, but the very positions that met before: the order within a channel counts too.
         differ = pairs.first != pairs.second
         prunable = self.is_prunable[pairs.first] | self.is_prunable[pairs.second]
@@ -202,8 +214,16 @@ class Expectations:
             return None
         return int(pairs.tie_of(new[0]))
 
-    def are_met(self, record: Record) -> bool:
-        """Tell whether a smaller network tied nothing new and made nothing unprunable."""
-        new_tie = self.first_new_tie(record.ties)
+    def _are_kept_ones(self, pairs: TiedPairs, kept: KeptLabels) -> bool:
+        """Tell whether pairs are those of the full network that are kept, one after the other, as they mostly are."""
+        known = self.grouping.pairs
+        are_kept = kept.of(known.first) & kept.of(known.second)
+        count = len(pairs.first)
+        is_same_first = np.array_equal(known.first[are_kept][:count], pairs.first)
+        return is_same_first and np.array_equal(known.second[are_kept][:count], pairs.second)
+
+    def are_met(self, record: Record, kept: KeptLabels) -> bool:
+        """Tell whether a smaller network, which keeps some labels, tied nothing new and made nothing unprunable."""
+        new_tie = self.first_new_tie(record.ties, kept)
         unprunable = self.first_unprunable(record.unprunable)
         return new_tie is None and unprunable is None

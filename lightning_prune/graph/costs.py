@@ -76,6 +76,13 @@ def _matrix_product(tracer: Tracer, call: Call) -> None:
     tracer.cost(1, *tracer.axes(left), columns)
 
 
+@_cost("aten.linear")
+def _linear(tracer: Tracer, call: Call) -> None:
+    x, weight = call.given[:2]
+    rows, *_ = tracer.axes(weight)
+    tracer.cost(1, *tracer.axes(x), rows)
+
+
 @_cost("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 def _recurrent(tracer: Tracer, call: Call) -> None:
     """Count the products of all weights with the input and the state of each step."""
@@ -90,6 +97,7 @@ def _recurrent(tracer: Tracer, call: Call) -> None:
 
 
 @_cost(
+    "aten.scaled_dot_product_attention",
     "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_efficient_attention",
@@ -98,7 +106,7 @@ def _recurrent(tracer: Tracer, call: Call) -> None:
 )
 def _attention(tracer: Tracer, call: Call) -> None:
     """Count the products of queries with keys, and of what comes of them with values, whatever a mask leaves out."""
-    query, key, value = call.args[:3]
+    query, key, value = call.given[:3]
     *rows, width = tracer.axes(query)
     *_, attended, _ = tracer.axes(key)
     *_, value_width = tracer.axes(value)

@@ -61,7 +61,7 @@ class Explanation:
 
     def findings(self) -> list[Finding]:
         """Return what went wrong; nothing if all is as in the full network."""
-        new_tie = self.expectations.first_new_tie(self.record.ties)
+        new_tie = self.expectations.first_new_tie(self.record.ties, self.trial.kept)
         unprunable = self.expectations.first_unprunable(self.record.unprunable)
         failures = self._failures_before(new_tie, unprunable)
         if failures:
@@ -79,7 +79,7 @@ class Explanation:
 
     def is_needed(self) -> bool:
         """Tell whether anything went wrong, without a search for the cause."""
-        if self.trial.failures or not self.expectations.are_met(self.record):
+        if self.trial.failures or not self.expectations.are_met(self.record, self.trial.kept):
             return True
         if self.record.operator_trace != self.full.operator_trace:
             return True

@@ -24,8 +24,7 @@ tensor        axis  labels
 """
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -109,20 +108,25 @@ class Grouping:
         groups: The groups, in the order of the forward pass, by name.
         unprunable: The channels that cannot be pruned.
         group_of: (labels,) the number of the group of each label, -1 where it is in none.
-        tied_codes: Every pair of different labels that was tied, by code (see `TiedPairs.codes`), ascending.
+        pairs: Every pair of labels that was tied.
         why_unprunable: The reasons why components cannot be pruned.
     """
 
     groups: dict[str, Group]
     unprunable: UnprunableChannels
     group_of: ndarray
-    tied_codes: ndarray
+    pairs: TiedPairs
     why_unprunable: Reasons = field(repr=False)
 
     @cached_property
     def names(self) -> list[str]:
         """The names of the groups, by number."""
         return list(self.groups)
+
+    @cached_property
+    def tied_codes(self) -> ndarray:
+        """Every pair of different labels that was tied, by code (see `TiedPairs.codes`), ascending."""
+        return self.pairs.sorted_codes(len(self.group_of))
 
     def add_not_mask_exact(self, notes: Iterable[Note]) -> None:
         """Add why pruning is not the same as masking, for groups that no reason was known of."""
@@ -187,13 +191,13 @@ def form_groups(table: SlotTable, record: Record, elsewhere: ndarray | None = No
 
     numbering = number_labels(table, component_of, record, reason_of=why_unprunable.first)
     builder = _Builder(sides, kinds, why_unprunable, why_not_mask_exact, elsewhere)
-    for number, blocks in enumerate(_blocks(table.slots, numbering)):
+    for number, blocks in enumerate(_blocks(table, numbering)):
         builder.add(number, blocks)
     grouping = Grouping(
         builder.groups,
         builder.unprunable,
         group_of=builder.number_in_order[numbering.group],
-        tied_codes=pairs.sorted_codes(table.count),
+        pairs=pairs,
         why_unprunable=why_unprunable,
     )
     _require_channels(grouping, record.least_required)
@@ -296,35 +300,34 @@ def _kinds(component_of: ndarray, record: Record) -> _Kinds:
 # -- groups and their slices -------------------------------------------------------------------------------------------
 
 
-def _blocks(slots: Sequence[Slot], numbering: Numbering) -> list[list[_Block]]:
+def _blocks(table: SlotTable, numbering: Numbering) -> list[list[_Block]]:
     """Return the labels of every group, slot by slot in ascending order, by the number of the group."""
     count = int(numbering.group.max()) + 1
     blocks: list[list[_Block]] = [[] for _ in range(count)]
-    slot_ends = [slot.stop for slot in slots]
-    for labels in _labels_by_block(slot_ends, numbering):
-        first, last = labels[0], labels[-1]
-        slot = slots[bisect_right(slot_ends, first)]
-        channels = numbering.channel[last] + 1
-        block = _Block(slot, labels.reshape(channels, -1))
-        number = numbering.group[first]
+    for number, slot, labels in _labels_by_block(table, numbering):
+        channels = numbering.channel[labels[-1]] + 1
+        block = _Block(table.slots[slot], labels.reshape(channels, -1))
         blocks[number].append(block)
     return blocks
 
 
-def _labels_by_block(slot_ends: Sequence[int], numbering: Numbering) -> list[ndarray]:
-    """Return the labels of each group in each slot: (labels of the block,), channel by channel."""
+def _labels_by_block(table: SlotTable, numbering: Numbering) -> Iterator[tuple[int, int, ndarray]]:
+    """Yield the number of a group, that of a slot and the labels of that group in there, channel by channel."""
+    slots = len(table.slots)
+    slot = np.repeat(np.arange(-1, slots), [1, *table.sizes])
     labels = np.flatnonzero(numbering.group >= 0)
     if not len(labels):
-        return []
-    group = numbering.group[labels]
+        return
+    block = numbering.group[labels] * slots + slot[labels]
     channel = numbering.channel[labels]
-    slot = np.searchsorted(slot_ends, labels, side="right")
-    order = np.lexsort((channel, slot, group))  # by group, then by slot, then by channel
-    is_other_group = np.diff(group[order]) != 0
-    is_other_slot = np.diff(slot[order]) != 0
-    ends = np.flatnonzero(is_other_group | is_other_slot)
-    block_starts = ends + 1
-    return np.split(labels[order], block_starts)
+    order = np.argsort(block * (channel.max() + 1) + channel, kind="stable")
+    in_order = labels[order]
+    ends = np.append(np.flatnonzero(np.diff(block[order])) + 1, len(labels))
+    numbers = block[order[ends - 1]]
+    start = 0
+    for end, number in zip(ends.tolist(), numbers.tolist(), strict=True):
+        yield *divmod(number, slots), in_order[start:end]
+        start = end
 
 
 class _Builder:

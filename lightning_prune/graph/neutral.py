@@ -41,10 +41,8 @@ def preserving_random_state(model: nn.Module) -> Iterator[None]:
     Args:
         model: What is run.
     """
-    gpus = set()
-    for tensor in named_tensors(model).values():
-        if tensor.is_cuda:
-            gpus.add(tensor.device.index)
+    tensors = named_tensors(model).values() if torch.cuda.is_initialized() else ()
+    gpus = {tensor.device.index for tensor in tensors if tensor.is_cuda}
     of_python = random.getstate()
     of_numpy = np.random.get_state()
     try:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,6 +15,7 @@ __all__ = [
     "OutputLabels", "Record", "Shaping", "Sheet", "Split", "SplitSite", "Tie", "numbers_in", "tensors_in",
 ]  # fmt: skip
 
+_SEQUENCES = (tuple, list)  # to be looked among takes a fraction of what a union of types takes
 Labels = Tensor  # (size of the axis,) int64: the label of each position
 FIXED = 0  # the label of a position that no parameter can prune, such as a zero that `F.pad` put there
 
@@ -26,11 +28,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     found: list[Tensor] = []
-    if isinstance(value, tuple | list):
+    if isinstance(value, _SEQUENCES):
         for item in value:
             if isinstance(item, Tensor):  # most are not in a list of their own
                 found.append(item)
-            elif isinstance(item, tuple | list):
+            elif isinstance(item, _SEQUENCES):
                 found += tensors_in(item)
     return found
 
@@ -68,12 +70,12 @@ class Call:
         class_name = type(self.operator).__qualname__
         return str(getattr(self.operator, "overloadpacket", class_name))
 
-    @property
+    @cached_property
     def outputs(self) -> list[Tensor]:
         """The tensors among what it returned."""
         return tensors_in(self.output)
 
-    @property
+    @cached_property
     def given(self) -> list[Tensor]:
         """The tensors among its arguments."""
         return tensors_in([*self.args, *self.kwargs.values()])

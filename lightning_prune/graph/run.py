@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -253,6 +254,7 @@ class Forward:
 
     def _stand_ins(self, tracer: Tracer, kept: Index) -> dict[int, Tensor]:
         """Return what stands in for each tensor, with its labels, by ``id`` of the tensor."""
+        tracer.is_among = np.zeros(self.labelled.count, dtype=bool)
         stand_ins = {}
         for tensors in (self.tensors, *self.outside):
             for name, tensor in tensors.items():

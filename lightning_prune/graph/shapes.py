@@ -209,6 +209,38 @@ def _multiplies(rows: Tensor, weight: Tensor) -> bool:
     return are_matrices and rows.shape[1] == weight.shape[0]
 
 
+@_shape_of("aten.linear")
+def _linear_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if input.dim() < 2 or weight.dim() != 2 or not _are_alike(input, weight):
+        return NotImplemented
+    if input.shape[-1] != weight.shape[1]:
+        return NotImplemented
+    if bias is not None and not (bias.is_meta and _is_like(bias, weight.shape[:1], input)):
+        return NotImplemented
+    shape = *input.shape[:-1], weight.shape[0]
+    return _empty(input, shape)
+
+
+def _are_alike(*tensors: Tensor) -> bool:
+    """Tell whether tensors without data are numbers of the same type."""
+    types = {tensor.dtype for tensor in tensors}
+    return len(types) == 1 and all(tensor.is_meta for tensor in tensors)
+
+
+@_shape_of("aten.scaled_dot_product_attention")
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *settings: Any, **named: Any) -> Any:
+    is_grouped = named.get("enable_gqa", len(settings) > 2 and settings[2])
+    if attn_mask is not None or is_grouped or not _are_alike(query, key, value):
+        return NotImplemented
+    if not query.dim() == key.dim() == value.dim() or query.dim() < 3:
+        return NotImplemented
+    is_same_batch = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    if not is_same_batch or query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        return NotImplemented
+    shape = *query.shape[:-1], value.shape[-1]
+    return _empty(query, shape)
+
+
 @_shape_of("aten.mean")
 def _mean(x: Tensor, axes: list[int] | None = None, keep_axes: bool = False, **named: Any) -> Any:
     if not axes or named or not _is_plain(x):

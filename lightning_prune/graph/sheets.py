@@ -16,13 +16,14 @@ from torch import Tensor
 
 from lightning_prune.graph.channel_graph import Axis, Group, Term
 from lightning_prune.graph.groups import Grouping
-from lightning_prune.graph.records import CostTerm, Labels, Record
+from lightning_prune.graph.records import FIXED, CostTerm, Labels, Record
 from lightning_prune.pruning_plan import Slice, are_crossed
 
-__all__ = ["Sheet", "is_pair", "joined_groups", "terms_of"]
+__all__ = ["Lengths", "Sheet", "axes_of", "is_pair", "joined_groups", "terms_of"]
 
-_NONE = -1
 Alternative = tuple[int, tuple[Axis, ...]]  # a coefficient, and the axes whose lengths it is multiplied by
+AxisInSheets = Sequence[Labels | int]  # for each sheet, the labels along an axis or its size
+Block = tuple[list[str], int]  # the groups that positions along an axis belong to together, and how many do
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,21 @@ class Sheet:
             names.append("" if is_pair(group) else name)
         return replace(self, names=names)
 
-    def names_along(self, labels: Labels | int, size: int) -> ndarray:
-        """Return the number of the group of each position along an axis, -1 for none: (positions,)."""
-        if isinstance(labels, int):
-            return np.full(size, _NONE)
-        return self.grouping.group_of[labels.numpy()]
+    def groups_along(self, axes: Sequence[Labels | int], sizes: Sequence[int]) -> ndarray:
+        """Return the number of the group of each position along some axes, -1 for none: (positions of all,).
+
+        Args:
+            axes: The labels along each, or its size.
+            sizes: How long each is.
+        """
+        labels = []
+        for one, size in zip(
+            axes,
+            sizes,
+            strict=True,
+        ):
+            labels.append(np.full(size, FIXED) if isinstance(one, int) else one.numpy())
+        return self.grouping.group_of[np.concatenate(labels)]
 
 
 def is_pair(group: Group) -> bool:
@@ -135,37 +146,39 @@ def _positions(group: Group, one: Slice) -> Tensor:
 # -- lengths -----------------------------------------------------------------------------------------------------------
 
 
-class _Lengths:
+class Lengths:
     """Know the lengths of axes as functions of the widths of groups.
 
     Args:
         sheets: The sheets.
         groups: The groups of all of them.
+        axes: The axes, each as its labels or its size in every sheet.
     """
 
-    def __init__(self, sheets: Sequence[Sheet], groups: Mapping[str, Group]) -> None:
+    def __init__(self, sheets: Sequence[Sheet], groups: Mapping[str, Group], axes: Iterable[AxisInSheets]) -> None:
         self.sheets = sheets
         self.groups = groups
-        self._known: dict[tuple[int, ...], list[Alternative]] = {}
+        distinct = {_identities(axis): axis for axis in axes if not _is_plain(axis)}
+        blocks = self._blocks(list(distinct.values()))
+        self._known = {}
+        for key, of_axis in zip(
+            distinct,
+            blocks,
+            strict=True,
+        ):
+            self._known[key] = self._alternatives(of_axis)
 
-    def of(self, axis: Sequence[Labels | int]) -> list[Alternative]:
-        """Return a length as a sum.
-
-        Args:
-            axis: For each sheet, the labels along the axis or its size.
-        """
-        if all(isinstance(one, int) for one in axis):
+    def of(self, axis: AxisInSheets) -> list[Alternative]:
+        """Return the length of one of the axes as a sum."""
+        if _is_plain(axis):
             return [(int(axis[0]), ())]
-        key = tuple(map(id, axis))
-        if key not in self._known:
-            self._known[key] = self._alternatives(axis)
-        return self._known[key]
+        return self._known[_identities(axis)]
 
-    def _alternatives(self, axis: Sequence[Labels | int]) -> list[Alternative]:
+    def _alternatives(self, blocks: Sequence[Block]) -> list[Alternative]:
         fixed = 0
         per_channel: dict[str, int] = {}
         products: list[Alternative] = []
-        for names, positions in self._blocks(axis):
+        for names, positions in blocks:
             if not names:
                 fixed += positions
             elif len(names) == 1:
@@ -182,52 +195,76 @@ class _Lengths:
             positions //= self.groups[name].size
         return positions, tuple(Axis(0, ((name, 1),)) for name in names)
 
-    def _blocks(self, axis: Sequence[Labels | int]) -> Iterator[tuple[list[str], int]]:
-        """Yield the groups that positions along an axis belong to together, and how many do."""
-        size = max(one if isinstance(one, int) else len(one) for one in axis)
-        columns = [
-            sheet.names_along(one, size)
-            for sheet, one in zip(
-                self.sheets,
-                axis,
-                strict=True,
-            )
-        ]
-        numbers, counts = np.unique(
-            np.stack(columns, axis=1),
-            axis=0,
-            return_counts=True,
-        )
-        for row, positions in zip(
-            numbers.tolist(),
-            counts.tolist(),
+    def _blocks(self, axes: Sequence[AxisInSheets]) -> list[list[Block]]:
+        """Return, for each axis, the groups that positions along it belong to together, and how many do."""
+        blocks: list[list[Block]] = [[] for _ in axes]
+        if not axes:
+            return blocks
+        sizes = [max(map(_size, axis)) for axis in axes]
+        columns = [np.repeat(np.arange(len(axes)), sizes)]
+        for sheet, of_axes in zip(
+            self.sheets,
+            zip(*axes, strict=True),
             strict=True,
         ):
-            names = [
-                sheet.names[number]
-                for sheet, number in zip(
-                    self.sheets,
-                    row,
-                    strict=True,
-                )
-                if number >= 0
-            ]
-            yield sorted(set(filter(None, names))), positions
+            columns.append(sheet.groups_along(of_axes, sizes))
+        for row, positions in _counted_rows(columns):
+            number, *numbers = row
+            names = [sheet.names[one] for sheet, one in zip(self.sheets, numbers, strict=True) if one >= 0]
+            block = sorted(set(filter(None, names))), positions
+            blocks[number].append(block)
+        return blocks
 
 
-def terms_of(
-    costs: Iterable[Sequence[CostTerm]], sheets: Sequence[Sheet], groups: Mapping[str, Group]
-) -> Iterator[Term]:
+def _is_plain(axis: AxisInSheets) -> bool:
+    """Tell whether an axis has no labels in any sheet."""
+    return all(isinstance(one, int) for one in axis)
+
+
+def _identities(axis: AxisInSheets) -> tuple[int, ...]:
+    return tuple(map(id, axis))
+
+
+def _size(one: Labels | int) -> int:
+    return one if isinstance(one, int) else len(one)
+
+
+def _counted_rows(columns: Sequence[ndarray]) -> Iterator[tuple[list[int], int]]:
+    """Yield the rows of a table, each once and in ascending order, and how often it has each.
+
+    Neighbouring rows are mostly alike, so that they are counted together before anything is sorted.
+
+    Args:
+        columns: (rows,) numbers from -1 on, by column.
+    """
+    codes = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        codes = codes * (int(column.max()) + 2) + column + 1
+    ends = np.append(np.flatnonzero(np.diff(codes)) + 1, len(codes))
+    starts = np.append(0, ends[:-1])
+    _, first, which = np.unique(
+        codes[starts],
+        return_index=True,
+        return_inverse=True,
+    )
+    counts = np.bincount(which, weights=ends - starts)
+    rows = np.stack([column[starts[first]] for column in columns], axis=1)
+    yield from zip(
+        rows.tolist(),
+        counts.astype(int).tolist(),
+        strict=True,
+    )
+
+
+def terms_of(costs: Iterable[Sequence[CostTerm]], lengths: Lengths) -> Iterator[Term]:
     """Yield costs as products of lengths of axes.
 
     Args:
         costs: Each cost, as every sheet has it.
-        sheets: The sheets.
-        groups: The groups of all of them.
+        lengths: The lengths of all of their axes.
     """
-    lengths = _Lengths(sheets, groups)
     for same in costs:
-        sums = [lengths.of(axis) for axis in zip(*(cost.axes for cost in same), strict=True)]
+        sums = [lengths.of(axis) for axis in axes_of(same)]
         for factors in itertools.product(*sums):
             coefficient = same[0].coefficient
             axes: list[Axis] = []
@@ -239,3 +276,8 @@ def terms_of(
                 tuple(axes),
                 same[0].module,
             )
+
+
+def axes_of(same: Sequence[CostTerm]) -> Iterator[AxisInSheets]:
+    """Yield the axes of a cost, each as every sheet has it."""
+    return zip(*(cost.axes for cost in same), strict=True)

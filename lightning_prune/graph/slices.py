@@ -28,31 +28,17 @@ def slices_of(slot: Slot, positions: np.ndarray) -> list[Slice]:
     neighbours = np.arange(start, start + channels)
     if width == 1 and np.array_equal(positions[:, 0], neighbours):
         return [Slice(slot.tensor, slot.axis, start)]  # the most frequent case
-    distances = np.diff(positions[0])  # between the positions of the first channel
-    run_starts = np.flatnonzero(distances != 1) + 1
-    slices = []
-    for run in np.split(positions, run_starts, axis=1):  # (channels, positions in the run)
-        slice_of_run = _regular_slice(slot, run)
-        if slice_of_run is None:
-            return [_table_slice(slot, positions)]
-        slices.append(slice_of_run)
-    return slices
-
-
-def _regular_slice(slot: Slot, run: np.ndarray) -> Slice | None:
-    channels, width = run.shape
-    first_column = run[:, 0]
-    start = int(first_column[0])
-    step = 1
+    starts = positions[0]  # of the first channel
+    run_starts = np.append(0, np.flatnonzero(np.diff(starts) != 1) + 1)
+    run_widths = np.diff(run_starts, append=width)
+    steps = np.ones(len(run_starts), dtype=int)
     if channels > 1:
-        step = int(first_column[1]) - start
-    if step <= 0:
-        return None
-    expected_first_column = start + step * np.arange(channels)
-    expected_run = expected_first_column[:, None] + np.arange(width)  # (channels, width)
-    if not np.array_equal(expected_run, run):
-        return None
-    return Slice(slot.tensor, slot.axis, start, step, width)
+        steps = (positions[1] - starts)[run_starts]
+    expected = starts + np.repeat(steps, run_widths) * np.arange(channels)[:, None]
+    if (steps <= 0).any() or not np.array_equal(expected, positions):
+        return [_table_slice(slot, positions)]
+    runs = np.stack([starts[run_starts], steps, run_widths], axis=1)
+    return [Slice(slot.tensor, slot.axis, *run) for run in runs.tolist()]
 
 
 def _table_slice(slot: Slot, positions: np.ndarray) -> Slice:

@@ -1,12 +1,12 @@
 """Terms of the cost of a model: sums of products of axis lengths, by metric."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_prune.graph.channel_graph import Group, Term
 from lightning_prune.graph.records import CostTerm
 from lightning_prune.graph.run import Forward
-from lightning_prune.graph.sheets import Sheet, terms_of
+from lightning_prune.graph.sheets import Lengths, Sheet, axes_of, terms_of
 
 __all__ = ["cost_terms", "take_out"]
 
@@ -22,21 +22,15 @@ def cost_terms(forward: Forward, groups: Mapping[str, Group], sheets: Sequence[S
     Returns:
         The terms of "flops", "params" and "channels".
     """
-    of_tensors = {"params": _parameters(forward), "channels": _channels(forward, groups)}
-    by_metric: dict[str, Iterable[Sequence[CostTerm]]] = {
-        "flops": zip(*(sheet.record.costs for sheet in sheets), strict=True),
-        **{metric: ([cost] * len(sheets) for cost in costs) for metric, costs in of_tensors.items()},
+    every = len(sheets)
+    costs: dict[str, list[Sequence[CostTerm]]] = {
+        "flops": list(zip(*(sheet.record.costs for sheet in sheets), strict=True)),
+        "params": [[cost] * every for cost in _parameters(forward)],
+        "channels": [[cost] * every for cost in _channels(forward, groups)],
     }
-    return {
-        metric: list(
-            terms_of(
-                costs,
-                sheets,
-                groups,
-            )
-        )
-        for metric, costs in by_metric.items()
-    }
+    axes = (axis for of_metric in costs.values() for same in of_metric for axis in axes_of(same))
+    lengths = Lengths(sheets, groups, axes)
+    return {metric: list(terms_of(of_metric, lengths)) for metric, of_metric in costs.items()}
 
 
 def _parameters(forward: Forward) -> list[CostTerm]:

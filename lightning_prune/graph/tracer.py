@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _DisableTorchDispatch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -49,6 +51,11 @@ _GIVES_SHAPES = frozenset({Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_S
 _TAKES_SIZES = SHAPING | SPLITTING | {SCALED}
 _FEW_NUMBERS = 64  # in a tensor that is taken to be made of numbers in code
 _READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
+_SAID_WHEN_USED = frozenset({"_numbered", "_when_used"})  # of tensors, see `Vocabulary.mark_numbered`
+WHOLE: dict[Any, Any] = {
+    functional.linear: torch.ops.aten.linear.default,
+    SCALED: torch.ops.aten.scaled_dot_product_attention.default,
+}
 _SPLITS_BY_COUNT = frozenset({Tensor.chunk, torch.chunk, Tensor.tensor_split, torch.tensor_split})
 
 
@@ -71,6 +78,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         muted: Whether what runs says nothing, as what is inside a module that has a rule of its own.
         memory: What modules returned in another pass, which need not run again for the like; None to run all.
         takes_numbers: Whether it matters which numbers operators compute with.
+        noted: The names of all that is noted on the tensors that the operator which runs was given.
+        is_among: (labels,) bool, nowhere true between two operators: room to tell which labels are among others.
     """
 
     def __init__(self, tables: OperatorTables, known: Known) -> None:
@@ -85,6 +94,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.muted = False
         self.memory: Memory | None = None
         self.takes_numbers = True
+        self.noted: set[str] = set()
+        self.is_among = np.zeros(0, dtype=bool)
         self._autograd_functions = autograd_functions()
 
     @classmethod
@@ -187,6 +198,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
     def _note_whole(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
         """Follow the rule of what ran as one."""
         self.of_weights = False
+        self.noted = set().union(*map(vars, inputs))
         self.record.operator_trace.append((rule,))
         with self.aside():
             self._apply(rule, call, inputs)
@@ -202,21 +214,49 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.running_inputs = inputs
         for tensor in inputs:
             self._note_constant(tensor)
-        self.record.used.update(map(self.name_of, inputs))
         output = operator.run(args, kwargs, inputs)
-        for made in tensors_in(output):
-            made._is_known = True  # type: ignore[attr-defined]
-        self.of_weights = bool(inputs) and all(map(self.is_weight, inputs))
-        if self.of_weights:
-            for made in tensors_in(output):
-                made._is_weight = True  # type: ignore[attr-defined]
-        if any(map(self.is_of_network, inputs)):
-            for made in tensors_in(output):
-                made._is_of_network = True  # type: ignore[attr-defined]
-        if not self.muted:
-            self._follow(operator, Call(func, args, kwargs, output), inputs)
-            self.running_inputs = []
+        self._note_operator(operator, Call(func, args, kwargs, output), inputs)
         return output
+
+    def run_whole(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function as one operator that PyTorch would run as several, or return NotImplemented.
+
+        Args:
+            function: One of `WHOLE`.
+            args: Its positional arguments.
+            kwargs: Its named arguments.
+        """
+        operator = self.tables.look_up(WHOLE[function])
+        if operator.shape is None or self.muted:
+            return NotImplemented
+        with _DisableTorchDispatch():  # what follows is about labels and shapes
+            output = operator.shape(*args, **kwargs)
+            if output is not NotImplemented:
+                call = Call(operator.function, args, kwargs, output)
+                self._note_operator(operator, call, call.given)
+        return output
+
+    def _note_operator(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
+        """Note an operator that has run."""
+        self._note_origin(call, inputs)
+        if not self.muted:
+            self._follow(operator, call, inputs)
+            self.running_inputs = []
+
+    def _note_origin(self, call: Call, inputs: list[Tensor]) -> None:
+        """Note what the outputs of an operator are computed from."""
+        for made in call.outputs:
+            made._is_known = True  # type: ignore[attr-defined]
+        self.noted = set().union(*map(vars, inputs))
+        if "_dotted_name" in self.noted:
+            self.record.used.update(map(self.name_of, inputs))
+        self.of_weights = "_is_weight" in self.noted and all(map(self.is_weight, inputs))
+        if self.of_weights:
+            for made in call.outputs:
+                made._is_weight = True  # type: ignore[attr-defined]
+        if "_is_of_network" in self.noted and any(map(self.is_of_network, inputs)):
+            for made in call.outputs:
+                made._is_of_network = True  # type: ignore[attr-defined]
 
     def _note_constant(self, tensor: Tensor) -> None:
         """Note the numbers that a tensor was made of where no operator shows, as by ``torch.Tensor([2])``."""
@@ -241,9 +281,11 @@ class Tracer(Vocabulary, TorchDispatchMode):
         """Record what an operator says about channels and what it costs."""
         if operator.needs_values:
             self.note_look(inputs)
-        for tensor in inputs:
-            self.mark_numbered(tensor)
-        if operator.takes_numbers or any(map(self.all_labels, inputs)):
+        if not self.noted.isdisjoint(_SAID_WHEN_USED):
+            for tensor in inputs:
+                self.mark_numbered(tensor)
+        has_labels = "_channel_labels" in self.noted and any(map(self.all_labels, inputs))
+        if operator.takes_numbers or has_labels:
             self._refuse_autograd_functions(inputs)
             self._note_step(operator, call)
             self._apply(operator.rule, call, inputs)
@@ -317,7 +359,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         """Follow a rule, and note what became of the labels of the inputs."""
         given = self.labels_of(inputs)  # now, because a rule may give other labels to what is changed in place
         self.splits = False
-        if any(map(self.is_of_scores, inputs)):
+        if "_is_of_scores" in self.noted and any(map(self.is_of_scores, inputs)):
             for output in call.outputs:
                 self.set_of_scores(output)
         try:
@@ -329,7 +371,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if rule in self.tables.moving and all(map(self._is_zero_kept, inputs)):
             for output in outputs:
                 self.keep_zero(output)
-        if any(map(self.shifts_zero, inputs)):
+        if "_shifts_zero" in self.noted and any(map(self.shifts_zero, inputs)):
             for output in outputs:
                 self.shift_zero(output)
         self.record.output_labels.append(self.all_labels(outputs[0]) if outputs else {})
@@ -345,23 +387,23 @@ class Tracer(Vocabulary, TorchDispatchMode):
         for made in self.labels_of(outputs):
             passed_on = any(made is labels for labels in given)  # the most frequent case
             if given and not passed_on:
-                self.record.cut.extend(_cut_axes(made, given))
+                self.record.cut.extend(self._cut_axes(made, given))
+
+    def _cut_axes(self, made: Labels, given: list[Labels]) -> list[Labels]:
+        """Return those of the given labels of which an output has only some."""
+        in_output = made.numpy()
+        self.is_among[in_output] = True
+        cut = []
+        for labels in given:
+            found = self.is_among[labels.numpy()]
+            if found.any() and not found.all():
+                cut.append(labels)
+        self.is_among[in_output] = False
+        return cut
 
     def _mark_all_unprunable(self, tensors: list[Tensor], why: str) -> None:
         for labels in self.labels_of(tensors):
             self.mark_unprunable(labels, why)
-
-
-def _cut_axes(made: Labels, given: list[Labels]) -> list[Labels]:
-    """Return those of the given labels of which an output has only some."""
-    is_in_output = np.isin(np.concatenate(given), made.numpy(), kind="table")
-    ends = np.cumsum([len(labels) for labels in given])
-    by_axis = np.split(is_in_output, ends[:-1])
-    cut = []
-    for labels, found in zip(given, by_axis, strict=True):
-        if found.any() and not found.all():
-            cut.append(labels)
-    return cut
 
 
 class ValueWatcher(TorchFunctionMode):
@@ -392,7 +434,9 @@ class ValueWatcher(TorchFunctionMode):
         elif func in _SPLITS_BY_COUNT:
             tracer.parts_wanted = _number_of_parts(*args, **kwargs)
         try:
-            output = func(*args, **kwargs)
+            output = tracer.run_whole(func, args, kwargs) if func in WHOLE else NotImplemented
+            if output is NotImplemented:
+                output = func(*args, **kwargs)
         finally:
             tracer.sizes_written = ()
             tracer.parts_wanted = 0

@@ -214,6 +214,8 @@ def _following(known: Known, which: Which, splits: Sequence[Split]) -> Known:
 
 def _split_into_heads(forward: Forward, evaluation: Record) -> list[Split]:
     """Return the places that split channels of attention into several axes."""
+    if not evaluation.splits:
+        return []
     count = forward.labelled.count
     component_of = components(count, TiedPairs.of(evaluation.ties))
     is_of_attention = of_attention(component_of, evaluation)

@@ -43,7 +43,7 @@ class Verifier:
 
     def looks_right(self, trial: Trial) -> bool:
         """Tell whether nothing fails in a trial that cannot be compared with the full network, nor is tied anew."""
-        return not trial.failures and self.expectations.are_met(trial.record)
+        return not trial.failures and self.expectations.are_met(trial.record, trial.kept)
 
     def findings(self, trial: Trial) -> list[Finding]:
         """Return what goes wrong in the first trial or, if channels are cut, in more.

@@ -1,5 +1,6 @@
 """Operators that mix channels: convolutions, matrix products and what is built from them."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -14,6 +15,7 @@ __all__: list[str] = []
 
 _TWO_WEIGHTS = "sums over the product of two weights"
 _TWO_ACTIVATIONS = "sums over the product of two activations"
+_FIXED_MATRIX = "multiplies a matrix of fixed size"
 
 
 # -- convolutions ------------------------------------------------------------------------------------------------------
@@ -170,12 +172,39 @@ def biased_matrix_product(tracer: Tracer, call: Call) -> None:
     combine(tracer, [output, bias], output)
 
 
+@rule("aten.linear")
+def linear(tracer: Tracer, call: Call) -> None:
+    """Tie the last axis of the input to the columns of the weight; the output has its rows, and is tied to a bias."""
+    x, weight, *bias = call.given
+    output = call.output
+    last = x.dim() - 1
+    kept = {axis: labels for axis, labels in tracer.all_labels(x).items() if axis != last}
+    rows = tracer.labels(weight, 0)
+    tracer.set_of_scores(output, False)
+    inner = tracer.tie_axes(x, -1, weight, 1, _FIXED_MATRIX)
+    x_is_weight, is_weight = tracer.is_weight(x), tracer.is_weight(weight)
+    if x_is_weight:
+        tracer.mark_consumed(x, -1)
+        for labels in kept.values():
+            tracer.mark_out_slice(labels)
+    if is_weight:
+        tracer.mark_consumed(weight, 1)
+        tracer.mark_out_slice(rows)
+    if not x_is_weight and not is_weight:
+        tracer.mark_summed(inner, (x, weight), _TWO_ACTIVATIONS)
+    elif tracer.keeps_zero(x if x_is_weight else weight):
+        tracer.keep_zero(output)
+    tracer.set_labels(output, {**kept, last: rows})
+    if bias:
+        combine(tracer, [output, *bias], output)
+
+
 def _multiply(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> None:
     """Label the product of (rows, inner) and (inner, columns), or of as many such matrices as there are in a batch."""
     rows = tracer.labels(left, -2)
     columns = tracer.labels(right, -1)
     tracer.set_of_scores(output, False)
-    inner = tracer.tie_axes(left, -1, right, -2, "multiplies a matrix of fixed size")
+    inner = tracer.tie_axes(left, -1, right, -2, _FIXED_MATRIX)
     left_is_weight = tracer.is_weight(left)
     right_is_weight = tracer.is_weight(right)
     if left_is_weight:
@@ -315,30 +344,34 @@ def _sum_over(tracer: Tracer, sharing: Sequence[AxisOf], labels: Labels | None) 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-@rule("aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_attention_math")
+@rule(
+    "aten.scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_attention_math",
+)  # fmt: skip
 def attention(tracer: Tracer, call: Call) -> None:
     """Tie the width of queries to that of keys, which scores are summed over; the output has that of the values.
 
-    All three are (*heads, sequence, width). Scores are scaled by a number that is given, or by the width.
+    All three are (*heads, sequence, width). Scores are scaled by a number that is given, or by the width. What each
+    query gets depends on all keys, and on no other query unless attention is causal.
     """
-    query, key, value = call.args[:3]
+    query, key, value = call.given[:3]
     width = tracer.tie_axes(query, -1, key, -1, "is multiplied by keys of fixed size")
     tracer.mark_summed(width, (query, key), _TWO_ACTIVATIONS)
     tracer.mark_kind(width, "query-key")
     tracer.mark_kind(tracer.labels(value, -1), "value")
     scale = call.kwargs.get("scale")
-    tracer.computes_with(query.shape[-1] ** -0.5 if scale is None else scale)
-    for tensor in (query, key, value):
-        sequence = tracer.labels(tensor, -2)
-        tracer.mark_unprunable(sequence, "is a sequence that attention runs over")
-    sequence_axis = query.dim() - 2
-    output_labels = {}
-    for axis in range(sequence_axis):
+    tracer.computes_with(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    sequence = query.dim() - 2
+    output_labels = {sequence: tracer.labels(query, sequence), sequence + 1: tracer.labels(value, -1)}
+    for tensor in call.given if call.argument(5, "is_causal") else (key, value):
+        tracer.mark_unprunable(tracer.labels(tensor, sequence), "is a sequence that attention runs over")
+    for axis in range(sequence):
         heads = tracer.labels(query, axis)
         for tensor in (key, value):
             tracer.tie(heads, tracer.labels(tensor, axis), "attends to a fixed number of heads")
         output_labels[axis] = heads
         tracer.mark_kind(heads, "heads")
-    output_labels[sequence_axis + 1] = tracer.labels(value, -1)
     attended = call.outputs[0]
     tracer.set_labels(attended, output_labels)
+    tracer.set_of_scores(attended, False)
+    tracer.shift_zero(attended)  # of scores that are zero, no share is
