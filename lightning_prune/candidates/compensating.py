@@ -56,6 +56,7 @@ class CompensatingRunner(ReplayingRunner):
         batches: Sequence[Any],
     ) -> None:
         super().__init__(graph, candidates, evaluate)
+        bring_in_step(self.model, None)  # what is replayed has the operations of what is compensated
         self._method = method
         self._batches = batches
         self._trial_batch: Any = None

@@ -97,6 +97,20 @@ class Normalised(nn.Module):
         return self.head(self.second(self.norm(self.first(x.mean((2, 3))))).relu())
 
 
+class Attending(nn.Module):
+    """Attention of torch's own over the positions of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(2).transpose(1, 2)).tanh()
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
 def made(kind: Callable[[], nn.Module], sizes: tuple[int, ...] = (6, 6, 3)) -> tuple[ChannelGraph, list[Batch]]:
     """Return a network filled with random numbers, traced, and batches for it, in double precision."""
     torch.manual_seed(0)
@@ -294,8 +308,9 @@ def test_leaves_no_trace() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["statistics", "fold", "refit"])
-def test_candidates_can_be_compensated(method: str) -> None:
-    graph, batches = made(Blocks)
+@pytest.mark.parametrize("kind", [Blocks, Attending])
+def test_candidates_can_be_compensated(kind: Callable[[], nn.Module], method: str) -> None:
+    graph, batches = made(kind)
     candidates = [{}, *single_prunings(graph)[::5], random_plan(graph)]
     seen = batches[1:]
     measured = evaluate_candidates(graph, candidates, batches, compensate=method, compensate_batches=seen)
