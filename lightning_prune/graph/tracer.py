@@ -8,8 +8,7 @@ only be pruned together. What happens to the labels at each operator is said in 
 `lightning_prune.graph.rules`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +36,7 @@ from lightning_prune.graph.records import (
 )
 from lightning_prune.graph.recurrent import RECURRENT, run_one_step
 from lightning_prune.graph.resized import SCALED, SHAPING, SPLITTING, sizes_given
-from lightning_prune.graph.sameness import Sameness, same_along, set_same_along
+from lightning_prune.graph.sameness import Sameness, set_same_along
 from lightning_prune.graph.vocabulary import Vocabulary
 from lightning_prune.graph.writing import note_write
 
@@ -47,7 +46,6 @@ _MAKES_CONSTANTS = frozenset({torch.tensor, torch.as_tensor, Tensor.new_tensor})
 _GIVES_SHAPES_OF_OTHERS = frozenset({Tensor.view_as, Tensor.reshape_as})
 _GIVES_SHAPES = frozenset({Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_SHAPES_OF_OTHERS})
 _TAKES_SIZES = SHAPING | SPLITTING | {SCALED}
-_FEW_NUMBERS = 64  # in a tensor that is taken to be made of numbers in code
 _READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 _SPLITS_BY_COUNT = frozenset({Tensor.chunk, torch.chunk, Tensor.tensor_split, torch.tensor_split})
 
@@ -66,9 +64,9 @@ class Tracer(Vocabulary, TorchDispatchMode):
         failed_in: Name of the innermost module that raised.
         unsure: Names of the modules that looked at values of the network.
         sure: Names of those that looked at values which depend on the inputs alone.
-        constant: The numbers that a tensor is being made of.
+        constant: The number that a tensor is being made of.
         running_inputs: What the operator that runs was given; after an exception, what the one that failed was given.
-        muted: Whether what runs says nothing, as what is inside a module that has a rule of its own.
+        muted: Whether a module that has a rule of its own runs.
         memory: What modules returned in another pass, which need not run again for the like; None to run all.
         takes_numbers: Whether it matters which numbers operators compute with.
     """
@@ -107,8 +105,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if self.memory is not None:
             call = self.memory.recall(name, inputs)
             if call is not None:
-                with self.aside():
-                    return self.again(call.output)
+                return self.again(call.output)
         number = self.calls_of.get(name, 0)
         self.calls_of[name] = number + 1
         key = CallKey(name, number)
@@ -118,8 +115,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
             output = forward(*args, **kwargs)
         except Exception as raised:
             self.failed_in = self.failed_in or name
-            with self.aside():
-                output = self.instead_of(key, start, inputs, raised)
+            output = self.instead_of(key, start, inputs, raised)
         finally:
             self.modules.pop()
         stop = len(self.record.operator_trace)
@@ -170,26 +166,18 @@ class Tracer(Vocabulary, TorchDispatchMode):
         return call.output
 
     def _run_muted(self, operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Call:
-        with self.aside():
-            output = run(*args, **kwargs)
-        return Call(operator, args, kwargs, output)
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Run operators that say nothing."""
-        before = self.muted
         self.muted = True
         try:
-            yield
+            output = run(*args, **kwargs)
         finally:
-            self.muted = before
+            self.muted = False
+        return Call(operator, args, kwargs, output)
 
     def _note_whole(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
         """Follow the rule of what ran as one."""
         self.of_weights = False
         self.record.operator_trace.append((rule,))
-        with self.aside():
-            self._apply(rule, call, inputs)
+        self._apply(rule, call, inputs)
 
     # -- operators -------------------------------------------------------------------------------------------------
 
@@ -200,12 +188,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         operator = self.tables.look_up(func)
         inputs = tensors_in([*args, *kwargs.values()])
         self.running_inputs = inputs
-        for tensor in inputs:
-            self._note_constant(tensor)
         self.record.used.update(map(self.name_of, inputs))
         output = operator.run(args, kwargs, inputs)
-        for made in tensors_in(output):
-            made._is_known = True  # type: ignore[attr-defined]
         self.of_weights = bool(inputs) and all(map(self.is_weight, inputs))
         if self.of_weights:
             for made in tensors_in(output):
@@ -218,25 +202,6 @@ class Tracer(Vocabulary, TorchDispatchMode):
             self.running_inputs = []
         return output
 
-    def _note_constant(self, tensor: Tensor) -> None:
-        """Note the numbers that a tensor was made of where no operator shows, as by ``torch.Tensor([2])``."""
-        if self.muted or tensor.is_meta or getattr(tensor, "_is_known", False):
-            return
-        tensor._is_known = True  # type: ignore[attr-defined]
-        if tensor.numel() <= _FEW_NUMBERS:
-            with torch._C.DisableTorchFunction():  # nothing of the network looks at these
-                self._note_numbers(str(tensor.tolist()))
-
-    def _is_beside_network(self, tensor: Tensor) -> bool:
-        """Tell whether the values of a tensor depend on its shape and the inputs alone."""
-        return not self.is_of_network(tensor) or len(same_along(tensor)) == tensor.dim()
-
-    def _note_numbers(self, numbers: Any) -> None:
-        """Note what code computes with beside the network, which must be the same when channels are pruned."""
-        if self.takes_numbers:
-            self.record.operator_trace.append((Tensor, numbers))
-            self.record.output_labels.append({})
-
     def _follow(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
         """Record what an operator says about channels and what it costs."""
         if operator.needs_values:
@@ -247,8 +212,6 @@ class Tracer(Vocabulary, TorchDispatchMode):
             self._refuse_autograd_functions(inputs)
             self._note_step(operator, call)
             self._apply(operator.rule, call, inputs)
-        elif operator.reduces and self._is_beside_network(inputs[0]):
-            self._note_numbers(inputs[0].shape)
         if operator.cost is not None:  # also where no channel can be pruned
             operator.cost(self, call)
         if operator.sameness is not None:
@@ -382,7 +345,7 @@ class ValueWatcher(TorchFunctionMode):
         tracer = self.tracer
         if func in _MAKES_CONSTANTS and not tracer.muted:
             numbers = numbers_in(tree_leaves((args, kwargs)))
-            tracer.constant = numbers if len(numbers) <= _FEW_NUMBERS else []
+            tracer.constant = numbers if len(numbers) == 1 else []
         elif func in _READS_VALUES:
             tracer.note_look(args[:1])
         elif func in RECURRENT and not kwargs and not tracer.muted:
