@@ -284,15 +284,14 @@ class Forward:
             stand_in._is_weight = True  # type: ignore[attr-defined]
         if is_parameter or tensor.is_floating_point():  # others are numbers of positions, or counts
             stand_in._is_of_network = True  # type: ignore[attr-defined]
-        stand_in._is_known = True  # type: ignore[attr-defined]
         stand_in._dotted_name = name  # type: ignore[attr-defined]
         return stand_in
 
     def _stand_in_of_input(self, leaf: Tensor) -> Tensor:
         leaf = plain(leaf)
-        stand_in = leaf.detach().clone() if self.real else torch.empty_like(leaf, device="meta")
-        stand_in._is_known = True
-        return stand_in
+        if self.real:
+            return leaf.detach().clone()
+        return torch.empty_like(leaf, device="meta")
 
 
 def _has_numbers(module: nn.Module) -> bool:

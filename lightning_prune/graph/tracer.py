@@ -8,8 +8,8 @@ only be pruned together. What happens to the labels at each operator is said in 
 `lightning_prune.graph.rules`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.graph.counts import counted_shape
+from lightning_prune.graph.counts import CountPower, counted_shape
 from lightning_prune.graph.frames import autograd_functions, first_on_stack
 from lightning_prune.graph.memory import Memory, copied
 from lightning_prune.graph.operators import Operator, OperatorTables, TracerRule
@@ -32,14 +32,15 @@ from lightning_prune.graph.records import (
     CallKey,
     Known,
     Labels,
+    LeastRequired,
     ModuleCall,
     Shaping,
     numbers_in,
     tensors_in,
 )
 from lightning_prune.graph.recurrent import RECURRENT, run_one_step
-from lightning_prune.graph.resized import SCALED, SHAPING, SPLITTING, sizes_given
-from lightning_prune.graph.sameness import Sameness, same_along, set_same_along
+from lightning_prune.graph.resized import MULTIPLYING, SCALED, SHAPING, SPLITTING, sizes_given
+from lightning_prune.graph.sameness import Sameness, set_same_along
 from lightning_prune.graph.vocabulary import Vocabulary
 from lightning_prune.graph.writing import note_write
 
@@ -49,7 +50,6 @@ _MAKES_CONSTANTS = frozenset({torch.tensor, torch.as_tensor, Tensor.new_tensor})
 _GIVES_SHAPES_OF_OTHERS = frozenset({Tensor.view_as, Tensor.reshape_as})
 _GIVES_SHAPES = frozenset({Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_SHAPES_OF_OTHERS})
 _TAKES_SIZES = SHAPING | SPLITTING | {SCALED}
-_FEW_NUMBERS = 64  # in a tensor that is taken to be made of numbers in code
 _READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 _SAID_WHEN_USED = frozenset({"_numbered", "_when_used"})  # of tensors, see `Vocabulary.mark_numbered`
 WHOLE: dict[Any, Any] = {
@@ -73,9 +73,9 @@ class Tracer(Vocabulary, TorchDispatchMode):
         failed_in: Name of the innermost module that raised.
         unsure: Names of the modules that looked at values of the network.
         sure: Names of those that looked at values which depend on the inputs alone.
-        constant: The numbers that a tensor is being made of.
+        constant: The number that a tensor is being made of.
         running_inputs: What the operator that runs was given; after an exception, what the one that failed was given.
-        muted: Whether what runs says nothing, as what is inside a module that has a rule of its own.
+        muted: Whether a module that has a rule of its own runs.
         memory: What modules returned in another pass, which need not run again for the like; None to run all.
         takes_numbers: Whether it matters which numbers operators compute with.
         noted: The names of all that is noted on the tensors that the operator which runs was given.
@@ -118,8 +118,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if self.memory is not None:
             call = self.memory.recall(name, inputs)
             if call is not None:
-                with self.aside():
-                    return self.again(call.output)
+                return self.again(call.output)
         number = self.calls_of.get(name, 0)
         self.calls_of[name] = number + 1
         key = CallKey(name, number)
@@ -129,8 +128,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
             output = forward(*args, **kwargs)
         except Exception as raised:
             self.failed_in = self.failed_in or name
-            with self.aside():
-                output = self.instead_of(key, start, inputs, raised)
+            output = self.instead_of(key, start, inputs, raised)
         finally:
             self.modules.pop()
         stop = len(self.record.operator_trace)
@@ -181,27 +179,19 @@ class Tracer(Vocabulary, TorchDispatchMode):
         return call.output
 
     def _run_muted(self, operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Call:
-        with self.aside():
-            output = run(*args, **kwargs)
-        return Call(operator, args, kwargs, output)
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Run operators that say nothing."""
-        before = self.muted
         self.muted = True
         try:
-            yield
+            output = run(*args, **kwargs)
         finally:
-            self.muted = before
+            self.muted = False
+        return Call(operator, args, kwargs, output)
 
     def _note_whole(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
         """Follow the rule of what ran as one."""
         self.of_weights = False
         self.noted = set().union(*map(vars, inputs))
         self.record.operator_trace.append((rule,))
-        with self.aside():
-            self._apply(rule, call, inputs)
+        self._apply(rule, call, inputs)
 
     # -- operators -------------------------------------------------------------------------------------------------
 
@@ -212,8 +202,6 @@ class Tracer(Vocabulary, TorchDispatchMode):
         operator = self.tables.look_up(func)
         inputs = tensors_in([*args, *kwargs.values()])
         self.running_inputs = inputs
-        for tensor in inputs:
-            self._note_constant(tensor)
         output = operator.run(args, kwargs, inputs)
         self._note_operator(operator, Call(func, args, kwargs, output), inputs)
         return output
@@ -245,8 +233,6 @@ class Tracer(Vocabulary, TorchDispatchMode):
 
     def _note_origin(self, call: Call, inputs: list[Tensor]) -> None:
         """Note what the outputs of an operator are computed from."""
-        for made in call.outputs:
-            made._is_known = True  # type: ignore[attr-defined]
         self.noted = set().union(*map(vars, inputs))
         if "_dotted_name" in self.noted:
             self.record.used.update(map(self.name_of, inputs))
@@ -257,25 +243,6 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if "_is_of_network" in self.noted and any(map(self.is_of_network, inputs)):
             for made in call.outputs:
                 made._is_of_network = True  # type: ignore[attr-defined]
-
-    def _note_constant(self, tensor: Tensor) -> None:
-        """Note the numbers that a tensor was made of where no operator shows, as by ``torch.Tensor([2])``."""
-        if self.muted or tensor.is_meta or getattr(tensor, "_is_known", False):
-            return
-        tensor._is_known = True  # type: ignore[attr-defined]
-        if tensor.numel() <= _FEW_NUMBERS:
-            with torch._C.DisableTorchFunction():  # nothing of the network looks at these
-                self._note_numbers(str(tensor.tolist()))
-
-    def _is_beside_network(self, tensor: Tensor) -> bool:
-        """Tell whether the values of a tensor depend on its shape and the inputs alone."""
-        return not self.is_of_network(tensor) or len(same_along(tensor)) == tensor.dim()
-
-    def _note_numbers(self, numbers: Any) -> None:
-        """Note what code computes with beside the network, which must be the same when channels are pruned."""
-        if self.takes_numbers:
-            self.record.operator_trace.append((Tensor, numbers))
-            self.record.output_labels.append({})
 
     def _follow(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
         """Record what an operator says about channels and what it costs."""
@@ -289,8 +256,6 @@ class Tracer(Vocabulary, TorchDispatchMode):
             self._refuse_autograd_functions(inputs)
             self._note_step(operator, call)
             self._apply(operator.rule, call, inputs)
-        elif operator.reduces and self._is_beside_network(inputs[0]):
-            self._note_numbers(inputs[0].shape)
         if operator.cost is not None:  # also where no channel can be pruned
             operator.cost(self, call)
         if operator.sameness is not None:
@@ -305,7 +270,12 @@ class Tracer(Vocabulary, TorchDispatchMode):
             set_same_along(output, axes)
 
     def note_shaping(
-        self, function: str, tensor: Tensor, sizes: Sequence[int], labels: Sequence[Labels | None]
+        self,
+        function: str,
+        tensor: Tensor,
+        sizes: Sequence[int],
+        labels: Sequence[Labels | None],
+        power: float = 1.0,
     ) -> None:
         """Note sizes that code gives a function.
 
@@ -314,15 +284,25 @@ class Tracer(Vocabulary, TorchDispatchMode):
             tensor: The tensor that it is given.
             sizes: The sizes as the code has them.
             labels: The labels along the axis that each is of.
+            power: Which power of its size a factor is.
         """
         given = self.all_labels(tensor)
-        seen = Shaping(self.where(), function, tuple(tensor.shape), given, tuple(sizes), tuple(labels))
+        seen = Shaping(self.where(), function, tuple(tensor.shape), given, tuple(sizes), tuple(labels), power)
         self.record.shapings.append(seen)
 
     def note_scale(self, query: Tensor, *others: Any, scale: float | None = None, **named: Any) -> None:
         """Note attention that is scaled by the width of the queries, unless it is given a scale."""
         if scale is None and len(others) < 6:
             self.note_shaping("scale", query, (), ())
+
+    def note_factor(self, tensor: Tensor, factor: CountPower) -> None:
+        """Note a power of a number of channels that a tensor is multiplied or divided by."""
+        count = factor.count
+        if count.record is not self.record:
+            return
+        self.note_shaping("factor", tensor, [count], [None], factor.power)
+        if factor.power < 0:  # of nothing there is no such power
+            self.record.least_required.append(LeastRequired(count.labels, math.ceil(len(count.labels) / count)))
 
     def note_look(self, tensors: Iterable[Tensor]) -> None:
         """Note that the module which runs looks at the values of tensors."""
@@ -424,7 +404,7 @@ class ValueWatcher(TorchFunctionMode):
         tracer = self.tracer
         if func in _MAKES_CONSTANTS and not tracer.muted:
             numbers = numbers_in(tree_leaves((args, kwargs)))
-            tracer.constant = numbers if len(numbers) <= _FEW_NUMBERS else []
+            tracer.constant = numbers if len(numbers) == 1 else []
         elif func in _READS_VALUES:
             tracer.note_look(args[:1])
         elif func in RECURRENT and not kwargs and not tracer.muted:
@@ -442,6 +422,8 @@ class ValueWatcher(TorchFunctionMode):
             tracer.parts_wanted = 0
         if func in _TAKES_SIZES and not tracer.muted:
             self._note_shaping(func, args, kwargs, output)
+        elif func in MULTIPLYING and isinstance(args[-1], CountPower) and not tracer.muted:
+            tracer.note_factor(*args)
         is_size = isinstance(output, torch.Size) or func is Tensor.size
         return self._counted(output, *args, **kwargs) if is_size else output
 
