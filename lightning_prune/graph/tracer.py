@@ -8,6 +8,7 @@ only be pruned together. What happens to the labels at each operator is said in 
 `lightning_prune.graph.rules`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.graph.counts import counted_shape
+from lightning_prune.graph.counts import CountPower, counted_shape
 from lightning_prune.graph.frames import autograd_functions, first_on_stack
 from lightning_prune.graph.memory import Memory, copied
 from lightning_prune.graph.operators import Operator, OperatorTables, TracerRule
@@ -31,13 +32,14 @@ from lightning_prune.graph.records import (
     CallKey,
     Known,
     Labels,
+    LeastRequired,
     ModuleCall,
     Shaping,
     numbers_in,
     tensors_in,
 )
 from lightning_prune.graph.recurrent import RECURRENT, run_one_step
-from lightning_prune.graph.resized import SCALED, SHAPING, SPLITTING, sizes_given
+from lightning_prune.graph.resized import MULTIPLYING, SCALED, SHAPING, SPLITTING, sizes_given
 from lightning_prune.graph.sameness import Sameness, set_same_along
 from lightning_prune.graph.vocabulary import Vocabulary
 from lightning_prune.graph.writing import note_write
@@ -268,7 +270,12 @@ class Tracer(Vocabulary, TorchDispatchMode):
             set_same_along(output, axes)
 
     def note_shaping(
-        self, function: str, tensor: Tensor, sizes: Sequence[int], labels: Sequence[Labels | None]
+        self,
+        function: str,
+        tensor: Tensor,
+        sizes: Sequence[int],
+        labels: Sequence[Labels | None],
+        power: float = 1.0,
     ) -> None:
         """Note sizes that code gives a function.
 
@@ -277,15 +284,25 @@ class Tracer(Vocabulary, TorchDispatchMode):
             tensor: The tensor that it is given.
             sizes: The sizes as the code has them.
             labels: The labels along the axis that each is of.
+            power: Which power of its size a factor is.
         """
         given = self.all_labels(tensor)
-        seen = Shaping(self.where(), function, tuple(tensor.shape), given, tuple(sizes), tuple(labels))
+        seen = Shaping(self.where(), function, tuple(tensor.shape), given, tuple(sizes), tuple(labels), power)
         self.record.shapings.append(seen)
 
     def note_scale(self, query: Tensor, *others: Any, scale: float | None = None, **named: Any) -> None:
         """Note attention that is scaled by the width of the queries, unless it is given a scale."""
         if scale is None and len(others) < 6:
             self.note_shaping("scale", query, (), ())
+
+    def note_factor(self, tensor: Tensor, factor: CountPower) -> None:
+        """Note a power of a number of channels that a tensor is multiplied or divided by."""
+        count = factor.count
+        if count.record is not self.record:
+            return
+        self.note_shaping("factor", tensor, [count], [None], factor.power)
+        if factor.power < 0:  # of nothing there is no such power
+            self.record.least_required.append(LeastRequired(count.labels, math.ceil(len(count.labels) / count)))
 
     def note_look(self, tensors: Iterable[Tensor]) -> None:
         """Note that the module which runs looks at the values of tensors."""
@@ -405,6 +422,8 @@ class ValueWatcher(TorchFunctionMode):
             tracer.parts_wanted = 0
         if func in _TAKES_SIZES and not tracer.muted:
             self._note_shaping(func, args, kwargs, output)
+        elif func in MULTIPLYING and isinstance(args[-1], CountPower) and not tracer.muted:
+            tracer.note_factor(*args)
         is_size = isinstance(output, torch.Size) or func is Tensor.size
         return self._counted(output, *args, **kwargs) if is_size else output
 
