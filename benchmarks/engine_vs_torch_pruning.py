@@ -36,7 +36,7 @@ NETWORKS = [
 ]  # fmt: skip
 PARTS = ("trace", "score", "plan", "prune")
 LIMIT, MEAN_LIMIT, ITERATIVE_LIMIT = 0.8, 0.2, 0.1
-LONGEST = 900  # seconds after which the process of a network is ended
+LONGEST = 90  # seconds after which the process of a network is ended
 HEAD = ["network", "lightning-prune (s)", *PARTS, "Torch-Pruning (s)", "times as long"]
 
 Round = dict[str, float]

@@ -98,11 +98,13 @@ class Site:
 
     Attributes:
         function: ``"shape"`` for sizes along all axes, ``"split"`` for those of pieces of one axis, ``"scale"`` for
-            attention that is scaled by the root of what it is given.
+            attention that is scaled by the root of what it is given, ``"factor"`` for a power of a size that a tensor
+            is multiplied or divided by.
         axes: How many axes the tensor has that is given.
         given: Lengths of some of these axes: (axis, length).
         sizes: How many sizes the code gives.
         changed: Those of them that are in proportion with channels.
+        power: Which power of its size a factor is.
     """
 
     function: str
@@ -110,6 +112,7 @@ class Site:
     given: tuple[tuple[int, Count], ...]
     sizes: int = 0
     changed: tuple[Size, ...] = ()
+    power: float = 1.0
 
     def counts(self) -> Iterator[Count]:
         """Yield the numbers that follow channels."""

@@ -103,6 +103,26 @@ class FusedByIndex(Fused):
         return self.proj(self.attend(qkv[0], qkv[1], qkv[2]).transpose(1, 2).reshape(n, t, c))
 
 
+class ScaledByStream(Fused):
+    """Computes the scale in the middle of its forward pass, by the width of the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, c = x.shape
+        qkv = self.qkv(x).reshape(n, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.scaled(qkv[0], c // self.num_heads), qkv[1], qkv[2]
+        return self.proj(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(n, t, c))
+
+    @staticmethod
+    def scaled(q: Tensor, width: int) -> Tensor:
+        return q * width**-0.5
+
+
+class DividedByStream(ScaledByStream):
+    @staticmethod
+    def scaled(q: Tensor, width: int) -> Tensor:
+        return torch.div(q, width**0.5)
+
+
 class Chunked(Fused):
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
@@ -233,7 +253,7 @@ class SingleHead(Form):
 FORMS = [
     Form, Scaled, ScaledByNumber, ScaledInForward, AnyNumberOfHeads, AnyWidth, Literal, Unflattened, Fused, FusedScaled,
     FusedByIndex, Chunked, SplitBySize, Attributes, Einsum, Grouped, GroupedScaled, Biased, TalkingHeads, Rotated,
-    Normalised, SingleHead,
+    Normalised, SingleHead, ScaledByStream, DividedByStream,
 ]  # fmt: skip
 
 

@@ -7,7 +7,10 @@ import torch
 
 from lightning_prune.graph.records import Labels, Record
 
-__all__ = ["AttributeNumber", "ChannelCount", "channels_counted", "counted_shape", "find_computed", "number_attributes"]
+__all__ = [
+    "AttributeNumber", "ChannelCount", "CountPower", "channels_counted", "counted_shape", "find_computed",
+    "number_attributes",
+]  # fmt: skip
 
 
 class ChannelCount(int):
@@ -34,6 +37,27 @@ class ChannelCount(int):
         if not isinstance(result, int):
             return result
         return _count(result, self.labels, self.record)
+
+    def __pow__(self, other: Any, modulo: Any = None) -> Any:
+        result = pow(int(self), other, modulo)
+        if not isinstance(result, float):
+            return result
+        power = CountPower(result)
+        power.count = self
+        power.power = other
+        return power
+
+
+class CountPower(float):
+    """A power of a number of channels, such as a root of it, that remembers which number.
+
+    Attributes:
+        count: The number of channels.
+        power: The exponent.
+    """
+
+    count: ChannelCount
+    power: float
 
 
 class AttributeNumber(int):

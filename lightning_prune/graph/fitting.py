@@ -213,6 +213,7 @@ class Fitting:
             given,
             len(first.sizes),
             tuple(changed),
+            first.power,
         )
 
     def _given(self, place: _Fitted) -> tuple[tuple[int, Count], ...]:

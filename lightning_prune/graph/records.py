@@ -209,6 +209,7 @@ class Shaping:
         given: The labels of that tensor, by axis.
         sizes: The sizes as the code has them.
         labels: The labels along the axis that each size is of, None where it has none.
+        power: Which power of its size a factor is.
     """
 
     module: str
@@ -217,6 +218,7 @@ class Shaping:
     given: OutputLabels
     sizes: tuple[int, ...]
     labels: tuple[Labels | None, ...]
+    power: float = 1.0
 
 
 @dataclass

@@ -12,11 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_prune.pruning_plan import Shares, Site
 
-__all__ = ["SCALED", "SHAPING", "SPLITTING", "as_written", "resize", "sizes_given"]
+__all__ = ["MULTIPLYING", "SCALED", "SHAPING", "SPLITTING", "as_written", "resize", "sizes_given"]
 
 _UNFLATTEN = frozenset({Tensor.unflatten, torch.unflatten})
 SHAPING = frozenset({Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand}) | _UNFLATTEN
 SPLITTING = frozenset({Tensor.split, torch.split, torch.functional.split, Tensor.split_with_sizes})
+MULTIPLYING = frozenset({
+    Tensor.mul, Tensor.mul_, torch.mul, torch.multiply, Tensor.div, Tensor.div_, torch.div, torch.true_divide,
+})  # fmt: skip
 SCALED = functional.scaled_dot_product_attention
 _SITES = "_sites"
 _RESIZED: dict[type[nn.Module], type[nn.Module]] = {}
@@ -33,6 +36,7 @@ class _Fitted:
         sizes: How many sizes the code gives.
         changed: The place of each size to change, what the code says there, and what it is to be.
         scale: What attention is multiplied by in the original network.
+        power: Which power of its size a factor is.
     """
 
     function: str
@@ -41,6 +45,7 @@ class _Fitted:
     sizes: int
     changed: tuple[tuple[int, int, int], ...]
     scale: float
+    power: float
 
     @classmethod
     def of(cls, site: Site, shares: Shares) -> "_Fitted":
@@ -55,6 +60,7 @@ class _Fitted:
             site.sizes,
             changed,
             scale,
+            site.power,
         )
 
     def is_given(self, tensor: Tensor) -> bool:
@@ -99,6 +105,8 @@ class _Fitting(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is SCALED:
             return self._attend(args, kwargs)
+        if func in MULTIPLYING and not kwargs:
+            return func(args[0], self._factor(*args))
         if func in SHAPING or func in SPLITTING:
             return self._shape(
                 func,
@@ -133,6 +141,16 @@ class _Fitting(TorchFunctionMode):
                     **others,
                 )
         return func(*args, **kwargs)
+
+    def _factor(self, tensor: Any, factor: Any) -> Any:
+        """Return what a tensor is to be multiplied or divided by."""
+        if isinstance(factor, float):
+            for site in self.sites:
+                if site.function == "factor" and site.is_given(tensor):
+                    [(_, asked, fitting)] = site.changed
+                    if factor == asked**site.power:
+                        return fitting**site.power
+        return factor
 
     def _attend(self, args: Any, kwargs: Any) -> Any:
         query = args[0] if args else kwargs["query"]

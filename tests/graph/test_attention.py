@@ -20,6 +20,7 @@ from attention_forms import (
     Network,
     Rotated,
     Scaled,
+    ScaledByStream,
     SingleHead,
     SplitBySize,
 )
@@ -76,7 +77,7 @@ def pruned(model: nn.Module, graph: ChannelGraph) -> tuple[nn.Module, PruningPla
     return smaller, plan
 
 
-@pytest.mark.parametrize("form", [FusedScaled, Scaled, SplitBySize, AnyWidth])
+@pytest.mark.parametrize("form", [FusedScaled, Scaled, ScaledByStream, SplitBySize, AnyWidth])
 def test_what_was_pruned_is_stored_loaded_and_exported(form: type[nn.Module], tmp_path: Path):
     model = randomised(Network(form()).double()).eval()
     graph = lp.trace(model, IMAGE)
@@ -119,6 +120,11 @@ def test_attributes_follow_heads_and_widths():
     assert (smaller.attention.num_heads, smaller.attention.head_dim, smaller.attention.inner) == (3, 2, 6)
     assert smaller.attention.scale == fused.attention.scale
     assert type(smaller.attention) is Attributes
+
+
+def test_a_stream_whose_width_is_divided_among_heads_keeps_a_channel_for_each():
+    graph = lp.trace(Network(ScaledByStream()), IMAGE.float())
+    assert graph.groups["embed"].least == HEADS
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
