@@ -121,8 +121,8 @@ def watch_inputs(graph: ChannelGraph, on_input: OnInput) -> list[RemovableHandle
     for group in graph.groups.values():
         hooked = before if group.consuming else after
         for key, places in watched_places(graph, group).items():
-            layer, _ = _layer_of(places[0].tensor)
-            hooked[key] = modules[layer]
+            owner, _ = _layer_of(places[0].tensor)
+            hooked[key] = modules[owner]
     handles: list[RemovableHandle] = []
     for key, layer in before.items():
         show_input = partial(_show_input, on_input, key)
