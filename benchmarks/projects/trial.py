@@ -30,7 +30,7 @@ from lightning_prune.callbacks import PruningCallback, TaylorRankCallback
 from lightning_prune.pruning_plan import plan_in_force
 
 EPOCHS = 3  # a prune before the second one
-LIGHTNINGS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")  # each of which may be the one that speaks
+LIGHTNINGS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")  # any of them may speak
 
 CALLBACKS = {
     "default": lambda: PruningCallback(),

@@ -29,6 +29,7 @@ OnInput = Callable[[str, Tensor, int], Tensor | None]
 """Given the key of a place, the values there and the axis of the channels; may return other values."""
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_WEIGHTS = ("weight", "weight_v", "weight_orig")  # and what it is computed from, where that is normalised
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -120,8 +121,8 @@ def watch_inputs(graph: ChannelGraph, on_input: OnInput) -> list[RemovableHandle
     for group in graph.groups.values():
         hooked = before if group.consuming else after
         for key, places in watched_places(graph, group).items():
-            module = _module_of(places[0].tensor)
-            hooked[key] = modules[module]
+            owner, _ = _layer_of(places[0].tensor)
+            hooked[key] = modules[owner]
     handles: list[RemovableHandle] = []
     for key, layer in before.items():
         show_input = partial(_show_input, on_input, key)
@@ -185,9 +186,9 @@ def check_watchable(graph: ChannelGraph, criterion: str) -> None:
         consumed = bool(group.consuming)
         does = "consumes" if consumed else "produces"
         for place, *_ in watched_places(graph, group).values():
-            path = _module_of(place.tensor)
+            path, parameter = _layer_of(place.tensor)
             module = modules[path]
-            if not _is_watchable(module, place, consumed):
+            if not _is_watchable(module, parameter, consumed):
                 raise ValueError(
                     f"{criterion} cannot watch what {path or 'the model'!r} ({type(module).__name__}) {does} of "
                     f"group {name!r}; add {name!r} to ignore, or use a criterion that needs no activations, such as "
@@ -195,11 +196,9 @@ def check_watchable(graph: ChannelGraph, criterion: str) -> None:
                 )
 
 
-def _is_watchable(module: nn.Module, place: Slice, consumed: bool) -> bool:
-    _, _, attribute = place.tensor.rpartition(".")
-    is_weight = attribute == "weight"
+def _is_watchable(module: nn.Module, parameter: str, consumed: bool) -> bool:
     if isinstance(module, nn.Linear | _ConvNd):
-        return is_weight
+        return parameter in _WEIGHTS
     return not consumed and isinstance(module, _NORMS)
 
 
@@ -227,3 +226,15 @@ def sum_positions(values: Tensor, axis: int) -> Tensor:
 def _module_of(tensor: str) -> str:
     """Return the name of the module that a parameter belongs to."""
     return tensor.rpartition(".")[0]
+
+
+def _layer_of(tensor: str) -> tuple[str, str]:
+    """Return the name of the layer that computes with a parameter, and that of the parameter in it.
+
+    Example:
+        >>> _layer_of("head.parametrizations.weight.original1"), _layer_of("head.weight_v")
+        (('head', 'weight'), ('head', 'weight_v'))
+    """
+    owner, _, parameter = tensor.rpartition(".")
+    layer, is_parametrized, parametrized = owner.rpartition(".parametrizations.")
+    return (layer, parametrized) if is_parametrized else (owner, parameter)

@@ -274,3 +274,38 @@ def test_channels_that_no_layer_consumes_are_scored_where_they_are_made(kind: st
     (by_sample,) = torch.autograd.grad((model(x) - y).square().sum(), model.gate)
     expected = {"a": by_sample.abs().mean(0), "c": by_sample.mean(0).abs(), "gate": by_sample.mean(0).square()}
     torch.testing.assert_close(found["theta"], expected["a" if variant == "b" else variant])
+
+
+class Normalised(nn.Module):
+    """Channels that a layer consumes whose weight is computed of others; a gate tells what they do."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 7), norm(nn.Linear(7, 4))
+        self.gate: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.first(x).relu()
+        return self.last(values if self.gate is None else values * self.gate)
+
+
+NORMALISING = {
+    "weight_norm": nn.utils.parametrizations.weight_norm, "old weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm, "old spectral_norm": nn.utils.spectral_norm,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("norm", NORMALISING)
+def test_layers_with_normalised_weights_are_watched(norm: str) -> None:
+    torch.manual_seed(0)
+    model = Normalised(NORMALISING[norm]).double().eval()
+    x, y = torch.randn(9, 5).double(), torch.randn(9, 4).double()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().sum(1).mean()
+
+    found = lp.criteria.taylor(lp.trace(model, x[:1]), [(x, y)], loss, "a", normalize=False)
+    model.gate = torch.ones(9, 7).double().requires_grad_()
+    (by_sample,) = torch.autograd.grad((model(x) - y).square().sum(), model.gate)
+    torch.testing.assert_close(found["first"], by_sample.abs().mean(0))
