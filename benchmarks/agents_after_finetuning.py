@@ -132,7 +132,7 @@ def table(results: dict[str, Any]) -> str:
     for setting, rows in stored.by_setting(results).items():
         lines += [
             f"\n{setting}, half of the FLOPs, CIFAR-10 (JPEG copy):\n",
-            "| search | seeds | best reward (%) | lead over random | after fine-tuning (%) | lead over random | tried |",
+            "| search | seeds | best reward (%) | lead over random | fine-tuned (%) | lead over random | tried |",
             "|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for row, seeds in rows.items():
