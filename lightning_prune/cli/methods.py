@@ -10,15 +10,18 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune import criteria, planning
+from lightning_prune import criteria, planning, search
 from lightning_prune.callbacks import PruningCallback
+from lightning_prune.callbacks.batches import training_batches
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.criteria.registry import find, needs_loss
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning.in_turns import forward_times
+from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
+from lightning_prune.search.pruning_problem import Measure, PruningProblem, accuracy_of
 
-__all__ = ["ALL", "CONTROLS", "DEFAULT", "AtOnce", "check_methods"]
+__all__ = ["ALL", "CONTROLS", "DEFAULT", "EVALUATIONS", "SEARCHES", "AtOnce", "check_methods"]
 
 _ROUNDS = 9  # of timing
 
@@ -43,10 +46,16 @@ ALL = (
 """All methods that take a few forward passes; ``oracle``, which takes one for each channel, is tried if it is named."""
 
 
+SEARCHES = tuple(name for name in (*search.CONTROLS, *search.AGENTS) if name not in CONTROLS)
+"""Searches for widths, with the scores of the default method; each takes as many measurements as `EVALUATIONS`."""
+EVALUATIONS = 100
+_EPISODES = 10
+
+
 def check_methods(names: Sequence[str]) -> None:
     """Raise a ValueError unless all methods are known."""
     for name in names:
-        if name != UNIFORM:
+        if name != UNIFORM and name not in SEARCHES:
             find(name)
 
 
@@ -54,12 +63,13 @@ class AtOnce(PruningCallback):
     """Prune a trained network once, as soon as it could be trained, and end there.
 
     Args:
-        method: A criterion, or ``"uniform"``.
+        method: A criterion, ``"uniform"``, or a search for widths.
         settings: As for `PruningCallback`.
 
     Attributes:
         times: Milliseconds of the original network and of the pruned one, in each of some turns.
         why: Why it is this method.
+        census: What a search has tried, if it is one.
     """
 
     def __init__(self, method: str = DEFAULT, **settings: Any) -> None:
@@ -72,9 +82,10 @@ class AtOnce(PruningCallback):
         """Prune by a method.
 
         Args:
-            method: A criterion, or ``"uniform"``.
+            method: A criterion, ``"uniform"``, or a search for widths.
         """
         self.method = method
+        self.census = ""
         self.criterion = _criterion_of(method)
 
     @override
@@ -128,7 +139,44 @@ class AtOnce(PruningCallback):
 
     @override
     def allocate(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
+        if self.method in SEARCHES:
+            return self._searched(graph, scores, keep)
         return self.allocation(graph, scores, keep)
+
+    def _searched(self, graph: ChannelGraph, scores: dict[str, Tensor], keep: float) -> PruningPlan:
+        """Let a search choose the widths that leave the least loss in training, once the network is compensated."""
+        if not planning.metric_named(self.metric).counted:
+            raise ValueError(f"Method {self.method!r} needs a metric that can be counted: flops, params or channels.")
+        problem = PruningProblem(
+            graph,
+            keep=keep,
+            metric=self.metric,
+            round_to=int(self.round_to),
+            min_channels=self.min_channels,
+            scores=scores,
+        )
+        searching = search.make_search(self.method, steps=len(problem), episodes=_EPISODES, evaluations=EVALUATIONS)
+        measure = self._reward(graph)
+        with progress(f"Searching by {self.method}", EVALUATIONS) as bar:
+            while len(searching.tried) < EVALUATIONS and not searching.finished:
+                widths = searching.explore(problem)
+                searching.learn(measure([problem.plan(row) for row in widths]))
+                bar.advance(len(widths))
+        self.census = str(searching.census())
+        best = searching.tried.best()
+        found = searching.settle(problem)[0] if best is None else best[0]
+        return problem.plan(found)
+
+    def _reward(self, graph: ChannelGraph) -> Measure:
+        """Return what rewards plans: less loss, on as many training batches as compensation looks at, and others."""
+        batches = self.run.batches.of_prune(1)
+        seen = training_batches(self.run.trainer, len(batches), seed=2, of_all_ranks=True)
+
+        def evaluate(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            loss = self._loss(model, batch)
+            return loss, -loss
+
+        return accuracy_of(graph, seen, evaluate=evaluate, compensate="fold", compensate_batches=batches)
 
     @property
     def allocation(self) -> Callable[..., PruningPlan]:
@@ -144,6 +192,8 @@ class AtOnce(PruningCallback):
 
 
 def _criterion_of(method: str) -> str:
+    if method in SEARCHES:
+        return DEFAULT
     return "l1" if method == UNIFORM else method
 
 

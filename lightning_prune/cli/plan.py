@@ -66,7 +66,9 @@ def _parser() -> CommandParser:
         nargs="+",
         default=["coherent_obs"],
         metavar="NAME",
-        help="criteria that score channels, or all; random and uniform are measured with any (default: coherent_obs)",
+        help="criteria that score channels, or all; searches for widths, if named: greedy, evolution, halving, "
+        "skip-whole or an agent such as ppo-cim, each with 100 measurements; random and uniform are measured with any "
+        "(default: coherent_obs)",
     )
     parser.add_argument(
         "--out", type=Path, help="JSON file that keeps what is measured (default: CKPT without its ending, .plan.json)"

@@ -54,8 +54,8 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--method",
         default="auto",
-        help="criterion that scores channels, or uniform (default: auto, what `lightning-prune plan --method all` has "
-        "found best for this checkpoint, else coherent_obs)",
+        help="criterion that scores channels, uniform, or a search for widths as for plan (default: auto, what "
+        "`lightning-prune plan --method all` has found best for this checkpoint, else coherent_obs)",
     )
     parser.add_argument(
         "--plan", type=Path, metavar="FILE", help="what `lightning-prune plan` has kept (default: its file beside CKPT)"

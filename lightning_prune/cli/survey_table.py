@@ -34,6 +34,7 @@ def told(survey: Survey, methods: Sequence[str], keeps: Sequence[float], setting
         *aligned(shown.costs()),
         "",
         *aligned(shown.widths()),
+        *shown.censuses(),
         *shown.refusals(),
     ]
 
@@ -123,6 +124,10 @@ class _Shown:
             kept = [row.widths.get(group, size) for row in self.best]
             table.append([group, str(size), *map(str, kept)])
         return table
+
+    def censuses(self) -> list[str]:
+        """Tell what searches have tried."""
+        return [f"{row.method} at {row.keep:g}: {row.census}" for row in self.rows if row.census]
 
     def refusals(self) -> list[str]:
         places: dict[str, list[str]] = {}

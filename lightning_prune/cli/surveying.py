@@ -123,6 +123,7 @@ class Surveyor(AtOnce):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what is kept is told of each row
                 plan = self.allocate(graph, scores, keep)
+            row.census = self.census
             row.metrics = self.run.validator.after(plan, self._compensations(plan, NO_COPIES))
         except ValueError as refusal:
             row.refusal = str(refusal)

@@ -49,6 +49,7 @@ class Row:
         widths: Channels that are kept, by group name.
         metrics: The module's own validation right after the compensated prune, by name.
         seconds: How long all of that took.
+        census: What a search has tried to find it, if one has.
     """
 
     method: str
@@ -62,6 +63,7 @@ class Row:
     widths: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    census: str = ""
 
 
 @dataclass

@@ -83,6 +83,7 @@ class Control(WidthSearch):
         state["generator"] = self.generator.get_state()
         state["waiting"] = self._waiting
         state["known"] = self._known
+        state["finished"] = self.finished
         state["tried"] = vars(self.tried)
         return copy.deepcopy(state)
 
@@ -96,6 +97,7 @@ class Control(WidthSearch):
         self.generator.set_state(generator.cpu())
         self._waiting = state["waiting"]
         self._known = state["known"]
+        self.finished = state["finished"]
         self.tried = Tried(**state["tried"])
 
     def _random(self, count: int) -> np.ndarray:
@@ -145,6 +147,7 @@ class Uniform(Control):
 
     @override
     def _plan_ahead(self, problem: PruningProblem, known: Known) -> Rows:
+        self.finished = True
         return [filled(problem, problem.sizes).tolist()]
 
 
@@ -177,6 +180,7 @@ class Greedy(Control):
         cost = problem.cost
         now = np.array(self.current)
         if cost.of(now) <= problem.bounds.budget:
+            self.finished = True
             return [self.current]
         groups = len(problem)
         rounds = (self.evaluations - 1) // groups

@@ -11,7 +11,7 @@ from lightning_prune.rl.agent import Agent
 from lightning_prune.rl.transitions import Transition
 from lightning_prune.search.pruning_problem import PruningProblem
 
-__all__ = ["PruningEpisodes", "View", "play"]
+__all__ = ["PruningEpisodes", "Residual", "View", "play"]
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,47 @@ class PruningEpisodes:
         return costs / original if original else np.ones(len(widths))
 
 
+@dataclass(frozen=True)
+class Residual:
+    """What the actions of an agent mean around an allocation: 0.5 is the allocation itself.
+
+    Args:
+        centre: (groups,) fractions that the allocation prunes.
+        span: How far the actions 0 and 1 are from it, as a fraction of the channels.
+    """
+
+    centre: np.ndarray
+    span: float
+
+    def actions(self, group: int, fractions: Tensor) -> Tensor:
+        """Return the actions that mean some fractions of a group, as near as there are.
+
+        Args:
+            group: Number of the group.
+            fractions: (n, 1) fractions of its channels that are pruned.
+        """
+        distances = fractions - float(self.centre[group])
+        actions = 0.5 + distances / (2 * self.span)
+        return actions.clamp(0, 1)
+
+    def fractions(self, group: int, actions: Tensor) -> Tensor:
+        """Return the fractions of a group that (n, 1) actions mean.
+
+        Args:
+            group: Number of the group.
+            actions: The actions.
+        """
+        distances = (actions - 0.5) * (2 * self.span)
+        return distances + float(self.centre[group])
+
+
 def play(
-    problem: PruningProblem, agent: Agent, n: int, greedy: bool = False, epoch: int = 0
+    problem: PruningProblem,
+    agent: Agent,
+    n: int,
+    greedy: bool = False,
+    epoch: int = 0,
+    residual: Residual | None = None,
 ) -> tuple[np.ndarray, list[Transition]]:
     """Let an agent decide in several episodes at once.
 
@@ -134,6 +173,7 @@ def play(
         n: Number of episodes.
         greedy: Whether the agent takes its best known actions; otherwise it samples them.
         epoch: The epoch of training.
+        residual: What actions mean, if not the fractions that are pruned.
 
     Returns:
         The (n, groups) widths, and the transitions of all steps, each of n environments and without reward.
@@ -141,12 +181,24 @@ def play(
     episodes = PruningEpisodes(problem, n)
     transitions = []
     while not episodes.ended:
-        before = episodes.view
+        group = episodes.position
+        before = _as_seen(episodes, residual)
         actions = agent.act(before.observation, before.low, before.high, greedy=greedy, epoch=epoch)
-        episodes.step(actions)
-        transition = _transition(before, actions, episodes.view, terminated=episodes.ended, epoch=epoch)
+        episodes.step(actions if residual is None else residual.fractions(group, actions))
+        after = _as_seen(episodes, residual)
+        transition = _transition(before, actions, after, terminated=episodes.ended, epoch=epoch)
         transitions.append(transition)
     return episodes.widths, transitions
+
+
+def _as_seen(episodes: PruningEpisodes, residual: Residual | None) -> View:
+    """Return what the agent is given, with bounds of what its actions mean."""
+    view = episodes.view
+    if residual is None or episodes.ended:
+        return view
+    low = residual.actions(episodes.position, view.low)
+    high = residual.actions(episodes.position, view.high)
+    return View(view.observation, low, high)
 
 
 def _transition(before: View, actions: Tensor, after: View, **flags: Any) -> Transition:

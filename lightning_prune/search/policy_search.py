@@ -12,7 +12,8 @@ from typing_extensions import Self, override
 from lightning_prune.rl.environment_model import EnvironmentModel
 from lightning_prune.rl.transitions import Transition
 from lightning_prune.search.agents import make_agent
-from lightning_prune.search.episodes import play
+from lightning_prune.search.episodes import Residual, play
+from lightning_prune.search.filling import filled
 from lightning_prune.search.pruning_problem import OBSERVATION_SIZE, PruningProblem
 from lightning_prune.search.random_search import RandomSearch
 from lightning_prune.search.width_search import Census, Tried, WidthSearch
@@ -20,6 +21,8 @@ from lightning_prune.search.width_search import Census, Tried, WidthSearch
 __all__ = ["REWARDED", "PolicySearch"]
 
 REWARDED = ("every_step", "last_step")
+AROUND = ("nothing", "uniform", "best")
+AGAINST = ("first", "best")
 
 
 _CONSTANT = 0.01  # a smaller deviation of the actions, fractions of the channels, is that of a constant agent
@@ -44,6 +47,10 @@ class PolicySearch(WidthSearch):
         environment_updates: Updates of the environment model in a round of learning.
         environment_size: Numbers in the representation of an epoch that the agent is given; 0 for no environment model.
         agent_settings: As for the agent's class.
+        around: ``"nothing"``: actions are the fractions that are pruned, as in the papers; ``"uniform"``: they are
+            deviations from the same share of every group; ``"best"``: they are deviations from the best plan so far.
+        span: Greatest deviation, as a fraction of the channels of a group.
+        against: ``"first"``: the mean of the first rewards is subtracted from all; ``"best"``: the best one before.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -75,13 +82,22 @@ class PolicySearch(WidthSearch):
         environment_updates: int = 100,
         environment_size: int = 0,
         agent_settings: Mapping[str, Any] | None = None,
+        around: str = "nothing",
+        span: float = 0.25,
+        against: str = "first",
     ) -> None:
-        if rewarded not in REWARDED:
-            raise ValueError(f"rewarded must be one of {', '.join(REWARDED)}; got {rewarded!r}.")
+        _check_choice("rewarded", rewarded, REWARDED)
+        _check_choice("around", around, AROUND)
+        _check_choice("against", against, AGAINST)
+        if not 0 < span <= 1:
+            raise ValueError(f"span must be a fraction of the channels, above 0 and at most 1; got {span!r}.")
         if episodes < 2:
             raise ValueError(f"episodes must be at least 2, for rewards to be compared; got {episodes!r}.")
         super().__init__(episodes)
         self.rewarded = rewarded
+        self.around = around
+        self.span = span
+        self.against = against
         self.agent_updates = agent_updates
         self.environment_updates = environment_updates
         self.environment: EnvironmentModel | None = None
@@ -100,12 +116,22 @@ class PolicySearch(WidthSearch):
     @override
     def _propose(self, problem: PruningProblem, epoch: int) -> np.ndarray:
         """Play episodes to learn from."""
-        widths, self._played = play(problem, self.agent, self.episodes, epoch=epoch)
+        residual = self._residual(problem)
+        widths, self._played = play(problem, self.agent, self.episodes, epoch=epoch, residual=residual)
         return widths
+
+    def _residual(self, problem: PruningProblem) -> Residual | None:
+        """Return what actions mean now."""
+        if self.around == "nothing":
+            return None
+        best = self.tried.best() if self.around == "best" else None
+        widths = filled(problem, problem.sizes) if best is None else np.array(best[0])
+        return Residual(1 - widths / problem.sizes, self.span)
 
     @override
     def settle(self, problem: PruningProblem, epoch: int = 0) -> np.ndarray:
-        widths, _ = play(problem, self.agent, 1, greedy=True, epoch=epoch)
+        residual = self._residual(problem)
+        widths, _ = play(problem, self.agent, 1, greedy=True, epoch=epoch, residual=residual)
         return widths
 
     @override
@@ -118,7 +144,10 @@ class PolicySearch(WidthSearch):
             self.scale = RewardScale.of(rewards)
         seen = torch.cat([transition.observation for transition in self._played])
         epoch = self._played[0].epoch
-        self._observe(rewards, self.scale.standardised(rewards))
+        scale = self.scale
+        if self.against == "best" and self._best_before is not None:
+            scale = replace(scale, mean=self._best_before)
+        self._observe(rewards, scale.standardised(rewards))
         figures: dict[str, float] = {}
         # The agent first: what it saw when it acted must be what it sees when it learns from that.
         for _ in range(self.agent_updates):
@@ -160,6 +189,11 @@ class PolicySearch(WidthSearch):
             if self.environment is not None:
                 self.environment.observe(replace(transition, reward=rewards))
         self._played = []
+
+
+def _check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{setting} must be one of {', '.join(choices)}; got {value!r}.")
 
 
 @dataclass(frozen=True)

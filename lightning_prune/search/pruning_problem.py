@@ -51,6 +51,7 @@ class PruningProblem:
         round_to: Layers that are pruned keep a multiple of this many channels.
         min_channels: Least number of channels of a group.
         cap: Greatest fraction of its original channels that may be pruned of a group.
+        scores: (channels,) score of each channel, by group name, in place of a criterion.
 
     Raises:
         ValueError: If the budget cannot be reached, or a setting is out of range.
@@ -85,12 +86,15 @@ class PruningProblem:
         round_to: int = 1,
         min_channels: int = 1,
         cap: float = 0.8,
+        scores: Mapping[str, Tensor] | None = None,
     ) -> None:
+        if scores is None:
+            scores = criteria.score(graph, criterion)
         self.graph = graph
         self.cost = CostModel(graph, metric)
         self.bounds = WidthBounds(graph, self.cost, keep, round_to, min_channels, cap)
         self.sizes = self.cost.sizes  # (groups,) original channels
-        self.scores = checked_scores(graph, criteria.score(graph, criterion))
+        self.scores = checked_scores(graph, scores)
         self.features = _features(graph, self.cost)
 
     def __len__(self) -> int:

@@ -101,11 +101,14 @@ class WidthSearch(ABC):
 
     Attributes:
         tried: The plans that were tried, those beyond the budget among them.
+        finished: Whether there is nothing more to try; what `explore` returns has then been tried before.
     """
 
     def __init__(self, episodes: int) -> None:
         self.episodes = episodes
         self.tried = Tried()
+        self.finished = False
+        self._best_before: float | None = None  # this round
         self._asked = np.zeros((0, 0), dtype=np.int64)
         self._within = np.zeros(0, dtype=bool)
 
@@ -132,6 +135,8 @@ class WidthSearch(ABC):
             Losses and other figures of the last updates, by name.
         """
         rewards = rewards.float().cpu()
+        best = self.tried.best()
+        self._best_before = None if best is None else best[1]
         self.tried.add(self._asked, rewards, self._within)
         return self._learn(self._asked, rewards)
 

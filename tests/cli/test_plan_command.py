@@ -1,6 +1,7 @@
 """``lightning-prune plan``: what budgets cost before any training, as a person types it."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,20 @@ def test_what_is_told_is_what_prune_then_gives(
     page = (checkpoint.parent / "net.plan.html").read_text()
     assert "taylor: val/accuracy" in page
     assert "random 0.4" in page
+
+
+def test_a_search_for_widths_is_a_method_and_prune_finds_the_same(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "EVALUATIONS", 12)
+    told = planned(capsys, checkpoint, "--keep", "0.5", "--method", "evolution")
+    assert re.search(r"evolution at 0\.5: 12 plans tried, \d+ distinct, 12 within the budget", told)
+    rows = {row["method"]: row for row in kept_in(checkpoint)["rows"]}
+    assert list(rows) == ["evolution", "random", "uniform"]
+    assert rows["evolution"]["kept"]["flops"] <= 0.5
+    out = tmp_path / "out.ckpt"
+    main(["prune", str(checkpoint), str(out), *DATA, *FAST, "--method", "evolution", "--keep", "0.5"])
+    assert plan_in_force(lp.load_pruned(battery.ResidualClassifier, out)).widths == rows["evolution"]["widths"]
 
 
 def test_a_survey_that_was_broken_off_goes_on_to_the_same(

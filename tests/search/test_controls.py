@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.rl import Agent
 from lightning_prune.search import AGENTS, CONTROLS, make_search
-from lightning_prune.search.controls import Evolution, Greedy, Halving, SkipWhole, Uniform
+from lightning_prune.search.controls import Evolution, Greedy, Halving, SkipWhole
 from lightning_prune.search.filling import filled
 from lightning_prune.search.policy_search import PolicySearch
 from lightning_prune.search.pruning_problem import PruningProblem
@@ -58,6 +58,10 @@ def worth(problem: PruningProblem, widths: np.ndarray) -> Tensor:
     return torch.from_numpy(np.sqrt(widths / problem.sizes) @ values)
 
 
+def name_of(search: Any) -> str:
+    return next((name for name, kind in CONTROLS.items() if type(search) is kind), "agent")
+
+
 def played(search: Any, problem: PruningProblem, evaluations: int = 60) -> list[list[int]]:
     rows: list[list[int]] = []
     while len(rows) < evaluations:
@@ -65,7 +69,8 @@ def played(search: Any, problem: PruningProblem, evaluations: int = 60) -> list[
         assert 1 <= len(widths) <= search.episodes
         search.learn(worth(problem, widths))
         rows += widths.tolist()
-        if isinstance(search, Uniform):
+        if search.finished:
+            assert name_of(search) in ("uniform", "greedy")
             break
     return rows
 
