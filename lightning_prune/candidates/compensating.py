@@ -29,7 +29,7 @@ from lightning_prune.surgery import pruned_tensors
 from lightning_prune.surgery.compensation.compensating import compensation_by
 from lightning_prune.surgery.compensation.copies import stand_ins
 from lightning_prune.surgery.compensation.lockstep import MakeNetwork, Network
-from lightning_prune.surgery.compensation.many_plans import Compensator
+from lightning_prune.surgery.compensation.many_plans import Collected, Compensator
 
 __all__ = ["CompensatingRunner"]
 
@@ -46,6 +46,7 @@ class CompensatingRunner(ReplayingRunner):
         evaluate: As for `Runner`.
         method: As for `lightning_prune.prune`, but ``"none"``.
         batches: What candidates are compensated on.
+        collected: What was collected before, of the same model on these batches.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class CompensatingRunner(ReplayingRunner):
         evaluate: Evaluate,
         method: str,
         batches: Sequence[Any],
+        collected: Collected,
     ) -> None:
         super().__init__(graph, candidates, evaluate)
         self._method = method
         self._batches = batches
+        self._collected = collected
         self._trial_batch: Any = None
         self._pairs: list[FoldablePair] = []
         self._first_uses: dict[str, int] = {}
@@ -80,7 +83,7 @@ class CompensatingRunner(ReplayingRunner):
         self.note_loss(trace.result)
         if self._method != "refit":
             with unfused_attention():
-                self._compensator = Compensator(self.model, self._method, self._batches, self._make())
+                self._compensator = Compensator(self.model, self._method, self._batches, self._make(), self._collected)
         return CompensatingPlanner(self.graph, trace).jobs(self.candidates, stack=1)
 
     def _find_pairs(self) -> tuple[Any, list[FoldablePair]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune import criteria
-from lightning_prune.candidates import evaluate_candidates
+from lightning_prune.candidates import Memory, evaluate_candidates
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.channel_graph import Group
 from lightning_prune.planning.cost import CostModel
@@ -32,9 +32,11 @@ def accuracy_of(graph: ChannelGraph, batches: Iterable[Any], **settings: Any) ->
     Args:
         graph: The traced model.
         batches: The batches to measure on.
-        settings: As for `evaluate_candidates`: ``compensate``, and the ``compensate_batches`` for it.
+        settings: As for `evaluate_candidates`: ``compensate``, and the ``compensate_batches`` for it. What is collected
+            for that is kept for as long as the weights are the same.
     """
-    return lambda plans: evaluate_candidates(graph, plans, batches, **settings).accuracy
+    kept = {"memory": Memory(), **settings}
+    return lambda plans: evaluate_candidates(graph, plans, batches, **kept).accuracy
 
 
 class PruningProblem:
