@@ -304,6 +304,11 @@ def test_actions_around_an_allocation_are_deviations_from_it(problem: PruningPro
     search.tried.add(np.stack([uniform, better]), torch.tensor([0.1, 0.2]), np.array([True, True]))
     assert (search.explore(problem) == better).all()
     assert (search.settle(problem) == better).all()
+    ranked = lp.plan(problem.graph, problem.scores, keep=0.5, round_to=1)
+    by_scores = made("middle", problem, around="allocation", episodes=2).explore(problem)
+    assert by_scores[0].tolist() == [
+        max(ranked.widths[name], least) for name, least in zip(problem.graph.groups, problem.bounds.least, strict=True)
+    ]
     wild = made("random", problem, around="best", span=0.1, episodes=50)
     wild.tried.add(better[None], torch.tensor([0.2]), np.array([True]))
     widths = wild.explore(problem)
@@ -346,7 +351,7 @@ def test_unknown_names_and_settings_are_refused(problem: PruningProblem) -> None
         made("dqn", problem)
     with pytest.raises(ValueError, match="'greedy' has no setting 'population'"):
         made("greedy", problem, population=3)
-    with pytest.raises(ValueError, match="around must be one of nothing, uniform, best"):
+    with pytest.raises(ValueError, match="around must be one of nothing, uniform, allocation, best"):
         made("sac", problem, around="worst")
     with pytest.raises(ValueError, match="against must be one of first, best"):
         made("sac", problem, against="worst")
