@@ -47,6 +47,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-clip": ("ppo-clip", {}),
     "ppo-cim": ("ppo-cim", {}),
     "reinforce": ("reinforce", {}),
+    "ppo-cim, around the allocation": ("ppo-cim", {"around": "allocation"}),
     "ppo-cim, around the best": ("ppo-cim", {"around": "best"}),
     "reinforce, around the best": ("reinforce", {"around": "best"}),
     "ppo-cim, against the best": ("ppo-cim", {"against": "best"}),

@@ -17,6 +17,7 @@ from lightning_prune.callbacks.batches import ValidationBatches, check_limit, tr
 from lightning_prune.callbacks.monitoring import check_candidates, check_measure, measure_in
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.trainer_state import log_epoch
+from lightning_prune.candidates import Memory
 from lightning_prune.candidates.finite import refuse_not_finite
 from lightning_prune.candidates.isolation import without_other_ranks
 from lightning_prune.candidates.measures import samples_in
@@ -124,11 +125,13 @@ class LearnToPruneCallback(PruningCallback):
         """What exists while training goes on.
 
         Attributes:
-            training: Batches to fine-tune copies or to estimate statistics on.
+            training: Batches to fine-tune copies or to compensate choices on.
+            memory: What was collected to compensate choices, for as long as the weights are the same.
             validation: Batches to measure on; made once for all measurements of a prune, which share its workers.
         """
 
         training: list[Any] = field(default_factory=list)
+        memory: Memory = field(default_factory=Memory)
         validation: ValidationBatches = field(init=False)
 
     cap = 0.8
@@ -279,6 +282,7 @@ class LearnToPruneCallback(PruningCallback):
                 evaluate=self.run.evaluate,
                 compensate=self.compensate_candidates,
                 compensate_batches=self.run.training,
+                memory=self.run.memory,
                 own_data=True,
             )
             return measure(plans)

@@ -19,6 +19,7 @@ from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.schedule import check_whole_number
 from lightning_prune.callbacks.state import under
 from lightning_prune.callbacks.trainer_state import log_epoch, loss_scale, unlogged
+from lightning_prune.candidates import Memory
 from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.planning import metric_named
@@ -122,11 +123,13 @@ class RLJointPruneCallback(PruningCallback):
         Attributes:
             search: The policy search, until the prune.
             training: Batches to compensate choices on.
+            memory: What was collected to compensate choices, for as long as the weights are the same.
             alignment: What draws the weights towards the choice in force.
         """
 
         search: WidthSearch = field(init=False)
         training: list[Any] = field(default_factory=list)
+        memory: Memory = field(default_factory=Memory)
         alignment: Alignment | None = None
 
     cap = 0.8
@@ -281,6 +284,7 @@ class RLJointPruneCallback(PruningCallback):
             evaluate=self.run.evaluate,
             compensate=self.compensate_candidates,
             compensate_batches=self.run.training,
+            memory=self.run.memory,
             own_data=True,
         )
         return measure(plans)

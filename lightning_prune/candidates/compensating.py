@@ -28,7 +28,7 @@ from lightning_prune.surgery import pruned_tensors
 from lightning_prune.surgery.compensation.compensating import compensation_by
 from lightning_prune.surgery.compensation.copies import bring_in_step, stand_ins
 from lightning_prune.surgery.compensation.lockstep import MakeNetwork, Network
-from lightning_prune.surgery.compensation.many_plans import Compensator
+from lightning_prune.surgery.compensation.many_plans import Collected, Compensator
 
 __all__ = ["CompensatingRunner"]
 
@@ -45,6 +45,7 @@ class CompensatingRunner(ReplayingRunner):
         evaluate: As for `Runner`.
         method: As for `lightning_prune.prune`, but ``"none"``.
         batches: What candidates are compensated on.
+        collected: What was collected before, of the same model on these batches.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class CompensatingRunner(ReplayingRunner):
         evaluate: Evaluate,
         method: str,
         batches: Sequence[Any],
+        collected: Collected,
     ) -> None:
         super().__init__(graph, candidates, evaluate)
         bring_in_step(self.model, None)  # what is replayed has the operations of what is compensated
         self._method = method
         self._batches = batches
+        self._collected = collected
         self._trial_batch: Any = None
         self._pairs: list[FoldablePair] = []
         self._first_uses: dict[str, int] = {}
@@ -80,7 +83,7 @@ class CompensatingRunner(ReplayingRunner):
         self.note_loss(trace.result)
         if self._method != "refit":
             with unfused_attention():
-                self._compensator = Compensator(self.model, self._method, self._batches, self._make())
+                self._compensator = Compensator(self.model, self._method, self._batches, self._make(), self._collected)
         return CompensatingPlanner(self.graph, trace).jobs(self.candidates, stack=1)
 
     def _find_pairs(self) -> tuple[Any, list[FoldablePair]]:

@@ -20,6 +20,7 @@ from lightning_prune.candidates.isolation import of_twin, undisturbed
 from lightning_prune.candidates.jobs import Job, share
 from lightning_prune.candidates.journal import Entry
 from lightning_prune.candidates.measures import Evaluate, classification, samples_in
+from lightning_prune.candidates.memory import Memory
 from lightning_prune.candidates.notes import Notes, open_notes
 from lightning_prune.candidates.replaying import ReplayingRunner
 from lightning_prune.candidates.runner import Runner
@@ -29,6 +30,7 @@ from lightning_prune.graph.twin import refusing_calls
 from lightning_prune.progress import progress
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery.compensation import check_method
+from lightning_prune.surgery.compensation.many_plans import Collected
 
 __all__ = ["Measured", "evaluate_candidates"]
 
@@ -54,6 +56,7 @@ def evaluate_candidates(
     evaluate: Evaluate = classification,
     compensate: str = "none",
     compensate_batches: Sequence[Any] = (),
+    memory: Memory | None = None,
     resume: str | Path | None = None,
     own_data: bool = False,
 ) -> Measured:
@@ -78,6 +81,7 @@ def evaluate_candidates(
         compensate: ``"none"``, ``"statistics"``, ``"fold"`` or ``"refit"``, as for `lightning_prune.prune`. The
             statistics of copies with noise follow it, whichever of these it is.
         compensate_batches: The batches that candidates are compensated on, of the kind of ``batches``.
+        memory: Keeps what is collected to compensate candidates for the next call with the same network.
         resume: Folder in which results are noted, so that the same call goes on after an interruption. One folder may
             serve several calls: results are found by the model, the batch and the candidate.
         own_data: Whether each rank has batches of its own; each then measures all candidates.
@@ -100,7 +104,10 @@ def evaluate_candidates(
         >>> evaluate_candidates(graph, [{}, {"0": torch.tensor([0, 2])}], [batch]).accuracy
         tensor([1., 0.], dtype=torch.float64)
     """
-    make_runner = _runner_for(compensate, compensate_batches)
+    collected = Collected()
+    if memory is not None and compensate in ("statistics", "fold"):
+        collected = memory.of(graph.model, compensate_batches, evaluate)
+    make_runner = _runner_for(compensate, compensate_batches, collected)
     planned = [_planned(graph, candidate) for candidate in candidates]
     ranks = _Ranks.current()
     notes = open_notes(resume, ranks.this, planned)
@@ -141,14 +148,14 @@ def _planned(graph: ChannelGraph, candidate: Candidate | Mapping[str, Tensor]) -
     return graph.plan(candidate)
 
 
-def _runner_for(method: str, batches: Sequence[Any]) -> Callable[..., Runner]:
+def _runner_for(method: str, batches: Sequence[Any], collected: Collected) -> Callable[..., Runner]:
     """Return what makes the runner of candidates that are compensated in some way."""
     check_method(method)
     if method == "none":
         return ReplayingRunner
     if len(batches) == 0:
         raise ValueError(f"compensate={method!r} looks at data: give `compensate_batches`, or compensate='none'.")
-    return partial(CompensatingRunner, method=method, batches=batches)
+    return partial(CompensatingRunner, method=method, batches=batches, collected=collected)
 
 
 def _noted_or_measured(job: Job, notes: Notes, runner: Runner, samples: int) -> list[Entry]:

@@ -61,8 +61,10 @@ class Control(WidthSearch):
         if not self._waiting:
             known, self._known = self._known, []
             self._waiting = self._plan_ahead(problem, known)
-        rows = self._waiting[: self.episodes]
-        self._waiting = self._waiting[self.episodes :]
+        left = self.evaluations - len(self.tried)
+        count = min(self.episodes, max(1, left))
+        rows = self._waiting[:count]
+        self._waiting = self._waiting[count:]
         return np.array(rows, dtype=np.int64)
 
     @override

@@ -21,7 +21,7 @@ from lightning_prune.search.width_search import Census, Tried, WidthSearch
 __all__ = ["REWARDED", "PolicySearch"]
 
 REWARDED = ("every_step", "last_step")
-AROUND = ("nothing", "uniform", "best")
+AROUND = ("nothing", "uniform", "allocation", "best")
 AGAINST = ("first", "best")
 
 
@@ -48,7 +48,8 @@ class PolicySearch(WidthSearch):
         environment_size: Numbers in the representation of an epoch that the agent is given; 0 for no environment model.
         agent_settings: As for the agent's class.
         around: ``"nothing"``: actions are the fractions that are pruned, as in the papers; ``"uniform"``: they are
-            deviations from the same share of every group; ``"best"``: they are deviations from the best plan so far.
+            deviations from the same share of every group; ``"allocation"``: from what a ranking of all channels by
+            their scores leaves to each group; ``"best"``: from the best plan so far, at first from the same share.
         span: Greatest deviation, as a fraction of the channels of a group.
         against: ``"first"``: the mean of the first rewards is subtracted from all; ``"best"``: the best one before.
 
@@ -124,8 +125,13 @@ class PolicySearch(WidthSearch):
         """Return what actions mean now."""
         if self.around == "nothing":
             return None
-        best = self.tried.best() if self.around == "best" else None
-        widths = filled(problem, problem.sizes) if best is None else np.array(best[0])
+        best = self.tried.best()
+        if self.around == "allocation":
+            widths = problem.allocation()
+        elif self.around == "uniform" or best is None:
+            widths = filled(problem, problem.sizes)
+        else:
+            widths = np.array(best[0])
         return Residual(1 - widths / problem.sizes, self.span)
 
     @override

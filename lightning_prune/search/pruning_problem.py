@@ -1,5 +1,6 @@
 """Pruning as a problem of decisions: what is decided, within which bounds, and which plan comes of it."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune import criteria
-from lightning_prune.candidates import evaluate_candidates
+from lightning_prune import criteria, planning
+from lightning_prune.candidates import Memory, evaluate_candidates
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.channel_graph import Group
 from lightning_prune.planning.cost import CostModel
@@ -32,9 +33,11 @@ def accuracy_of(graph: ChannelGraph, batches: Iterable[Any], **settings: Any) ->
     Args:
         graph: The traced model.
         batches: The batches to measure on.
-        settings: As for `evaluate_candidates`: ``compensate``, and the ``compensate_batches`` for it.
+        settings: As for `evaluate_candidates`: ``compensate``, and the ``compensate_batches`` for it. What is collected
+            for that is kept for as long as the weights are the same.
     """
-    return lambda plans: evaluate_candidates(graph, plans, batches, **settings).accuracy
+    kept = {"memory": Memory(), **settings}
+    return lambda plans: evaluate_candidates(graph, plans, batches, **kept).accuracy
 
 
 class PruningProblem:
@@ -100,6 +103,15 @@ class PruningProblem:
     def __len__(self) -> int:
         """Return the number of steps of an episode."""
         return len(self.sizes)
+
+    def allocation(self) -> np.ndarray:
+        """Return what the scores of all channels, ranked together, leave to each group: (groups,) int64."""
+        bounds = self.bounds
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a budget that widths cannot meet closely
+            plan = planning.plan(self.graph, self.scores, bounds.keep, self.cost.metric, bounds.round_to)
+        widths = [plan.widths.get(name, size) for name, size in zip(self.graph.groups, self.sizes, strict=True)]
+        return np.clip(widths, bounds.least, bounds.most)
 
     def within_budget(self, widths: np.ndarray) -> np.ndarray:
         """Tell which widths are within the budget: (n,) bool.

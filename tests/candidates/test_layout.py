@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_prune as lp
-from lightning_prune.candidates import evaluate_candidates
+from lightning_prune.candidates import Memory, evaluate_candidates
 from lightning_prune.candidates.layout import fold, foldable, put_channels_last
 from lightning_prune.candidates.measures import Evaluate, classification
 
@@ -132,6 +132,44 @@ def test_compensated_candidates_are_compensated_copies(
         torch.testing.assert_close(loss, expected(graph, plan, method, seen, batches), rtol=1e-9, atol=1e-9)
     uncompensated = evaluate_candidates(graph, plans, batches, evaluate=evaluate).loss
     assert (measured.loss - uncompensated).abs().max() > 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*does not repeat the same operations")
+def test_what_is_collected_serves_later_calls_for_as_long_as_the_weights_are_the_same(
+    batches: list[tuple[Tensor, Tensor]],
+) -> None:
+    graph = lp.trace(made(Plain), batches[0][0])
+    plan = graph.plan({"first": torch.arange(5)})
+    memory = Memory()
+
+    def measured() -> tuple[int, Tensor]:
+        ended: list[nn.Module] = []
+        note = nn.modules.module.register_module_forward_hook(lambda module, args, result: ended.append(module))
+        with note:
+            found = evaluate_candidates(
+                graph, [plan], batches, compensate="fold", compensate_batches=batches, memory=memory
+            )
+        return sum(isinstance(module, Plain) for module in ended), found.loss[0]
+
+    first, loss = measured()
+    again, same = measured()
+    assert first - again == 1 + 2 * len(batches)  # a survey, the statistics and the moments
+    assert torch.equal(loss, same)
+    with torch.no_grad():
+        graph.model.first.weight.mul_(1.5)
+    for failing in range(1, 7):  # whatever is collected when it fails: what is half of it does not count
+        passes = 0
+
+        def fail(module: nn.Module, args: Any, at: int = failing) -> None:
+            nonlocal passes
+            passes += isinstance(module, nn.Linear)
+            if passes > at:
+                raise KeyError("on purpose")
+
+        with nn.modules.module.register_module_forward_pre_hook(fail), pytest.raises(KeyError):
+            measured()
+    _, other = measured()
+    torch.testing.assert_close(other, expected(graph, plan, "fold", batches, batches), rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()

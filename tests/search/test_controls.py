@@ -13,6 +13,7 @@ import lightning_prune as lp
 from lightning_prune.rl import Agent
 from lightning_prune.search import AGENTS, CONTROLS, make_search
 from lightning_prune.search.controls import Evolution, Greedy, Halving, SkipWhole
+from lightning_prune.search.episodes import Residual
 from lightning_prune.search.filling import filled
 from lightning_prune.search.policy_search import PolicySearch
 from lightning_prune.search.pruning_problem import PruningProblem
@@ -71,7 +72,8 @@ def played(search: Any, problem: PruningProblem, evaluations: int = 60) -> list[
         rows += widths.tolist()
         if search.finished:
             assert name_of(search) in ("uniform", "greedy")
-            break
+            return rows
+    assert len(rows) == evaluations  # and not more
     return rows
 
 
@@ -278,11 +280,83 @@ def test_an_agent_that_looks_at_nothing_is_said_to_be_constant(problem: PruningP
     assert str(censuses["looking"]) == "10 plans tried, 1 distinct, 10 within the budget"
 
 
+class Middle(Stubborn):
+    """Stays at the allocation, and notes what it has earned."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.earned: list[Tensor] = []
+
+    def observe(self, transition: Any) -> None:
+        self.earned.append(torch.as_tensor(transition.reward))
+
+    def _choose(self, observation: Tensor, low: Tensor, high: Tensor, greedy: bool, epoch: int) -> Tensor:
+        return torch.full_like(observation[..., :1], 0.5).clamp(low, high)
+
+
+def test_actions_around_an_allocation_are_deviations_from_it(problem: PruningProblem, monkeypatch: Any) -> None:
+    monkeypatch.setitem(AGENTS, "middle", Middle)
+    uniform = made("uniform", problem).explore(problem)[0]
+    search = made("middle", problem, around="best", episodes=2)
+    first = search.explore(problem)
+    assert (first == uniform).all()
+    better = np.array([8, 7, 3, 16])  # within the budget, and so wide that no group could be wider
+    search.tried.add(np.stack([uniform, better]), torch.tensor([0.1, 0.2]), np.array([True, True]))
+    assert (search.explore(problem) == better).all()
+    assert (search.settle(problem) == better).all()
+    ranked = lp.plan(problem.graph, problem.scores, keep=0.5, round_to=1)
+    by_scores = made("middle", problem, around="allocation", episodes=2).explore(problem)
+    assert by_scores[0].tolist() == [
+        max(ranked.widths[name], least) for name, least in zip(problem.graph.groups, problem.bounds.least, strict=True)
+    ]
+    wild = made("random", problem, around="best", span=0.1, episodes=50)
+    wild.tried.add(better[None], torch.tensor([0.2]), np.array([True]))
+    widths = wild.explore(problem)
+    assert problem.within_budget(widths).all()
+    # A group goes further than its span only where the budget, or what is open of it, leaves it nothing else.
+    assert (np.abs(widths[:, 0] - 8) <= 1).all()
+    assert len(np.unique(widths, axis=0)) > 1
+
+
+def test_actions_and_fractions_are_two_ways_to_say_the_same() -> None:
+    residual = Residual(np.array([0.25, 0.5]), span=0.2)
+    assert residual.fractions(1, torch.tensor([[0.0], [0.5], [1.0]])).flatten().tolist() == pytest.approx(
+        [0.3, 0.5, 0.7]
+    )
+    fractions = torch.tensor([[0.1], [0.4]])
+    actions = residual.actions(0, fractions)
+    torch.testing.assert_close(residual.fractions(0, actions), fractions)
+    assert residual.actions(0, torch.tensor([[0.0], [1.0]])).flatten().tolist() == [0.0, 1.0]
+
+
+def test_rewards_are_compared_with_the_best_one_before(problem: PruningProblem, monkeypatch: Any) -> None:
+    monkeypatch.setitem(AGENTS, "middle", Middle)
+    rounds = [torch.tensor([0.1, 0.5]), torch.tensor([0.4, 0.7])]
+    earned = {}
+    for against in ("first", "best"):
+        search = made("middle", problem, against=against, episodes=2)
+        for rewards in rounds:
+            search.explore(problem)
+            search.learn(rewards)
+        earned[against] = search.agent.earned
+    deviation = rounds[0].std()
+    steps = len(problem)
+    for against, level in (("first", 0.3), ("best", 0.5)):
+        torch.testing.assert_close(earned[against][0], (rounds[0] - 0.3) / deviation)
+        torch.testing.assert_close(earned[against][steps], (rounds[1] - level) / deviation)
+
+
 def test_unknown_names_and_settings_are_refused(problem: PruningProblem) -> None:
     with pytest.raises(ValueError, match=r"no agent 'dqn'; those known are .*, random, uniform, greedy"):
         made("dqn", problem)
     with pytest.raises(ValueError, match="'greedy' has no setting 'population'"):
         made("greedy", problem, population=3)
+    with pytest.raises(ValueError, match="around must be one of nothing, uniform, allocation, best"):
+        made("sac", problem, around="worst")
+    with pytest.raises(ValueError, match="against must be one of first, best"):
+        made("sac", problem, against="worst")
+    with pytest.raises(ValueError, match="span must be a fraction"):
+        made("sac", problem, around="best", span=0.0)
 
 
 def test_states_of_before_there_was_a_census_are_read() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine import randomised
+from engine import random_plan, randomised
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import lightning_prune as lp
+from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PlannedGroup, PruningPlan, Slice, plan_in_force
 from lightning_prune.surgery.compensation import compensating, least_squares, normalisation
@@ -596,6 +597,41 @@ def test_batches_join_when_there_is_room(monkeypatch: pytest.MonkeyPatch):
     report = lp.prune(smaller, plan, compensate="refit", batches=x.split(16))
     assert report.compensation.batches == 3
     assert error(smaller, model, x) < 1e-9
+
+
+# -- many plans --------------------------------------------------------------------------------------------------------
+
+
+def squared(model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+    """Measure a network by what it returns."""
+    return model(*batch).square().mean(), 0.0
+
+
+@torch.no_grad()
+def assert_candidates_are_compensated_as_copies(name: str, seen: int) -> None:
+    model, x = network(name)
+    graph = lp.trace(model, x[:1])
+    plans = [halved(graph), random_plan(graph)]
+    batches = [(part,) for part in x.split(seen)]
+    measured = evaluate_candidates(
+        graph, plans, [(x,)], evaluate=squared, compensate="fold", compensate_batches=batches
+    )
+    for plan, loss in zip(plans, measured.loss, strict=True):
+        copied = copy.deepcopy(model)
+        lp.prune(copied, plan, compensate="fold", batches=x.split(seen))
+        torch.testing.assert_close(loss, copied(x).square().mean(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_candidates_are_compensated_as_copies_are(name: str):
+    assert_candidates_are_compensated_as_copies(name, seen=20)
+
+
+def test_candidates_are_compensated_as_copies_are_where_batches_join_later(monkeypatch: pytest.MonkeyPatch):
+    from lightning_prune.surgery.compensation import survey
+
+    monkeypatch.setattr(survey, "ACTIVATIONS", 3 * 8 * 16 * 2 * 12 * 12 * 12 + 1)  # one batch at first
+    assert_candidates_are_compensated_as_copies("residual", seen=16)
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------

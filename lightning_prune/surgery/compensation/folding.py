@@ -16,12 +16,15 @@ from lightning_prune.surgery.compensation.sampling import at_places, places_in
 from lightning_prune.surgery.compensation.survey import names_of
 from lightning_prune.surgery.compensation.work import Work
 
-__all__ = ["InputMoments", "channel_map", "fold", "folded_weight", "keeping"]
+__all__ = ["InputMoments", "KnownMoments", "channel_map", "fold", "folded_weight", "keeping"]
 
 Apart = tuple[Moments, Moments]
 """Of samples that are fitted to, and of those that are set aside."""
 
 _Key = tuple[str, tuple[int, ...], bytes]
+
+KnownMoments = dict[_Key, Apart]
+"""Moments by the name of a weight and the positions of the channels that it consumes."""
 
 Blocks = Mapping[str, Sequence[Block]]
 """The input channels of layers, by the names of their weights."""
@@ -79,13 +82,17 @@ class InputMoments:
         model: The network.
         make: Makes the network that is run.
         batches: The batches.
+        known: What others have collected of the same network and batches, to which more is added.
     """
 
-    def __init__(self, model: nn.Module, make: MakeNetwork, batches: Iterable[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, make: MakeNetwork, batches: Iterable[Any], known: KnownMoments | None = None
+    ) -> None:
         self._tensors = named_tensors(model)
         self._make = make
         self._batches = batches
-        self._found: dict[_Key, Apart] = {}
+        self._found: KnownMoments = {} if known is None else known
+        self._new: KnownMoments = {}  # of this pass
         self._earlier = 0  # samples, in batches before
         self._samples = 0  # in this one
 
@@ -109,12 +116,14 @@ class InputMoments:
             return proceed()
 
         run = self._make(self._tensors, None)
+        self._new = {}
         self._earlier = 0
         with Watch(names_of(self._tensors), note):
             for batch in self._batches:
                 self._samples = 0
                 run(batch)
                 self._earlier += self._samples
+        self._found.update(self._new)  # all of them, or none where a pass has failed
 
     def of_kept(self, name: str, block: Block) -> Apart:
         """Return the moments of the kept channels, and with these of all.
@@ -136,11 +145,11 @@ class InputMoments:
             channels = block.rows(inputs)
             nothing = channels[:, :0]
             key = _key(name, block)
-            if key not in self._found:
+            if key not in self._new:
                 like = Moments.like(channels, nothing)
-                self._found[key] = (like, like.empty())
+                self._new[key] = (like, like.empty())
             parts = is_aside.repeat_interleave(len(channels) // len(is_aside))
-            for part, some in zip((~parts, parts), self._found[key], strict=True):
+            for part, some in zip((~parts, parts), self._new[key], strict=True):
                 some.add(channels[part], nothing[part])
 
 

@@ -9,7 +9,7 @@ from torch import Size, Tensor, nn
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery.compensation.compensating import check_finite, check_method, folded_by, handlers_of
-from lightning_prune.surgery.compensation.folding import InputMoments, fold
+from lightning_prune.surgery.compensation.folding import InputMoments, KnownMoments, fold
 from lightning_prune.surgery.compensation.lockstep import Lockstep, MakeNetwork, PrunedLanes
 from lightning_prune.surgery.compensation.normalisation import Statistics, follow
 from lightning_prune.surgery.compensation.operators import Normalisation, Step
@@ -19,7 +19,16 @@ from lightning_prune.surgery.compensation.work import Work
 from lightning_prune.surgery.compensation_report import CompensationReport
 from lightning_prune.surgery.pruning import kept_positions
 
-__all__ = ["Compensator"]
+__all__ = ["Collected", "Compensator"]
+
+
+class Collected:
+    """What is collected of a network and of batches, whatever is pruned; later compensators add to it, and find it."""
+
+    def __init__(self) -> None:
+        self.survey: Survey | None = None
+        self.moments: KnownMoments = {}
+        self.before: _Before | None = None
 
 
 class Compensator:
@@ -34,22 +43,35 @@ class Compensator:
         method: ``"statistics"`` or ``"fold"``.
         batches: What the model is run on.
         make: Makes the networks that are run.
+        collected: What was collected before, of the same network on the same batches.
 
     Raises:
         ValueError: If there is no batch, or what layers return is not finite.
     """
 
-    def __init__(self, model: nn.Module, method: str, batches: Sequence[Any], make: MakeNetwork) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str,
+        batches: Sequence[Any],
+        make: MakeNetwork,
+        collected: Collected | None = None,
+    ) -> None:
         check_method(method)
         if not batches:
             raise ValueError(f"There are no batches to compensate by {method!r} with.")
         self._model = model
         self._method = method
         self._batches = batches
-        self._survey = survey(model, make, batches[0])
-        self._moments = InputMoments(model, make, batches)
-        self._before = _Before(self._survey)
-        self._before.collect(model, make, batches)
+        collected = collected or Collected()
+        if collected.survey is None or collected.before is None:
+            collected.survey = survey(model, make, batches[0])
+            before = _Before(collected.survey)
+            before.collect(model, make, batches)
+            collected.before = before
+        self._survey = collected.survey
+        self._before = collected.before
+        self._moments = InputMoments(model, make, batches, collected.moments)
 
     def compensate(
         self, plan: PruningPlan, tensors: dict[str, Tensor], make: MakeNetwork, unchanged: Collection[str] = ()
