@@ -8,7 +8,8 @@ only be pruned together. What happens to the labels at each operator is said in 
 `lightning_prune.graph.rules`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ from lightning_prune.graph.records import (
 )
 from lightning_prune.graph.recurrent import RECURRENT, run_one_step
 from lightning_prune.graph.resized import SCALED, SHAPING, SPLITTING, sizes_given
-from lightning_prune.graph.sameness import Sameness, set_same_along
+from lightning_prune.graph.sameness import Sameness, same_along, set_same_along
 from lightning_prune.graph.vocabulary import Vocabulary
 from lightning_prune.graph.writing import note_write
 
@@ -46,6 +47,7 @@ _MAKES_CONSTANTS = frozenset({torch.tensor, torch.as_tensor, Tensor.new_tensor})
 _GIVES_SHAPES_OF_OTHERS = frozenset({Tensor.view_as, Tensor.reshape_as})
 _GIVES_SHAPES = frozenset({Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_SHAPES_OF_OTHERS})
 _TAKES_SIZES = SHAPING | SPLITTING | {SCALED}
+_FEW_NUMBERS = 64  # in a tensor that is taken to be made of numbers in code
 _READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 _SPLITS_BY_COUNT = frozenset({Tensor.chunk, torch.chunk, Tensor.tensor_split, torch.tensor_split})
 
@@ -64,9 +66,11 @@ class Tracer(Vocabulary, TorchDispatchMode):
         failed_in: Name of the innermost module that raised.
         unsure: Names of the modules that looked at values of the network.
         sure: Names of those that looked at values which depend on the inputs alone.
-        constant: The number that a tensor is being made of.
+        constant: The numbers that a tensor is being made of.
+        on_data: Whether the pass runs on real data, as code looks at values.
+        numbers_met: The numbers behind what meets channels in the operator that runs.
         running_inputs: What the operator that runs was given; after an exception, what the one that failed was given.
-        muted: Whether a module that has a rule of its own runs.
+        muted: Whether what runs says nothing, as what is inside a module that has a rule of its own.
         memory: What modules returned in another pass, which need not run again for the like; None to run all.
         takes_numbers: Whether it matters which numbers operators compute with.
     """
@@ -79,6 +83,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.unsure: set[str] = set()
         self.sure: set[str] = set()
         self.constant: list[float] = []
+        self.numbers_met: tuple[Any, ...] = ()
+        self.on_data = False
         self.running_inputs: list[Tensor] = []
         self.muted = False
         self.memory: Memory | None = None
@@ -105,7 +111,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if self.memory is not None:
             call = self.memory.recall(name, inputs)
             if call is not None:
-                return self.again(call.output)
+                with self.aside():
+                    return self.again(call.output)
         number = self.calls_of.get(name, 0)
         self.calls_of[name] = number + 1
         key = CallKey(name, number)
@@ -115,7 +122,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
             output = forward(*args, **kwargs)
         except Exception as raised:
             self.failed_in = self.failed_in or name
-            output = self.instead_of(key, start, inputs, raised)
+            with self.aside():
+                output = self.instead_of(key, start, inputs, raised)
         finally:
             self.modules.pop()
         stop = len(self.record.operator_trace)
@@ -166,18 +174,26 @@ class Tracer(Vocabulary, TorchDispatchMode):
         return call.output
 
     def _run_muted(self, operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Call:
+        with self.aside():
+            output = run(*args, **kwargs)
+        return Call(operator, args, kwargs, output)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run operators that say nothing."""
+        before = self.muted
         self.muted = True
         try:
-            output = run(*args, **kwargs)
+            yield
         finally:
-            self.muted = False
-        return Call(operator, args, kwargs, output)
+            self.muted = before
 
     def _note_whole(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
         """Follow the rule of what ran as one."""
         self.of_weights = False
         self.record.operator_trace.append((rule,))
-        self._apply(rule, call, inputs)
+        with self.aside():
+            self._apply(rule, call, inputs)
 
     # -- operators -------------------------------------------------------------------------------------------------
 
@@ -188,8 +204,10 @@ class Tracer(Vocabulary, TorchDispatchMode):
         operator = self.tables.look_up(func)
         inputs = tensors_in([*args, *kwargs.values()])
         self.running_inputs = inputs
+        numbers = self._numbers_behind(operator, args, kwargs, inputs)
         self.record.used.update(map(self.name_of, inputs))
         output = operator.run(args, kwargs, inputs)
+        self._pass_on(numbers, self._meets_channels(operator, inputs), output)
         self.of_weights = bool(inputs) and all(map(self.is_weight, inputs))
         if self.of_weights:
             for made in tensors_in(output):
@@ -202,16 +220,55 @@ class Tracer(Vocabulary, TorchDispatchMode):
             self.running_inputs = []
         return output
 
+    def _numbers_behind(self, operator: Operator, args: Any, kwargs: Any, inputs: list[Tensor]) -> tuple[Any, ...]:
+        """Return the numbers that what an operator makes beside the network is made of: a width may be among them."""
+        found: list[Any] = []
+        if not self.on_data:
+            for tensor in inputs:
+                found += _numbers_of(tensor)
+        if operator.reduces and self._is_beside_network(inputs[0]):
+            found.append(inputs[0].shape)
+        if operator.takes_numbers:
+            found += numbers_in([*args, *kwargs.values()])
+            found += self.constant
+            self.constant = []
+        distinct = dict.fromkeys(found)
+        return tuple(distinct)[:_FEW_NUMBERS]
+
+    def _meets_channels(self, operator: Operator, inputs: list[Tensor]) -> bool:
+        """Tell whether it matters here which numbers an operator computes with.
+
+        Where code looks at values, what has no channels may run more often or less, as for boxes of each class.
+        """
+        return any(map(self.all_labels, inputs)) or (operator.takes_numbers and not self.on_data)
+
+    def _pass_on(self, numbers: tuple[Any, ...], noted: bool, output: Any) -> None:
+        """Keep numbers for the step that is noted, or let what was made with them remember them."""
+        self.numbers_met = numbers if noted else ()
+        behind = () if noted else numbers
+        for made in tensors_in(output):
+            made._numbers = behind  # type: ignore[attr-defined]
+            if behind and made._base is not None:  # which is written to, too
+                made._base._numbers = behind
+
+    def _is_beside_network(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor has no channels, and values that depend on its shape and the inputs alone."""
+        if self.on_data or self.all_labels(tensor):
+            return False
+        return not self.is_of_network(tensor) or len(same_along(tensor)) == tensor.dim()
+
     def _follow(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
         """Record what an operator says about channels and what it costs."""
         if operator.needs_values:
             self.note_look(inputs)
         for tensor in inputs:
             self.mark_numbered(tensor)
-        if operator.takes_numbers or any(map(self.all_labels, inputs)):
+        if self._meets_channels(operator, inputs):
             self._refuse_autograd_functions(inputs)
-            self._note_step(operator, call)
+            self._note_step(operator)
             self._apply(operator.rule, call, inputs)
+        elif operator.takes_numbers:  # and says along which axes what it makes is the same
+            operator.rule(self, call)
         if operator.cost is not None:  # also where no channel can be pruned
             operator.cost(self, call)
         if operator.sameness is not None:
@@ -260,15 +317,13 @@ class Tracer(Vocabulary, TorchDispatchMode):
             why = f"runs the autograd function {function}, whose backward pass cannot be seen"
             self._mark_all_unprunable(inputs, why)
 
-    def _note_step(self, operator: Operator, call: Call) -> None:
-        """Add an operator, and the numbers that it computes with, to the operator trace."""
-        if operator.takes_numbers and self.takes_numbers:
-            arguments = [*call.args, *call.kwargs.values()]
-            numbers = numbers_in(arguments) + self.constant
-            self.constant = []
-            step = operator.rule, operator.function, *numbers
-        else:
-            step = (operator.rule,)
+    def _note_step(self, operator: Operator) -> None:
+        """Add an operator, and the numbers that meet channels in it, to the operator trace."""
+        step: tuple[Any, ...] = (operator.rule,)
+        if operator.takes_numbers or self.numbers_met:
+            step += (operator.function,)
+        if self.takes_numbers:
+            step += self.numbers_met
         self.record.operator_trace.append(step)
 
     def computes_with(self, number: float) -> None:
@@ -315,6 +370,18 @@ class Tracer(Vocabulary, TorchDispatchMode):
             self.mark_unprunable(labels, why)
 
 
+def _numbers_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the numbers that a tensor was made of, if it was not by an operator, as ``torch.Tensor([2])``, or since."""
+    numbers = getattr(tensor, "_numbers", None)
+    if numbers is None:
+        numbers = ()
+        if not tensor.is_meta and tensor.numel() <= _FEW_NUMBERS:
+            with torch._C.DisableTorchFunction():  # nothing of the network looks at these
+                numbers = (str(tensor.tolist()),)
+        tensor._numbers = numbers  # type: ignore[attr-defined]
+    return numbers
+
+
 def _cut_axes(made: Labels, given: list[Labels]) -> list[Labels]:
     """Return those of the given labels of which an output has only some."""
     is_in_output = np.isin(np.concatenate(given), made.numpy(), kind="table")
@@ -345,7 +412,7 @@ class ValueWatcher(TorchFunctionMode):
         tracer = self.tracer
         if func in _MAKES_CONSTANTS and not tracer.muted:
             numbers = numbers_in(tree_leaves((args, kwargs)))
-            tracer.constant = numbers if len(numbers) == 1 else []
+            tracer.constant = numbers if len(numbers) <= _FEW_NUMBERS else []
         elif func in _READS_VALUES:
             tracer.note_look(args[:1])
         elif func in RECURRENT and not kwargs and not tracer.muted:
