@@ -289,7 +289,7 @@ class Forward:
     def _stand_in_of_input(self, leaf: Tensor) -> Tensor:
         leaf = plain(leaf)
         stand_in = leaf.detach().clone() if self.real else torch.empty_like(leaf, device="meta")
-        stand_in._numbers = ()
+        stand_in._numbers = ()  # type: ignore[attr-defined]
         return stand_in
 
 

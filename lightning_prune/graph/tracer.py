@@ -249,7 +249,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         for made in tensors_in(output):
             made._numbers = behind  # type: ignore[attr-defined]
             if behind and made._base is not None:  # which is written to, too
-                made._base._numbers = behind
+                made._base._numbers = behind  # type: ignore[attr-defined]
 
     def _is_beside_network(self, tensor: Tensor) -> bool:
         """Tell whether a tensor has no channels, and values that depend on its shape and the inputs alone."""
@@ -371,15 +371,14 @@ class Tracer(Vocabulary, TorchDispatchMode):
 
 
 def _numbers_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return the numbers that a tensor was made of, if it was not by an operator, as ``torch.Tensor([2])``, or since."""
+    """Return the numbers behind a tensor; its own if no operator has made it, as in ``torch.Tensor([2])``."""
     numbers = getattr(tensor, "_numbers", None)
-    if numbers is None:
-        numbers = ()
-        if not tensor.is_meta and tensor.numel() <= _FEW_NUMBERS:
-            with torch._C.DisableTorchFunction():  # nothing of the network looks at these
-                numbers = (str(tensor.tolist()),)
-        tensor._numbers = numbers  # type: ignore[attr-defined]
-    return numbers
+    if numbers is not None:
+        return numbers
+    if tensor.is_meta or tensor.numel() > _FEW_NUMBERS:
+        return ()
+    with torch._C.DisableTorchFunction():  # nothing of the network looks at these
+        return (str(tensor.tolist()),)
 
 
 def _cut_axes(made: Labels, given: list[Labels]) -> list[Labels]:
