@@ -17,7 +17,12 @@ TracerRule = Callable[[Any, Call], None]  # is given the tracer and the call
 
 _NEEDS_VALUES = frozenset({"aten._local_scalar_dense", "aten.is_nonzero", "aten.equal"})
 _TAKES_NUMBERS = frozenset({
-    "aten.lift_fresh", "aten.scalar_tensor", "aten.full", "aten.full_like", "aten.new_full",
+    "aten.lift_fresh", "aten.scalar_tensor", "aten.full", "aten.full_like", "aten.new_full", "aten.fill", "aten.fill_",
+    "aten.uniform_", "aten.normal_", "aten.exponential_",
+})  # fmt: skip
+_REDUCES = frozenset({
+    "aten.sum", "aten.mean", "aten.prod", "aten.var", "aten.std", "aten.amax", "aten.amin", "aten.max", "aten.min",
+    "aten.logsumexp", "aten.linalg_vector_norm", "aten.norm", "aten.count_nonzero", "aten.cumsum", "aten.nansum",
 })  # fmt: skip
 
 
@@ -37,6 +42,7 @@ class Operator:
         cost: What it costs; None if it is free.
         shape: Finds the shape of its output faster than PyTorch does; None if nothing does.
         takes_numbers: Whether the numbers that it is given change what it computes.
+        reduces: Whether it computes one number of several.
         needs_values: Whether it looks at the values of tensors.
         sameness: Tells along which axes all positions of its output are the same; None where a rule does.
         written: Number of the argument that it changes in place; None if it changes none.
@@ -47,6 +53,7 @@ class Operator:
     cost: TracerRule | None
     shape: Callable[..., Any] | None
     takes_numbers: bool
+    reduces: bool
     needs_values: bool
     sameness: Sameness | None
     written: int | None
@@ -131,6 +138,7 @@ class OperatorTables:
             cost=self.costs.get(name),
             shape=SHAPES.get(name),
             takes_numbers=rule is self.rules["pointwise"] or name in _TAKES_NUMBERS,
+            reduces=name in _REDUCES,
             needs_values=name in _NEEDS_VALUES,
             sameness=SAMENESS.get(name),
             written=_written_argument(function),

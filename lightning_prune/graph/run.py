@@ -114,7 +114,7 @@ class Forward:
             Exception: Whatever the forward pass raises.
         """
         redraw()  # bars go on from run to run
-        self.real = self.needs_data[training]
+        self.real = tracer.on_data = self.needs_data[training]
         with neutral_state(self.submodule):
             twin = Twin(self.submodule, self._stand_ins(tracer, plan.index()))
             self._adapt(twin, plan)
@@ -284,14 +284,15 @@ class Forward:
             stand_in._is_weight = True  # type: ignore[attr-defined]
         if is_parameter or tensor.is_floating_point():  # others are numbers of positions, or counts
             stand_in._is_of_network = True  # type: ignore[attr-defined]
+        stand_in._numbers = ()  # type: ignore[attr-defined]
         stand_in._dotted_name = name  # type: ignore[attr-defined]
         return stand_in
 
     def _stand_in_of_input(self, leaf: Tensor) -> Tensor:
         leaf = plain(leaf)
-        if self.real:
-            return leaf.detach().clone()
-        return torch.empty_like(leaf, device="meta")
+        stand_in = leaf.detach().clone() if self.real else torch.empty_like(leaf, device="meta")
+        stand_in._numbers = ()  # type: ignore[attr-defined]
+        return stand_in
 
 
 def _has_numbers(module: nn.Module) -> bool:

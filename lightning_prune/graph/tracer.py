@@ -9,7 +9,8 @@ only be pruned together. What happens to the labels at each operator is said in 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,7 @@ from lightning_prune.graph.records import (
 )
 from lightning_prune.graph.recurrent import RECURRENT, run_one_step
 from lightning_prune.graph.resized import MULTIPLYING, SCALED, SHAPING, SPLITTING, sizes_given
-from lightning_prune.graph.sameness import Sameness, set_same_along
+from lightning_prune.graph.sameness import Sameness, same_along, set_same_along
 from lightning_prune.graph.vocabulary import Vocabulary
 from lightning_prune.graph.writing import note_write
 
@@ -50,6 +51,7 @@ _MAKES_CONSTANTS = frozenset({torch.tensor, torch.as_tensor, Tensor.new_tensor})
 _GIVES_SHAPES_OF_OTHERS = frozenset({Tensor.view_as, Tensor.reshape_as})
 _GIVES_SHAPES = frozenset({Tensor.view, Tensor.reshape, torch.reshape, *_GIVES_SHAPES_OF_OTHERS})
 _TAKES_SIZES = SHAPING | SPLITTING | {SCALED}
+_FEW_NUMBERS = 64  # in a tensor that is taken to be made of numbers in code
 _READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 _SAID_WHEN_USED = frozenset({"_numbered", "_when_used"})  # of tensors, see `Vocabulary.mark_numbered`
 WHOLE: dict[Any, Any] = {
@@ -73,9 +75,11 @@ class Tracer(Vocabulary, TorchDispatchMode):
         failed_in: Name of the innermost module that raised.
         unsure: Names of the modules that looked at values of the network.
         sure: Names of those that looked at values which depend on the inputs alone.
-        constant: The number that a tensor is being made of.
+        constant: The numbers that a tensor is being made of.
+        on_data: Whether the pass runs on real data, as code looks at values.
+        numbers_met: The numbers behind what meets channels in the operator that runs.
         running_inputs: What the operator that runs was given; after an exception, what the one that failed was given.
-        muted: Whether a module that has a rule of its own runs.
+        muted: Whether what runs says nothing, as what is inside a module that has a rule of its own.
         memory: What modules returned in another pass, which need not run again for the like; None to run all.
         takes_numbers: Whether it matters which numbers operators compute with.
         noted: The names of all that is noted on the tensors that the operator which runs was given.
@@ -90,6 +94,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.unsure: set[str] = set()
         self.sure: set[str] = set()
         self.constant: list[float] = []
+        self.numbers_met: tuple[Any, ...] = ()
+        self.on_data = False
         self.running_inputs: list[Tensor] = []
         self.muted = False
         self.memory: Memory | None = None
@@ -118,7 +124,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if self.memory is not None:
             call = self.memory.recall(name, inputs)
             if call is not None:
-                return self.again(call.output)
+                with self.aside():
+                    return self.again(call.output)
         number = self.calls_of.get(name, 0)
         self.calls_of[name] = number + 1
         key = CallKey(name, number)
@@ -128,7 +135,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
             output = forward(*args, **kwargs)
         except Exception as raised:
             self.failed_in = self.failed_in or name
-            output = self.instead_of(key, start, inputs, raised)
+            with self.aside():
+                output = self.instead_of(key, start, inputs, raised)
         finally:
             self.modules.pop()
         stop = len(self.record.operator_trace)
@@ -179,19 +187,27 @@ class Tracer(Vocabulary, TorchDispatchMode):
         return call.output
 
     def _run_muted(self, operator: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Call:
+        with self.aside():
+            output = run(*args, **kwargs)
+        return Call(operator, args, kwargs, output)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run operators that say nothing."""
+        before = self.muted
         self.muted = True
         try:
-            output = run(*args, **kwargs)
+            yield
         finally:
-            self.muted = False
-        return Call(operator, args, kwargs, output)
+            self.muted = before
 
     def _note_whole(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
         """Follow the rule of what ran as one."""
         self.of_weights = False
         self.noted = set().union(*map(vars, inputs))
         self.record.operator_trace.append((rule,))
-        self._apply(rule, call, inputs)
+        with self.aside():
+            self._apply(rule, call, inputs)
 
     # -- operators -------------------------------------------------------------------------------------------------
 
@@ -227,8 +243,11 @@ class Tracer(Vocabulary, TorchDispatchMode):
     def _note_operator(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
         """Note an operator that has run."""
         self._note_origin(call, inputs)
+        numbers = self._numbers_behind(operator, call, inputs)
+        meets_channels = self._meets_channels(operator, inputs)
+        self._pass_on(numbers, meets_channels, call)
         if not self.muted:
-            self._follow(operator, call, inputs)
+            self._follow(operator, call, inputs, meets_channels)
             self.running_inputs = []
 
     def _note_origin(self, call: Call, inputs: list[Tensor]) -> None:
@@ -244,18 +263,59 @@ class Tracer(Vocabulary, TorchDispatchMode):
             for made in call.outputs:
                 made._is_of_network = True  # type: ignore[attr-defined]
 
-    def _follow(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
+    def _numbers_behind(self, operator: Operator, call: Call, inputs: list[Tensor]) -> tuple[Any, ...]:
+        """Return the numbers that what an operator makes beside the network is made of: a width may be among them."""
+        found: list[Any] = []
+        if not self.on_data:
+            for tensor in inputs:
+                found += _numbers_of(tensor)
+        if operator.reduces and self._is_beside_network(inputs[0]):
+            found.append(inputs[0].shape)
+        if operator.takes_numbers:
+            found += numbers_in([*call.args, *call.kwargs.values()])
+            found += self.constant
+            self.constant = []
+        if not found:
+            return ()
+        distinct = dict.fromkeys(found)
+        return tuple(distinct)[:_FEW_NUMBERS]
+
+    def _meets_channels(self, operator: Operator, inputs: list[Tensor]) -> bool:
+        """Tell whether it matters here which numbers an operator computes with.
+
+        Where code looks at values, what has no channels may run more often or less, as for boxes of each class.
+        """
+        has_labels = "_channel_labels" in self.noted and any(map(self.all_labels, inputs))
+        return has_labels or (operator.takes_numbers and not self.on_data)
+
+    def _pass_on(self, numbers: tuple[Any, ...], noted: bool, call: Call) -> None:
+        """Keep numbers for the step that is noted, or let what was made with them remember them."""
+        self.numbers_met = numbers if noted else ()
+        behind = () if noted else numbers
+        for made in call.outputs:
+            made._numbers = behind  # type: ignore[attr-defined]
+            if behind and made._base is not None:  # which is written to, too
+                made._base._numbers = behind  # type: ignore[attr-defined]
+
+    def _is_beside_network(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor has no channels, and values that depend on its shape and the inputs alone."""
+        if self.on_data or self.all_labels(tensor):
+            return False
+        return not self.is_of_network(tensor) or len(same_along(tensor)) == tensor.dim()
+
+    def _follow(self, operator: Operator, call: Call, inputs: list[Tensor], meets_channels: bool) -> None:
         """Record what an operator says about channels and what it costs."""
         if operator.needs_values:
             self.note_look(inputs)
         if not self.noted.isdisjoint(_SAID_WHEN_USED):
             for tensor in inputs:
                 self.mark_numbered(tensor)
-        has_labels = "_channel_labels" in self.noted and any(map(self.all_labels, inputs))
-        if operator.takes_numbers or has_labels:
+        if meets_channels:
             self._refuse_autograd_functions(inputs)
-            self._note_step(operator, call)
+            self._note_step(operator)
             self._apply(operator.rule, call, inputs)
+        elif operator.takes_numbers:  # and says along which axes what it makes is the same
+            operator.rule(self, call)
         if operator.cost is not None:  # also where no channel can be pruned
             operator.cost(self, call)
         if operator.sameness is not None:
@@ -319,15 +379,13 @@ class Tracer(Vocabulary, TorchDispatchMode):
             why = f"runs the autograd function {function}, whose backward pass cannot be seen"
             self._mark_all_unprunable(inputs, why)
 
-    def _note_step(self, operator: Operator, call: Call) -> None:
-        """Add an operator, and the numbers that it computes with, to the operator trace."""
-        if operator.takes_numbers and self.takes_numbers:
-            arguments = [*call.args, *call.kwargs.values()]
-            numbers = numbers_in(arguments) + self.constant
-            self.constant = []
-            step = operator.rule, operator.function, *numbers
-        else:
-            step = (operator.rule,)
+    def _note_step(self, operator: Operator) -> None:
+        """Add an operator, and the numbers that meet channels in it, to the operator trace."""
+        step: tuple[Any, ...] = (operator.rule,)
+        if operator.takes_numbers or self.numbers_met:
+            step += (operator.function,)
+        if self.takes_numbers:
+            step += self.numbers_met
         self.record.operator_trace.append(step)
 
     def computes_with(self, number: float) -> None:
@@ -369,7 +427,18 @@ class Tracer(Vocabulary, TorchDispatchMode):
             if given and not passed_on:
                 self.record.cut.extend(self._cut_axes(made, given))
 
-    def _cut_axes(self, made: Labels, given: list[Labels]) -> list[Labels]:
+    def _numbers_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the numbers behind a tensor; its own if no operator has made it, as in ``torch.Tensor([2])``."""
+    numbers = getattr(tensor, "_numbers", None)
+    if numbers is not None:
+        return numbers
+    if tensor.is_meta or tensor.numel() > _FEW_NUMBERS:
+        return ()
+    with torch._C.DisableTorchFunction():  # nothing of the network looks at these
+        return (str(tensor.tolist()),)
+
+
+def _cut_axes(self, made: Labels, given: list[Labels]) -> list[Labels]:
         """Return those of the given labels of which an output has only some."""
         in_output = made.numpy()
         self.is_among[in_output] = True
@@ -404,7 +473,7 @@ class ValueWatcher(TorchFunctionMode):
         tracer = self.tracer
         if func in _MAKES_CONSTANTS and not tracer.muted:
             numbers = numbers_in(tree_leaves((args, kwargs)))
-            tracer.constant = numbers if len(numbers) == 1 else []
+            tracer.constant = numbers if len(numbers) <= _FEW_NUMBERS else []
         elif func in _READS_VALUES:
             tracer.note_look(args[:1])
         elif func in RECURRENT and not kwargs and not tracer.muted:

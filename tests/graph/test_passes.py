@@ -173,3 +173,26 @@ def test_a_mode_that_does_not_run_says_nothing_of_how_the_other_one_does() -> No
     graph = trace(_MeasuredAlone(), torch.zeros(2, 3))
     assert list(graph.groups) == ["layers.0"]
     assert list(graph.unprunable) == ["layers.2"]
+
+
+class ByClass(nn.Module):
+    """Goes through the classes that it finds one by one, as detectors do to drop boxes that overlap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 20, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.head(self.stem(x).relu()).mean((2, 3))
+        found = scores.argmax(1)
+        kept = torch.zeros_like(found, dtype=torch.bool)
+        for number in torch.unique(found):
+            kept[torch.where(found == number)[0][:1]] = True
+        return scores, torch.where(kept)[0]
+
+
+def test_how_often_a_loop_over_what_is_found_runs_tells_nothing_of_widths():
+    torch.manual_seed(0)
+    model, images = ByClass(), torch.randn(64, 3, 8, 8)
+    graph = trace(model, images)
+    assert list(graph.groups) == ["stem"]

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,6 +290,34 @@ UNPRUNABLE = {
         "computes with the number of its channels",
     ),
     "a constant like another": (lambda x: x * x.new_tensor(x.shape[1]), "computes with the number of its channels"),
+    "a constant of an old kind": (
+        lambda x: x * torch.Tensor([x.shape[1] ** -0.5]),
+        "computes with the number of its channels",
+    ),
+    "a constant of an array": (
+        lambda x: x * torch.from_numpy(np.array([x.shape[1] ** -0.5], dtype=np.float32)),
+        "computes with the number of its channels",
+    ),
+    "one of several constants": (
+        lambda x: x * torch.tensor([1.0, x.shape[1] ** -0.5], device=x.device)[1],
+        "computes with the number of its channels",
+    ),
+    "filled in place": (
+        lambda x: x * torch.empty(1, device=x.device).fill_(x.shape[1]),
+        "computes with the number of its channels",
+    ),
+    "ones that are counted": (
+        lambda x: x / torch.ones(x.shape[1], device=x.device).sum(),
+        "computes with the number of its channels",
+    ),
+    "ones like others that are counted": (
+        lambda x: x / x.new_ones(x.shape).sum(),
+        "computes with the number of its channels",
+    ),
+    "a mean of numbers up to the width": (
+        lambda x: x * torch.arange(x.shape[1], device=x.device).float().mean(),
+        "computes with the number of its channels",
+    ),
     "filled": (
         lambda x: x * torch.full((1,), x.shape[1] ** -0.5, device=x.device),
         "computes with the number of its channels",
