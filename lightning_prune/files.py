@@ -1,5 +1,6 @@
 """Files: written as a whole or not at all, and checkpoints that are read without running code."""
 
+import errno
 import os
 import pickle
 import tempfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Unread", "check_folder", "read_checkpoint", "read_without_objects", "written_whole"]
+__all__ = ["Unread", "check_folder", "full_disk_told", "read_checkpoint", "read_without_objects", "written_whole"]
 
 
 def check_folder(path: Path) -> None:
@@ -21,6 +22,29 @@ def check_folder(path: Path) -> None:
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(path.parent)!r}: make it first.")
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def full_disk_told(path: str | Path) -> Iterator[None]:
+    """Let an error of a full disk name the file that was to be written.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: If no space is left for it.
+    """
+    try:
+        yield
+    except OSError as raised:
+        if raised.errno not in _FULL:
+            raise
+        raise OSError(
+            raised.errno, f"No space is left for {str(path)!r} on its device, or it would be too large a file there"
+        ) from raised
 
 
 @contextmanager

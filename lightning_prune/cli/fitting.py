@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
@@ -17,7 +17,7 @@ from lightning_prune.cli.methods import AtOnce
 from lightning_prune.cli.project import Project
 from lightning_prune.cli.shell import Shell
 
-__all__ = ["run_once"]
+__all__ = ["run_once", "validate_once"]
 
 _BESIDE_THE_POINT = (
     "`LightningModule.configure_optimizers` returned `None`",
@@ -61,7 +61,31 @@ def run_once(project: Project, callback: AtOnce, given: Namespace) -> Trainer:
     return trainer
 
 
-def _trainer(callback: AtOnce, accelerator: str, folder: str) -> Trainer:
+def validate_once(project: Project, callback: Callback, given: Namespace) -> None:
+    """Let a callback see the validation of a module.
+
+    Args:
+        project: The module and its data.
+        callback: What looks on.
+        given: The options of `add_project_options`.
+
+    Raises:
+        ValueError: If the module has no validation data.
+    """
+    model: Any = Shell(project.model) if project.is_plain else project.model
+    owner = model if project.data is None else project.data
+    if not is_overridden("val_dataloader", owner):
+        raise ValueError(
+            f"There are no validation data for {type(project.model).__name__}: give --data, such as --data "
+            "mypackage.MyDataModule, or the --config of its training."
+        )
+    if given.torch_threads is not None:
+        torch.set_num_threads(given.torch_threads)
+    with _quietly(), tempfile.TemporaryDirectory() as folder:
+        _trainer(callback, given.accelerator, folder).validate(model, datamodule=project.data, verbose=False)
+
+
+def _trainer(callback: Callback, accelerator: str, folder: str) -> Trainer:
     return Trainer(
         accelerator=accelerator,
         devices=1,

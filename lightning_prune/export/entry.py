@@ -16,7 +16,7 @@ from lightning_prune.export.inputs import Inputs, Run, flat_tensors, random_call
 from lightning_prune.export.onnx import write_onnx
 from lightning_prune.export.program import write_program
 from lightning_prune.export.weights import write_weights
-from lightning_prune.files import check_folder
+from lightning_prune.files import check_folder, full_disk_told
 from lightning_prune.progress import progress
 
 __all__ = ["BATCH_SIZES", "FORMATS", "export"]
@@ -71,7 +71,11 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path, tolerance: f
     model = _copy_on_cpu(model)
     refuse_misfit(model, example_inputs)
     _check_space(model, path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, progress(f"Writing {path.name}"):
+    with (
+        full_disk_told(path),
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder,
+        progress(f"Writing {path.name}"),
+    ):
         difference = _write_and_compare(model, example_inputs, Path(folder, path.name))
         if not difference <= tolerance:
             raise ValueError(

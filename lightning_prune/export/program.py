@@ -1,5 +1,6 @@
 """Program format: what ``torch.export`` makes of a model, which runs without its class."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ def write_program(model: nn.Module, example: Inputs, path: Path) -> Run:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as raised:  # of many kinds, from whatever in the model cannot be traced
         raise ValueError(f"{type(model).__name__} cannot be exported by torch.export: {reason(raised)}") from raised
-    torch.export.save(program, path)
+    content = io.BytesIO()  # what torch writes to a full disk by itself ends the process
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
     loaded = torch.export.load(path).module()
     return lambda inputs: flat_tensors(loaded(*inputs[0], **inputs[1]))

@@ -1,6 +1,7 @@
 """Weights format: a plain state dict, with the plan beside it that gives the original class its shape."""
 
 import copy
+import io
 import json
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def write_weights(model: nn.Module, example: Inputs, path: Path) -> Run:
     """
     plan_path = path.with_suffix(".json")
     plan = plan_in_force(model) or PruningPlan()
-    torch.save(dict(model.state_dict()), path)
+    content = io.BytesIO()  # what torch writes to a full disk by itself is an error without a reason
+    torch.save(dict(model.state_dict()), content)
+    path.write_bytes(content.getbuffer())
     plan_path.write_text(json.dumps(plan.to_json()))
 
     loaded = copy.deepcopy(model)

@@ -142,6 +142,27 @@ def test_what_is_written_is_read_by_the_other_commands_and_trained_on(
     assert plan.budget["achieved"] <= 0.3  # of the original network
 
 
+def test_a_checkpoint_is_exported_in_int8_from_its_validation_data(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    few = ["--quantize", "int8", "--calibrate_batches", "1", "--accelerator", "cpu"]
+    main(["export", str(trained), "small.onnx", *few])
+    told = capsys.readouterr().out
+    assert "Written to small.onnx in int8: " in told
+    assert "accuracy of 16 validation samples: " in told  # of the two batches one is for the ranges
+    assert "onnxruntime, batches of 16: " in told
+    assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+    with pytest.raises(SystemExit, match=r"int8 is written as ONNX alone"):
+        main(["export", str(trained), "small.pt2", *few])
+    lp.save(Plain().eval(), tmp_path / "plain.pt")
+    with pytest.raises(SystemExit, match="There are no validation data for Plain: give --data"):
+        main(["export", "plain.pt", "plain.onnx", *few, "--model", f"{HERE}.Plain"])
+    main(["export", "plain.pt", "plain.onnx", *few, "--model", f"{HERE}.Plain", "--data", f"{HERE}.Images"])
+    assert "accuracy of 16 validation samples: " in capsys.readouterr().out
+
+
 def test_any_other_module_is_pruned_and_compared_with_what_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,8 @@
 """Exports: what the files hold gives the model's outputs, and what does not is never written."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -87,6 +89,42 @@ def test_inputs_by_name_and_integers(tmp_path: Path) -> None:
     inputs = {"words": torch.tensor([[1, 9, 3]]), "scale": torch.ones(1, 4)}
     assert export(Words(), inputs, tmp_path / "words.pt2") <= 1e-5
     assert export(Words(), inputs, tmp_path / "words.onnx") <= 1e-5
+
+
+FULL = """
+import resource
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from lightning_prune.export import export
+
+warnings.simplefilter("ignore")
+model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 8))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # which files are greater than, as on a full disk
+for name in ("model.pt", "model.pt2", "model.onnx"):
+    try:
+        export(model, torch.zeros(1, 64), name)
+    except OSError as raised:
+        print(name, raised)
+print(sorted(path.name for path in Path().iterdir()))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_disk_that_gets_full_while_a_file_is_written_ends_in_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    process = subprocess.run([sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.strip().splitlines()
+    assert lines == [
+        *(f"{name} [Errno 27] No space is left for '{name}' on its device, or it would be too large a file there"
+          for name in ("model.pt", "model.pt2", "model.onnx")),
+        "[]",
+    ]  # fmt: skip
 
 
 def test_random_inputs_are_like_the_example() -> None:
