@@ -191,7 +191,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.of_weights = False
         self.noted = set().union(*map(vars, inputs))
         self.record.operator_trace.append((rule,))
-        self._apply(rule, call, inputs)
+        self._apply(rule, call, self.labels_of(inputs), inputs)
 
     # -- operators -------------------------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if operator.takes_numbers or has_labels:
             self._refuse_autograd_functions(inputs)
             self._note_step(operator, call)
-            self._apply(operator.rule, call, inputs)
+            self._apply(operator.rule, call, self.labels_of(inputs), inputs)
         if operator.cost is not None:  # also where no channel can be pruned
             operator.cost(self, call)
         if operator.sameness is not None:
@@ -335,9 +335,15 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if self.takes_numbers:
             super().computes_with(number)
 
-    def _apply(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
-        """Follow a rule, and note what became of the labels of the inputs."""
-        given = self.labels_of(inputs)  # now, because a rule may give other labels to what is changed in place
+    def _apply(self, rule: TracerRule, call: Call, given: list[Labels], inputs: list[Tensor]) -> None:
+        """Follow a rule, and note what became of the labels of the inputs.
+
+        Args:
+            rule: The rule.
+            call: The call of the operator.
+            given: The labels of the inputs before: a rule may give others to what is changed in place.
+            inputs: The tensors that the operator was given.
+        """
         self.splits = False
         if "_is_of_scores" in self.noted and any(map(self.is_of_scores, inputs)):
             for output in call.outputs:
