@@ -160,21 +160,25 @@ def _in_double(leaf: Any) -> Any:
 
 def theirs(build: Callable[[], Built]) -> Any:
     """Return the share of channels that Torch-Pruning can prune, or what is raised."""
-    import torch_pruning
-
     try:
         with at_most(PATIENCE_WITH_OTHERS):
             torch.manual_seed(0)
             model, inputs = build()
-            model = model.eval()
-            before = _channels(model)
-            importance = torch_pruning.importance.MagnitudeImportance(p=1)
-            pruner = torch_pruning.pruner.BasePruner(model, inputs, importance=importance, pruning_ratio=0.5)
-            pruner.step()
-            model(*inputs)
-            return 2 * (1 - _channels(model) / before)
+            return taken_out(model.eval(), inputs)
     except Exception as raised:
         return f"{type(raised).__name__}: {raised}".splitlines()[0][:80]
+
+
+def taken_out(model: nn.Module, inputs: tuple[Any, ...], **settings: Any) -> float:
+    """Return twice the share of channels that Torch-Pruning takes out of a network when it is asked for half of all."""
+    import torch_pruning
+
+    before = _channels(model)
+    importance = torch_pruning.importance.MagnitudeImportance(p=1)
+    pruner = torch_pruning.pruner.BasePruner(model, inputs, importance=importance, pruning_ratio=0.5, **settings)
+    pruner.step()
+    model(*inputs)
+    return 2 * (1 - _channels(model) / before)
 
 
 def _channels(model: nn.Module) -> int:

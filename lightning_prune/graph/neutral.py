@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_prune.graph.substitution import named_tensors
 
-__all__ = ["neutral_state", "preserving_random_state", "unfused_attention"]
+__all__ = ["neutral_state", "preserving_random_state", "unfused_attention", "unsearched_memory"]
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def neutral_state(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(preserving_random_state(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # others are not for all widths of heads
-        for neutral in (unfused_attention, _unfused_layers, _unchecked_batch_sizes, _unsearched_memory):
+        for neutral in (unfused_attention, _unfused_layers, _unchecked_batch_sizes, unsearched_memory):
             stack.enter_context(neutral())
         yield
 
@@ -79,7 +79,7 @@ def _unfused_layers() -> Iterator[None]:
 
 
 @contextmanager
-def _unsearched_memory() -> Iterator[None]:
+def unsearched_memory() -> Iterator[None]:
     """Do not search for objects that only refer to each other, which takes as long as the pass that creates them."""
     was_enabled = gc.isenabled()
     gc.disable()

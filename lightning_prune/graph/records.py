@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -70,12 +69,12 @@ class Call:
         class_name = type(self.operator).__qualname__
         return str(getattr(self.operator, "overloadpacket", class_name))
 
-    @cached_property
+    @property
     def outputs(self) -> list[Tensor]:
         """The tensors among what it returned."""
         return tensors_in(self.output)
 
-    @cached_property
+    @property
     def given(self) -> list[Tensor]:
         """The tensors among its arguments."""
         return tensors_in([*self.args, *self.kwargs.values()])

@@ -207,7 +207,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.noted = set().union(*map(vars, inputs))
         self.record.operator_trace.append((rule,))
         with self.aside():
-            self._apply(rule, call, inputs)
+            self._apply(rule, call, self.labels_of(inputs), inputs)
 
     # -- operators -------------------------------------------------------------------------------------------------
 
@@ -313,7 +313,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if meets_channels:
             self._refuse_autograd_functions(inputs)
             self._note_step(operator)
-            self._apply(operator.rule, call, inputs)
+            self._apply(operator.rule, call, self.labels_of(inputs), inputs)
         elif operator.takes_numbers:  # and says along which axes what it makes is the same
             operator.rule(self, call)
         if operator.cost is not None:  # also where no channel can be pruned
@@ -393,9 +393,15 @@ class Tracer(Vocabulary, TorchDispatchMode):
         if self.takes_numbers:
             super().computes_with(number)
 
-    def _apply(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
-        """Follow a rule, and note what became of the labels of the inputs."""
-        given = self.labels_of(inputs)  # now, because a rule may give other labels to what is changed in place
+    def _apply(self, rule: TracerRule, call: Call, given: list[Labels], inputs: list[Tensor]) -> None:
+        """Follow a rule, and note what became of the labels of the inputs.
+
+        Args:
+            rule: The rule.
+            call: The call of the operator.
+            given: The labels of the inputs before: a rule may give others to what is changed in place.
+            inputs: The tensors that the operator was given.
+        """
         self.splits = False
         if "_is_of_scores" in self.noted and any(map(self.is_of_scores, inputs)):
             for output in call.outputs:
@@ -427,18 +433,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
             if given and not passed_on:
                 self.record.cut.extend(self._cut_axes(made, given))
 
-    def _numbers_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return the numbers behind a tensor; its own if no operator has made it, as in ``torch.Tensor([2])``."""
-    numbers = getattr(tensor, "_numbers", None)
-    if numbers is not None:
-        return numbers
-    if tensor.is_meta or tensor.numel() > _FEW_NUMBERS:
-        return ()
-    with torch._C.DisableTorchFunction():  # nothing of the network looks at these
-        return (str(tensor.tolist()),)
-
-
-def _cut_axes(self, made: Labels, given: list[Labels]) -> list[Labels]:
+    def _cut_axes(self, made: Labels, given: list[Labels]) -> list[Labels]:
         """Return those of the given labels of which an output has only some."""
         in_output = made.numpy()
         self.is_among[in_output] = True
@@ -453,6 +448,17 @@ def _cut_axes(self, made: Labels, given: list[Labels]) -> list[Labels]:
     def _mark_all_unprunable(self, tensors: list[Tensor], why: str) -> None:
         for labels in self.labels_of(tensors):
             self.mark_unprunable(labels, why)
+
+
+def _numbers_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the numbers behind a tensor; its own if no operator has made it, as in ``torch.Tensor([2])``."""
+    numbers = getattr(tensor, "_numbers", None)
+    if numbers is not None:
+        return numbers
+    if tensor.is_meta or tensor.numel() > _FEW_NUMBERS:
+        return ()
+    with torch._C.DisableTorchFunction():  # nothing of the network looks at these
+        return (str(tensor.tolist()),)
 
 
 class ValueWatcher(TorchFunctionMode):

@@ -12,6 +12,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph, Group, Unprunable
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.fitting import Fitting
 from lightning_prune.graph.nearest import nearest_names
+from lightning_prune.graph.neutral import unsearched_memory
 from lightning_prune.graph.records import Known, Record, Split
 from lightning_prune.graph.records import Sheet as Which
 from lightning_prune.graph.relations import NO_RELATIONS, Relations
@@ -72,7 +73,7 @@ def trace(
         >>> graph.unprunable
         {'3': Unprunable(channels=10, reason='3: is an output of the network')}
     """
-    with progress(f"Tracing {type(model).__name__}"), as_written():
+    with progress(f"Tracing {type(model).__name__}"), as_written(), unsearched_memory():
         forward = Forward(
             model,
             module,

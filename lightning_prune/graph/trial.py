@@ -16,7 +16,7 @@ from lightning_prune.graph.channel_graph import Group
 from lightning_prune.graph.comparison import KeptLabels, covers, first_shift
 from lightning_prune.graph.frames import SourceLine, raising_line, running_line
 from lightning_prune.graph.groups import Grouping
-from lightning_prune.graph.operators import OperatorTables, TracerRule
+from lightning_prune.graph.operators import Operator, OperatorTables, TracerRule
 from lightning_prune.graph.records import Call, CallKey, Known, Labels, ModuleCall, Record
 from lightning_prune.graph.run import Forward
 from lightning_prune.graph.sheets import is_pair
@@ -171,7 +171,7 @@ class Trial(Tracer):
         self.failures: list[Failure] = []
         self._raised: list[Exception] = []  # by the modules that failed
         self._places: dict[Entries, dict[int, Place]] = {entries: {} for entries in Entries}  # by number of the entry
-        self._given: list[Labels] = []
+        self._here: Place | None = None  # of the operator that runs, once it has been looked up
 
     def place(self, entries: Entries, number: int) -> Place:
         """Return where an entry of the record was made or, if a module that failed has not made it, the next one.
@@ -194,17 +194,21 @@ class Trial(Tracer):
         super().mark_unprunable(labels, why)
         self._note_place(Entries.UNPRUNABLE)
 
-    def _apply(self, rule: TracerRule, call: Call, inputs: list[Tensor]) -> None:
-        self._given = self.labels_of(inputs)
+    def _apply(self, rule: TracerRule, call: Call, given: list[Labels], inputs: list[Tensor]) -> None:
+        self._here = Place(self.where(), running_line(), given)
         self._note_place(Entries.OPERATORS)
-        super()._apply(rule, call, inputs)
+        super()._apply(rule, call, given, inputs)
+
+    def _follow(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
+        super()._follow(operator, call, inputs)
+        self._here = None
 
     def _note_place(self, entries: Entries) -> None:
         """Note where the last entry of a list was made, unless that is known."""
         number = len(getattr(self.record, entries.value)) - 1
         places = self._places[entries]
         if number not in places:
-            places[number] = Place(self.where(), running_line(), self._given)
+            places[number] = self._here or Place(self.where(), running_line())
 
     def tie_parts(self, labels: Labels, size: int) -> None:
         """Tie nothing: parts of equal size may be so by chance, and it shows elsewhere if they are the wrong ones."""
