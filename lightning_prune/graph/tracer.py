@@ -77,7 +77,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         sure: Names of those that looked at values which depend on the inputs alone.
         constant: The numbers that a tensor is being made of.
         on_data: Whether the pass runs on real data, as code looks at values.
-        numbers_met: The numbers behind what meets channels in the operator that runs.
+        meets_channels: Whether it matters which numbers the operator that runs computes with.
+        numbers_met: The numbers behind what meets channels in it.
         running_inputs: What the operator that runs was given; after an exception, what the one that failed was given.
         muted: Whether what runs says nothing, as what is inside a module that has a rule of its own.
         memory: What modules returned in another pass, which need not run again for the like; None to run all.
@@ -94,6 +95,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.unsure: set[str] = set()
         self.sure: set[str] = set()
         self.constant: list[float] = []
+        self.meets_channels = False
         self.numbers_met: tuple[Any, ...] = ()
         self.on_data = False
         self.running_inputs: list[Tensor] = []
@@ -244,10 +246,10 @@ class Tracer(Vocabulary, TorchDispatchMode):
         """Note an operator that has run."""
         self._note_origin(call, inputs)
         numbers = self._numbers_behind(operator, call, inputs)
-        meets_channels = self._meets_channels(operator, inputs)
-        self._pass_on(numbers, meets_channels, call)
+        self.meets_channels = self._has_say(operator, inputs)
+        self._pass_on(numbers, call)
         if not self.muted:
-            self._follow(operator, call, inputs, meets_channels)
+            self._follow(operator, call, inputs)
             self.running_inputs = []
 
     def _note_origin(self, call: Call, inputs: list[Tensor]) -> None:
@@ -280,7 +282,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         distinct = dict.fromkeys(found)
         return tuple(distinct)[:_FEW_NUMBERS]
 
-    def _meets_channels(self, operator: Operator, inputs: list[Tensor]) -> bool:
+    def _has_say(self, operator: Operator, inputs: list[Tensor]) -> bool:
         """Tell whether it matters here which numbers an operator computes with.
 
         Where code looks at values, what has no channels may run more often or less, as for boxes of each class.
@@ -288,10 +290,10 @@ class Tracer(Vocabulary, TorchDispatchMode):
         has_labels = "_channel_labels" in self.noted and any(map(self.all_labels, inputs))
         return has_labels or (operator.takes_numbers and not self.on_data)
 
-    def _pass_on(self, numbers: tuple[Any, ...], noted: bool, call: Call) -> None:
+    def _pass_on(self, numbers: tuple[Any, ...], call: Call) -> None:
         """Keep numbers for the step that is noted, or let what was made with them remember them."""
-        self.numbers_met = numbers if noted else ()
-        behind = () if noted else numbers
+        self.numbers_met = numbers if self.meets_channels else ()
+        behind = () if self.meets_channels else numbers
         for made in call.outputs:
             made._numbers = behind  # type: ignore[attr-defined]
             if behind and made._base is not None:  # which is written to, too
@@ -303,14 +305,14 @@ class Tracer(Vocabulary, TorchDispatchMode):
             return False
         return not self.is_of_network(tensor) or len(same_along(tensor)) == tensor.dim()
 
-    def _follow(self, operator: Operator, call: Call, inputs: list[Tensor], meets_channels: bool) -> None:
+    def _follow(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
         """Record what an operator says about channels and what it costs."""
         if operator.needs_values:
             self.note_look(inputs)
         if not self.noted.isdisjoint(_SAID_WHEN_USED):
             for tensor in inputs:
                 self.mark_numbered(tensor)
-        if meets_channels:
+        if self.meets_channels:
             self._refuse_autograd_functions(inputs)
             self._note_step(operator)
             self._apply(operator.rule, call, self.labels_of(inputs), inputs)
