@@ -45,7 +45,7 @@ from lightning_prune.planning.cost import CostModel
 
 RESULTS = Path(__file__).parent / "results" / "free_channels.json"
 PATIENCE = 120  # seconds of processor time for each network
-PATIENCE_WITH_OTHERS = 5
+PATIENCE_WITH_OTHERS = 10
 LONGEST = (
     1800  # seconds after which a process is ended, for what takes no processor time or does not let itself be told
 )

@@ -95,6 +95,7 @@ def fit(case: Case, callback: Any, work: Path, told: Told) -> dict[str, Any]:
     callbacks = [*case.callbacks(work), callback, watch]
     module, trainer = case.fit(work, callbacks, max_epochs=EPOCHS)
     saver = trainer.checkpoint_callback
+    files = {"best": saver.best_model_path, "last": saver.last_model_path, "printed": callback.result_path}
     torch.save(module.state_dict(), work / "weights.pt")
     prunes = callback.history.prunes
     return {
@@ -106,7 +107,7 @@ def fit(case: Case, callback: Any, work: Path, told: Told) -> dict[str, Any]:
         "parameters": [size(case.module()), size(module)],
         "untrained": watch.untrained,
         "lines": lines_in(told.lines),
-        "files": {"best": saver.best_model_path, "last": saver.last_model_path, "printed": callback.result_path},
+        "files": {name: path for name, path in files.items() if path},  # not all projects keep the last one
     }
 
 
@@ -155,8 +156,9 @@ def _same(module: nn.Module, weights: dict[str, Tensor]) -> bool:
 def resume(case: Case, callback: Any, work: Path, told: Told) -> dict[str, Any]:
     """Go on from the last file for an epoch."""
     found = json.loads((work / "fit.json").read_text())
+    path = found["files"].get("last", found["files"]["printed"])
     callbacks = [*case.callbacks(work / "resumed"), callback]
-    module, trainer = case.fit(work / "resumed", callbacks, ckpt_path=found["files"]["last"], max_epochs=EPOCHS + 1)
+    module, trainer = case.fit(work / "resumed", callbacks, ckpt_path=path, max_epochs=EPOCHS + 1)
     whole = size(module) == found["parameters"][1] and trainer.current_epoch == EPOCHS + 1
     return {"resumed": "yes" if whole else f"to {size(module)} parameters in epoch {trainer.current_epoch}"}
 
