@@ -190,6 +190,17 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
             ("all networks and batch sizes", "2.0x asked", "the same by ranking alone", "resnet18, batch 8", 1.05),
         ],
     ),
+    "merging.json": (
+        {"net, 0.5 | coherent OBS | 0": {"error": 0.1, "nearer": 0.25, "made": {"settings": {}, "hardware": "a CPU"}}},
+        [
+            ("net, 0.5", "coherent OBS", "error of the layer behind", "0", 0.1),
+            ("net, 0.5", "coherent OBS", "share of layers where it is smaller", "0", 0.25),
+        ],
+    ),
+    "momentum.json": (
+        {"net | SGD | 1": {"accuracy": 0.7, "validation": 0.8, "made": {"settings": {}, "hardware": "a CPU"}}},
+        [("net", "SGD", "validation (%)", "1", 80.0), ("net", "SGD", "test (%)", "1", 70.0)],
+    ),
 }
 
 
