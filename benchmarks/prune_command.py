@@ -60,7 +60,7 @@ def page(records: dict[str, Any]) -> str:
         "# One command, without training",
         "",
         "Published weights, half the FLOPs, CIFAR-10 (JPEG copy), accuracy on the validation split, a tenth of the "
-        "training images; the weights were trained on the originals of these. One thread of a machine that did other work.",
+        "training images; the weights were trained on the originals of these. One thread of a machine that was busy.",
         "",
         "| network | FLOPs kept | accuracy before | pruned | compensated | seconds in all |",
         "|---|---|---|---|---|---|",
