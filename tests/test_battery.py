@@ -27,13 +27,14 @@ ROWS = pytest.mark.parametrize("name", battery.CALLBACKS, scope="module")  # the
 # Where rows differ little in what is checked, the ordinary suite has one for each way of finding a plan, or network.
 SOME_ROWS = pytest.mark.parametrize(
     "name",
-    ordinary(battery.CALLBACKS, *WAYS),
+    ordinary(battery.CALLBACKS, "default", "taylor", "rl_joint"),
     scope="module",
 )
 NETWORKS = pytest.mark.parametrize("name", ordinary(battery.CALLBACKS, "default", "rl_joint", "vit"), scope="module")
 STOPS = ordinary(
     [(name, moments) for name in battery.CALLBACKS for moments in ("epochs", "steps")],
-    *[(name, "steps") for name in battery.CALLBACKS if name != "vit"], ("vit", "epochs"), ("default", "epochs"),
+    *[(name, "steps") for name in (*WAYS, "magnitude_stopping", "learn_to_prune")],
+    ("vit", "epochs"), ("taylor", "epochs"),
 )  # fmt: skip
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 # In steps of two channels some rows come to their budget in fewer than three prunes.
@@ -129,7 +130,7 @@ def test_a_callback_whose_run_broke_off_knows_nothing_of_it_in_the_next(name: st
     assert battery.differences(used, unused) == []
 
 
-@ROWS
+@SOME_ROWS
 def test_one_step_after_a_prune_equals_the_sliced_step_of_the_masked_twin(name: str, tmp_path: Path) -> None:
     """Both twins take the same step in float64; what the prune left must be what the mask left."""
     found: dict[str, float] = {}

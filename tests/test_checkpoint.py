@@ -270,6 +270,7 @@ def test_a_hostile_plan_in_a_checkpoint_touches_no_tensor(kind: str, tmp_path: P
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.long
 def test_a_plan_of_shapes_that_no_machine_can_hold_is_refused(tmp_path: Path) -> None:
     size = 2**28
     entry = {"version": 1, "shapes": {"a": [size, size]}, "groups": {}}

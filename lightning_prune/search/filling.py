@@ -29,7 +29,7 @@ def filled(problem: PruningProblem, proportions: np.ndarray, whole: np.ndarray |
         >>> model = nn.Sequential(nn.Linear(1, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 1, bias=False))
         >>> problem = PruningProblem(trace(model, torch.zeros(1, 1)), keep=0.5, metric="params")
         >>> filled(problem, np.array([1, 2]))
-        array([3, 8])
+        array([4, 7])
     """
     bounds = problem.bounds
     wished = np.maximum(proportions, _TINY)

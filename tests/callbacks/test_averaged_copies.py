@@ -69,7 +69,7 @@ def test_the_history_is_kept_through_prunes(name: str, first: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        ("exponential", "taylor"),
+        pytest.param("exponential", "taylor", marks=pytest.mark.long),
         ("exponential", "magnitude_refit"),
         pytest.param("exponential", "vit", marks=pytest.mark.long),
         pytest.param("equal", "taylor", marks=pytest.mark.long),

@@ -84,7 +84,7 @@ def test_what_differs_between_ranks_is_dealt_out(ranks: int, expected: list[list
         assert from_checkpoint(Counted, content).shares == shares
 
 
-@pytest.mark.parametrize("name", battery.CALLBACKS)
+@pytest.mark.parametrize("name", ordinary(battery.CALLBACKS, *WAYS))
 def test_every_field_of_a_state_is_in_checkpoints_and_starts_anew(name: str, tmp_path: Path) -> None:
     callback = battery.make_callback(name)
     names = {declared.name for declared in fields(callback.state)}

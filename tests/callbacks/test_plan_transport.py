@@ -439,10 +439,11 @@ sys.exit(", ".join(changed))
 @pytest.mark.parametrize(
     ("module", "extended"),
     [
-        pytest.param("lightning_prune", [], marks=pytest.mark.long),
+        ("lightning_prune", []),
         ("lightning_prune.callbacks", ["Trainer.__init__", "lightning.pytorch.core.saving._load_state"]),
     ],
 )
+@pytest.mark.long
 def test_what_an_import_extends(module: str, extended: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", EXTENDED.format(module=module)], capture_output=True, text=True)
     assert done.stderr.strip() == ", ".join(extended)

@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from shortened import ordinary
 from taylor_reference import reference
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
@@ -70,7 +71,7 @@ def test_scores_are_those_of_the_definition(variant: str, tmp_path: Path) -> Non
         torch.testing.assert_close(values, expected[name], rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("normalize", [None, False, True])
+@pytest.mark.parametrize("normalize", ordinary([None, False, True], None))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_callback_and_function_agree(variant: str, normalize: bool | None, tmp_path: Path) -> None:
     settings = {"variant": variant, "normalize": normalize, "flops_penalty": 0.01}
@@ -204,9 +205,9 @@ class OtherGradients(Frozen):
         return self.weight * gradient.square().sum() / len(images)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", ordinary([False, True], True))
 @pytest.mark.parametrize("weight", [None, 0.0])
-@pytest.mark.parametrize("variant", ["a", "b", "c"])
+@pytest.mark.parametrize("variant", ordinary(["a", "b", "c"], "a", "c"))
 def test_gradients_of_something_else_do_not_count(
     variant: str, weight: float | None, shared: bool, tmp_path: Path
 ) -> None:
@@ -219,8 +220,8 @@ def test_gradients_of_something_else_do_not_count(
         assert torch.equal(values, ranked[1][name])
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("variant", ["a", "c", "gate"])
+@pytest.mark.parametrize("shared", ordinary([False, True], True))
+@pytest.mark.parametrize("variant", ordinary(["a", "c", "gate"], "a", "gate"))
 def test_a_gradient_penalty_counts_as_part_of_the_loss(variant: str, shared: bool, tmp_path: Path) -> None:
     callback = Keep(keep=0.5, round_to=1, variant=variant, normalize=False)
     module = OtherGradients(0.5, shared)

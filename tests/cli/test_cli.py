@@ -88,6 +88,7 @@ def test_lightning_may_summarize_the_network_with_its_example_input(
     assert "Total FLOPs" in capsys.readouterr().out or "| FLOPs | In sizes" in logged.getvalue()
 
 
+@pytest.mark.long
 def test_module_and_program_are_the_same_and_find_shipped_configs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_prune", "fit", "--config", "configs/quickstart.yaml", "--print_config"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -202,7 +203,7 @@ HEAVY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ordinary(LIGHT, "import", "report", "prune"))
+@pytest.mark.parametrize("name", ordinary(LIGHT, "import", "report"))
 def test_what_is_not_needed_is_not_imported(name: str) -> None:
     call = LIGHT[name]
     code = f"""

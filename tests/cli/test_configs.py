@@ -37,10 +37,9 @@ SIZES = {
 # Positions of tokens are among the weights of a vision transformer, so that these are for one size of images.
 WITHOUT_WEIGHTS = {"torchvision/vit_b_16"}
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-# One small network for each kind of callback that trains in the ordinary suite; the others are parsed in `test_cli.py`.
+# A few small networks train in the ordinary suite; the others are parsed in `test_cli.py`.
 SMALL = {
-    "quickstart", "lenet_mnist_taylor", "conv4_mnist_sensitiveness", "resnet20_cifar10_search",
-    "resnet20_cifar10_taylor", "vit_cifar10_isomorphic",
+    "quickstart", "lenet_mnist_taylor", "conv4_mnist_sensitiveness", "vit_cifar10_isomorphic",
 }  # fmt: skip
 trained = [pytest.param(path, marks=() if path.stem in SMALL else pytest.mark.long, id=path.stem) for path in CONFIGS]
 

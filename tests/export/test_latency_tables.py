@@ -41,6 +41,7 @@ def made_up(graph: ChannelGraph, samples: int = 32) -> dict[str, Any]:
     return {"version": 1, "runtime": "none", "machine": [], "groups": groups, "samples": tried, "times": times}
 
 
+@pytest.mark.long
 def test_a_pack_is_timed_by_a_process_that_has_neither_the_code_nor_lightning(
     graph: ChannelGraph, tmp_path: Path
 ) -> None:

@@ -19,7 +19,10 @@ FAMILIES = {
     "lraspp_mobilenet_v3_large": 32,
 }  # fmt: skip
 # Seconds each, so in the long run, where the whole zoo is too.
-LARGE = ("convnext_tiny", "densenet121", "inception_v3", "resnext50_32x4d", "swin_t", "swin_v2_t", "vit_b_32")
+LARGE = (
+    "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "regnet_y_400mf", "resnext50_32x4d",
+    "swin_t", "swin_v2_t", "vit_b_32",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=ordinary(SIZES, "resnet18", "mobilenet_v2"))

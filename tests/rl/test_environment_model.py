@@ -75,6 +75,7 @@ def test_an_agent_sees_the_representation_of_the_epoch_and_does_not_train_it() -
     assert all(parameter.grad is None for parameter in model.network.parameters())
 
 
+@pytest.mark.long
 def test_an_agent_learns_what_to_do_in_each_epoch() -> None:
     """The best action changes from epoch to epoch, and only the representation says so."""
     model = model_of(epochs=2)
