@@ -132,7 +132,8 @@ def compared_apart(name: str, rounds: int, steps: int, longest: float) -> dict[s
             record = receiving.recv()
         record["fails"] = record["fails"] or f"is not done after {longest:g} s"
     except EOFError:
-        pass
+        if not record["theirs"]:
+            record["fails"] = record["fails"] or "its process died"
     finally:
         process.kill()
         process.join()
