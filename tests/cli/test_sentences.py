@@ -41,7 +41,7 @@ OPTIONS = [
         "init_args.keep; did you mean --prune.keep?",
     ),
     (["--prune.kep", "0.3"], "There is no option --prune.kep; did you mean --prune.keep"),
-    (["--prune.keep", "much"], "--prune.keep takes a number; got 'much'."),
+    (["--prune.keep", "much"], "--prune.keep takes a number or a list or null; got 'much'."),
     (["--prune", "TailorRankCallback"], "no class that is known; did you mean TaylorRankCallback?"),
     (["--model.netwrk", "digits"], "There is no option --model.netwrk; did you mean --model.network"),
     (
