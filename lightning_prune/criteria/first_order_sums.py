@@ -19,6 +19,7 @@ from lightning_prune.criteria.input_hooks import (
     watched_places,
 )
 from lightning_prune.graph.channel_graph import ChannelGraph, Group
+from lightning_prune.graph.nested import plain
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import Slice
 
@@ -57,7 +58,7 @@ class Totals:
 
     def begin_step(self, loss: Tensor) -> None:
         """Count a step, and whether its loss is finite."""
-        finite = loss.detach().isfinite().all()
+        finite = plain(loss.detach()).isfinite().all()
         _add(self.steps, "steps", torch.ones_like(finite, dtype=torch.float64))
         _add(self.steps, "loss", (~finite).double())
 
@@ -206,7 +207,7 @@ class _Effects(Collector):
     def _tap(self, weight: str, values: Tensor, axis: int) -> Tensor:
         """Let the gradient that flows back through one layer pass by."""
         # A node of its own, for the gradient through this layer alone; a leaf where nothing before it is trained.
-        detached = values.detach()
+        detached = plain(values.detach())  # what a subclass knows of its samples does not fit sums over them
         tapped = values.view_as(values) if values.requires_grad else values.detach().requires_grad_()
         tapped.register_hook(partial(self._on_gradient, weight, detached, axis))
         return tapped
@@ -219,7 +220,7 @@ class _Effects(Collector):
             return self._tap(weight, gradient, axis) if gradient.requires_grad else None
         # In half precision, gradients that the loss is scaled for have no room for a product.
         precise = torch.promote_types(values.dtype, torch.float32)
-        products = values.to(precise) * gradient.detach()
+        products = values.to(precise) * plain(gradient.detach())
         if self._absolute is _Absolute.POSITION:
             products = products.abs()
         effect = sum_positions(products, axis)  # (samples, inputs)

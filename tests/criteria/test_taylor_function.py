@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_prune as lp
+from lightning_prune.criteria.first_order_sums import Totals, make_collector
 from lightning_prune.planning.cost import CostModel
 
 
@@ -41,6 +42,28 @@ def test_variants_by_hand(variant: str, expected: list[float]) -> None:
     normal = torch.tensor(expected, dtype=torch.float64) / math.hypot(*expected)
     scores = lp.criteria.taylor(graph, [x], lambda model, x: model(x).mean(), variant, normalize=True)["0"]
     torch.testing.assert_close(scores, normal)
+
+
+class Picture(Tensor):
+    """Knows of its samples one by one, and does not let them be taken apart or summed."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__getitem__, Tensor.sum, Tensor.movedim):
+            raise ValueError("Inconsistent samples.")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_tensors_that_know_more_are_summed_as_plain_ones() -> None:
+    model, x = two_maps()
+    graph = lp.trace(model, x)
+    scores = lp.criteria.taylor(
+        graph, [x], lambda model, x: model(x.as_subclass(Picture)).mean(), "a", normalize=False
+    )["0"]
+    assert scores.tolist() == [2.5, 5.0]
+    collector = make_collector(graph, "a", Totals())
+    collector.begin_step(torch.ones(()).as_subclass(Picture))
+    assert {name: type(count) for name, count in collector.totals.steps.items()} == {"steps": Tensor, "loss": Tensor}
 
 
 def test_half_precision_has_room_for_products() -> None:
