@@ -17,13 +17,12 @@ import copy
 import time
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import stored
 import torch
-from criteria_finetune import NETWORKS, Runner, assignment
+from criteria_finetune import NETWORKS, Runner, add_usual, assignment, run_or_show
 from finetune_rows import by_score, example_for, loss_of
 from scipy import stats
 from torch import nn
@@ -183,22 +182,13 @@ def main() -> None:
     parser.add_argument("--folded-on", type=int, default=128, help="images that candidates are compensated on")
     parser.add_argument("--compensate", default="fold", choices=["statistics", "fold", "refit"])
     parser.add_argument("--steps", type=int, help="of fine-tuning; default those of criteria_finetune.py")
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--work", default="logs/criteria_finetune", help="where trained networks are kept")
-    parser.add_argument(
-        "--results", type=Path, default=Path(__file__).parent / "results" / "agents_after_finetuning.json"
-    )
-    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    add_usual(parser, "agents_after_finetuning.json")
     settings = parser.parse_args()
-    settings.weights = dict(settings.weights)
     settings.images = settings.folded_on + settings.rewarded_on
     torch.set_num_threads(1)
-    results = stored.load(settings.results)
-    if not settings.table:
-        run(settings, results)
+    results = run_or_show(settings, run, table)
     if results:
         stored.save_page(settings.results, f"# Agents against controls, after fine-tuning\n{table(results)}")
-    print(table(results))
 
 
 if __name__ == "__main__":

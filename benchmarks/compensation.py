@@ -18,12 +18,11 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import stored
 import torch
-from criteria_finetune import HALF, NETWORKS, Runner, assignment
+from criteria_finetune import HALF, NETWORKS, Runner, add_usual, assignment, run_or_show
 from finetune_rows import ROWS, Batches, Recalibrated, example_for
 from torch import nn
 
@@ -172,17 +171,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--every", type=int, default=1, help="of how many images one is tested")
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--work", default="logs/criteria_finetune", help="where trained networks are kept")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "compensation.json")
-    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    add_usual(parser, "compensation.json")
     settings = parser.parse_args()
-    settings.weights = dict(settings.weights)
     torch.set_num_threads(1)
-    results = stored.load(settings.results)
-    if not settings.table:
-        run(settings, results)
-    print(table(results))
+    results = run_or_show(settings, run, table)
     print(most_seconds(results))
 
 

@@ -278,6 +278,28 @@ def assignment(text: str) -> tuple[str, str]:
     return network, file
 
 
+def add_usual(parser: argparse.ArgumentParser, results: str, devices: Sequence[str] = ("cpu",)) -> None:
+    """Add the options of all scripts that begin from these networks: where these and the results are, and the table."""
+    parser.add_argument("--device", default="cpu", choices=devices, help="to train on; times are of the CPU")
+    parser.add_argument("--work", default="logs/criteria_finetune", help="where trained networks are kept")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / results)
+    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+
+
+def run_or_show(
+    settings: argparse.Namespace,
+    run: Callable[[argparse.Namespace, dict[str, Any]], None],
+    table: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Run what is missing, unless the table alone is asked for; print the table, and return the results."""
+    settings.weights = dict(settings.weights)
+    results = stored.load(settings.results)
+    if not settings.table:
+        run(settings, results)
+    print(table(results))
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data/cifar10-jpeg", help="folder with train/ and test/, a folder per class")
@@ -289,16 +311,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[WHOLE, *ROWS], choices=[WHOLE, *ROWS], metavar="ROW")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1024, help="training images that criteria may look at")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="to train on; times are of the CPU")
-    parser.add_argument("--work", default="logs/criteria_finetune", help="where trained networks are kept")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "criteria_finetune.json")
-    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    add_usual(parser, "criteria_finetune.json", ["cpu", "cuda"])
     settings = parser.parse_args()
-    settings.weights = dict(settings.weights)
-    results = stored.load(settings.results)
-    if not settings.table:
-        run(settings, results)
-    print(table(results))
+    run_or_show(settings, run, table)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ on the same images for all. Its error on other images is told, as a share of the
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import stored
 import torch
-from criteria_finetune import NETWORKS, Runner, assignment
+from criteria_finetune import NETWORKS, Runner, add_usual, assignment, run_or_show
 from finetune_rows import Batches, example_for
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -192,17 +191,10 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg11_bn/4"], choices=list(NETWORKS))
     parser.add_argument("--images", type=int, default=1024, help="training images, half of them to fit to")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--work", default="logs/criteria_finetune", help="where trained networks are kept")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "merging.json")
-    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    add_usual(parser, "merging.json")
     settings = parser.parse_args()
-    settings.weights = dict(settings.weights)
     torch.set_num_threads(1)
-    results = stored.load(settings.results)
-    if not settings.table:
-        run(settings, results)
-    print(table(results))
+    run_or_show(settings, run, table)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ test images, after the last step::
 import argparse
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import stored
 import torch
-from criteria_finetune import Runner, assignment
+from criteria_finetune import Runner, add_usual, assignment, run_or_show
 from finetune_rows import example_for, loss_of
 from torch import nn
 from torch.optim import Optimizer
@@ -113,17 +112,10 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=512, help="training images that criterion and refit look at")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--work", default="logs/criteria_finetune", help="where trained networks are kept")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "momentum.json")
-    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    add_usual(parser, "momentum.json")
     settings = parser.parse_args()
-    settings.weights = dict(settings.weights)
     torch.set_num_threads(1)
-    results = stored.load(settings.results)
-    if not settings.table:
-        run(settings, results)
-    print(table(results))
+    run_or_show(settings, run, table)
 
 
 if __name__ == "__main__":

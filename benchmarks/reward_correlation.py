@@ -16,13 +16,12 @@ import argparse
 import copy
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import stored
 import torch
-from criteria_finetune import NETWORKS, Runner, assignment
+from criteria_finetune import NETWORKS, Runner, add_usual, assignment, run_or_show
 from finetune_rows import Batches, by_score, example_for
 from scipy import stats
 from torch import nn
@@ -186,18 +185,11 @@ def main() -> None:
     parser.add_argument("--plans", type=int, default=60)
     parser.add_argument("--steps", type=int, help="of fine-tuning; default those of criteria_finetune.py")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--work", default="logs/criteria_finetune", help="where trained networks are kept")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "reward_correlation.json")
-    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    add_usual(parser, "reward_correlation.json")
     settings = parser.parse_args()
-    settings.weights = dict(settings.weights)
     settings.images = FITTED_TO + max(REWARDED)
     torch.set_num_threads(1)
-    results = stored.load(settings.results)
-    if not settings.table:
-        run(settings, results)
-    print(table(results))
+    run_or_show(settings, run, table)
 
 
 if __name__ == "__main__":
