@@ -84,6 +84,13 @@ def narrow_head(network: nn.Module) -> None:
             network.set_submodule(name, nn.Linear(*sizes))
 
 
+def favour_the_first_class(network: nn.Module) -> None:
+    """Let every image be taken for class 0, so that no accuracy is 0, whatever the machine makes of one step."""
+    *_, head = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        head.bias[0] = 10
+
+
 def shorten(pruner: PruningCallback) -> None:
     """Take as few measurements as the callback can do with."""
     if isinstance(pruner, SensitivenessCallback):
@@ -121,6 +128,7 @@ def test_every_config_trains_and_prunes(path: Path) -> None:
     assert pruner.last_prune_epoch < content["trainer"]["max_epochs"]
 
     narrow_head(cli.model.network)
+    favour_the_first_class(cli.model.network)
     shorten(pruner)
     batch = TensorDataset(torch.randn(2, *shape), torch.tensor([0, model["num_classes"] - 1]))
     cli.trainer.fit(cli.model, DataLoader(batch, 2), DataLoader(batch, 2))
