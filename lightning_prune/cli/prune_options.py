@@ -3,6 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from lightning_prune.reporting.survey import ALL_BATCHES
+
 __all__ = ["add_prune_options", "settings_of"]
 
 _SETTINGS = (
@@ -34,7 +36,10 @@ def add_prune_options(parser: ArgumentParser) -> None:
         "--compensate_batches", type=int, default=8, help="training batches that are looked at (default: 8)"
     )
     parser.add_argument(
-        "--validate_batches", type=int, default=2**31, help="most validation batches to validate on (default: all)"
+        "--validate_batches",
+        type=int,
+        default=ALL_BATCHES,
+        help="most validation batches to validate on (default: all)",
     )
 
 

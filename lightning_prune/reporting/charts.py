@@ -98,7 +98,11 @@ class LineChart:
 
 
 def line_chart(
-    name: str, values: Sequence[tuple[float, float]], marks: Sequence[Mark] = (), across: str = "epochs trained"
+    name: str,
+    values: Sequence[tuple[float, float]],
+    marks: Sequence[Mark] = (),
+    across: str = "epochs trained",
+    beside: Sequence[float] = (),
 ) -> LineChart:
     """Lay out a line chart.
 
@@ -107,6 +111,7 @@ def line_chart(
         values: (x, y), ascending in x; those that are not finite are left out.
         marks: Where something happened, and what.
         across: What the x axis shows.
+        beside: What other charts show upwards, for a y axis that is the same in all.
 
     Example:
         >>> chart = line_chart("accuracy", [(1, 0.5), (2, 0.75)], [Mark(1, "prune 1")])
@@ -117,7 +122,7 @@ def line_chart(
     """
     drawn = [(x, y) for x, y in values if abs(x) < _ENDLESS and abs(y) < _ENDLESS]  # which NaN is not
     xs = [x for x, _ in drawn]
-    ys = [y for _, y in drawn] or [0.0]
+    ys = [*(y for _, y in drawn), *(y for y in beside if abs(y) < _ENDLESS)] or [0.0]
     begin = min([0.0, *xs])
     end = max([begin, *xs, *(mark.x for mark in marks)])
     x_axis = Scale(

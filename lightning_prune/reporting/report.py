@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lightning_prune.files import check_folder, written_whole
 from lightning_prune.reporting.charts import LineChart, Mark, line_chart
 from lightning_prune.reporting.comparison import RunRecord, column_of, read_run, side_by_side
-from lightning_prune.reporting.history import FEW, History, Layer, Prune, read_histories
+from lightning_prune.reporting.history import FEW, History, Layer, Prune, accuracies_first, read_histories
 from lightning_prune.reporting.measurement import Measurement
 from lightning_prune.reporting.speed import Speed
 
@@ -180,14 +180,18 @@ class MetricRow:
     """A metric around one prune, or at the end.
 
     Attributes:
-        when: Number of the prune, or ``"end"``.
         name: Name of the metric.
-        values: Right before, right after without compensation, and right after; empty where there is none.
+        when: Number of the prune, or ``"end"``.
+        before: Right before; each of these is empty where there is none.
+        uncompensated: Right after, without compensation.
+        after: Right after.
     """
 
-    when: str
     name: str
-    values: tuple[str, str, str]
+    when: str
+    before: str = ""
+    uncompensated: str = ""
+    after: str = ""
 
 
 class Page:
@@ -323,7 +327,7 @@ class Page:
 
     @property
     def metrics_around(self) -> list[MetricRow]:
-        """The validation metrics around each prune, and at the end."""
+        """The validation metrics around each prune, and at the end, metric by metric."""
         rows = []
         for prune in (*self.history.prunes, *self.history.taken_back):
             when = str(prune.step)
@@ -331,17 +335,12 @@ class Page:
                 when += ", taken back"
             for name in prune.metrics.names[:FEW]:
                 around = prune.metrics
-                before = _number(around.before, name)
-                uncompensated = _number(around.uncompensated, name)
-                after = _number(around.after, name)
-                row = MetricRow(when, name, (before, uncompensated, after))
-                rows.append(row)
+                values = [_number(of, name) for of in (around.before, around.uncompensated, around.after)]
+                rows.append(MetricRow(name, when, *values))
         named = {row.name for row in rows}
         at_end = self.history.metrics_at_end
-        for name in sorted(named & at_end.keys()):
-            row = MetricRow("end", name, ("", "", _number(at_end, name)))
-            rows.append(row)
-        return rows
+        rows += [MetricRow(name, "end", after=_number(at_end, name)) for name in sorted(named & at_end.keys())]
+        return sorted(rows, key=lambda row: accuracies_first(row.name))
 
     @property
     def layers(self) -> list[LayerRow]:

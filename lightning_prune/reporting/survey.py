@@ -18,6 +18,7 @@ from lightning_prune.reporting.history import accuracies_first
 from lightning_prune.reporting.report import templates
 
 __all__ = [
+    "ALL_BATCHES",
     "Row",
     "Survey",
     "best_first",
@@ -28,6 +29,9 @@ __all__ = [
     "speed_up",
     "write_survey",
 ]
+
+ALL_BATCHES = 2**31
+"""So many validation batches, or more, stand for all that there are."""
 
 _VERSION = 1
 _LITTLE_IS_GOOD = ("loss", "error", "perplexity", "mse", "mae", "wer", "cer")
@@ -207,15 +211,25 @@ def _page(survey: Survey) -> str:
     template = templates().get_template("survey.html.jinja")
     charts = _charts(survey, metric)
     rows = [row for row in survey.rows if not row.refusal]
-    return template.render(survey=survey, charts=charts, rows=rows, metric=metric, speed_up=speed_up, middle=middle)
+    return template.render(
+        survey=survey,
+        charts=charts,
+        rows=rows,
+        metric=metric,
+        speed_up=speed_up,
+        middle=middle,
+        all_batches=ALL_BATCHES,
+    )
 
 
 def _charts(survey: Survey, metric: str) -> list[LineChart]:
     charts = []
+    every = [row.metrics[metric] for row in survey.rows if metric in row.metrics]
     kinds = dict.fromkeys((row.method, row.settings["metric"]) for row in survey.rows if not row.refusal)
     for method, budget in kinds:
         rows = [row for row in survey.rows if (row.method, row.settings["metric"]) == (method, budget)]
         points = [(100 * row.keep, row.metrics[metric]) for row in rows if metric in row.metrics]
-        chart = line_chart(f"{method}: {metric}", sorted(points), across=f"percent of the {budget} asked for")
+        across = f"percent of the {budget} asked for"
+        chart = line_chart(f"{method}: {metric}", sorted(points), across=across, beside=every)
         charts.append(chart)
     return charts
