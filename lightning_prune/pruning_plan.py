@@ -60,6 +60,7 @@ class Count:
     Attributes:
         original: What it is in the original model.
         groups: Names of the groups; it is in proportion with the channels of each.
+        times: It is so many times a number that code has divided with a remainder left out.
 
     Example:
         >>> Count(768, ("attn#heads", "attn")).now({"attn#heads": Fraction(1, 2), "attn": Fraction(3, 4)})
@@ -68,13 +69,14 @@ class Count:
 
     original: int
     groups: tuple[str, ...] = ()
+    times: int = 1
 
     def now(self, shares: Shares) -> int:
         """Return what the number is when a share of the channels is kept."""
-        number = Fraction(self.original)
+        number = Fraction(self.original, self.times)
         for group in self.groups:
             number *= shares.get(group, 1)
-        return int(number)
+        return int(number) * self.times
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,23 @@ class Normalised(Form):
         return self.merge((q @ k.transpose(-2, -1) * self.temperature).softmax(-1) @ v)
 
 
+class OfKeys(Form):
+    """Takes the width of heads from the keys, and multiplies it by their number."""
+
+    def __init__(self, heads: int = HEADS, width: int = WIDTH_OF_HEAD) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q, self.k, self.v = (nn.Linear(WIDTH, heads * width) for _ in range(3))
+        self.proj = nn.Linear(heads * width, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        width = k.shape[-1] // self.num_heads
+        q, k, v = (one.view(x.shape[0], -1, self.num_heads, width).transpose(1, 2) for one in (q, k, v))
+        attended = functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).reshape(x.shape[0], -1, self.num_heads * width))
+
+
 class SingleHead(Form):
     def split(self, x: Tensor) -> Tensor:
         return x
@@ -253,7 +270,7 @@ class SingleHead(Form):
 FORMS = [
     Form, Scaled, ScaledByNumber, ScaledInForward, AnyNumberOfHeads, AnyWidth, Literal, Unflattened, Fused, FusedScaled,
     FusedByIndex, Chunked, SplitBySize, Attributes, Einsum, Grouped, GroupedScaled, Biased, TalkingHeads, Rotated,
-    Normalised, SingleHead, ScaledByStream, DividedByStream,
+    Normalised, OfKeys, SingleHead, ScaledByStream, DividedByStream,
 ]  # fmt: skip
 
 

@@ -14,10 +14,11 @@ __all__ = [
 
 
 class ChannelCount(int):
-    """A number of channels, or a whole fraction of it, that remembers which they are.
+    """A number of channels, a whole fraction of it, or a multiple of that, that remembers which they are.
 
     Attributes:
         labels: The channels.
+        times: How many times the fraction it is.
         record: What the pass shows in which they were counted; one that code has kept from another pass tells nothing.
 
     Example:
@@ -29,14 +30,29 @@ class ChannelCount(int):
 
     labels: Labels
     record: Record
+    times: int = 1
+
+    def __mul__(self, other: Any) -> Any:
+        result = int(self) * other
+        if type(other) not in (int, AttributeNumber):
+            return result
+        self._note_computed(other)
+        multiple = _count(result, self.labels, self.record)
+        multiple.times = self.times * other
+        return multiple
+
+    __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
         result = super().__floordiv__(other)
-        if isinstance(other, AttributeNumber):
-            self.record.computed_with.add((other.module, other.attribute))
-        if not isinstance(result, int):
+        self._note_computed(other)
+        if not isinstance(result, int) or self.times > 1:
             return result
         return _count(result, self.labels, self.record)
+
+    def _note_computed(self, other: Any) -> None:
+        if isinstance(other, AttributeNumber):
+            self.record.computed_with.add((other.module, other.attribute))
 
     def __pow__(self, other: Any, modulo: Any = None) -> Any:
         result = pow(int(self), other, modulo)
@@ -70,6 +86,9 @@ class AttributeNumber(int):
 
     module: str
     attribute: str
+
+    def __mul__(self, other: Any) -> Any:
+        return NotImplemented if isinstance(other, ChannelCount) else int(self) * other
 
 
 def number_attributes(module: Any, name: str) -> None:

@@ -7,7 +7,7 @@ runs with sizes that fit (see `lightning_prune.graph.resized`) and keeps its att
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -172,8 +172,9 @@ class Fitting:
             strict=True,
         ):
             counted.append(channels_counted(seen.sizes[number], sheet.record))
-        count = self._count(counted, int(written))
-        return count or Count(int(written))
+        count = self._count(counted, int(written)) or Count(int(written))
+        times = max(getattr(seen.sizes[number], "times", 1) for seen in place.seen)
+        return replace(count, times=times)
 
     def _site(self, place: _Fitted) -> Site | None:
         """Return the place as plain values, if it is attention that has other sizes there."""

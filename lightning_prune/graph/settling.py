@@ -400,9 +400,8 @@ class Search:
         self,
         forward: Forward,
         grouping: Grouping,
-        observed: _Observed,
+        fitted: Fitted,
     ) -> Verifier:
-        fitted = self._fitted(grouping, observed.evaluation)
         return Verifier(
             forward,
             grouping,
@@ -412,14 +411,18 @@ class Search:
         )
 
     def _verify(self, grouping: Grouping, observed: _Observed) -> _Verdict:
-        """Try groups in training mode, and in evaluation mode unless that has just been seen to do the same."""
+        """Try groups, beside those of the other sheet and alone: sizes of both can be right together by chance."""
         if not grouping.groups:
             return _Verdict(works=True)
-        verifier = self._verifier(
-            self.forward,
-            grouping,
-            observed,
-        )
+        fitted = self._fitted(grouping, observed.evaluation)
+        verdict = self._verify_beside(self._verifier(self.forward, grouping, fitted), observed)
+        if not verdict.works or not fitted.beside:
+            return verdict
+        alone = self._verifier(self.forward, grouping, replace(fitted, beside={}))
+        return self._verify_in_evaluation(alone, observed.evaluation)
+
+    def _verify_beside(self, verifier: Verifier, observed: _Observed) -> _Verdict:
+        """Try groups in training mode, and in evaluation mode unless that has just been seen to do the same."""
         if self.training_mode is _TrainingMode.NOT_OBSERVED:
             return self._verify_unobserved(verifier, observed.evaluation)
         if self.training_mode is _TrainingMode.OBSERVED:
@@ -455,11 +458,7 @@ class Search:
             if not verdict.works:
                 return verdict
         for run in self.steps if grouping.groups else ():
-            verifier = self._verifier(
-                run,
-                grouping,
-                observed,
-            )
+            verifier = self._verifier(run, grouping, self._fitted(grouping, observed.evaluation))
             trial = verifier.first_trial(run.step.training, observed.steps[run.step.name])
             findings = verifier.findings(trial)
             if findings:

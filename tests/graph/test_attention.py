@@ -18,6 +18,7 @@ from attention_forms import (
     Fused,
     FusedScaled,
     Network,
+    OfKeys,
     Rotated,
     Scaled,
     ScaledByStream,
@@ -66,6 +67,19 @@ def test_masked_equals_pruned(form: type[nn.Module]):
         assert judge(model, graph, draw_pruned(graph, only(graph, kind)), IMAGE).apart <= 1e-9
     for _ in range(2):
         assert judge(model, graph, draw_pruned(graph), IMAGE).apart <= 1e-9
+
+
+@pytest.mark.parametrize(("heads", "width"), [(8, 8), (4, 8), (8, 4), (3, 10)])
+def test_whole_fractions_of_numbers_that_do_not_divide_are_no_chance(heads: int, width: int):
+    """Five eighths of 8 x 8 // 8, times 8, are as many as half of the values: what was tried together only passed."""
+    model = randomised(Network(OfKeys(heads, width)).double()).eval()
+    graph = lp.trace(model, IMAGE)
+    assert {kind: sizes for kind, sizes in kinds(graph).items() if kind != "channels"}.items() >= {
+        "heads": [heads], "query-key": [width], "value": [width],
+    }.items()  # fmt: skip
+    several = [[name] for name in graph.groups] + [list(graph.groups)] * 3
+    for names in several:
+        assert judge(model, graph, draw_pruned(graph, names), IMAGE).apart <= 1e-9
 
 
 def pruned(model: nn.Module, graph: ChannelGraph) -> tuple[nn.Module, PruningPlan]:
