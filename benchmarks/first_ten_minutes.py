@@ -26,7 +26,7 @@ LINES = 34  # of what a command prints, the first half and the last
 STEPS = [
     ("What is there to prune, before anything is trained?", "inspect --config quickstart"),
     ("Train, prune to half the FLOPs in four steps, train on.", "fit --config quickstart"),
-    ("A page that says what was lost and what was gained.", f"report {RUN}"),
+    ("A page that says what it cost and what it brought.", f"report {RUN}"),
     ("The file that was named is the pruned network. Is it faster, measured once more?", f"benchmark {CHECKPOINT}"),
     (
         "How much further could it go? Right after the prune, without any training:",
