@@ -16,7 +16,9 @@ __all__ = ["Explanation", "Finding"]
 
 _RELIES = "relies on the number of its channels"
 _COMPUTES = "computes with the number of its channels"
+_FOR_VALUES = "does something else for other values"
 _NEARBY = 20  # operators, about those of an attention
+_MANY, _PARTS = 16, 4  # groups, that are tried in parts
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,9 @@ class Explanation:
 
         number = _first_difference(expected, found)
         place = self.trial.place(Entries.OPERATORS, number)
+        if self._is_by_values(still_differs):
+            groups = frozenset(self.trial.shrinking.groups)
+            return Finding(groups, place.module, f"{_FOR_VALUES}{place.line}")
         groups = self._culprits(still_differs, number)
         return Finding(groups, place.module, f"{_COMPUTES}{place.line}")
 
@@ -264,6 +269,16 @@ class Explanation:
         return _finding_of_failure(failure, self._culprits(still_fails, failure.at))
 
     # -- more trials -----------------------------------------------------------------------------------------------
+
+    def _is_by_values(self, goes_wrong: Callable[[Trial], bool]) -> bool:
+        """Tell whether any part of many groups makes it go wrong on real data: that is what they hold, not how many.
+
+        To search for one after the other would take as many searches as there are groups.
+        """
+        groups = self.trial.shrinking.groups
+        if not self.runner.forward.real or len(groups) < _MANY:
+            return False
+        return all(goes_wrong(self._try(groups[start::_PARTS])) for start in range(_PARTS))
 
     def _culprits(self, goes_wrong: Callable[[Trial], bool], number: int) -> frozenset[int]:
         """Narrow down the groups that must be small for something to go wrong at some operator, by halves."""
