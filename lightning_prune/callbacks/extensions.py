@@ -4,7 +4,8 @@ A run that only trains a pruned module on, validates it or hands it back from sp
 package that could set anything up, and ``load_from_checkpoint`` has not even a Trainer. So two things are extended when
 `lightning_prune.callbacks` is imported, once per process, and by no other import:
 
-- ``Trainer.__init__``: a Trainer that has been made gets a `PlanCheckpointIO`, by the public setter of its strategy. A
+- ``Trainer.__init__``: what it is asked for is noted, as one with ``fast_dev_run`` forgets it (`trial_run`), and a
+  Trainer that has been made gets a `PlanCheckpointIO`, by the public setter of its strategy. A
   callback from Lightning's entry-point group would do for most runs, but not for the parent process of spawned ranks,
   where no hook is called; and it would join every Trainer of an environment in which this package is installed.
 - ``lightning.pytorch.core.saving._load_state``, which is private: ``load_from_checkpoint`` makes the module and loads
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.refusals import refuse_alike
+from lightning_prune.callbacks.trial_run import note_settings
 from lightning_prune.checkpoint import load_onto, made, saved_plan, widened
 from lightning_prune.namesakes import PACKAGES
 from lightning_prune.surgery import prune
@@ -55,6 +57,7 @@ def _extend_trainer(trainer: Any) -> None:
     @wraps(construct)
     def construct_and_carry_plans(self: "pl.Trainer", *args: Any, **kwargs: Any) -> None:
         refuse_alike(kwargs.get("callbacks"))
+        note_settings(self, kwargs)
         construct(self, *args, **kwargs)
         carry_plans(self)
 
