@@ -165,6 +165,12 @@ def _instantiate(model: type[Model], checkpoint: Checkpoint, settings: Mapping[s
             f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "
             "`self.save_hyperparameters()` in its constructor, or pass the missing arguments or an instance."
         ) from raised
+    except (OSError, RuntimeError) as raised:
+        raise ValueError(
+            f"{model.__name__} cannot be made here, as its constructor fails with {type(raised).__name__}: {raised} "
+            "If that looks for published weights, which give way to those of the checkpoint, let it find them, or pass "
+            "an instance that was made without them in place of the class."
+        ) from raised
 
 
 def _refuse_unread(model: type[nn.Module], arguments: Mapping[str, Any]) -> None:
