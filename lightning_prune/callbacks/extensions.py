@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.refusals import refuse_alike
 from lightning_prune.callbacks.trial_run import note_settings
-from lightning_prune.checkpoint import load_onto, made, saved_plan, widened
+from lightning_prune.checkpoint import has_copies, load_onto, made, saved_plan, widened
 from lightning_prune.namesakes import PACKAGES
 from lightning_prune.surgery import prune
 
@@ -84,7 +84,7 @@ def _extend_load_from_checkpoint(saving: Any, lightning_module: type) -> None:
 
 
 def _is_more_than_lightning_does(checkpoint: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Tell whether a module is made of modules, which may be pruned already, or has other names once compiled."""
+    """Tell whether a module is made of modules, perhaps pruned ones, has copies, or other names once compiled."""
     saved = checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     made_of_modules = any(isinstance(leaf, nn.Module) for leaf in tree_leaves([dict(saved), settings]))
-    return made_of_modules or any("_orig_mod" in name for name in checkpoint["state_dict"])
+    return made_of_modules or has_copies(checkpoint) or any("_orig_mod" in name for name in checkpoint["state_dict"])
