@@ -3,6 +3,7 @@
 Every callback of the library has a row in `CALLBACKS`; `test_battery.py` puts each row through the same checks.
 """
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
             "ranking": "isomorphic",
         },
     ),
+    "momentum_encoder": (
+        PruningCallback,
+        {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "compensate_batches": 2},
+    ),
 }
 EPOCHS = 5
 BATCHES = 6
@@ -142,9 +147,46 @@ class TransformerClassifier(Classifier):
         return self.network(images)
 
 
+class MomentumClassifier(Classifier):
+    """Two views of an image are to be told alike by a network and by an average of it, which follows at each step."""
+
+    def __init__(self, width: int = 12, norm: bool = True) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.online = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1, bias=not norm),
+            nn.BatchNorm2d(width) if norm else nn.Identity(),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+        )
+        self.projector = nn.Sequential(nn.Linear(8 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 8))
+        self.predictor = nn.Linear(8, 8)
+        self.head = nn.Linear(8 * width, 4)
+        self.momentum = copy.deepcopy(self.online).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.online(images))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        for average, network in ((self.momentum, self.online), (self.momentum_projector, self.projector)):
+            for one, other in zip(average.parameters(), network.parameters(), strict=True):
+                one.data.lerp_(other.data, 0.1)
+        with torch.no_grad():
+            told = self.momentum_projector(self.momentum(batch[0].flip(-1)))
+        foretold = self.predictor(self.projector(self.online(batch[0])))
+        return super().training_step(batch, batch_idx) - F.cosine_similarity(foretold, told).mean()
+
+
+NETWORKS: dict[str, type[Classifier]] = {"vit": TransformerClassifier, "momentum_encoder": MomentumClassifier}
+
+
 def network_of(name: str) -> type[Classifier]:
     """Return the class of the module that a row is put through."""
-    return TransformerClassifier if name == "vit" else ResidualClassifier
+    return NETWORKS.get(name, ResidualClassifier)
 
 
 class ResumableLoader(DataLoader):

@@ -101,6 +101,18 @@ def test_every_kept_parameter_is_trained_after_the_last_prune(run: Run) -> None:
     assert [key for key, value in kept.items() if torch.equal(value, before[key])] == []
 
 
+@pytest.mark.parametrize("name", ["momentum_encoder"], scope="module")
+def test_an_average_inside_the_module_is_pruned_along(run: Run) -> None:
+    for average, network in (("momentum", "online"), ("momentum_projector", "projector")):
+        theirs, own = (run.module.get_submodule(part).state_dict() for part in (average, network))
+        original = battery.MomentumClassifier().get_submodule(network).state_dict()
+        shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (theirs, own, original)]
+        assert shapes[0] == shapes[1] != shapes[2]
+        for key in own:
+            kept = [plan_in_force(run.module).kept_along(f"{part}.{key}") for part in (average, network)]
+            assert str(kept[0]) == str(kept[1])
+
+
 @pytest.mark.parametrize(("name", "moments"), STOPS, scope="module")
 def test_stopped_equals_unbroken(name: str, moments: str, run: Run, tmp_path: Path) -> None:
     paths = getattr(run, moments)

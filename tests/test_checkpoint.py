@@ -150,6 +150,21 @@ def test_a_class_without_saved_arguments_says_what_to_do(tmp_path: Path) -> None
     assert lp.load_pruned(Needy, path, size=12)(EXAMPLE).shape == (1, 4)
 
 
+def test_a_class_that_fetches_weights_without_a_network_says_what_to_do(tmp_path: Path) -> None:
+    class Fetching(battery.ResidualClassifier):
+        def __init__(self, fetches: bool = True) -> None:
+            super().__init__()
+            if fetches:
+                raise ConnectionError("no network.")
+
+    path = save(pruned(), tmp_path / "a.ckpt", hyper_parameters={})
+    said = "^Fetching cannot be made here, as its constructor fails with ConnectionError: no network. If that looks for"
+    with pytest.raises(ValueError, match=said):
+        lp.load_pruned(Fetching, path)
+    for given in (lp.load_pruned(Fetching(fetches=False), path), lp.load_pruned(Fetching, path, fetches=False)):
+        assert given(EXAMPLE).shape == (1, 4)
+
+
 def test_a_failed_restore_leaves_the_model_as_it_was() -> None:
     model = battery.ResidualClassifier(width=10)
     checkpoint: dict[str, Any] = {}

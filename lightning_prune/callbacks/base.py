@@ -37,6 +37,7 @@ from lightning_prune.callbacks.state import State as BaseState
 from lightning_prune.callbacks.state import deal_out, from_checkpoint, gather, to_checkpoint
 from lightning_prune.callbacks.surgery_step import prune_in_training
 from lightning_prune.callbacks.trainer_state import is_fitting, log_mean, unlogged
+from lightning_prune.callbacks.trial_run import is_trial
 from lightning_prune.callbacks.validating import Validator
 from lightning_prune.criteria.registry import find, needs_data, needs_loss, takes_data
 from lightning_prune.graph import ChannelGraph, trace
@@ -358,6 +359,7 @@ class PruningCallback(Schedule, Callback):
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        refusals.refuse_few_steps(trainer, self)
         with unlogged(pl_module):
             graph = self._trace(trainer, pl_module)
             prepare_runtime(trainer, self, graph)
@@ -402,8 +404,7 @@ class PruningCallback(Schedule, Callback):
             self.run.distiller.end_step()
         # A run of a few batches that is to show whether all works, the prune and what comes after it among that.
         is_second_to_last = batch_idx + 1 == max(1, trainer.num_training_batches - 1)
-        trying_out = trainer.fast_dev_run and is_second_to_last  # type: ignore[attr-defined]
-        if trying_out and self.steps_done < self.steps and self.ready():
+        if is_trial(trainer) and is_second_to_last and self.steps_done < self.steps and self.ready():
             self._prune(trainer, pl_module, self.steps)
 
     @override
@@ -640,13 +641,12 @@ class PruningCallback(Schedule, Callback):
         return weights
 
     def _saves_result(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
-        trying_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         pruned = self._is_running and plan_in_force(pl_module) is not None
-        return pruned and self.save_result and not trying_out
+        return pruned and self.save_result and not is_trial(trainer)
 
     def _result(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> str:
         """Return the path of a file with the result of the run, or ""."""
-        if trainer.fast_dev_run or plan_in_force(pl_module) is None:  # type: ignore[attr-defined]
+        if is_trial(trainer) or plan_in_force(pl_module) is None:
             return ""
         others = [getattr(other, "result_path", "") for other in trainer.callbacks]  # type: ignore[attr-defined]
         if not self.save_result:

@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from lightning_prune.callbacks.trial_run import never_validates
+
 __all__ = [
     "ValidationBatches", "check_limit", "first_loaders_share", "gives_samples", "load_validation_split", "moved",
     "samples", "training_batches", "validating",
@@ -55,7 +57,7 @@ class ValidationBatches:
         load_validation_split(trainer)
         loaders = tree_leaves(trainer.val_dataloaders)
         counts = tree_leaves(trainer.num_val_batches)
-        if not loaders or loaders[0] is None or not counts or counts[0] == 0:
+        if never_validates(trainer) or not loaders or loaders[0] is None or not counts or counts[0] == 0:
             raise ValueError(
                 f"{who} measures on the validation split, and this run has none; give the Trainer "
                 "validation data, and see that limit_val_batches is not 0."

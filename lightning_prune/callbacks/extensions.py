@@ -4,7 +4,8 @@ A run that only trains a pruned module on, validates it or hands it back from sp
 package that could set anything up, and ``load_from_checkpoint`` has not even a Trainer. So two things are extended when
 `lightning_prune.callbacks` is imported, once per process, and by no other import:
 
-- ``Trainer.__init__``: a Trainer that has been made gets a `PlanCheckpointIO`, by the public setter of its strategy. A
+- ``Trainer.__init__``: what it is asked for is noted, as one with ``fast_dev_run`` forgets it (`trial_run`), and a
+  Trainer that has been made gets a `PlanCheckpointIO`, by the public setter of its strategy. A
   callback from Lightning's entry-point group would do for most runs, but not for the parent process of spawned ranks,
   where no hook is called; and it would join every Trainer of an environment in which this package is installed.
 - ``lightning.pytorch.core.saving._load_state``, which is private: ``load_from_checkpoint`` makes the module and loads
@@ -25,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.refusals import refuse_alike
-from lightning_prune.checkpoint import load_onto, made, saved_plan, widened
+from lightning_prune.callbacks.trial_run import note_settings
+from lightning_prune.checkpoint import has_copies, load_onto, made, saved_plan, widened
 from lightning_prune.namesakes import PACKAGES
 from lightning_prune.surgery import prune
 
@@ -55,6 +57,7 @@ def _extend_trainer(trainer: Any) -> None:
     @wraps(construct)
     def construct_and_carry_plans(self: "pl.Trainer", *args: Any, **kwargs: Any) -> None:
         refuse_alike(kwargs.get("callbacks"))
+        note_settings(self, kwargs)
         construct(self, *args, **kwargs)
         carry_plans(self)
 
@@ -81,7 +84,7 @@ def _extend_load_from_checkpoint(saving: Any, lightning_module: type) -> None:
 
 
 def _is_more_than_lightning_does(checkpoint: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Tell whether a module is made of modules, which may be pruned already, or has other names once compiled."""
+    """Tell whether a module is made of modules, perhaps pruned ones, has copies, or other names once compiled."""
     saved = checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     made_of_modules = any(isinstance(leaf, nn.Module) for leaf in tree_leaves([dict(saved), settings]))
-    return made_of_modules or any("_orig_mod" in name for name in checkpoint["state_dict"])
+    return made_of_modules or has_copies(checkpoint) or any("_orig_mod" in name for name in checkpoint["state_dict"])

@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune.callbacks.rehearsal import TRAINING, Rehearsal, quiet_trainer
 from lightning_prune.callbacks.schedule import Schedule
+from lightning_prune.checkpoint.copies import Match, attributes_of, copies_in, items_of, outermost, own_of, sources_of
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.neutral import neutral_state
@@ -28,13 +28,16 @@ from lightning_prune.graph.twin import Twin, set_mode
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.surgery.pruning import Follower
 
-__all__ = ["NONE", "Candidate", "Following", "candidates", "followed_inside", "followers", "following"]
-
-_DEPTH = 3  # of the objects in which copies are looked for
-_NOT_SEARCHED = (Tensor, pl.Trainer, Dataset, DataLoader, torch.optim.Optimizer, type)
-
-
-Sources = Mapping[str, dict[str, Tensor]]  # the tensors of each submodule by name
+__all__ = [
+    "NONE",
+    "Candidate",
+    "Following",
+    "candidates",
+    "copies_of_callbacks",
+    "followed_inside",
+    "followers",
+    "following",
+]
 
 
 @dataclass(frozen=True)
@@ -168,9 +171,9 @@ def _frozen_copies(pl_module: "pl.LightningModule", frozen: Sequence[str]) -> It
         if not _is_in(name, frozen):
             sources[name] = named_tensors(module)
     for name in frozen:
-        candidate = _outermost(pl_module.get_submodule(name), sources, name, None)
-        if candidate is not None:
-            yield candidate
+        match = outermost(pl_module.get_submodule(name), sources)
+        if match is not None:
+            yield Candidate(name, None, match.kept, match.source, match.follower)
 
 
 def _is_in(name: str, parts: Sequence[str]) -> bool:
@@ -182,37 +185,41 @@ def _is_in(name: str, parts: Sequence[str]) -> bool:
 
 def candidates(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Iterator[Candidate]:
     """Yield the copies of weights that a module keeps where torch does not look, and those of callbacks."""
-    own = {id(module) for module in pl_module.modules()}
-    own |= {id(tensor) for tensor in named_tensors(pl_module).values()}
-    sources = {name: named_tensors(module) for name, module in pl_module.named_modules()}
+    own, sources = own_of(pl_module), sources_of(pl_module)
     for place, callback, value in _attributes(trainer, pl_module):
-        for copy in _copies_in(value, own, _DEPTH):
-            candidate = _outermost(copy, sources, place, callback)
-            if candidate is not None:
-                yield candidate
+        for copy in copies_in(value, own):
+            match = outermost(copy, sources)
+            if match is not None:
+                yield Candidate(place, callback, match.kept, match.source, match.follower)
 
 
-def _outermost(copy: Any, sources: Sources, place: str, callback: Callback | None) -> Candidate | None:
-    """Return the outermost part of what may be a copy that is one, as averages are wrapped."""
-    for part in copy.modules() if isinstance(copy, nn.Module) else [copy]:
-        match = _match(part, sources)
-        if match is not None:
-            module = part if isinstance(part, nn.Module) else None
-            source, tensors = match
-            return Candidate(place, callback, part, source, Follower(tensors, module))
-    return None
+def copies_of_callbacks(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Iterator[tuple[str, Match]]:
+    """Yield the copies of weights that callbacks of somebody's keep, each with the names of class and attribute.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its LightningModule.
+    """
+    keeping = [callback for callback in trainer.callbacks if _keeps_copies(callback)]  # type: ignore[attr-defined]
+    own, sources = (own_of(pl_module), sources_of(pl_module)) if keeping else (set(), {})
+    for callback in keeping:
+        for name, value in vars(callback).items():
+            for copy in copies_in(value, own):
+                match = outermost(copy, sources)
+                if match is not None:
+                    yield f"{type(callback).__name__}.{name}", match
+
+
+def _keeps_copies(callback: Callback) -> bool:
+    return not isinstance(callback, WeightAveraging) and _is_somebodys(callback)
 
 
 def _attributes(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Iterator[tuple[str, Callback | None, Any]]:
     """Yield the attributes of a module, its submodules and the callbacks, each with its name in words."""
-    hidden = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric")
-    for prefix, module in pl_module.named_modules():
-        for name, value in vars(module).items():
-            if name not in hidden:
-                dotted = f"{prefix}.{name}".lstrip(".")
-                yield f"{dotted!r} of {type(pl_module).__name__}", None, value
+    for name, value in attributes_of(pl_module):
+        yield f"{name!r} of {type(pl_module).__name__}", None, value
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, WeightAveraging) and _is_somebodys(callback):
+        if _keeps_copies(callback):
             for name, value in vars(callback).items():
                 yield f"{name!r} of {type(callback).__name__}", callback, value
 
@@ -220,60 +227,6 @@ def _attributes(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Itera
 def _is_somebodys(callback: Callback) -> bool:
     """Tell whether a callback belongs neither to Lightning nor to this package."""
     return type(callback).__module__.partition(".")[0] not in ("lightning", "pytorch_lightning", "lightning_prune")
-
-
-def _copies_in(value: Any, own: set[int], depth: int) -> Iterator[Any]:
-    """Yield the modules, the dictionaries of tensors and the lists of tensors in a value that are not the module's."""
-    if id(value) in own or isinstance(value, _NOT_SEARCHED) or depth == 0:
-        return
-    if isinstance(value, nn.Module):
-        yield value
-        return
-    items = _items(value)
-    tensors = [item for item in items if isinstance(item, Tensor)]
-    if len(tensors) > 1 and not any(id(tensor) in own for tensor in tensors):
-        yield value
-    for item in items:
-        yield from _copies_in(item, own, depth - 1)
-
-
-def _items(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple):
-        return list(value)
-    return list(getattr(value, "__dict__", {}).values())
-
-
-def _match(copy: Any, sources: Sources) -> tuple[str, dict[str, Tensor]] | None:
-    """Return the submodule that has the names and shapes of a copy, and its tensors by the names of that one's."""
-    for name, tensors in sources.items():
-        for named in _as_named(copy, tensors):
-            if len(named) > 1 and all(_fits(tensor, tensors.get(key)) for key, tensor in named.items()):
-                prefix = f"{name}." if name else ""
-                return name, {f"{prefix}{key}": tensor for key, tensor in named.items()}
-    return None
-
-
-def _fits(tensor: Tensor, source: Tensor | None) -> bool:
-    return source is not None and source.shape == tensor.shape
-
-
-def _as_named(copy: Any, source: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of a copy by names: a list is in the order of the parameters, of all or of those trained."""
-    if isinstance(copy, nn.Module):
-        tensors = named_tensors(copy)
-        if tensors.keys() == source.keys():
-            yield tensors
-    elif isinstance(copy, Mapping):
-        named = {key: value for key, value in copy.items() if isinstance(value, Tensor)}
-        yield named
-    elif isinstance(copy, list | tuple):
-        parameters = [key for key, tensor in source.items() if isinstance(tensor, nn.Parameter)]
-        trained = [key for key in parameters if source[key].requires_grad]
-        for keys in (parameters, trained):
-            if len(keys) == len(copy) and all(isinstance(item, Tensor) for item in copy):
-                yield dict(zip(keys, copy, strict=True))
 
 
 # -- whether they follow -----------------------------------------------------------------------------------------------
@@ -341,7 +294,7 @@ class _Experiment:
 
 def _values(copy: Any) -> list[Tensor]:
     # Not the buffers of a module: a teacher that runs in training mode counts its batches.
-    items = list(copy.parameters()) if isinstance(copy, nn.Module) else _items(copy)
+    items = list(copy.parameters()) if isinstance(copy, nn.Module) else items_of(copy)
     return [item.clone() for item in items if isinstance(item, Tensor)]
 
 

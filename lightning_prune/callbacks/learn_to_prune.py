@@ -17,6 +17,7 @@ from lightning_prune.callbacks.batches import ValidationBatches, check_limit, tr
 from lightning_prune.callbacks.monitoring import check_candidates, check_measure, measure_in
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.trainer_state import log_epoch
+from lightning_prune.callbacks.trial_run import is_trial
 from lightning_prune.candidates import Memory
 from lightning_prune.candidates.finite import refuse_not_finite
 from lightning_prune.candidates.isolation import without_other_ranks
@@ -253,7 +254,7 @@ class LearnToPruneCallback(PruningCallback):
         trainer, graph = self.run.trainer, self.run.graph
         channels_before = len(search.channels)
         accuracy_before = float(self.measure([graph.plan(kept)])[0])
-        updates = 1 if trainer.fast_dev_run else self.updates  # type: ignore[attr-defined]
+        updates = 1 if is_trial(trainer) else self.updates
         with progress(name, updates) as work:
             for _ in range(updates):
                 drawn, choices = decided_by_first_rank(trainer, lambda: search.draw(self.samples))

@@ -18,6 +18,7 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.callbacks.followers import copies_of_callbacks
 from lightning_prune.callbacks.refusals import can_prune_under
 from lightning_prune.callbacks.schedule import pruning_callbacks
 from lightning_prune.callbacks.trainer_state import averaged_copies, is_fitting
@@ -25,13 +26,16 @@ from lightning_prune.checkpoint import (
     CHECKPOINT_KEY,
     brings_channels_back,
     fitted,
+    note_copies,
     plan_belongs_to,
+    prune_copies,
     refuse_other_shapes,
     renamed_for,
     restore_shape,
     save_plan,
     saved_plan,
 )
+from lightning_prune.checkpoint.copies import hidden_copies
 from lightning_prune.files import read_without_objects
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.reporting.loggers import warn
@@ -153,6 +157,8 @@ class PlanCheckpointIO(CheckpointIO):
             )
         for average in averaged_copies(self.trainer):
             restore_shape(average, loaded)
+        copies = [*hidden_copies(module), *copies_of_callbacks(self.trainer, module)]
+        prune_copies(module, loaded, copies)
         vars(module)["load_state_dict"] = _Restoring(module, loaded).load_state_dict
 
 
@@ -211,6 +217,7 @@ def _with_plan(module: "pl.LightningModule", checkpoint: dict[str, Any], path: A
         return checkpoint
     checkpoint = copy.copy(checkpoint)  # with the versions that torch notes on weights
     save_plan(module, checkpoint)
+    note_copies(checkpoint, copies_of_callbacks(module.trainer, module))
     return checkpoint
 
 

@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks.followers import Candidate
 from lightning_prune.callbacks.schedule import pruning_among, pruning_callbacks
+from lightning_prune.callbacks.trial_run import epochs_of, forgets, steps_of
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.namesakes import namesakes
 from lightning_prune.pruning_plan import plan_in_force
+from lightning_prune.reporting.loggers import say
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks.base import PruningCallback
@@ -30,6 +32,7 @@ __all__ = [
     "can_prune_under",
     "refuse_alike",
     "refuse_averaged_models",
+    "refuse_few_steps",
     "refuse_other_callbacks",
     "refuse_short_run",
     "refuse_strategy",
@@ -130,10 +133,15 @@ def refuse_short_run(trainer: "pl.Trainer", callback: "PruningCallback") -> None
     """Raise a ValueError if the run ends before a prune that is still to come."""
     if callback.is_complete and plan_in_force(trainer.lightning_module) is not None:
         return
-    epochs, last = trainer.max_epochs, callback.last_prune_epoch
-    endless = epochs is None or epochs < 0
+    if forgets(trainer):
+        say(
+            "The Trainer of this trial run was made before lightning_prune.callbacks was imported: whether the "
+            f"schedule of {type(callback).__name__} fits into max_epochs, and whether the run validates, has not been "
+            "checked."
+        )
+    epochs, last = epochs_of(trainer), callback.last_prune_epoch
     recovery = callback.every_n_epochs if callback.max_drop is not None else 1
-    if trainer.fast_dev_run or endless or last + recovery <= epochs:  # type: ignore[attr-defined, operator]
+    if epochs is None or last + recovery <= epochs:
         return
     if callback.max_drop is not None:
         raise ValueError(
@@ -146,6 +154,30 @@ def refuse_short_run(trainer: "pl.Trainer", callback: "PruningCallback") -> None
         f"run ends after {epochs} epochs; raise max_epochs to at least {last + 1}, or lower start_epoch, steps or "
         "every_n_epochs."
     )
+
+
+def refuse_few_steps(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
+    """Raise a ValueError if ``max_steps`` ends the run before a prune that is still to come.
+
+    Args:
+        trainer: The trainer, when training starts.
+        callback: The callback.
+    """
+    limits = steps_of(trainer)
+    if limits is None or callback.is_complete:
+        return
+    most, per_epoch = limits
+    last, now = callback.last_prune_epoch, trainer.current_epoch
+    begun = 1 if trainer.global_step else 0  # a run that goes on may have done some of this epoch
+    needed = trainer.global_step + max(0, last - now - begun) * per_epoch + 1
+    if callback.max_drop is not None:
+        needed += callback.every_n_epochs * per_epoch - 1
+    if needed > most:
+        raise ValueError(
+            f"{type(callback).__name__} prunes before epoch {last} (counted from 0), but the run ends after {most} "
+            f"steps, of which an epoch takes {per_epoch}; raise max_steps to at least {needed}, or lower start_epoch, "
+            "steps or every_n_epochs."
+        )
 
 
 def refuse_averaged_models(

@@ -22,6 +22,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_prune.callbacks.batches import gives_samples, load_validation_split, moved, samples, validating
 from lightning_prune.callbacks.descriptions import described, like
 from lightning_prune.callbacks.trainer_state import has_own
+from lightning_prune.callbacks.trial_run import epochs_of
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.neutral import preserving_random_state
@@ -93,8 +94,8 @@ class Rehearsal:
 
     def later(self) -> "Rehearsal":
         """Return a rehearsal of what the same steps do once all that warms up has done so."""
-        epochs = self.trainer.max_epochs
-        last = epochs - 1 if epochs is not None and epochs > 0 else _LATE
+        epochs = epochs_of(self.trainer)
+        last = epochs - 1 if epochs else _LATE
         made = copy.copy(self)
         made.epoch = max(last, self.epoch)
         made.global_step = _LATE

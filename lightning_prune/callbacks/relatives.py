@@ -1,8 +1,11 @@
 """Relatives: frozen parts of a module, and parts that follow the weights of others, found before training."""
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
@@ -14,7 +17,7 @@ from lightning_prune.graph.run import submodule_of
 from lightning_prune.namesakes import namesakes
 from lightning_prune.reporting.loggers import say
 
-__all__ = ["frozen_parts", "may_thaw", "relations_in", "tell_of_relations"]
+__all__ = ["frozen_parts", "may_thaw", "relations_in", "tell_of_relations", "thaw", "thaws_by_itself"]
 
 
 def relations_in(rehearsal: Rehearsal, module: str, copies: Sequence[Candidate]) -> Relations:
@@ -27,7 +30,7 @@ def relations_in(rehearsal: Rehearsal, module: str, copies: Sequence[Candidate])
     """
     is_for_good = not may_thaw(rehearsal.trainer)
     frozen = frozen_parts(rehearsal.pl_module, module) if is_for_good else []
-    outside = [copy.follower.tensors for copy in copies if copy.callback is None]
+    outside = [one.follower.tensors for one in copies if one.callback is None]
     return Relations(frozen, followed_inside(rehearsal, frozen), outside)
 
 
@@ -40,7 +43,32 @@ def may_thaw(trainer: "pl.Trainer") -> bool:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, namesakes(BaseFinetuning)) for callback in callbacks):
         return True
+    return thaws_by_itself(trainer)
+
+
+def thaws_by_itself(trainer: "pl.Trainer") -> bool:
+    """Tell whether a module says that it lets frozen parts be trained later on.
+
+    Args:
+        trainer: The trainer.
+    """
     return bool(getattr(trainer.lightning_module, "unfreezes", False))
+
+
+def thaw(trainer: "pl.Trainer", model: nn.Module, epoch: int) -> None:
+    """Let those parameters of a copy of the module be trained that finetuning callbacks will have thawed.
+
+    Args:
+        trainer: The trainer.
+        model: The copy.
+        epoch: The epoch that is asked about.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, namesakes(BaseFinetuning)):
+            finetuning: Any = copy.copy(callback)  # which notes learning rates
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+            for number in range(epoch + 1):
+                finetuning.finetune_function(model, number, optimizer)
 
 
 def frozen_parts(model: nn.Module, module: str = "") -> list[str]:
@@ -74,8 +102,8 @@ def tell_of_relations(graph: ChannelGraph, copies: Sequence[Candidate]) -> None:
         graph: The traced model.
         copies: Copies elsewhere that follow what they are copies of.
     """
-    for copy in copies:
-        say(f"{copy.place} follows the weights of {copy.source or 'the module'!r}, and loses the same channels.")
+    for one in copies:
+        say(f"{one.place} follows the weights of {one.source or 'the module'!r}, and loses the same channels.")
     for part, flops in graph.frozen.items():
         say(
             f"{part!r} is frozen and keeps its channels; its {flops:,.0f} FLOPs are not part of the budget. To prune "

@@ -19,6 +19,7 @@ from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.schedule import check_whole_number
 from lightning_prune.callbacks.state import under
 from lightning_prune.callbacks.trainer_state import log_epoch, loss_scale, unlogged
+from lightning_prune.callbacks.trial_run import is_trial
 from lightning_prune.candidates import Memory
 from lightning_prune.criteria.registry import find, needs_data
 from lightning_prune.graph import ChannelGraph
@@ -248,7 +249,7 @@ class RLJointPruneCallback(PruningCallback):
     @override
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         epoch = trainer.current_epoch
-        trying_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        trying_out = is_trial(trainer)
         is_due = (trying_out or self.searches(epoch)) and self.state.searched_epoch < epoch
         if self.steps_done < self.steps and is_due:
             with unlogged(pl_module):

@@ -19,6 +19,7 @@ from lightning_prune.callbacks.runtimes import planned_metric
 from lightning_prune.callbacks.schedule import pruning_callbacks
 from lightning_prune.callbacks.surgery_step import go_back_in_training, snapshot_in_training
 from lightning_prune.callbacks.trainer_state import unlogged
+from lightning_prune.callbacks.trial_run import never_validates
 from lightning_prune.callbacks.validating import Validator
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.loggers import say, warn
@@ -85,7 +86,7 @@ def check_start(trainer: "pl.Trainer", callback: "PruningCallback") -> None:
     name = type(callback).__name__
     if callback.monitor is None:
         raise ValueError(f"{name} has max_drop={callback.max_drop!r} and no monitor to go by; {_REMEDY}.")
-    if not trainer.enable_validation and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if never_validates(trainer):
         raise ValueError(
             f"{name} goes by {callback.monitor!r}, which no validation measures: give the run a validation_step, "
             "validation data and limit_val_batches above 0."

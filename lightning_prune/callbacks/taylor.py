@@ -12,20 +12,23 @@ from typing_extensions import override
 
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.rehearsal import Backward, Rehearsal
-from lightning_prune.callbacks.relatives import may_thaw
+from lightning_prune.callbacks.relatives import may_thaw, thaw, thaws_by_itself
 from lightning_prune.callbacks.state import per_rank, under
 from lightning_prune.callbacks.trainer_state import loss_scale
+from lightning_prune.callbacks.trial_run import is_trial
 from lightning_prune.criteria.first_order import check_settings, finish, why_unseen
 from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, Collector, Totals, make_collector
+from lightning_prune.criteria.registry import score
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
+from lightning_prune.reporting.loggers import say
 
 __all__ = ["TaylorRankCallback"]
 
 
 _REMEDY = (
-    "the training step does not run the layers that these channels are inputs of, or they are frozen and "
-    "variant='gate'. Add them to ignore, or use PruningCallback."
+    "the training step does not run the layers that these channels are inputs of, or they are frozen in the epoch "
+    "before the prune, or frozen and variant='gate'. Add them to ignore, raise start_epoch, or use PruningCallback."
 )
 _STEPS = ("steps", "loss", "gradients")  # what is counted of them
 
@@ -161,17 +164,22 @@ class TaylorRankCallback(PruningCallback):
     @override
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
         totals = _sum_of_ranks(trainer, graph, self.state.totals)
+        self.run.end()  # training may go on with a pruned network in the same epoch
+        self.state.totals = Totals()
+        self.state.listened = False
         unseen = totals.unseen(graph)
         not_finite = why_unseen(graph, totals) if unseen else ""
         if not_finite:
             raise RuntimeError(
                 f"TaylorRankCallback has seen no finite gradients before epoch {trainer.current_epoch}: {not_finite}."
             )
+        if unseen and is_trial(trainer) and may_thaw(trainer):
+            say(
+                "This trial run scores channels by their weights alone, as those of frozen parts have no gradients yet."
+            )
+            return score(graph, "l1")
         if unseen:
             raise RuntimeError(f"{_has_seen_none(unseen)} before epoch {trainer.current_epoch}: {_REMEDY}")
-        self.run.end()  # training may go on with a pruned network in the same epoch
-        self.state.totals = Totals()
-        self.state.listened = False
         scores = finish(graph, totals, self.variant, self.normalize, self.flops_penalty)
         if self.momentum and self.state.last_scores:
             scores = {name: self._mixed(self.state.last_scores[name], new) for name, new in scores.items()}
@@ -187,7 +195,7 @@ class TaylorRankCallback(PruningCallback):
     @override
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         make_collector(graph, self.variant, self.state.totals)  # which refuses what it cannot watch
-        if not self.is_complete and not may_thaw(trainer):
+        if not self.is_complete and not thaws_by_itself(trainer):
             self._refuse_unseen(trainer, graph)
 
     def _refuse_unseen(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
@@ -196,7 +204,12 @@ class TaylorRankCallback(PruningCallback):
         module: Any = graph.model
         epoch = max(trainer.current_epoch, self.start_epoch - 1)
         rehearsal = Rehearsal(trainer, module, self.state.training_batch_like, epoch)
-        works = rehearsal.gradients(lambda twin: self._listening(replace(graph, model=twin), totals))
+
+        def watch(twin: Any) -> Backward:
+            thaw(trainer, twin, epoch)
+            return self._listening(replace(graph, model=twin), totals)
+
+        works = rehearsal.gradients(watch)
         unseen = [name for name in graph.groups if name not in totals.counts]
         if works and unseen:
             raise ValueError(f"{_has_seen_none(unseen)} in a training step that was tried out: {_REMEDY}")
@@ -220,8 +233,7 @@ class TaylorRankCallback(PruningCallback):
     @override
     def begin_epoch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self.run.end()
-        trying_out = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if trying_out or self.collecting(trainer.current_epoch):
+        if is_trial(trainer) or self.collecting(trainer.current_epoch):
             self.state.listened = True
             if self._counts_on(trainer):
                 self.run.collector = make_collector(self.run.graph, self.variant, self.state.totals)

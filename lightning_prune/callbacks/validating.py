@@ -20,6 +20,7 @@ from lightning_prune.callbacks.batches import ValidationBatches, gives_samples
 from lightning_prune.callbacks.ranks import decided_by_first_rank
 from lightning_prune.callbacks.rehearsal import VALIDATION, Rehearsal, let_log, quietened
 from lightning_prune.callbacks.trainer_state import averaged_copies, is_validation_metric
+from lightning_prune.callbacks.trial_run import never_validates
 from lightning_prune.compiled import as_written
 from lightning_prune.graph.twin import refusing_calls, set_mode, twin_in_evaluation
 from lightning_prune.progress import progress
@@ -50,7 +51,7 @@ class Validator:
     def __init__(self, trainer: "pl.Trainer", count: int) -> None:
         self._trainer = trainer
         self._count = count
-        self._works = count > 0 and trainer.enable_validation
+        self._works = count > 0 and not never_validates(trainer)
 
     def around(self, plan: PruningPlan, compensations: Sequence[Compensation]) -> MetricsAround:
         """Return the metrics before a prune that is about to be made, and those after it.

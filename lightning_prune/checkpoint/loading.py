@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_prune.checkpoint.copies import hidden_copies
 from lightning_prune.checkpoint.names import renamed_for
-from lightning_prune.checkpoint.plans import fitted, refuse_other_shapes, saved_plan
+from lightning_prune.checkpoint.plans import fitted, prune_copies, refuse_other_shapes, saved_plan
 from lightning_prune.files import Unread, read_checkpoint
 from lightning_prune.importing import nothing_imported_for
 from lightning_prune.surgery import check_plan, complete, prune
@@ -88,6 +89,7 @@ def load_onto(instance: Any, checkpoint: Checkpoint, strict: bool | None = None)
     plan = saved_plan(checkpoint)
     if plan is not None:
         complete(instance, plan)
+    prune_copies(instance, checkpoint, hidden_copies(instance))
     checkpoint = fitted(instance, checkpoint)
     # The hooks of a LightningModule, in Lightning's order.
     if hasattr(instance, "on_load_checkpoint"):
@@ -164,6 +166,12 @@ def _instantiate(model: type[Model], checkpoint: Checkpoint, settings: Mapping[s
         raise ValueError(
             f"{model.__name__} cannot be made from the hyper-parameters in the checkpoint ({raised}); call "
             "`self.save_hyperparameters()` in its constructor, or pass the missing arguments or an instance."
+        ) from raised
+    except (OSError, RuntimeError) as raised:
+        raise ValueError(
+            f"{model.__name__} cannot be made here, as its constructor fails with {type(raised).__name__}: {raised} "
+            "If that looks for published weights, which give way to those of the checkpoint, let it find them, or pass "
+            "an instance that was made without them in place of the class."
         ) from raised
 
 

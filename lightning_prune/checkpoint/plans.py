@@ -1,20 +1,25 @@
 """The plan in a checkpoint, beside its weights, and the shapes that models and weights have by it."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_prune.checkpoint.copies import Match, hidden_copies
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery import check_plan, prune, reshape
+from lightning_prune.surgery.replacing import in_place
 
 __all__ = [
     "CHECKPOINT_KEY",
     "brings_channels_back",
     "fitted",
+    "has_copies",
+    "note_copies",
     "plan_belongs_to",
+    "prune_copies",
     "refuse_other_shapes",
     "restore_shape",
     "save_plan",
@@ -42,6 +47,48 @@ def save_plan(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     plan = plan_in_force(model)
     if plan is not None:
         checkpoint[CHECKPOINT_KEY] = {"plan": plan.to_json(), "aliases": _aliases(model, plan)}
+        note_copies(checkpoint, hidden_copies(model))
+
+
+def note_copies(checkpoint: dict[str, Any], found: Iterable[tuple[str, Match]]) -> None:
+    """Note in a checkpoint which copies of weights have been pruned with them.
+
+    Args:
+        checkpoint: The checkpoint, with a plan.
+        found: Copies in the shapes of the weights, each with its name.
+    """
+    content = checkpoint[CHECKPOINT_KEY]
+    pruned = PruningPlan.from_json(content["plan"]).shapes.keys()
+    names = [name for name, match in found if not pruned.isdisjoint(match.follower.tensors)]
+    if names:
+        content["copies"] = [*content.get("copies", []), *names]
+
+
+def has_copies(checkpoint: Checkpoint) -> bool:
+    """Tell whether copies of the weights in a checkpoint were pruned with them."""
+    return bool(checkpoint.get(CHECKPOINT_KEY, {}).get("copies"))
+
+
+def prune_copies(model: nn.Module, checkpoint: Checkpoint, found: Iterable[tuple[str, Match]]) -> None:
+    """Prune the copies of a model that is not pruned yet as those in a checkpoint: hooks of others may load them.
+
+    Args:
+        model: The model.
+        checkpoint: The checkpoint that is about to be loaded.
+        found: Copies in the shapes of the weights, each with its name.
+
+    Raises:
+        ValueError: If the checkpoint is of another architecture.
+    """
+    plan = saved_plan(checkpoint)
+    if plan is None or not has_copies(checkpoint) or plan_in_force(model) is not None:
+        return
+    check_plan(model, plan)
+    names, index = set(checkpoint[CHECKPOINT_KEY]["copies"]), plan.index()
+    for name, match in found:
+        if name in names:
+            with in_place(list(match.follower.replacements(index))):
+                pass
 
 
 def saved_plan(checkpoint: Checkpoint) -> PruningPlan | None:

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from shortened import ordinary
 from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -310,6 +311,88 @@ def test_a_momentum_encoder_resumes_to_the_same_bits(kind: Any, tmp_path: Path) 
     assert len(paths) == 4
     for path in paths[:-1]:
         assert battery.differences(unbroken, run(tmp_path / path.stem, ckpt_path=path)) == [], path.name
+
+
+class Restored(L.Callback):
+    """An average that is made before a checkpoint is loaded, and takes its weights from that."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.average = AveragedModel(pl_module.body, avg_fn=get_ema_avg_fn(0.9))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.average.update_parameters(pl_module.body)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average.load_state_dict(state_dict)
+
+
+class RestoredByName(Restored):
+    """The same in a dictionary, into whose entries the numbers are copied."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.average = {name: value.detach().clone() for name, value in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        for name, value in pl_module.named_parameters():
+            self.average[name].lerp_(value.detach(), 0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.average
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            self.average[name].copy_(value)
+
+
+class RestoredByHook(Holding):
+    """Has an average out of sight, which its own hooks save and load."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["average"] = self.averages[0].state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.averages[0].load_state_dict(checkpoint["average"])
+
+
+def average_of(module: Any, *callbacks: Any) -> dict[str, Tensor]:
+    average = callbacks[0].average if callbacks else module.averages[0]
+    return average if isinstance(average, dict) else average.state_dict()
+
+
+@pytest.mark.parametrize("kind", ordinary([Restored, RestoredByName, RestoredByHook], Restored, RestoredByHook))
+def test_an_average_that_is_restored_by_whose_it_is_resumes_to_the_same_bits(kind: Any, tmp_path: Path) -> None:
+    def run(root: Path, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
+        callback = PruningCallback(round_to=2, compensate_batches=2)
+        kept = [kind()] if issubclass(kind, L.Callback) else []
+        module = without_average if kept else kind
+        torch.manual_seed(0)
+        trained, _ = battery.train(root, callback, *kept, module=module(), max_epochs=3, **settings)
+        return trained, average_of(trained, *kept)
+
+    unbroken, average = run(tmp_path)
+    path = sorted((tmp_path / "checkpoints").glob("*.ckpt"))[1]  # after the prune
+    resumed, again = run(tmp_path / "on", ckpt_path=path)
+    assert battery.differences(unbroken, resumed) == []
+    assert average.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in average.items())
+
+
+def test_an_average_out_of_sight_is_loaded_in_the_shapes_that_it_was_saved_in(tmp_path: Path) -> None:
+    module, trainer = battery.train(tmp_path, PruningCallback(round_to=2), module=RestoredByHook(), max_epochs=2)
+    path = trainer.checkpoint_callback.best_model_path
+    fresh, tested = RestoredByHook(), L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    tested.validate(fresh, battery.loaders()[1], ckpt_path=path, verbose=False)
+    for loaded in (lp.load_pruned(RestoredByHook, path), RestoredByHook.load_from_checkpoint(path), fresh):
+        average = average_of(loaded)
+        assert all(torch.equal(value, average[name]) for name, value in average_of(module).items())
+    with pytest.raises(ValueError, match="another architecture"):
+        lp.load_pruned(nn.Linear(2, 2), path)
 
 
 class Taught(ByHand):

@@ -488,7 +488,7 @@ def test_limits(limit: str, name: str, tmp_path: Path) -> None:
 @CALLBACKS
 @pytest.mark.parametrize("batches", [1, 3])
 def test_fast_dev_run_prunes_to_the_budget_and_goes_on(batches: int, name: str, tmp_path: Path) -> None:
-    """One epoch is run, whatever max_epochs and start_epoch say; its last batch, of several, comes after the prune."""
+    """One epoch is run, whatever start_epoch says; its last batch, of several, comes after the prune."""
     widths: list[int] = []
 
     class Widths(L.Callback):
