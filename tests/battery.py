@@ -77,6 +77,18 @@ CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
             "ranking": "isomorphic",
         },
     ),
+    "blocks": (
+        PruningCallback,
+        {
+            "keep": 0.5,
+            "steps": 3,
+            "start_epoch": 1,
+            "round_to": 2,
+            "compensate_batches": 2,
+            "ranking": "isomorphic",
+            "blocks": True,
+        },
+    ),
 }
 EPOCHS = 5
 BATCHES = 6
@@ -131,10 +143,12 @@ class ResidualClassifier(Classifier):
 class TransformerClassifier(Classifier):
     """A small vision transformer."""
 
+    depth = 1
+
     def __init__(self, width: int = 12, norm: bool = True) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.network = SmallImageViT(4, 1, 8, width, depth=1, num_heads=2, hidden=2 * width)
+        self.network = SmallImageViT(4, 1, 8, width, self.depth, num_heads=2, hidden=2 * width)
         if not norm:
             self.network.stem[1] = nn.Identity()
 
@@ -142,9 +156,15 @@ class TransformerClassifier(Classifier):
         return self.network(images)
 
 
+class DeepClassifier(TransformerClassifier):
+    """A vision transformer that some blocks can be pruned of."""
+
+    depth = 3
+
+
 def network_of(name: str) -> type[Classifier]:
     """Return the class of the module that a row is put through."""
-    return TransformerClassifier if name == "vit" else ResidualClassifier
+    return {"vit": TransformerClassifier, "blocks": DeepClassifier}.get(name, ResidualClassifier)
 
 
 class ResumableLoader(DataLoader):

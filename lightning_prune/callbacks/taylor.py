@@ -15,7 +15,8 @@ from lightning_prune.callbacks.rehearsal import Backward, Rehearsal
 from lightning_prune.callbacks.relatives import may_thaw
 from lightning_prune.callbacks.state import per_rank, under
 from lightning_prune.callbacks.trainer_state import loss_scale
-from lightning_prune.criteria.first_order import check_settings, finish, why_unseen
+from lightning_prune.criteria.channel_scores import refuse_blocks
+from lightning_prune.criteria.first_order import check_settings, finish, is_normalized, why_unseen
 from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, Collector, Totals, make_collector
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.substitution import named_tensors
@@ -135,6 +136,8 @@ class TaylorRankCallback(PruningCallback):
         if start_epoch < 1:
             raise ValueError("start_epoch must be at least 1: the Taylor criterion scores during the epoch before.")
         check_settings(variant, flops_penalty)
+        if self.blocks and is_normalized(variant, normalize):
+            refuse_blocks(f"variant={variant!r} with normalize={normalize!r}")
         if not 0 <= momentum < 1:
             raise ValueError(
                 f"momentum must be the fraction of the last scores that is kept, in [0, 1); got {momentum!r}."
@@ -155,13 +158,19 @@ class TaylorRankCallback(PruningCallback):
         """Accept a criterion that needs data, which training collects."""
 
     @override
+    def checked_blocks(self, blocks: bool, criterion: str | dict[str, Any]) -> bool:
+        """Accept what the variant says whether it tells anything of blocks."""
+        return blocks
+
+    @override
     def ready(self) -> bool:
         return self.state.listened
 
     @override
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
-        totals = _sum_of_ranks(trainer, graph, self.state.totals)
-        unseen = totals.unseen(graph)
+        seen = graph.channels()
+        totals = _sum_of_ranks(trainer, seen, self.state.totals)
+        unseen = totals.unseen(seen)
         not_finite = why_unseen(graph, totals) if unseen else ""
         if not_finite:
             raise RuntimeError(
@@ -174,7 +183,8 @@ class TaylorRankCallback(PruningCallback):
         self.state.listened = False
         scores = finish(graph, totals, self.variant, self.normalize, self.flops_penalty)
         if self.momentum and self.state.last_scores:
-            scores = {name: self._mixed(self.state.last_scores[name], new) for name, new in scores.items()}
+            last = self.state.last_scores
+            scores = {name: self._mixed(last[name], new) if name in last else new for name, new in scores.items()}
         self.state.last_scores = scores if self.momentum else {}
         return scores
 
@@ -186,6 +196,7 @@ class TaylorRankCallback(PruningCallback):
 
     @override
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
+        graph = graph.channels()
         make_collector(graph, self.variant, self.state.totals)  # which refuses what it cannot watch
         if not self.is_complete and not may_thaw(trainer):
             self._refuse_unseen(trainer, graph)
@@ -224,7 +235,7 @@ class TaylorRankCallback(PruningCallback):
         if trying_out or self.collecting(trainer.current_epoch):
             self.state.listened = True
             if self._counts_on(trainer):
-                self.run.collector = make_collector(self.run.graph, self.variant, self.state.totals)
+                self.run.collector = make_collector(self.run.graph.channels(), self.variant, self.state.totals)
                 self.run.collector.listen()
 
     def _counts_on(self, trainer: "pl.Trainer") -> bool:

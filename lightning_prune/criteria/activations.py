@@ -28,7 +28,7 @@ __all__ = ["apoz", "mean_activation"]
 Value = Callable[[Tensor], Tensor]
 
 
-@register("mean_activation")
+@register("mean_activation", blocks="none")
 def mean_activation(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None = None) -> Scores:
     """Score channels by the mean of what the layers behind them consume, over all samples and positions.
 
