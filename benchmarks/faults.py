@@ -67,6 +67,7 @@ MEASURED_BY: dict[str, tuple[str, int, int]] = {
     "rl_joint": ("lightning_prune.callbacks.monitoring.classification", 1, 3),
     "learn_to_prune": ("lightning_prune.callbacks.monitoring.classification", 3, 3),
     "vit": ("lightning_prune.criteria.score", 3, 1),
+    "blocks": ("lightning_prune.criteria.score", 3, 1),
 }
 
 

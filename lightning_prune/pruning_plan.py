@@ -380,7 +380,7 @@ class PlannedGroup:
     @property
     def width(self) -> int:
         """How many positions one channel has in the first slice's axis: output channels of the group's first layer."""
-        if not self.slices:
+        if not self.slices or not self.least:
             return 1
         first = self.slices[0]
         return width_in(self.slices, first.tensor, first.axis)

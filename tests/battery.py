@@ -77,6 +77,18 @@ CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
             "ranking": "isomorphic",
         },
     ),
+    "blocks": (
+        PruningCallback,
+        {
+            "keep": 0.5,
+            "steps": 3,
+            "start_epoch": 1,
+            "round_to": 2,
+            "compensate_batches": 2,
+            "ranking": "isomorphic",
+            "blocks": True,
+        },
+    ),
 }
 EPOCHS = 5
 BATCHES = 6

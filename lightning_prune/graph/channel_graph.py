@@ -76,7 +76,9 @@ class Group:
 
     @property
     def width(self) -> int:
-        """How many output channels of its first layer one channel of the group stands for."""
+        """How many output channels of its first layer one channel of the group stands for; 1 of a residual block."""
+        if not self.least:
+            return 1
         first = self.out_slices[0]
         return width_in(self.out_slices, first.tensor, first.axis)
 
