@@ -1,14 +1,17 @@
 """Count what is free in networks with attention, and compare each kind of channels with its masked twin.
 
-For each network: the share of channels that can be pruned, the groups of heads, of the width of queries and keys, of
-that of values and of all others, and how far pruning channels of each kind, drawn at random, is from masking them, in
-float64 and relative to the largest output. Nothing is told to the library but the inputs. Beside it, the share of
-channels that Torch-Pruning takes out when it is asked for half of all, times two, or what it raises: out of the box,
-and with the number of heads of each layer, heads pruned too, and the last layer left out, as its documentation asks.
+For each network: the share of channels that can be pruned, and the shares that can be as heads, as the width of
+queries and keys, as that of values, as the stream and as all others (a row of a layer of queries may go with its head
+and with its place in all heads, so that they add up to more); and how far pruning channels of each kind, drawn at
+random, is from masking them, in float64 and relative to the largest output. Nothing is told to the library but the
+inputs. Beside it, the share of channels that Torch-Pruning and torch-kirigami take out when they are asked for half of
+all, times two, or what they raise: out of the box, and Torch-Pruning with the number of heads of each layer, heads
+pruned too, and the last layer left out, as its documentation asks; that of torch-kirigami asks for a rule for each
+operator instead.
 
 Networks are as their makers build them, with few layers. They come from packages in an environment of their own::
 
-    python -m venv free && free/bin/pip install -e .[benchmark] timm transformers
+    python -m venv free && free/bin/pip install -e .[benchmark] timm transformers torch-kirigami
     free/bin/python benchmarks/attention.py [--results benchmarks/results/attention.json] [networks ...]
 
 Each network has a process of its own. A run that is stopped goes on where it was. The page is written beside the file.
@@ -28,7 +31,7 @@ from typing import Any
 
 import stored
 import torch
-from free_channels import LIMIT, LONGEST, PATIENCE, PATIENCE_WITH_OTHERS, at_most, shares, taken_out
+from free_channels import LIMIT, LONGEST, PATIENCE, PATIENCE_WITH_OTHERS, at_most, channels_of, shares, taken_out
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -37,15 +40,16 @@ from masked_twin import draw_pruned, judge
 
 import lightning_prune as lp
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.planning import CostModel
 
 RESULTS = Path(__file__).parent / "results" / "attention.json"
-KINDS = ("heads", "query-key", "value")
-OTHERS = "others"
+KINDS = ("heads", "query-key", "value", "stream")
+OTHERS = "MLP and others"
 DRAWN = 2  # prunings of each kind
 Built = tuple[nn.Module, tuple[Any, ...]]
 COLUMNS = [
-    "network", "trace (s)", "free", *(f"{kind} (groups)" for kind in (*KINDS, OTHERS)), "masked - pruned",
-    "why others are not free", "Torch-Pruning", "with all hints",
+    "network", "trace (s)", "free", *(f"as {kind}" for kind in (*KINDS, OTHERS)), "masked - pruned",
+    "why others are not free", "Torch-Pruning", "with all hints", "torch-kirigami",
 ]  # fmt: skip
 
 
@@ -70,6 +74,20 @@ def maxvit() -> Built:
     from torchvision.models import MaxVit
 
     return MaxVit((64, 64), 16, 4, [16, 32], [1, 1], head_dim=8, stochastic_depth_prob=0.0), image(64)
+
+
+def mvit() -> Built:
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+    kernel, one, pooled = [3, 3, 3], [1, 1, 1], [1, 2, 2]
+    blocks = [
+        MSBlockConfig(2, 32, 32, kernel, kernel, one, pooled),
+        MSBlockConfig(4, 32, 64, kernel, kernel, pooled, one),
+        MSBlockConfig(4, 64, 64, kernel, kernel, one, one),
+    ]
+    network = MViT((64, 64), 4, blocks, residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True,
+                   proj_after_attn=True, num_classes=10)  # fmt: skip
+    return network, (torch.randn(1, 3, 4, 64, 64),)
 
 
 def of_timm(name: str, size: int, **settings: Any) -> Built:
@@ -110,6 +128,7 @@ NETWORKS: dict[str, Callable[[], Built]] = {
     "torchvision Swin": partial(of_torchvision, "swin_t", 64),
     "torchvision SwinV2": partial(of_torchvision, "swin_v2_t", 64),
     "torchvision MaxViT": maxvit,
+    "torchvision MViT": mvit,
     "timm DeiT": partial(of_timm, "deit_tiny_patch16_224", 224, depth=2),
     "timm ViT with registers": partial(of_timm, "vit_tiny_patch16_224", 224, depth=2, reg_tokens=4),
     "timm CaiT": partial(of_timm, "cait_xxs24_224", 224, depth=2),
@@ -145,13 +164,29 @@ def examined(build: Callable[[], Built]) -> dict[str, Any]:
             graph = lp.trace(model, inputs)
             record["trace"] = time.process_time() - start
             record |= shares(graph)
-            record["groups"] = {kind: len(of_kind(graph, kind)) for kind in (*KINDS, OTHERS)}
+            record["kinds"] = shares_by_kind(graph, record["exact"] + record["inexact"])
             record["apart"] = apart(model, graph, inputs)
     except Exception as raised:
         record["wrong"] = shown(raised)
     record["theirs"] = theirs(build, hinted=False)
     record["hinted"] = theirs(build, hinted=True)
+    record["kirigami"] = theirs(build, hinted=False, taken_out=taken_out_by_kirigami)
     return record
+
+
+def shares_by_kind(graph: ChannelGraph, free: float) -> dict[str, float]:
+    """Return the share of channels that can be pruned as each kind: those that none are left of without the kind.
+
+    Args:
+        graph: The traced network.
+        free: The share that can be pruned as any.
+    """
+    cost = CostModel(graph, "channels")
+    found = {}
+    for kind in (*KINDS, OTHERS):
+        left = cost(dict.fromkeys(of_kind(graph, kind), 0))
+        found[kind] = free * (1 - left / cost.original) if cost.original else 0.0
+    return found
 
 
 def shown(raised: Exception) -> str:
@@ -159,7 +194,7 @@ def shown(raised: Exception) -> str:
 
 
 def of_kind(graph: ChannelGraph, kind: str) -> list[str]:
-    """Return the names of the groups of a kind, where all that have nothing to do with heads are of `OTHERS`."""
+    """Return the names of the groups of a kind, where plain channels are of `OTHERS`."""
     names = []
     for name, group in graph.groups.items():
         if kind == (group.kind if group.kind in KINDS else OTHERS):
@@ -181,11 +216,17 @@ def apart(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> dic
     return found
 
 
-# -- Torch-Pruning -----------------------------------------------------------------------------------------------------
+# -- other libraries --------------------------------------------------------------------------------------------------
 
 
-def theirs(build: Callable[[], Built], hinted: bool) -> Any:
-    """Return the share of channels that Torch-Pruning can prune, or what is raised."""
+def theirs(build: Callable[[], Built], hinted: bool, taken_out: Callable[..., float] = taken_out) -> Any:
+    """Return the share of channels that another library can prune, or what is raised.
+
+    Args:
+        build: Makes the network.
+        hinted: Whether Torch-Pruning gets its hints.
+        taken_out: Prunes half of all channels, and returns twice the share that was pruned.
+    """
     try:
         with at_most(PATIENCE_WITH_OTHERS):
             torch.manual_seed(0)
@@ -225,6 +266,18 @@ def heads(model: nn.Module) -> dict[nn.Module, int]:
 PROJECTIONS = {"qkv", "q", "k", "v", "kv", "query", "key", "value", "q_proj", "k_proj", "v_proj"}
 
 
+def taken_out_by_kirigami(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """Return twice the share of channels that torch-kirigami takes out when it is asked for half of all."""
+    from torch_kirigami import DependencyGraph
+    from torch_kirigami.pruning import ChannelRatio, Greedy, GroupMagnitude, Pruner
+
+    before = channels_of(model)
+    pruner = Pruner(model, graph=DependencyGraph.build(model, args=inputs))
+    pruner.prune(pruner.discover_candidates(), budget=ChannelRatio(0.5), strategy=Greedy(GroupMagnitude(p=2)))
+    model(*inputs)
+    return 2 * (1 - channels_of(model) / before)
+
+
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
@@ -244,10 +297,11 @@ def page(records: dict[str, Any]) -> str:
 
 
 def row(name: str, record: dict[str, Any]) -> str:
-    others = [f"{one:.2f}" if isinstance(one, float) else one for one in (record["theirs"], record["hinted"])]
+    found = (record["theirs"], record["hinted"], record.get("kirigami", "-"))
+    others = [f"{one:.2f}" if isinstance(one, float) else one for one in found]
     if "exact" not in record:
-        return f"| {name} | {'- | ' * (len(COLUMNS) - 4)}{record['wrong']} | {' | '.join(others)} |"
-    groups = " | ".join(str(record["groups"][kind]) for kind in (*KINDS, OTHERS))
+        return f"| {name} | {'- | ' * (len(COLUMNS) - 5)}{record['wrong']} | {' | '.join(others)} |"
+    groups = " | ".join(f"{record['kinds'][kind]:.3f}" for kind in (*KINDS, OTHERS))
     distances = record.get("apart", {}).values()
     distance = f"{max(distances):.0e}" if distances else record["wrong"] or "-"
     why = "; ".join(f"{reason} {share:.2f}" for reason, share in record["why"].items()) or "-"
@@ -262,7 +316,7 @@ def examined_apart(build: Callable[[], Built]) -> dict[str, Any]:
     process = context.Process(target=lambda: sending.send(examined(build)))
     process.start()
     sending.close()
-    record: dict[str, Any] = {"wrong": "its process died", "theirs": "-", "hinted": "-"}
+    record: dict[str, Any] = {"wrong": "its process died", "theirs": "-", "hinted": "-", "kirigami": "-"}
     try:
         if receiving.poll(LONGEST):
             record = receiving.recv()
@@ -286,7 +340,7 @@ def main() -> None:
     results = stored.load(settings.results)
     made = stored.made_with(settings)
     for name in settings.networks:
-        if name not in results:
+        if name not in results or ("exact" in results[name] and "kinds" not in results[name]):
             results[name] = {**examined_apart(NETWORKS[name]), "made": made}
             print(row(name, results[name]), flush=True)
             stored.save(settings.results, results)

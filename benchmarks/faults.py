@@ -68,6 +68,7 @@ MEASURED_BY: dict[str, tuple[str, int, int]] = {
     "learn_to_prune": ("lightning_prune.callbacks.monitoring.classification", 3, 3),
     "vit": ("lightning_prune.criteria.score", 3, 1),
     "momentum_encoder": ("lightning_prune.criteria.score", 3, 1),
+    "blocks": ("lightning_prune.criteria.score", 3, 1),
 }
 
 

@@ -173,15 +173,15 @@ def taken_out(model: nn.Module, inputs: tuple[Any, ...], **settings: Any) -> flo
     """Return twice the share of channels that Torch-Pruning takes out of a network when it is asked for half of all."""
     import torch_pruning
 
-    before = _channels(model)
+    before = channels_of(model)
     importance = torch_pruning.importance.MagnitudeImportance(p=1)
     pruner = torch_pruning.pruner.BasePruner(model, inputs, importance=importance, pruning_ratio=0.5, **settings)
     pruner.step()
     model(*inputs)
-    return 2 * (1 - _channels(model) / before)
+    return 2 * (1 - channels_of(model) / before)
 
 
-def _channels(model: nn.Module) -> int:
+def channels_of(model: nn.Module) -> int:
     """Count the channels that convolutions and linear layers produce."""
     count = 0
     for module in model.modules():

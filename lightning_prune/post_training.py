@@ -39,6 +39,7 @@ def prune_for(
     compensate: str = "refit",
     ignore: Sequence[str] = (),
     ranking: str = "global",
+    blocks: bool = False,
 ) -> PruneReport:
     """Prune a trained network to a budget, in place, so that it works without further training.
 
@@ -60,6 +61,7 @@ def prune_for(
             `lightning_prune.prune`.
         ignore: Patterns of module names whose channels are not pruned.
         ranking: With which others a channel is compared: ``"global"`` or ``"isomorphic"``, see `lightning_prune.plan`.
+        blocks: Whether residual blocks are pruned too, each with all that it runs.
 
     Returns:
         What changed: widths, parameters, the plan with its ``budget``, and what was compensated.
@@ -86,7 +88,7 @@ def prune_for(
         raise ValueError("prune_for looks at data: give batches, some hundred samples without labels.")
     entry = _entry(model, drawn[0])
     args, kwargs = _arguments(model, drawn[0], entry)
-    graph = trace(model, kwargs or args, ignore=ignore)
+    graph = trace(model, kwargs or args, ignore=ignore, blocks=blocks)
     if not graph.groups:
         reasons = dict.fromkeys(unprunable.reason for unprunable in graph.unprunable.values())
         told = "; ".join(reasons) or "no layer makes channels"

@@ -18,6 +18,7 @@ from lightning_prune.plain import MisfitError, made
 
 __all__ = [
     "FORMAT_VERSION",
+    "Absence",
     "Adaptation",
     "Count",
     "Index",
@@ -126,22 +127,49 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Absence:
+    """What a module returns once the residual block that it is in has been pruned: zeros.
+
+    Attributes:
+        block: Name of the group that is the block.
+        outputs: The lengths of the axes of each tensor that it returns, None where an axis is as long as that of the
+            first tensor that it is given; None for an output that is None itself.
+        is_single: Whether it returns a tensor, and no tuple.
+    """
+
+    block: str
+    outputs: tuple[tuple[Count | None, ...] | None, ...]
+    is_single: bool = True
+
+    def counts(self) -> Iterator[Count]:
+        """Yield the numbers that follow channels."""
+        for axes in self.outputs:
+            for count in axes or ():
+                if count is not None:
+                    yield count
+
+
+@dataclass(frozen=True)
 class Adaptation:
     """What has to be adapted in a module when channels of groups are pruned.
 
     Attributes:
         numbers: Attributes of it that count channels; of a list or tuple one entry, ``"sizes.1"``.
         sites: Places where its code computes with other numbers, which are replaced as it runs.
+        absence: What it returns once the block that it is in has been pruned; None if it is in none.
     """
 
     numbers: tuple[tuple[str, Count], ...] = ()
     sites: tuple[Site, ...] = ()
+    absence: Absence | None = None
 
     def groups(self) -> set[str]:
         """Return the names of the groups that it follows."""
         found: set[str] = set()
         for count in self._counts():
             found.update(count.groups)
+        if self.absence is not None:
+            found.add(self.absence.block)
         return found
 
     def _counts(self) -> Iterator[Count]:
@@ -149,6 +177,18 @@ class Adaptation:
             yield count
         for site in self.sites:
             yield from site.counts()
+        if self.absence is not None:
+            yield from self.absence.counts()
+
+    def after(self, earlier: "Adaptation | None") -> "Adaptation":
+        """Return this joined with what had to be adapted before, perhaps in a block that nobody asks about any more.
+
+        Args:
+            earlier: What belongs to the plan in force; None for nothing.
+        """
+        if earlier is None or self.absence is not None:
+            return self
+        return replace(self, absence=earlier.absence)
 
     def renamed(self, rename: Callable[[str], str]) -> "Adaptation":
         """Return it with other names of groups.
@@ -169,7 +209,14 @@ class Adaptation:
             given = tuple((axis, of_count(count)) for axis, count in site.given)
             changed = tuple(map(of_size, site.changed))
             sites.append(replace(site, given=given, changed=changed))
-        return Adaptation(numbers, tuple(sites))
+        absence = self.absence
+        if absence is not None:
+            outputs = []
+            for axes in absence.outputs:
+                renamed_axes = [None if count is None else of_count(count) for count in axes or ()]
+                outputs.append(None if axes is None else tuple(renamed_axes))
+            absence = replace(absence, block=rename(absence.block), outputs=tuple(outputs))
+        return Adaptation(numbers, tuple(sites), absence)
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -283,11 +330,13 @@ class PlannedGroup:
         size: Number of channels in the original model.
         kept: The channels that are kept, ascending.
         slices: Where the channels lie.
+        least: How many have to be kept: 0 of a residual block, which is a group of one channel, else 1.
     """
 
     size: int
     kept: tuple[int, ...]
     slices: tuple[Slice, ...]
+    least: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.kept, list):
@@ -303,8 +352,10 @@ class PlannedGroup:
             raise ValueError(f"The plan is damaged: the slices of a group must be a tuple of Slice; {_REMEDY}.")
 
     def _keeps_some(self) -> bool:
-        if not isinstance(self.kept, tuple) or not self.kept or not _are_counts(self.kept):
+        if not isinstance(self.kept, tuple) or not _are_counts(self.kept):
             return False
+        if not self.kept:
+            return self.least == 0
         if max(self.kept) >= self.size:
             return False
         distances = self.channels.diff()
@@ -331,18 +382,21 @@ class PlannedGroup:
     @property
     def width(self) -> int:
         """How many positions one channel has in the first slice's axis: output channels of the group's first layer."""
-        if not self.slices:
+        if not self.slices or not self.least:
             return 1
         first = self.slices[0]
         return width_in(self.slices, first.tensor, first.axis)
 
     def to_json(self) -> dict[str, Any]:
         """Return the group as plain values."""
-        return {
+        content: dict[str, Any] = {
             "size": self.size,
             "kept": list(self.kept),
             "slices": [channel_slice.to_json() for channel_slice in self.slices],
         }
+        if self.least != 1:
+            content["least"] = self.least
+        return content
 
     def __getstate__(self) -> dict[str, Any]:
         return _without_cache(self)
@@ -492,6 +546,11 @@ class PruningPlan:
             shapes[tensor] = tuple(shape)
         return shapes
 
+    @cached_property
+    def emptied(self) -> frozenset[str]:
+        """The tensors that have nothing left, which are those of residual blocks that are pruned, by name."""
+        return frozenset(name for name, shape in self._pruned_shapes.items() if 0 in shape)
+
     def after(self, earlier: "PruningPlan | None") -> "PruningPlan":
         """Return this plan joined with one that has been applied before.
 
@@ -508,7 +567,9 @@ class PruningPlan:
                 _check_follows(name, planned, earlier.groups[name])
         groups = {**earlier.groups, **self.groups}
         shapes = {**earlier.shapes, **self.shapes}
-        adaptations = {**earlier.adaptations, **self.adaptations}
+        adaptations = dict(earlier.adaptations)
+        for name, adaptation in self.adaptations.items():
+            adaptations[name] = adaptation.after(earlier.adaptations.get(name))
         return replace(self, groups=groups, shapes=shapes, adaptations=adaptations)
 
     def to_json(self) -> dict[str, Any]:
@@ -675,7 +736,8 @@ def _by_network(plan: PruningPlan | None) -> dict[str, PruningPlan]:
     for groups in _connected(plan):
         shapes = {one.tensor: plan.shapes[one.tensor] for group in groups.values() for one in group.slices}
         adaptations = {name: one for name, one in plan.adaptations.items() if one.groups() & groups.keys()}
-        network = _least_module([*shapes, *(f"{name}{_INSIDE}" for name in adaptations)])
+        followed = {name.partition("#")[0] for one in adaptations.values() for name in one.groups()}
+        network = _least_module([*shapes, *(f"{name}{_INSIDE}" for name in [*adaptations, *followed])])
         record = replace(plan, groups=groups, shapes=shapes, adaptations=adaptations)
         if network:
             within = partial(_within, network)

@@ -82,6 +82,18 @@ CALLBACKS: dict[str, tuple[type[PruningCallback], dict[str, Any]]] = {
         PruningCallback,
         {"keep": 0.5, "steps": 3, "start_epoch": 1, "round_to": 2, "compensate_batches": 2},
     ),
+    "blocks": (
+        PruningCallback,
+        {
+            "keep": 0.5,
+            "steps": 3,
+            "start_epoch": 1,
+            "round_to": 2,
+            "compensate_batches": 2,
+            "ranking": "isomorphic",
+            "blocks": True,
+        },
+    ),
 }
 EPOCHS = 5
 BATCHES = 6
@@ -136,15 +148,23 @@ class ResidualClassifier(Classifier):
 class TransformerClassifier(Classifier):
     """A small vision transformer."""
 
+    depth = 1
+
     def __init__(self, width: int = 12, norm: bool = True) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.network = SmallImageViT(4, 1, 8, width, depth=1, num_heads=2, hidden=2 * width)
+        self.network = SmallImageViT(4, 1, 8, width, self.depth, num_heads=2, hidden=2 * width)
         if not norm:
             self.network.stem[1] = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
+
+
+class DeepClassifier(TransformerClassifier):
+    """A vision transformer that some blocks can be pruned of."""
+
+    depth = 3
 
 
 class MomentumClassifier(Classifier):
@@ -181,7 +201,9 @@ class MomentumClassifier(Classifier):
         return super().training_step(batch, batch_idx) - F.cosine_similarity(foretold, told).mean()
 
 
-NETWORKS: dict[str, type[Classifier]] = {"vit": TransformerClassifier, "momentum_encoder": MomentumClassifier}
+NETWORKS: dict[str, type[Classifier]] = {
+    "vit": TransformerClassifier, "blocks": DeepClassifier, "momentum_encoder": MomentumClassifier,
+}  # fmt: skip
 
 
 def network_of(name: str) -> type[Classifier]:

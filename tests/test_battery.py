@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.callbacks import PruningCallback
+from lightning_prune.graph.resized import as_written
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.surgery.masks import mask
 
@@ -98,7 +99,8 @@ def test_trains_and_meets_its_budget(name: str, run: Run) -> None:
 def test_every_kept_parameter_is_trained_after_the_last_prune(run: Run) -> None:
     kept, before = dict(run.module.named_parameters()), run.last_epoch.weights
     assert [id(p) for p in run.trainer.optimizers[0].param_groups[0]["params"]] == [id(p) for p in kept.values()]
-    assert [key for key, value in kept.items() if torch.equal(value, before[key])] == []
+    there = {key: value for key, value in kept.items() if value.numel()}  # what is left of a block has no numbers
+    assert [key for key, value in there.items() if torch.equal(value, before[key])] == []
 
 
 @pytest.mark.parametrize("name", ["momentum_encoder"], scope="module")
@@ -169,7 +171,7 @@ def test_one_step_after_a_prune_equals_the_sliced_step_of_the_masked_twin(name: 
             twin, small = before.twin, copy.deepcopy(pl_module)
             optimizer = small.configure_optimizers()["optimizer"]
             optimizer.load_state_dict(copy.deepcopy(trainer.optimizers[0].state_dict()))
-            mask(lp.trace(twin, EXAMPLE.double()), plan)
+            mask(lp.trace(twin, EXAMPLE.double(), blocks=name == "blocks"), plan)
             batch = [images.double() if images.is_floating_point() else images for images in next(iter(loader))]
             for model, stepper in ((twin, before.optimizer), (small, optimizer)):
                 stepper.zero_grad()
@@ -179,7 +181,8 @@ def test_one_step_after_a_prune_equals_the_sliced_step_of_the_masked_twin(name: 
             for key, value in twin.named_parameters():
                 for axis, stays in index.get(key, {}).items():
                     value = value.index_select(axis, stays)
-                found[key] = float((value - small.get_parameter(key)).detach().abs().max())
+                apart = (value - small.get_parameter(key)).detach().abs()
+                found[key] = max(apart.flatten().tolist(), default=0.0)  # what is left of a block has no numbers
 
     before, loader = Before(), battery.loaders()[0]
     battery.train(tmp_path, before, callback, After(), module=network, precision="64-true", max_epochs=2)
@@ -227,7 +230,7 @@ def test_leaves_nothing_behind(name: str, run: Run) -> None:
         if "hook" in key and held and key[0] == "_"
     ]
     assert hooks == []
-    assert {type(child) for child in module.modules()} == {
+    assert {as_written(type(child)) for child in module.modules()} == {
         type(child) for child in battery.network_of(name)().modules()
     }
     assert not any(key.startswith("on_") for key in module.__dict__)

@@ -39,7 +39,8 @@ from lightning_prune.callbacks.surgery_step import prune_in_training
 from lightning_prune.callbacks.trainer_state import is_fitting, log_mean, unlogged
 from lightning_prune.callbacks.trial_run import is_trial
 from lightning_prune.callbacks.validating import Validator
-from lightning_prune.criteria.registry import find, needs_data, needs_loss, takes_data
+from lightning_prune.criteria.channel_scores import refuse_blocks
+from lightning_prune.criteria.registry import find, needs_data, needs_loss, scores_blocks, takes_data
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.nested import first_length
 from lightning_prune.progress import progress, show_with
@@ -109,6 +110,9 @@ class PruningCallback(Schedule, Callback):
         monitor: Name of a metric that validation logs, such as ``"val/accuracy"``.
         mode: ``"max"`` if much of that metric is good, ``"min"`` if little is.
         step_keep: What each of these prunes keeps of the cost that there was before it, in (0, 1).
+        blocks: Whether residual blocks are pruned too, each with all that it runs: where ``x + f(x)`` is computed,
+            ``f`` is pruned, and is worth what its channels are on average; for criteria whose scores of different
+            layers can be compared, and callbacks that plan by scores.
         runtime: What the time of ``metric="latency"`` is that of: ``"torch"``, or ``"onnxruntime"`` on this machine, or
             the path of a table (``"table.json"``) that ``lightning-prune profile`` has printed on the machine that the
             network is for.
@@ -163,6 +167,7 @@ class PruningCallback(Schedule, Callback):
         mode: str = "max",
         step_keep: float = 0.9,
         runtime: str = "torch",
+        blocks: bool = False,
     ) -> None:
         planning.metric_named(metric).roundings(round_to)  # refuses what it does not know
         check_whole_number("start_epoch", start_epoch, 0)
@@ -174,6 +179,7 @@ class PruningCallback(Schedule, Callback):
         check_whole_number("validate_batches", validate_batches, 0)
         distill_settings(distill)  # refuses what it does not know
         self._check_ranking(ranking)
+        self.blocks = self.checked_blocks(blocks, criterion)
         self.keep = 0.5 if keep is None and max_drop is None else keep
         self.max_drop = max_drop
         self.monitor = monitor
@@ -317,6 +323,19 @@ class PruningCallback(Schedule, Callback):
                 f"{type(self).__name__} decides by a method of its own how much each layer gives, so that "
                 f"ranking={ranking!r} has no meaning for it; leave it out, or use PruningCallback."
             )
+
+    def checked_blocks(self, blocks: bool, criterion: str | dict[str, Any]) -> bool:
+        """Return whether residual blocks are pruned; raise a ValueError if they are to be, and nothing scores them."""
+        if not blocks:
+            return False
+        if self.rankings != planning.RANKINGS:
+            raise ValueError(
+                f"{type(self).__name__} decides by a method of its own how much each layer gives, which says nothing "
+                "of blocks; leave blocks out, or use PruningCallback."
+            )
+        if not scores_blocks(criterion):
+            refuse_blocks(f"criterion={criterion!r}")
+        return True
 
     def check_budget(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
         """Raise a ValueError if the budget cannot be reached; called when training starts."""
@@ -543,6 +562,7 @@ class PruningCallback(Schedule, Callback):
             self.state.batch_like = described(inputs)
         relations = relations_in(rehearsal, self.module, copies)
         settings: dict[str, Any] = {"module": self.module, "ignore": self.ignore, "relations": relations}
+        settings["blocks"] = self.blocks
         for steps in rehearsal.attempts(first_length(inputs) or 1):
             graph = trace(pl_module, inputs, steps=steps, **settings)
             if not graph.untraced:

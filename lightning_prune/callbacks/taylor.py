@@ -16,7 +16,8 @@ from lightning_prune.callbacks.relatives import may_thaw, thaw, thaws_by_itself
 from lightning_prune.callbacks.state import per_rank, under
 from lightning_prune.callbacks.trainer_state import loss_scale
 from lightning_prune.callbacks.trial_run import is_trial
-from lightning_prune.criteria.first_order import check_settings, finish, why_unseen
+from lightning_prune.criteria.channel_scores import refuse_blocks
+from lightning_prune.criteria.first_order import check_settings, finish, is_normalized, why_unseen
 from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, Collector, Totals, make_collector
 from lightning_prune.criteria.registry import score
 from lightning_prune.graph import ChannelGraph
@@ -138,6 +139,8 @@ class TaylorRankCallback(PruningCallback):
         if start_epoch < 1:
             raise ValueError("start_epoch must be at least 1: the Taylor criterion scores during the epoch before.")
         check_settings(variant, flops_penalty)
+        if self.blocks and is_normalized(variant, normalize):
+            refuse_blocks(f"variant={variant!r} with normalize={normalize!r}")
         if not 0 <= momentum < 1:
             raise ValueError(
                 f"momentum must be the fraction of the last scores that is kept, in [0, 1); got {momentum!r}."
@@ -158,16 +161,22 @@ class TaylorRankCallback(PruningCallback):
         """Accept a criterion that needs data, which training collects."""
 
     @override
+    def checked_blocks(self, blocks: bool, criterion: str | dict[str, Any]) -> bool:
+        """Accept what the variant says whether it tells anything of blocks."""
+        return blocks
+
+    @override
     def ready(self) -> bool:
         return self.state.listened
 
     @override
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
-        totals = _sum_of_ranks(trainer, graph, self.state.totals)
+        seen = graph.channels()
+        totals = _sum_of_ranks(trainer, seen, self.state.totals)
         self.run.end()  # training may go on with a pruned network in the same epoch
         self.state.totals = Totals()
         self.state.listened = False
-        unseen = totals.unseen(graph)
+        unseen = totals.unseen(seen)
         not_finite = why_unseen(graph, totals) if unseen else ""
         if not_finite:
             raise RuntimeError(
@@ -182,7 +191,8 @@ class TaylorRankCallback(PruningCallback):
             raise RuntimeError(f"{_has_seen_none(unseen)} before epoch {trainer.current_epoch}: {_REMEDY}")
         scores = finish(graph, totals, self.variant, self.normalize, self.flops_penalty)
         if self.momentum and self.state.last_scores:
-            scores = {name: self._mixed(self.state.last_scores[name], new) for name, new in scores.items()}
+            last = self.state.last_scores
+            scores = {name: self._mixed(last[name], new) if name in last else new for name, new in scores.items()}
         self.state.last_scores = scores if self.momentum else {}
         return scores
 
@@ -194,6 +204,7 @@ class TaylorRankCallback(PruningCallback):
 
     @override
     def prepare(self, trainer: "pl.Trainer", graph: ChannelGraph) -> None:
+        graph = graph.channels()
         make_collector(graph, self.variant, self.state.totals)  # which refuses what it cannot watch
         if not self.is_complete and not thaws_by_itself(trainer):
             self._refuse_unseen(trainer, graph)
@@ -236,7 +247,7 @@ class TaylorRankCallback(PruningCallback):
         if is_trial(trainer) or self.collecting(trainer.current_epoch):
             self.state.listened = True
             if self._counts_on(trainer):
-                self.run.collector = make_collector(self.run.graph, self.variant, self.state.totals)
+                self.run.collector = make_collector(self.run.graph.channels(), self.variant, self.state.totals)
                 self.run.collector.listen()
 
     def _counts_on(self, trainer: "pl.Trainer") -> bool:

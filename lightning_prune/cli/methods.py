@@ -121,7 +121,14 @@ class AtOnce(PruningCallback):
         pass
 
     @override
+    def checked_blocks(self, blocks: bool, criterion: str | dict[str, Any]) -> bool:
+        """Accept any method: a criterion that tells nothing of blocks refuses them itself, others keep them."""
+        return blocks
+
+    @override
     def scores(self, trainer: "pl.Trainer", graph: ChannelGraph) -> dict[str, Tensor]:
+        if self.method in (UNIFORM, *SEARCHES):
+            graph = graph.channels()
         if not needs_loss(find(self.criterion)):
             return super().scores(trainer, graph)
         batches = self.run.batches.of_prune(1)
@@ -148,7 +155,7 @@ class AtOnce(PruningCallback):
         if not planning.metric_named(self.metric).counted:
             raise ValueError(f"Method {self.method!r} needs a metric that can be counted: flops, params or channels.")
         problem = PruningProblem(
-            graph,
+            graph.channels(),
             keep=keep,
             metric=self.metric,
             round_to=int(self.round_to),
@@ -199,5 +206,5 @@ def _criterion_of(method: str) -> str:
 
 def _uniform(graph: ChannelGraph, scores: Mapping[str, Tensor], keep: float, **settings: Any) -> PruningPlan:
     """Give every group the same share of the cut."""
-    alike = dict.fromkeys(graph.groups, 1.0)
+    alike = dict.fromkeys(graph.channels().groups, 1.0)
     return planning.plan_by_layer(graph, alike, scores, keep, **settings)

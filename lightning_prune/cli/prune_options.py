@@ -30,6 +30,9 @@ def add_prune_options(parser: ArgumentParser) -> None:
         "--ignore", nargs="+", default=[], metavar="PATTERN", help="module names whose channels are not pruned"
     )
     parser.add_argument(
+        "--blocks", action="store_true", help="prune whole residual blocks too, by criteria that score them"
+    )
+    parser.add_argument(
         "--compensate", default="auto", help="none, statistics, fold, refit, or auto, the last where it can be"
     )
     parser.add_argument(
@@ -50,4 +53,5 @@ def _number_or_auto(text: str) -> int | str:
 def settings_of(given: Namespace) -> dict[str, Any]:
     """Return the settings of the callback that options name."""
     values = {**vars(given), "example_inputs": given.input_shape}
-    return {name: values[name] for name in _SETTINGS}
+    settings = {name: values[name] for name in _SETTINGS}
+    return {**settings, "blocks": True} if given.blocks else settings

@@ -17,9 +17,11 @@ from lightning_prune.criteria.input_hooks import (
     watch_inputs,
     watched_places,
 )
+from lightning_prune.criteria.projections import PROJECTIONS, ProjectionWatch
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.finite import REMEDY, cause_in, not_finite_in
+from lightning_prune.graph.neutral import unfused_attention
 from lightning_prune.graph.twin import twin_in_evaluation
 from lightning_prune.surgery.compensation.compensating import run_on
 
@@ -28,7 +30,7 @@ __all__ = ["apoz", "mean_activation"]
 Value = Callable[[Tensor], Tensor]
 
 
-@register("mean_activation")
+@register("mean_activation", blocks="none")
 def mean_activation(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None = None) -> Scores:
     """Score channels by the mean of what the layers behind them consume, over all samples and positions.
 
@@ -102,40 +104,73 @@ class _Mean:
 
     Attributes:
         total: (inputs,) float64 sums.
-        count: Over how many numbers.
+        count: (inputs,) int64, over how many numbers.
     """
 
     total: Tensor
-    count: int
+    count: Tensor
+
+    def __add__(self, other: "_Mean") -> "_Mean":
+        return _Mean(self.total + other.total, self.count + other.count)
 
 
 @torch.no_grad()
 def _means_by_group(graph: ChannelGraph, batches: Iterable[Any], loss: Loss | None, value: Value) -> Scores:
     """Return the mean of a value over all that is consumed of each channel: (kept channels,) by group."""
-    check_watchable(graph, "The mean over activations")
-    means: dict[str, _Mean] = {}  # by weight
-    spoilt: list[str] = []
-
-    def add(weight: str, activation: Tensor, axis: int) -> None:
-        found = not_finite_in(activation)
-        if found:
-            spoilt.append(f"what is consumed with {weight!r} holds {found}")
-        total = sum_positions(value(activation), axis).sum(0, dtype=torch.float64).cpu()  # (inputs,)
-        count = activation.numel() // activation.shape[axis]
-        if weight in means:
-            total = means[weight].total + total
-            count += means[weight].count
-        means[weight] = _Mean(total, count)
-
-    with twin_in_evaluation(graph.model) as twin, as_written():
-        watch_inputs(replace(graph, model=twin.model), add)
+    check_watchable(graph, "The mean over activations", PROJECTIONS)
+    means = _Means(graph, value)
+    with twin_in_evaluation(graph.model) as twin, as_written(), unfused_attention():
+        watch_inputs(replace(graph, model=twin.model), means.add)
+        watch = ProjectionWatch(twin.model, means.add_rows)
         run = of_twin(loss or run_on, twin)
         for number, batch in enumerate(batches):
-            run(twin.model, batch)
-            if spoilt:
-                cause = cause_in(graph.model, [batch], number) or f"{spoilt[0]} in batch {number} (counted from 0)"
+            with watch:
+                run(twin.model, batch)
+            if means.spoilt:
+                in_batch = f"{means.spoilt[0]} in batch {number} (counted from 0)"
+                cause = cause_in(graph.model, [batch], number) or in_batch
                 raise ValueError(f"Nothing can be ranked, as {cause}; {REMEDY}.")
-    return {name: _mean_over_layers(graph, name, means) for name in graph.groups}
+    return {name: _mean_over_layers(graph, name, means.by_place) for name in graph.groups}
+
+
+class _Means:
+    """Means of a value over what is shown in some places.
+
+    Args:
+        graph: The traced model.
+        value: What the means are of.
+
+    Attributes:
+        by_place: The means, by key of the place.
+        spoilt: Which places have shown what is not finite, in words.
+    """
+
+    def __init__(self, graph: ChannelGraph, value: Value) -> None:
+        self._tensors = graph.tensors()
+        self._value = value
+        self.by_place: dict[str, _Mean] = {}
+        self.spoilt: list[str] = []
+
+    def add(self, key: str, activation: Tensor, axis: int) -> None:
+        """Add what a layer consumes or produces."""
+        self._add(key, activation, axis, 0, activation.shape[axis])
+
+    def add_rows(self, key: str, activation: Tensor, first: int) -> None:
+        """Add what a projection consumes, or produces by its rows from one on."""
+        weight, is_output, _ = key.partition(" ")
+        size = self._tensors[weight].shape[0] if is_output else activation.shape[-1]
+        self._add(key, activation, activation.dim() - 1, first, size)
+
+    def _add(self, key: str, activation: Tensor, axis: int, first: int, size: int) -> None:
+        found = not_finite_in(activation)
+        if found:
+            self.spoilt.append(f"what is consumed with {key!r} holds {found}")
+        sums = sum_positions(self._value(activation), axis).sum(0, dtype=torch.float64).cpu()  # (channels shown,)
+        shown = slice(first, first + len(sums))
+        mean = _Mean(torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64))
+        mean.total[shown] = sums
+        mean.count[shown] = activation.numel() // activation.shape[axis]
+        self.by_place[key] = self.by_place[key] + mean if key in self.by_place else mean
 
 
 def _mean_over_layers(graph: ChannelGraph, name: str, means: dict[str, _Mean]) -> Tensor:
@@ -145,8 +180,8 @@ def _mean_over_layers(graph: ChannelGraph, name: str, means: dict[str, _Mean]) -
         mean = means.get(key)
         if mean is not None:
             inputs = positions_of_channels(graph, name, places)
-            by_channel = mean.total[inputs]  # (kept channels, inputs of a channel)
-            by_layer.append(by_channel.mean(1) / mean.count)
+            by_channel = mean.total[inputs] / mean.count[inputs]  # (kept channels, inputs of a channel)
+            by_layer.append(by_channel.mean(1))
     if not by_layer:
         raise ValueError(
             f"Nothing of group {name!r} was consumed: there is no batch, or the loss does not run the model."

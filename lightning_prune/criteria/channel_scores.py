@@ -11,7 +11,15 @@ from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.scores import not_rankable
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
-__all__ = ["Scores", "divide_by_mean", "divide_by_norm", "flops_per_channel", "to_original_channels"]
+__all__ = [
+    "Scores",
+    "divide_by_mean",
+    "divide_by_norm",
+    "flops_per_channel",
+    "refuse_blocks",
+    "to_original_channels",
+    "with_blocks",
+]
 
 Scores = dict[str, Tensor]
 """The score of each channel, by group; higher is kept."""
@@ -44,6 +52,49 @@ def to_original_channels(graph: ChannelGraph, scores_of_kept: Mapping[str, Tenso
         original[kept] = values.detach().cpu()
         scores[name] = original
     return scores
+
+
+def with_blocks(graph: ChannelGraph, scores: Scores) -> Scores:
+    """Add the scores of the residual blocks of a graph: the mean over the channels that are pruned with each.
+
+    Plans compare scores whatever is pruned with a channel, so that a block, which is pruned when all of its channels
+    are, is worth as much as these are on average.
+
+    Args:
+        graph: The traced model.
+        scores: (channels,) score of each channel of other groups; ``-inf`` for channels that have been pruned.
+
+    Returns:
+        The scores, with (1,) of each block: ``-inf`` for one that has been pruned. A block without channels of its own
+        gets none, so that it is kept.
+    """
+    inside: dict[str, list[Tensor]] = {block: [] for block in graph.blocks}
+    for name, values in scores.items():
+        blocks = {graph.block_of(module) for module in graph.groups[name].modules}
+        block = min(blocks)
+        if block and len(blocks) == 1 and name not in inside:
+            inside[block].append(values[values.isfinite()])
+    now = graph.snapshot({})
+    added = dict(scores)
+    for block, of_channels in inside.items():
+        joined = torch.cat([*of_channels, torch.zeros(0)])
+        if not len(now.kept(block)):
+            added[block] = torch.tensor([-math.inf])
+        elif len(joined):
+            added[block] = joined.mean().reshape(1)
+    return added
+
+
+def refuse_blocks(criterion: str) -> None:
+    """Raise a ValueError that a criterion tells nothing of residual blocks.
+
+    Args:
+        criterion: The criterion, in words.
+    """
+    raise ValueError(
+        f"{criterion} compares channels with others of their group, which tells nothing of blocks; leave blocks out, "
+        "or use coherent_obs, batch_norm_scale, oracle, or taylor with normalize=False."
+    )
 
 
 def divide_by_norm(scores: Mapping[str, Tensor]) -> Scores:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from lightning_prune.candidates.isolation import of_twin
 from lightning_prune.compiled import as_written
-from lightning_prune.criteria.channel_scores import Scores, divide_by_norm, flops_per_channel, to_original_channels
+from lightning_prune.criteria.channel_scores import (
+    Scores,
+    divide_by_norm,
+    flops_per_channel,
+    refuse_blocks,
+    to_original_channels,
+    with_blocks,
+)
 from lightning_prune.criteria.first_order_sums import GRADIENT_FORMS, VARIANTS, Totals, make_collector
 from lightning_prune.criteria.registry import Loss, register
 from lightning_prune.graph.channel_graph import ChannelGraph
@@ -17,12 +24,27 @@ from lightning_prune.graph.finite import REMEDY, cause_in
 from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.graph.twin import twin_in_evaluation
 
-__all__ = ["check_settings", "finish", "taylor", "why_unseen"]
+__all__ = ["check_settings", "finish", "is_normalized", "taylor", "why_unseen"]
 
 Parameters = dict[str, nn.Parameter]
 
 
-@register("taylor")
+def is_normalized(variant: str, normalize: bool | None) -> bool:
+    """Tell whether scores are divided by the norm of their group.
+
+    Args:
+        variant: The variant of the criterion.
+        normalize: What is asked for; None for what the source of the variant does.
+    """
+    return variant not in GRADIENT_FORMS if normalize is None else normalize
+
+
+def _says_of_blocks(settings: dict[str, Any]) -> str:
+    variant = settings.get("variant", "a")
+    return "none" if is_normalized(variant, settings.get("normalize")) else "own"
+
+
+@register("taylor", blocks=_says_of_blocks)
 def taylor(
     graph: ChannelGraph,
     batches: Iterable[Any],
@@ -84,6 +106,7 @@ def taylor(
         tensor([0.6000, 0.8000], dtype=torch.float64)
     """
     check_settings(variant, flops_penalty)
+    whole, graph = graph, graph.channels()
     totals = Totals()
     with twin_in_evaluation(graph.model) as twin, as_written(), torch.enable_grad():
         collector = make_collector(replace(graph, model=twin.model), variant, totals)
@@ -102,7 +125,7 @@ def taylor(
     if unseen:
         reason = why_unseen(graph, totals, batches) or "no batch, or the loss does not need them"
         raise ValueError(f"No finite gradient was seen of {', '.join(unseen)}: {reason}.")
-    return finish(graph, totals, variant, normalize, flops_penalty)
+    return finish(whole, totals, variant, normalize, flops_penalty)
 
 
 def finish(graph: ChannelGraph, totals: Totals, variant: str, normalize: bool | None, flops_penalty: float) -> Scores:
@@ -115,17 +138,18 @@ def finish(graph: ChannelGraph, totals: Totals, variant: str, normalize: bool | 
         normalize: Divide by the Euclidean norm of the group; None for what the source of the variant does.
         flops_penalty: Weight of the cost of a channel.
     """
+    whole, graph = graph, graph.channels()
     scores = {name: totals.sums[name].cpu() / totals.counts[name].cpu() for name in graph.groups}
     if variant == "c":
         scores = {name: values.abs() for name, values in scores.items()}
-    if normalize is None:
-        normalize = variant not in GRADIENT_FORMS
-    if normalize:
+    if is_normalized(variant, normalize):
+        if whole.blocks:
+            refuse_blocks("taylor with normalize=True")
         scores = divide_by_norm(scores)
     if flops_penalty:
         flops = flops_per_channel(graph)
         scores = {name: values - flops_penalty * flops[name] for name, values in scores.items()}
-    return to_original_channels(graph, scores)
+    return with_blocks(whole, to_original_channels(graph, scores))
 
 
 def why_unseen(graph: ChannelGraph, totals: Totals, batches: Iterable[Any] = ()) -> str:

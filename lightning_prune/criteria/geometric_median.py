@@ -9,7 +9,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 __all__ = ["fpgm"]
 
 
-@register("fpgm")
+@register("fpgm", blocks="none")
 def fpgm(graph: ChannelGraph) -> Scores:
     """Score channels by the sum of the Euclidean distances of their filters to all others of the group.
 

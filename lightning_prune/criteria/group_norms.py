@@ -18,7 +18,7 @@ __all__ = ["group_magnitude"]
 _TINY = np.finfo(float).tiny
 
 
-@register("group_magnitude")
+@register("group_magnitude", blocks="none")
 def group_magnitude(graph: ChannelGraph) -> Scores:
     """Score channels by when they would be pruned, if the one with the least weight for its group always came next.
 

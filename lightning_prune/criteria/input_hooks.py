@@ -10,10 +10,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.compiled import forget_compiled, in_use
+from lightning_prune.graph.attention import FreeMultiheadAttention
 from lightning_prune.graph.channel_graph import ChannelGraph, Group
 from lightning_prune.pruning_plan import Slice
 
 __all__ = [
+    "ATTENTION",
     "OnInput",
     "check_watchable",
     "consumed_places",
@@ -28,6 +30,7 @@ __all__ = [
 OnInput = Callable[[str, Tensor, int], Tensor | None]
 """Given the key of a place, the values there and the axis of the channels; may return other values."""
 
+ATTENTION = (nn.MultiheadAttention, FreeMultiheadAttention)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _WEIGHTS = ("weight", "weight_v", "weight_orig")  # and what it is computed from, where that is normalised
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
@@ -105,6 +108,8 @@ def places_made(graph: ChannelGraph, group: Group) -> list[Slice]:
 def watch_inputs(graph: ChannelGraph, on_input: OnInput) -> list[RemovableHandle]:
     """Show what is consumed of the channel groups, each time before it is consumed, or when it is produced.
 
+    What happens inside multi-head attention is shown by `ProjectionWatch` alone.
+
     Args:
         graph: The traced model.
         on_input: What is called; it may return a tensor to be consumed instead.
@@ -122,7 +127,8 @@ def watch_inputs(graph: ChannelGraph, on_input: OnInput) -> list[RemovableHandle
         hooked = before if group.consuming else after
         for key, places in watched_places(graph, group).items():
             owner, _ = _layer_of(places[0].tensor)
-            hooked[key] = modules[owner]
+            if not isinstance(modules[owner], nn.MultiheadAttention):
+                hooked[key] = modules[owner]
     handles: list[RemovableHandle] = []
     for key, layer in before.items():
         show_input = partial(_show_input, on_input, key)
@@ -174,12 +180,13 @@ def _show_output(on_input: OnInput, key: str, layer: nn.Module, args: Any, outpu
     return instead.clone()
 
 
-def check_watchable(graph: ChannelGraph, criterion: str) -> None:
+def check_watchable(graph: ChannelGraph, criterion: str, projections: Sequence[str] = ()) -> None:
     """Raise a ValueError where channels are consumed, or produced, by others than convolutions and linear layers.
 
     Args:
         graph: The traced model.
         criterion: What needs to watch, in words.
+        projections: The parameters of multi-head attention that are watched too.
     """
     modules = dict(graph.model.named_modules())
     for name, group in graph.groups.items():
@@ -188,7 +195,8 @@ def check_watchable(graph: ChannelGraph, criterion: str) -> None:
         for place, *_ in watched_places(graph, group).values():
             path, parameter = _layer_of(place.tensor)
             module = modules[path]
-            if not _is_watchable(module, parameter, consumed):
+            is_projection = type(module) in ATTENTION and parameter in projections
+            if not is_projection and not _is_watchable(module, parameter, consumed):
                 raise ValueError(
                     f"{criterion} cannot watch what {path or 'the model'!r} ({type(module).__name__}) {does} of "
                     f"group {name!r}; add {name!r} to ignore, or use a criterion that needs no activations, such as "

@@ -10,7 +10,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 __all__ = ["lamp"]
 
 
-@register("lamp")
+@register("lamp", blocks="none")
 def lamp(graph: ChannelGraph) -> Scores:
     """Score channels by their squared norm, divided by that of all channels of the group that are no smaller.
 

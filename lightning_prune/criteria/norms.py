@@ -12,7 +12,7 @@ __all__ = ["l1", "l2", "magnitude"]
 _IN_CACHE = 65_536  # numbers
 
 
-@register("magnitude")
+@register("magnitude", blocks="none")
 def magnitude(graph: ChannelGraph, p: float = 1.0) -> Scores:
     """Score channels by the norm of their filters, over all layers that produce the channel.
 
@@ -52,13 +52,13 @@ def magnitude(graph: ChannelGraph, p: float = 1.0) -> Scores:
     return to_original_channels(graph, divide_by_mean(norms))
 
 
-@register("l1")
+@register("l1", blocks="none")
 def l1(graph: ChannelGraph) -> Scores:
     """Score channels by the sum of the absolute weights of their filters; see `magnitude`."""
     return magnitude(graph, 1)
 
 
-@register("l2")
+@register("l2", blocks="none")
 def l2(graph: ChannelGraph) -> Scores:
     """Score channels by the Euclidean norm of their filters; see `magnitude`."""
     return magnitude(graph, 2)

@@ -9,7 +9,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 __all__ = ["random"]
 
 
-@register("random")
+@register("random", blocks="own")
 def random(graph: ChannelGraph, seed: int = 0) -> Scores:
     """Score channels by uniform random numbers, the same for the same seed.
 

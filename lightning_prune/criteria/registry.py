@@ -2,16 +2,19 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_prune.criteria.channel_scores import Scores
+from lightning_prune.criteria.channel_scores import Scores, refuse_blocks, with_blocks
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.importing import imported
 
-__all__ = ["CRITERIA", "Criterion", "Loss", "find", "needs_data", "needs_loss", "register", "score", "takes_data"]
+__all__ = [
+    "CRITERIA", "Criterion", "Loss", "find", "needs_data", "needs_loss", "register", "score", "scores_blocks",
+    "takes_data",
+]  # fmt: skip
 
 Criterion = Callable[..., Scores]
 """Given the graph, and for some also batches and a loss, returns scores."""
@@ -21,14 +24,21 @@ Setting = str | Mapping[str, Any]
 """A name or an import path, or a mapping with a ``name`` and settings."""
 _Function = TypeVar("_Function", bound=Criterion)
 
+Blocks = str | Callable[[dict[str, Any]], str]
+
 CRITERIA: dict[str, Criterion] = {}
+_BLOCKS: dict[str, Blocks] = {}
 
 
-def register(name: str) -> Callable[[_Function], _Function]:
+def register(name: str, blocks: Blocks = "mean") -> Callable[[_Function], _Function]:
     """Give a criterion a name that `score` and the settings of callbacks know it by.
 
     Args:
         name: The name. A name that is taken is given to the new criterion.
+        blocks: What it says of residual blocks, where these can be pruned: ``"mean"``: a block scores as the channels
+            inside it do on average; ``"own"``: it scores blocks as it does channels; ``"none"``: it compares channels
+            with others of their group, which tells nothing of blocks, and is refused. Or a function that is given its
+            settings, and returns ``"own"`` or ``"none"``.
 
     Returns:
         A decorator for a function whose first parameter is the graph. One that takes data names its next two
@@ -48,10 +58,31 @@ def register(name: str) -> Callable[[_Function], _Function]:
     """
 
     def note(function: _Function) -> _Function:
-        CRITERIA[name] = function
-        return function
+        scoring: Any = function
+        if blocks in ("mean", "none"):
+            scoring = _scoring_blocks(function, name if blocks == "none" else "")
+        CRITERIA[name] = scoring
+        _BLOCKS[name] = blocks
+        return scoring
 
     return note
+
+
+def _scoring_blocks(function: Criterion, refused: str = "") -> Criterion:
+    """Return a criterion that is shown channels alone, and scores residual blocks by them.
+
+    Args:
+        function: The criterion.
+        refused: The name of one that tells nothing of blocks; empty for others.
+    """
+
+    @wraps(function)
+    def scoring(graph: ChannelGraph, *args: Any, **settings: Any) -> Scores:
+        if graph.blocks and refused:
+            refuse_blocks(refused)
+        return with_blocks(graph, function(graph.channels(), *args, **settings))
+
+    return scoring
 
 
 def score(
@@ -121,6 +152,18 @@ def find(criterion: Setting) -> Criterion:
     return partial(function, **settings)
 
 
+def scores_blocks(criterion: Setting) -> bool:
+    """Tell whether a criterion says anything of residual blocks.
+
+    Args:
+        criterion: As for `score`.
+    """
+    name, settings = _name_and_settings(criterion)
+    blocks = _BLOCKS.get(name, "mean")
+    said = blocks if isinstance(blocks, str) else blocks(settings)
+    return said != "none"
+
+
 def takes_data(function: Criterion) -> bool:
     """Tell whether a criterion takes batches of data."""
     return "batches" in inspect.signature(function).parameters
@@ -162,7 +205,9 @@ def _check_settings(name: str, function: Criterion, settings: Mapping[str, Any])
 
 def _imported(path: str) -> Criterion | None:
     try:
-        found = imported(path)
+        found: Any = imported(path)
     except ImportError as error:
         raise ValueError(f"There is no criterion {path!r} ({error}): check the path and the PYTHONPATH.") from error
-    return found if callable(found) else None
+    if found in CRITERIA.values():
+        return found
+    return _scoring_blocks(found) if callable(found) else None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_prune.graph.resized import resize
+from lightning_prune.graph.resized import leave, resize
 from lightning_prune.graph.sizes import sync_attributes
 from lightning_prune.pruning_plan import Adaptation, Count, PruningPlan, Shares
 
@@ -42,6 +42,10 @@ def adapt_to(model: nn.Module, adaptations: Mapping[str, Adaptation], shares: Sh
         module = model.get_submodule(name)
         for attribute, count in adaptation.numbers:
             _set(module, attribute, count, shares)
+        absence = adaptation.absence
+        if absence is not None and not shares.get(absence.block, 1):
+            leave(module, absence, shares)
+            continue
         resize(module, adaptation.sites, shares)
         sync_attributes(module)
 

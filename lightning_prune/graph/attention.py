@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["FreeMultiheadAttention", "free", "sync_attention"]
+__all__ = ["FreeMultiheadAttention", "free", "sync_attention", "sync_encoder_layer"]
 
 _ATTENTION = nn.MultiheadAttention
 
@@ -228,3 +228,19 @@ def sync_attention(module: Any) -> None:
     elif type(module) is FreeMultiheadAttention and len(widths) == 1:
         _set_class(module, _ATTENTION)
         module._qkv_same_embed_dim = module.in_proj_weight is not None
+
+
+def sync_encoder_layer(layer: Any) -> None:
+    """Let an encoder layer know whether it may run as one operator, which it may not without one of its blocks.
+
+    Args:
+        layer: A `torch.nn.TransformerEncoderLayer`.
+    """
+    activation = layer.activation
+    fast = 0
+    if activation is functional.relu or isinstance(activation, nn.ReLU):
+        fast = 1
+    elif activation is functional.gelu or isinstance(activation, nn.GELU):
+        fast = 2
+    is_whole = all(parameter.numel() for parameter in layer.parameters())
+    layer.activation_relu_or_gelu = fast if is_whole else 0

@@ -1,7 +1,7 @@
 """Channel graph: which channels of a model can only be pruned together, which cannot be pruned, and why."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,8 @@ class Group:
         not_mask_exact: Why pruning a channel is not the same as masking it; empty if it is the same.
         least: How many must be kept: two where an axis of one would be squeezed away, or has no statistics; more than
             are behind the projection of an LSTM.
-        kind: What one channel is: one of "channels", "heads", "query-key", "value" and "stream".
+        kind: What one channel is: one of "channels", "heads", "query-key", "value", "stream" and "blocks"; a residual
+            block is a group of one channel, of which none need be kept.
     """
 
     name: str
@@ -51,6 +52,22 @@ class Group:
         every = self.out_slices + self.other_slices + self.in_slices
         return tuple(dict.fromkeys(every))
 
+    def without(self, tensors: Collection[str]) -> "Group":
+        """Return the group without its slices in some tensors, given by name."""
+        if not tensors:
+            return self
+        left = []
+        for slices in (self.out_slices, self.in_slices, self.other_slices):
+            elsewhere = [one for one in slices if one.tensor not in tensors]
+            left.append(tuple(elsewhere))
+        out_slices, in_slices, other_slices = left
+        return replace(
+            self,
+            out_slices=out_slices,
+            in_slices=in_slices,
+            other_slices=other_slices,
+        )
+
     @property
     def consuming(self) -> tuple[Slice, ...]:
         """Where weights consume the channels, without those that produce them too, as of queries and keys."""
@@ -59,7 +76,9 @@ class Group:
 
     @property
     def width(self) -> int:
-        """How many output channels of its first layer one channel of the group stands for."""
+        """How many output channels of its first layer one channel of the group stands for; 1 of a residual block."""
+        if not self.least:
+            return 1
         first = self.out_slices[0]
         return width_in(self.out_slices, first.tensor, first.axis)
 
@@ -109,6 +128,11 @@ class Term:
     axes: tuple[Axis, ...]
     module: str
 
+    @property
+    def groups(self) -> set[str]:
+        """The names of the groups that it depends on."""
+        return {name for axis in self.axes for name, _ in axis.groups}
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -126,12 +150,16 @@ class Snapshot:
 
     def kept(self, name: str) -> Tensor:
         """Return the channels of a group that the model still has; see `ChannelGraph.kept`."""
+        if self.plan.emptied and all(one.tensor in self.plan.emptied for one in self.groups[name].out_slices):
+            return torch.arange(0)  # pruned with a residual block, whatever is planned for them
         if name not in self.plan.groups:
             return torch.arange(self.groups[name].size)
         return self.plan.groups[name].channels
 
     def positions(self, of_group: Slice, channels: Tensor) -> Tensor:
         """Return where channels lie in a tensor; see `ChannelGraph.positions_now`."""
+        if of_group.tensor in self.plan.emptied:
+            return torch.arange(0)
         positions = of_group.positions(channels)
         kept_by_axis = self.plan.kept_along(of_group.tensor)
         if of_group.axis not in kept_by_axis:
@@ -145,6 +173,8 @@ class Snapshot:
         """Return what one slice has of each channel that the model still has; see `ChannelGraph.rows`."""
         tensor = values_of(self.tensors, of_group.tensor)
         channels = self.kept(name)
+        if of_group.tensor in self.plan.emptied:
+            return tensor.new_zeros(len(channels), 0)
         if not self._fills_axis(name, of_group, len(channels), tensor):
             positions = self.positions(of_group, channels)
             tensor = tensor.index_select(of_group.axis, positions.to(tensor.device))
@@ -179,6 +209,8 @@ class ChannelGraph:
         untraced: Why steps could not be traced, by name.
         frozen: FLOPs of the frozen submodules that keep their channels, by name; they are part of no cost.
         adaptations: What follows the groups in modules beside their tensors, by the names of these.
+        blocks: The modules that are pruned with each residual block, by the name of its group.
+        whole: The graph that this one has only some groups of; None for one that has all.
     """
 
     model: nn.Module
@@ -191,6 +223,64 @@ class ChannelGraph:
     untraced: Mapping[str, str] = field(default_factory=dict, repr=False)
     frozen: Mapping[str, float] = field(default_factory=dict, repr=False)
     adaptations: Mapping[str, Adaptation] = field(default_factory=dict, repr=False)
+    blocks: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
+    whole: "ChannelGraph | None" = field(default=None, repr=False)
+
+    def channels(self) -> "ChannelGraph":
+        """Return the graph of channels alone, in which residual blocks are no groups, for those who score them.
+
+        What has been pruned with blocks is not in it; the plans that it makes are of this graph.
+        """
+        plan = plan_in_force(self.model) or PruningPlan()
+        if not self.blocks and not plan.emptied:
+            return self
+        groups = {}
+        for name, group in self.groups.items():
+            there = group.without(plan.emptied)
+            if name not in self.blocks and there.out_slices:
+                groups[name] = there
+        shares = plan.shares
+        pruned = {name for name in self.blocks if not shares.get(name, 1)}
+        terms = {}
+        for metric, of_metric in self.terms.items():
+            there_too = []
+            for term in of_metric:
+                block = self.block_of(term.module)
+                if term.groups <= groups.keys() and block not in pruned:
+                    there_too.append(term)
+            terms[metric] = there_too
+        return replace(
+            self,
+            groups=groups,
+            blocks={},
+            terms=terms,
+            whole=self,
+        )
+
+    def axes_of(self, term: Term) -> tuple[Axis, ...]:
+        """Return the axes of a cost, with one of length 0 once the residual block that it belongs to has been pruned.
+
+        Args:
+            term: A term of the cost.
+        """
+        block = self.block_of(term.module)
+        if not block:
+            return term.axes
+        there = Axis(0, ((block, 1),))
+        return *term.axes, there
+
+    def block_of(self, module: str) -> str:
+        """Return the name of the residual block that a module is pruned with, empty for none.
+
+        Args:
+            module: Dotted name of the module.
+        """
+        inside = f"{module}."
+        for block, modules in self.blocks.items():
+            for name in modules:
+                if inside.startswith(f"{name}."):
+                    return block
+        return ""
 
     def plan(self, kept: Mapping[str, Tensor]) -> PruningPlan:
         """Make a plan from the channels that are kept.
@@ -201,13 +291,17 @@ class ChannelGraph:
         Raises:
             ValueError: If a name is no group of this graph, or fewer channels of a group are kept than it must have.
         """
+        if self.whole is not None:
+            return self.whole.plan(kept)
         planned = {}
         for name, channels in kept.items():
             group = self.group(name)
             ascending = sorted(channels.tolist())
             if 0 < len(ascending) < group.least:
                 raise ValueError(f"{name!r} has to keep {group.least} channels at least, not {len(ascending)}.")
-            planned[name] = PlannedGroup(group.size, tuple(ascending), group.slices)
+            if not ascending and group.least and not len(self.kept(name)):
+                continue  # pruned with a residual block
+            planned[name] = PlannedGroup(group.size, tuple(ascending), group.slices, min(group.least, 1))
         adaptations = {name: one for name, one in self.adaptations.items() if one.groups() & planned.keys()}
         return PruningPlan(planned, self._shapes_of(planned.values()), adaptations=adaptations)
 

@@ -84,10 +84,10 @@ class Fitting:
                 along = [one.labels[place] for one in seen]
                 length = next((len(labels) for labels in along if labels is not None), -1)
                 written = seen[0].sizes[place]
-                counts.append(self._count(along, length if length >= 0 else int(written)))
+                counts.append(self.count(along, length if length >= 0 else int(written)))
             yield _Fitted(seen, counts)
 
-    def _count(self, along: Sequence[Labels | None], length: int) -> Count | None:
+    def count(self, along: Sequence[Labels | None], length: int) -> Count | None:
         """Return the length of an axis, None where it is in proportion with nothing.
 
         Args:
@@ -172,7 +172,7 @@ class Fitting:
             strict=True,
         ):
             counted.append(channels_counted(seen.sizes[number], sheet.record))
-        count = self._count(counted, int(written)) or Count(int(written))
+        count = self.count(counted, int(written)) or Count(int(written))
         times = max(getattr(seen.sizes[number], "times", 1) for seen in place.seen)
         return replace(count, times=times)
 
@@ -222,7 +222,7 @@ class Fitting:
         given = []
         for axis, length in enumerate(place.first.shape):
             along = [seen.given.get(axis) for seen in place.seen]
-            count = self._count(along, length)
+            count = self.count(along, length)
             if count is not None and count.groups:
                 given.append((axis, count))
         return tuple(given)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from lightning_prune.pruning_plan import Shares, Site
+from lightning_prune.pruning_plan import Absence, Shares, Site
 
-__all__ = ["MULTIPLYING", "SCALED", "SHAPING", "SPLITTING", "as_written", "resize", "sizes_given"]
+__all__ = ["MULTIPLYING", "SCALED", "SHAPING", "SPLITTING", "as_written", "leave", "resize", "sizes_given"]
 
 _UNFLATTEN = frozenset({Tensor.unflatten, torch.unflatten})
 SHAPING = frozenset({Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand}) | _UNFLATTEN
@@ -22,7 +23,9 @@ MULTIPLYING = frozenset({
 })  # fmt: skip
 SCALED = functional.scaled_dot_product_attention
 _SITES = "_sites"
-_RESIZED: dict[type[nn.Module], type[nn.Module]] = {}
+_ZEROS = "_zeros"
+Lengths = tuple[int | None, ...]  # of the axes of a tensor, None for those of another one
+_DERIVED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 @dataclass(frozen=True)
@@ -191,43 +194,57 @@ def sizes_given(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple
     return tensor, sizes if isinstance(sizes, int) else list(sizes), named
 
 
-class _Resized(nn.Module):
-    """What is put before a class of modules that run with sizes that fit."""
+class _Derived(nn.Module):
+    """What is put before a class of modules that run in another way than they are written."""
+
+    def __reduce__(self) -> Any:
+        way, written = type(self).__bases__
+        return _blank, (written, way), vars(self)
+
+
+class _Resized(_Derived):
+    """Modules that run with sizes that fit."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run as the class does, with sizes that fit."""
         with _Fitting(vars(self)[_SITES]):
             return super().forward(*args, **kwargs)
 
-    def __reduce__(self) -> Any:
-        return _blank, (as_written(type(self)),), vars(self)
+
+class _Absent(_Derived):
+    """Modules of a residual block that has been pruned."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros."""
+        return vars(self)[_ZEROS].like(self, args, kwargs)
 
 
-def _blank(kind: type[nn.Module]) -> nn.Module:
+def _blank(kind: type[nn.Module], way: type[nn.Module] = _Resized) -> nn.Module:
     """Return a module that no constructor has run for, as pickles are made from."""
-    resized = _resized(kind)
-    return resized.__new__(resized)
+    derived = _derived(kind, way)
+    return derived.__new__(derived)
 
 
 def as_written(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class that somebody wrote.
 
     Args:
-        kind: It, or the one that `resize` has made of it.
+        kind: It, or the one that `resize` or `leave` has made of it.
     """
-    return kind.__mro__[2] if issubclass(kind, _Resized) else kind
+    return kind.__bases__[1] if issubclass(kind, _Derived) else kind
 
 
-def _resized(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that runs as another one does, with sizes that fit."""
-    if kind not in _RESIZED:
+def _derived(kind: type[nn.Module], way: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that runs in another way than one that somebody wrote."""
+    known = kind, way
+    if known not in _DERIVED:
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        _RESIZED[kind] = type(
+        _DERIVED[known] = type(
             kind.__name__,
-            (_Resized, kind),
+            (way, kind),
             names,
         )
-    return _RESIZED[kind]
+    return _DERIVED[known]
 
 
 def resize(module: nn.Module, sites: Sequence[Site], shares: Shares) -> None:
@@ -242,10 +259,82 @@ def resize(module: nn.Module, sites: Sequence[Site], shares: Shares) -> None:
         shares: How much of the channels of each group is kept.
     """
     written = as_written(type(module))
+    vars(module).pop(_ZEROS, None)
     changed = any(shares.get(group, 1) != 1 for site in sites for count in site.counts() for group in count.groups)
     if not changed:
         module.__class__ = written
         vars(module).pop(_SITES, None)
         return
-    module.__class__ = _resized(written)
+    module.__class__ = _derived(written, _Resized)
     vars(module)[_SITES] = tuple(_Fitted.of(site, shares) for site in sites)
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """What a module of a residual block returns that has been pruned, with the numbers of now.
+
+    Attributes:
+        outputs: The lengths of the axes of each tensor; see `lightning_prune.pruning_plan.Absence`.
+        is_single: Whether it returns a tensor, and no tuple.
+    """
+
+    outputs: tuple[Lengths | None, ...]
+    is_single: bool
+
+    @classmethod
+    def of(cls, absence: Absence, shares: Shares) -> "_Zeros":
+        """Return what is returned when a share of the channels is kept."""
+        outputs: list[Lengths | None] = []
+        for axes in absence.outputs:
+            lengths = None
+            if axes is not None:
+                lengths = tuple(None if count is None else count.now(shares) for count in axes)
+            outputs.append(lengths)
+        return cls(tuple(outputs), absence.is_single)
+
+    def like(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return zeros, as many as a module would return numbers."""
+        leaves = tree_leaves((args, kwargs))
+        given = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        made: list[Any] = []
+        for axes in self.outputs:
+            zeros = None
+            if axes is not None:
+                zeros = _zeros(given, axes)
+            made.append(zeros)
+        is_trained = module.training and torch.is_grad_enabled()
+        if is_trained and made[0] is not None:
+            made[0] = made[0] + _nothing_of(module, given)
+        if self.is_single:
+            return made[0]
+        return tuple(made)
+
+
+def _zeros(given: Tensor, axes: Lengths) -> Tensor:
+    shape = []
+    for axis, length in enumerate(axes):
+        if length is None:
+            length = given.shape[axis]
+        shape.append(length)
+    return given.new_zeros(shape)
+
+
+def _nothing_of(module: nn.Module, given: Tensor) -> Tensor:
+    """Return zero that is computed from all that a module has and is given: gradients of each are waited for."""
+    parameters = [parameter.flatten()[:0] for parameter in module.parameters()]
+    nothing = given[:0].flatten()
+    return torch.cat([nothing, *parameters]).sum()
+
+
+def leave(module: nn.Module, absence: Absence, shares: Shares) -> None:
+    """Let a module of a residual block that has been pruned return zeros.
+
+    It is then of a class of its own that derives from the one that it had, by the same name.
+
+    Args:
+        module: The module.
+        absence: What it returns.
+        shares: How much of the channels of each group is kept.
+    """
+    module.__class__ = _derived(as_written(type(module)), _Absent)
+    vars(module)[_ZEROS] = _Zeros.of(absence, shares)

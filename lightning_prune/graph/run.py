@@ -119,7 +119,7 @@ class Forward:
             twin = Twin(self.submodule, self._stand_ins(tracer, plan.index()))
             self._adapt(twin, plan)
             set_mode(twin.model, training)
-            self._let_in(twin.model)
+            self.let_in(twin.model)
             args, kwargs = with_tensors((self.args, self.kwargs), self._stand_in_of_input)
             with self._watching(tracer, twin):
                 before = self._what_is_kept(twin)
@@ -143,7 +143,8 @@ class Forward:
         is_model = module is self.submodule and not self.module
         return "" if is_model else self.names[id(module)]
 
-    def _let_in(self, model: nn.Module) -> None:
+    def let_in(self, model: nn.Module) -> None:
+        """Let a twin be called with the example inputs."""
         let_in(model, self.example_inputs)
 
     def _call(self, tracer: Tracer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.graph.attention import sync_attention
+from lightning_prune.graph.attention import sync_attention, sync_encoder_layer
 
 __all__ = ["class_name", "has_registered_sizes", "has_size_attributes", "size_attributes", "sync_attributes"]
 
@@ -139,6 +139,7 @@ def _sync_wave_rnn(network: Any) -> None:
 
 # By full name: what would take long to import, and users' own.
 _SYNC_BY_CLASS_NAME: dict[str, Sync] = {
+    "torch.nn.modules.transformer.TransformerEncoderLayer": sync_encoder_layer,
     "torchvision.ops.deform_conv.DeformConv2d": _sync_deformable,
     "timm.models.metaformer.Scale": _sync_scale,
     "diffusers.models.downsampling.Downsample1D": _sync_resampling,
@@ -207,6 +208,8 @@ def sync_attributes(module: nn.Module) -> None:
         >>> convolution
         Conv2d(3, 6, kernel_size=(1, 1), stride=(1, 1))
     """
+    if _is_emptied(module):
+        return
     registered = _SYNC_BY_CLASS_NAME.get(class_name(module))
     if registered is not None:
         registered(module)
@@ -215,3 +218,8 @@ def sync_attributes(module: nn.Module) -> None:
         if isinstance(module, module_class):
             sync(module)
             return
+
+
+def _is_emptied(module: nn.Module) -> bool:
+    """Tell whether a module has nothing left, as in a residual block that has been pruned: it keeps its numbers."""
+    return any(tensor is not None and 0 in tensor.shape for tensor in module._parameters.values())

@@ -40,7 +40,7 @@ class StepRun(Forward):
         self.memory: Memory | None = None
         self.remembered = False
 
-    def _let_in(self, model: nn.Module) -> None:
+    def let_in(self, model: nn.Module) -> None:
         """Let the step in later: it is no ``forward``."""
 
     def _call(self, tracer: Tracer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,21 +1,25 @@
 """Tracing a model into a channel graph that has been tried out on smaller networks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from lightning_prune.compiled import as_written
+from lightning_prune.graph.blocks import Block, Flow, find_blocks
+from lightning_prune.graph.blocks_trial import adaptations_with, why_not_pruned
 from lightning_prune.graph.channel_graph import ChannelGraph, Group, Unprunable
 from lightning_prune.graph.entry import Step
 from lightning_prune.graph.fitting import Fitting
 from lightning_prune.graph.nearest import nearest_names
 from lightning_prune.graph.neutral import unsearched_memory
+from lightning_prune.graph.operators import OperatorTables
 from lightning_prune.graph.records import Known, Record, Split
 from lightning_prune.graph.records import Sheet as Which
 from lightning_prune.graph.relations import NO_RELATIONS, Relations
+from lightning_prune.graph.rules import RULES
 from lightning_prune.graph.rules.rearranging import TWO_KINDS
 from lightning_prune.graph.run import Forward
 from lightning_prune.graph.settling import Network, Search, matches_any
@@ -38,6 +42,7 @@ def trace(
     ignore: Sequence[str] = (),
     steps: Sequence[Step] = (),
     relations: Relations = NO_RELATIONS,
+    blocks: bool = False,
 ) -> ChannelGraph:
     """Find out which channels of a model can only be pruned together, which cannot be pruned, and why.
 
@@ -56,6 +61,8 @@ def trace(
         steps: Methods of the model that run it in other ways, such as one that trains it: what these do with channels
             counts too. One that cannot be traced is in ``untraced`` of the graph.
         relations: What is known of its submodules: which are frozen, and which follow others.
+        blocks: Let residual blocks be groups too, each of one channel that is pruned with all that the block runs.
+            Where ``x + f(x)`` is computed, the layers of ``f`` are a block: without it, the sum is ``x``.
 
     Returns:
         The graph.
@@ -82,12 +89,7 @@ def trace(
         forward.outside = relations.outside
         forward.remembered = bool(steps)
         patterns = _checked_patterns(ignore, forward.module_names)
-        runs = partial(
-            _step_runs,
-            forward,
-            model,
-            steps,
-        )
+        runs = partial(_step_runs, forward, model, steps)
         seen = _see(
             Network(
                 forward,
@@ -101,17 +103,19 @@ def trace(
             seen.groups,
             seen.sheets,
         )
+        found = _blocks(forward, seen, patterns) if blocks else _Blocks()
     return ChannelGraph(
         model,
-        seen.groups,
-        dict(seen.unprunable),
+        {**seen.groups, **{block.group.name: block.group for block in found.blocks}},
+        {**seen.unprunable, **found.unprunable},
         forward.shapes,
         terms,
         module,
         forward.example_inputs,
         untraced=seen.untraced,
         frozen=take_out(terms, seen.frozen),
-        adaptations=seen.adaptations,
+        adaptations=adaptations_with(seen.adaptations, found.blocks),
+        blocks={block.group.name: block.modules for block in found.blocks},
     )
 
 
@@ -154,6 +158,30 @@ class _Seen:
     adaptations: Mapping[str, Adaptation]
     untraced: Mapping[str, str]
     frozen: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The residual blocks of a network: those that can be pruned, and those that cannot, with the reason."""
+
+    blocks: Sequence[Block] = ()
+    unprunable: Mapping[str, Unprunable] = field(default_factory=dict)
+
+
+def _blocks(forward: Forward, seen: _Seen, patterns: Sequence[str]) -> _Blocks:
+    """Find the residual blocks of a network, and try it without them."""
+    ignored = [name for name in forward.module_names if any(matches_any(pattern, [name]) for pattern in patterns)]
+    flow = Flow(OperatorTables(RULES, {}), Known())
+    fitting = Fitting(seen.sheets, seen.groups)
+    blocks, reasons = find_blocks(forward, flow, fitting, [*ignored, *seen.frozen])
+    while True:
+        adaptations = adaptations_with(seen.adaptations, blocks)
+        found = why_not_pruned(forward, adaptations, blocks)
+        reasons.update(found)
+        blocks = [block for block in blocks if block.group.name not in found]
+        if not found:
+            unprunable = {name: Unprunable(1, reason) for name, reason in reasons.items()}
+            return _Blocks(blocks, unprunable)
 
 
 def _see(network: Network) -> _Seen:

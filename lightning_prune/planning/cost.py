@@ -45,7 +45,7 @@ class CostModel:
                 "once lightning_prune.planning.profile has measured it."
             )
         terms = graph.terms[metric]
-        factors = [term.axes for term in terms]
+        factors = [graph.axes_of(term) for term in terms]
         if metric == "channels":
             factors = [_of_groups(axes) for axes in factors]
         self.metric = metric

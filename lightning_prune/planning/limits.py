@@ -76,9 +76,11 @@ class Limits:
 
     def _range(self, group: Group, scores: Tensor) -> "_Range":
         """Return the widths of one group."""
-        step = _step(group, self.round_to)
         now = int((scores > -math.inf).sum())
         keeps_all = bool((scores == math.inf).any())
+        if not group.least and not keeps_all:  # a residual block is there or not, whatever is asked of channels
+            return _Range(now, 0, now, 1)
+        step = _step(group, self.round_to)
         if keeps_all:
             return _Range(now, now, now, step)
         # The small number makes it 99 of 100 at a cap of 0.99, where the product may fall just short of it.

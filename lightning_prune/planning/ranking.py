@@ -93,13 +93,14 @@ def _structure(graph: ChannelGraph, group: Group) -> frozenset[tuple[object, int
     }
     described: Counter[object] = Counter([group.kind])
     for side, slices in sides.items():
-        described.update((side, *_description(graph, one)) for one in slices)
+        described.update((side, *_description(graph, group, one)) for one in slices)
     return frozenset(described.items())
 
 
-def _description(graph: ChannelGraph, of_group: Slice) -> tuple[object, ...]:
+def _description(graph: ChannelGraph, group: Group, of_group: Slice) -> tuple[object, ...]:
     """Say where a slice lies, whatever the module is called and however many channels there are."""
     module, _, name = of_group.tensor.rpartition(".")
     kind = type(graph.model.get_submodule(module))
     kernel_size = graph.shapes[of_group.tensor][2:]
-    return f"{kind.__module__}.{kind.__qualname__}", name, of_group.axis, of_group.count(1), kernel_size
+    positions = of_group.count(1) if group.least else 0  # of a block, all that there are
+    return f"{kind.__module__}.{kind.__qualname__}", name, of_group.axis, positions, kernel_size

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_prune.files import read_checkpoint, written_whole
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.graph.channel_graph import Axis, Term
+from lightning_prune.graph.channel_graph import Axis
 from lightning_prune.plain import MisfitError, made
 from lightning_prune.planning.segments import LayerTimer
 from lightning_prune.planning.spread import Spread
@@ -391,8 +391,8 @@ def layers_at(graph: ChannelGraph, widths: Mapping[str, int], names: Iterable[st
         names: Names of the layers, in that order, if they are known; otherwise the network runs once.
     """
     lengths = {name: widths.get(name, group.size) for name, group in graph.groups.items()}
-    flops = _by_module(graph.terms["flops"], lengths)
-    params = _by_module(graph.terms["params"], lengths)
+    flops = _by_module(graph, "flops", lengths)
+    params = _by_module(graph, "params", lengths)
     ordered = _in_order(graph) if names is None else names
     every = dict.fromkeys([*ordered, *flops, *params])
     return [Layer(name, flops.get(name, 0.0), params.get(name, 0.0)) for name in every]
@@ -406,11 +406,11 @@ def _in_order(graph: ChannelGraph) -> list[str]:
     return [*(name for name in called if name), itself]
 
 
-def _by_module(terms: list[Term], widths: Mapping[str, int]) -> dict[str, float]:
+def _by_module(graph: ChannelGraph, metric: str, widths: Mapping[str, int]) -> dict[str, float]:
     costs: dict[str, float] = {}
-    for term in terms:
+    for term in graph.terms[metric]:
         cost = term.coefficient
-        for axis in term.axes:
+        for axis in graph.axes_of(term):
             cost *= _length(axis, widths)
         costs[term.module] = costs.get(term.module, 0.0) + cost
     return costs

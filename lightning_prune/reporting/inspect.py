@@ -19,8 +19,8 @@ def describe(graph: ChannelGraph) -> str:
     Returns:
         What can be pruned, the FLOPs as fvcore counts them, with the cost model's where they differ, and a table of
         groups: name, channels, share of the FLOPs and parameters that would be saved if all but one of its channels
-        were pruned, and the layers that are coupled, with the kind of the channels where they are heads, say. Then what
-        is unprunable, with the reason.
+        were pruned, or a residual block, and the layers that are coupled, with the kind of the channels where they are
+        heads, say. Then what is unprunable, with the reason.
 
     Example:
         >>> import torch
@@ -38,11 +38,15 @@ def describe(graph: ChannelGraph) -> str:
     params = CostModel(graph, "params")
     rows = [("group", "channels", "flops", "params", "layers")]
     for name, group in graph.groups.items():
-        rows.append((name, str(group.channels), _saved(flops, name), _saved(params, name), _layers(group)))
-    channels = sum(group.channels for group in graph.groups.values())
-    groups = _count(len(graph.groups), "group")
+        least = min(group.least, 1)
+        saved = [_saved(cost, name, least) for cost in (flops, params)]
+        rows.append((name, str(group.channels), *saved, _layers(group)))
+    of_channels = [group for name, group in graph.groups.items() if name not in graph.blocks]
+    channels = sum(group.channels for group in of_channels)
+    groups = _count(len(of_channels), "group")
+    blocks = f", and {_count(len(graph.blocks), 'block')}" if graph.blocks else ""
     lines = [
-        f"{groups} of {_count(channels, 'channel')} can be pruned",
+        f"{groups} of {_count(channels, 'channel')}{blocks} can be pruned",
         _flops(graph, flops),
         *_aligned(rows),
     ]
@@ -62,8 +66,8 @@ def _flops(graph: ChannelGraph, cost: CostModel) -> str:
     return f"FLOPs: {told(counted, modelled)}"
 
 
-def _saved(cost: CostModel, group: str) -> str:
-    kept = cost({group: 1}) / max(cost.original, 1)
+def _saved(cost: CostModel, group: str, least: int) -> str:
+    kept = cost({group: least}) / max(cost.original, 1)
     return f"{1 - kept:.1%}"
 
 

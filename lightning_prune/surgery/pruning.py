@@ -94,7 +94,9 @@ class PruneReport:
     compensation: CompensationReport = field(default_factory=CompensationReport)
 
     def __str__(self) -> str:
-        lines = [f"{name}: {width.before} -> {width.after} channels" for name, width in self.widths.items()]
+        lines = []
+        for name, width in self.widths.items():
+            lines.append(f"{name}: {width.before} -> {width.after} channels" if width.after else f"{name}: pruned")
         before, after = self.params
         share = after / max(before, 1)
         lines.append(f"parameters: {before:,} -> {after:,} ({share:.1%})")

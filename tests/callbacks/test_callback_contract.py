@@ -30,7 +30,7 @@ pytestmark = [
 ]
 CONTRACT = {
     "State", "Run", "cap", "make_plan", "scores", "allocate", "check_criterion", "check_budget", "prepare",
-    "begin_epoch", "ready", "run_on_batch", "distillation_loss", "rankings", "can_stop",
+    "begin_epoch", "ready", "run_on_batch", "distillation_loss", "rankings", "can_stop", "checked_blocks",
 }  # fmt: skip
 GUIDE = Path(__file__).parents[2] / "docs" / "write_your_own_criterion.md"
 SUBCLASSES = [getattr(callbacks, name) for name in callbacks.__all__ if name != "PruningCallback"]

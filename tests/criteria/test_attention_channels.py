@@ -166,3 +166,68 @@ def test_group_norms_count_once_what_heads_and_their_values_share(graph: Channel
         (float(score), name, channel) for name, values in scores.items() for channel, score in enumerate(values)
     )
     assert [(name, channel) for _, name, channel in found] == order_by_masks(graph)
+
+
+class Multihead(nn.Module):
+    """Two heads of four channels, of PyTorch's own attention, to itself or to something narrower."""
+
+    def __init__(self, across: bool) -> None:
+        super().__init__()
+        width = 6 if across else 8
+        self.make, self.beside, self.head = nn.Linear(3, 8), nn.Linear(3, 6), nn.Linear(8, 2)
+        self.attention = nn.MultiheadAttention(8, 2, kdim=width, vdim=width, batch_first=True)
+        self.across = across
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.make(x)
+        other = self.beside(x[:, :4]).relu() if self.across else made
+        attended, _ = self.attention(made, other, other, need_weights=False)
+        return self.head(attended).mean(1)
+
+
+def projected(model: Multihead, x: Tensor) -> tuple[Tensor, ...]:
+    """Work out by hand what is projected, queries, keys, and what the output projection is given."""
+    made = model.make(x)
+    other = model.beside(x[:, :4]).relu() if model.across else made
+    attention = model.attention
+    biases = attention.in_proj_bias.chunk(3)
+    if model.across:
+        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+    else:
+        weights = attention.in_proj_weight.chunk(3)
+    q, k, v = (F.linear(y, w, b) for y, w, b in zip((made, other, other), weights, biases, strict=True))
+    heads = [y.unflatten(-1, (2, 4)).transpose(1, 2) for y in (q, k, v)]
+    weights = (heads[0] @ heads[1].transpose(-2, -1) / 2).softmax(-1)
+    return made, q, k, (weights @ heads[2]).transpose(1, 2)  # (n, tokens, heads, width)
+
+
+@pytest.mark.parametrize("across", [False, True])
+@torch.no_grad()
+def test_what_multi_head_attention_projects_is_watched(across: bool, batches: list) -> None:
+    torch.manual_seed(0)
+    model = Multihead(across)
+    graph = lp.trace(model, batches[0][0])
+    made, q, k, attended = projected(model, torch.cat([x for x, _ in batches]))
+
+    def shares(values: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return (values != 0).double().mean(axes)
+
+    expected = {"make": shares(made, (0, 1)), "attention": shares(attended, (0, 1, 3))}
+    apoz = lp.criteria.score(graph, "apoz", batches, loss_of)
+    means = lp.criteria.score(graph, "mean_activation", batches, loss_of)
+    kinds = {group.kind: name for name, group in graph.groups.items()}
+    of_width = attended.mean((0, 1, 2))
+    torch.testing.assert_close(means[kinds["value"]], of_width / of_width.norm(), check_dtype=False)
+    of_heads = attended.mean((0, 1, 3))
+    torch.testing.assert_close(means[kinds["heads"]], of_heads / of_heads.norm(), check_dtype=False)
+    by_head = [y.unflatten(-1, (2, 4)).mean((0, 1)) for y in (q, k)]  # (heads, width)
+    of_keys = torch.cat(by_head).mean(0)  # of as many heads of queries as of keys
+    torch.testing.assert_close(means[kinds["query-key"]], of_keys / of_keys.norm(), check_dtype=False)
+    torch.testing.assert_close(apoz["make"], expected["make"], check_dtype=False)
+
+    kept = {name: torch.arange(group.size)[: max(1, group.size // 2)] for name, group in graph.groups.items()}
+    before = {name: means[name][:1].sign() for name in graph.groups}
+    lp.prune(model, graph.plan({name: kept[name] for name in (kinds["value"], kinds["query-key"])}))
+    after = lp.criteria.score(graph, "mean_activation", batches, loss_of)  # of attention of unequal widths
+    assert all(values.isfinite().sum() == len(graph.kept(name)) for name, values in after.items())
+    assert before.keys() == after.keys()
