@@ -238,6 +238,7 @@ CAUGHT = "caught where it is called, and no refusal"
 ELSEWHERE: dict[str, str] = {
     "base.PruningCallback.check_criterion": BY_CONSTRUCTOR,
     "base.PruningCallback._check_ranking": BY_CONSTRUCTOR,
+    "base.PruningCallback.checked_blocks": BY_CONSTRUCTOR,
     "base._check_compensate": BY_CONSTRUCTOR,
     "batches.check_limit": BY_CONSTRUCTOR,
     "descriptions._described": CAUGHT,
