@@ -34,7 +34,7 @@ SOME_ROWS = pytest.mark.parametrize(
 NETWORKS = pytest.mark.parametrize("name", ordinary(battery.CALLBACKS, "default", "rl_joint", "vit"), scope="module")
 STOPS = ordinary(
     [(name, moments) for name in battery.CALLBACKS for moments in ("epochs", "steps")],
-    *[(name, "steps") for name in (*WAYS, "magnitude_stopping", "learn_to_prune")],
+    *[(name, "steps") for name in WAYS],
     ("vit", "epochs"), ("taylor", "epochs"),
 )  # fmt: skip
 EXAMPLE = torch.zeros(1, 1, 8, 8)

@@ -34,7 +34,7 @@ class ChannelCount(int):
 
     def __mul__(self, other: Any) -> Any:
         result = int(self) * other
-        if type(other) not in (int, AttributeNumber):
+        if type(other) not in (int, AttributeNumber) or other < 1:
             return result
         self._note_computed(other)
         multiple = _count(result, self.labels, self.record)
