@@ -20,14 +20,14 @@ from lightning_prune.callbacks.example_inputs import example_inputs as find_exam
 from lightning_prune.callbacks.extensions import extend_lightning
 from lightning_prune.callbacks.followers import Candidate, Following, followers, following
 from lightning_prune.callbacks.interrupting import tell_how_to_resume
-from lightning_prune.callbacks.monitors import start_anew
+from lightning_prune.callbacks.monitors import start_anew, tell_of_unlogged
 from lightning_prune.callbacks.plan_checkpoint_io import carry_plans
 from lightning_prune.callbacks.prune_batches import PruneBatches, arguments_of
 from lightning_prune.callbacks.ranks import agreed_plan, decided_by_first_rank
 from lightning_prune.callbacks.recording import Recorder
 from lightning_prune.callbacks.rehearsal import Rehearsal
 from lightning_prune.callbacks.relatives import frozen_parts, relations_in, tell_of_relations
-from lightning_prune.callbacks.result import found_result, interrupted_result, named_result
+from lightning_prune.callbacks.result import found_result, interrupted_result, named_result, try_result
 from lightning_prune.callbacks.resuming import tell_of_other_callbacks, tell_what_holds
 from lightning_prune.callbacks.run import Run as BaseRun
 from lightning_prune.callbacks.runtimes import check_runtime, planned_metric, prepare_runtime
@@ -445,6 +445,8 @@ class PruningCallback(Schedule, Callback):
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if is_trial(trainer):
+            tell_of_unlogged(trainer)
         if self._is_running:  # a run that is resumed after its end does not train
             self.result_path = self._result(trainer, pl_module)
             self.run.recorder.tell(self.result_path)
@@ -666,7 +668,10 @@ class PruningCallback(Schedule, Callback):
 
     def _result(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> str:
         """Return the path of a file with the result of the run, or ""."""
-        if is_trial(trainer) or plan_in_force(pl_module) is None:
+        if plan_in_force(pl_module) is None:
+            return ""
+        if is_trial(trainer):
+            try_result(trainer)
             return ""
         others = [getattr(other, "result_path", "") for other in trainer.callbacks]  # type: ignore[attr-defined]
         if not self.save_result:

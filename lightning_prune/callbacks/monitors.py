@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.namesakes import namesakes
+from lightning_prune.reporting.loggers import warn
 
-__all__ = ["model_checkpoints", "start_anew"]
+__all__ = ["model_checkpoints", "start_anew", "tell_of_unlogged"]
 
 
 def model_checkpoints(trainer: "pl.Trainer") -> list[ModelCheckpoint]:
@@ -49,6 +50,23 @@ def start_anew(trainer: "pl.Trainer", budget_is_met: bool) -> None:
         for saver in model_checkpoints(trainer):
             if saver.monitor is not None:  # others name what they have saved last
                 _forget_best(saver)
+
+
+def tell_of_unlogged(trainer: "pl.Trainer") -> None:
+    """Warn of what `ModelCheckpoint` and `EarlyStopping` go by and nobody has logged; in a trial run they do not.
+
+    Args:
+        trainer: The trainer, after a trial run.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, namesakes(ModelCheckpoint, EarlyStopping)) or callback.monitor is None:
+            continue
+        if callback.monitor not in trainer.callback_metrics:
+            names = ", ".join(map(repr, sorted(trainer.callback_metrics)))
+            warn(
+                f"{type(callback).__name__} goes by {callback.monitor!r}, which has not been logged in this trial run; "
+                f"logged were {names}."
+            )
 
 
 def _plateaus(trainer: "pl.Trainer") -> Iterator[ReduceLROnPlateau]:

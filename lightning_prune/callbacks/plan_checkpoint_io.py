@@ -105,7 +105,7 @@ class PlanCheckpointIO(CheckpointIO):
         # may be pruned before it writes them.
         module = self.trainer.lightning_module
         if module is not None and plan_in_force(module) is not None:
-            checkpoint = _with_plan(module, checkpoint, path)
+            checkpoint = _with_plan(self.trainer, checkpoint, path)
             if _is_handed_back(checkpoint, path):
                 checkpoint = copy.copy(checkpoint)
                 checkpoint[_RESULTS] = {name: one.result_path for name, one in _pruning(self.trainer).items()}
@@ -210,14 +210,15 @@ class _Restoring:
             del vars(module)["load_state_dict"]
 
 
-def _with_plan(module: "pl.LightningModule", checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:
+def _with_plan(trainer: "pl.Trainer", checkpoint: dict[str, Any], path: Any) -> dict[str, Any]:
     """Return a checkpoint with the plan of the module, if the weights in it are those of the module."""
+    module = trainer.lightning_module
     weights = checkpoint if _is_handed_back(checkpoint, path) else checkpoint.get("state_dict")
     if not isinstance(weights, dict) or not plan_belongs_to(module, weights):
         return checkpoint
     checkpoint = copy.copy(checkpoint)  # with the versions that torch notes on weights
     save_plan(module, checkpoint)
-    note_copies(checkpoint, copies_of_callbacks(module.trainer, module))
+    note_copies(checkpoint, copies_of_callbacks(trainer, module))
     return checkpoint
 
 

@@ -5,6 +5,7 @@ It is found among the files that `ModelCheckpoint` callbacks name, or written be
 
 import os
 from collections.abc import Iterable, Iterator
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +21,7 @@ from lightning_prune.checkpoint import saved_plan
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.reporting.loggers import run_folder, warn
 
-__all__ = ["found_result", "interrupted_result", "named_result"]
+__all__ = ["found_result", "interrupted_result", "named_result", "try_result"]
 
 _NAME = "pruned"
 
@@ -59,6 +60,17 @@ def named_result(trainer: "pl.Trainer", known: Iterable[str], budget_is_met: boo
         for saver in _outdated(trainer, "best_model_path"):
             saver.best_model_path = path  # the only file within the budget is the best one
     return path
+
+
+def try_result(trainer: "pl.Trainer") -> None:
+    """Warn if the result could not be written, or read back; nothing is left of it. To be called on all ranks.
+
+    Args:
+        trainer: The trainer, after a trial run.
+    """
+    with TemporaryDirectory() as folder:
+        path = os.path.join(folder, f"{_NAME}.ckpt")
+        _checked(trainer, path, _write(trainer, path))
 
 
 def interrupted_result(trainer: "pl.Trainer") -> str:

@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,13 @@ import battery
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -401,3 +408,31 @@ def test_a_trainer_that_was_made_before_is_told_of(tmp_path: Path, caplog: pytes
     with caplog.at_level("INFO"):
         battery.train(tmp_path, Forget(), PruningCallback(start_epoch=9, round_to=2), fast_dev_run=2)
     assert "whether the schedule of PruningCallback fits into max_epochs" in caplog.text
+
+
+def test_what_callbacks_look_at_and_nobody_logs_is_told(tmp_path: Path) -> None:
+    savers = [
+        ModelCheckpoint(tmp_path, monitor="val/accuracy"),
+        ModelCheckpoint(tmp_path, monitor="val/x", save_last=True),
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        battery.train(tmp_path, battery.make_callback("magnitude"), EarlyStopping("train/y"), *savers, fast_dev_run=2)
+    told = [str(warning.message) for warning in caught if "in this trial run" in str(warning.message)]
+    assert [text.partition(", which")[0] for text in told] == [
+        "EarlyStopping goes by 'train/y'", "ModelCheckpoint goes by 'val/x'"
+    ]  # fmt: skip
+    assert "'train/loss', 'val/accuracy'" in told[0]
+
+
+class Unwritable(Small):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        raise RuntimeError("no more of this")
+
+
+def test_a_result_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    callback = battery.make_callback("magnitude")
+    with pytest.warns(UserWarning, match=r"The pruned network could not be written to .* \(no more of this\)"):
+        battery.train(tmp_path, callback, module=Unwritable, fast_dev_run=2)
+    assert callback.result_path == ""
+    assert list(tmp_path.iterdir()) == []
