@@ -24,7 +24,9 @@ import statistics
 import sys
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from lightning_prune.planning import CostModel
 RESULTS = Path(__file__).parent / "results" / "attention.json"
 KINDS = ("heads", "query-key", "value", "stream")
 OTHERS = "MLP and others"
+PATIENCE_WITH_KIRIGAMI = 40  # seconds; it looks at every channel alone
 DRAWN = 2  # prunings of each kind
 Built = tuple[nn.Module, tuple[Any, ...]]
 COLUMNS = [
@@ -170,7 +173,7 @@ def examined(build: Callable[[], Built]) -> dict[str, Any]:
         record["wrong"] = shown(raised)
     record["theirs"] = theirs(build, hinted=False)
     record["hinted"] = theirs(build, hinted=True)
-    record["kirigami"] = theirs(build, hinted=False, taken_out=taken_out_by_kirigami)
+    record["kirigami"] = theirs(build, hinted=False, taken_out=taken_out_by_kirigami, patience=PATIENCE_WITH_KIRIGAMI)
     return record
 
 
@@ -219,16 +222,22 @@ def apart(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> dic
 # -- other libraries --------------------------------------------------------------------------------------------------
 
 
-def theirs(build: Callable[[], Built], hinted: bool, taken_out: Callable[..., float] = taken_out) -> Any:
+def theirs(
+    build: Callable[[], Built],
+    hinted: bool,
+    taken_out: Callable[..., float] = taken_out,
+    patience: int = PATIENCE_WITH_OTHERS,
+) -> Any:
     """Return the share of channels that another library can prune, or what is raised.
 
     Args:
         build: Makes the network.
         hinted: Whether Torch-Pruning gets its hints.
         taken_out: Prunes half of all channels, and returns twice the share that was pruned.
+        patience: How many seconds to wait for it.
     """
     try:
-        with at_most(PATIENCE_WITH_OTHERS):
+        with at_most(patience):
             torch.manual_seed(0)
             model, inputs = build()
             model = model.eval()
@@ -267,13 +276,22 @@ PROJECTIONS = {"qkv", "q", "k", "v", "kv", "query", "key", "value", "q_proj", "k
 
 
 def taken_out_by_kirigami(model: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """Return twice the share of channels that torch-kirigami takes out when it is asked for half of all."""
+    """Return twice the share of channels that torch-kirigami takes out: half of each axis of which it can any."""
     from torch_kirigami import DependencyGraph
-    from torch_kirigami.pruning import ChannelRatio, Greedy, GroupMagnitude, Pruner
+    from torch_kirigami.pruning import PlanningError, Pruner
 
     before = channels_of(model)
     pruner = Pruner(model, graph=DependencyGraph.build(model, args=inputs))
-    pruner.prune(pruner.discover_candidates(), budget=ChannelRatio(0.5), strategy=Greedy(GroupMagnitude(p=2)))
+    by_axis = defaultdict(list)
+    for candidate in pruner.discover_candidates().candidates:
+        by_axis[candidate.axis].append(candidate)
+    removed: list[Any] = []
+    for candidates in by_axis.values():
+        half = [one for candidate in candidates[: len(candidates) // 2] for one in candidate.remove]
+        with suppress(PlanningError):
+            pruner.plan_remove(half)
+            removed += half
+    pruner.apply(pruner.plan_remove(removed))
     model(*inputs)
     return 2 * (1 - channels_of(model) / before)
 
@@ -301,7 +319,8 @@ def row(name: str, record: dict[str, Any]) -> str:
     others = [f"{one:.2f}" if isinstance(one, float) else one for one in found]
     if "exact" not in record:
         return f"| {name} | {'- | ' * (len(COLUMNS) - 5)}{record['wrong']} | {' | '.join(others)} |"
-    groups = " | ".join(f"{record['kinds'][kind]:.3f}" for kind in (*KINDS, OTHERS))
+    kinds = record.get("kinds", {})
+    groups = " | ".join(f"{kinds[kind]:.3f}" if kinds else "-" for kind in (*KINDS, OTHERS))
     distances = record.get("apart", {}).values()
     distance = f"{max(distances):.0e}" if distances else record["wrong"] or "-"
     why = "; ".join(f"{reason} {share:.2f}" for reason, share in record["why"].items()) or "-"

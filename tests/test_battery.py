@@ -24,7 +24,12 @@ from lightning_prune.graph.resized import as_written
 from lightning_prune.pruning_plan import plan_in_force
 from lightning_prune.surgery.masks import mask
 
-ROWS = pytest.mark.parametrize("name", battery.CALLBACKS, scope="module")  # the tests of a row share a run
+# The tests of a row share a run. That of blocks is for the long run: `graph/test_blocks.py` has what is its own.
+ROWS = pytest.mark.parametrize(
+    "name",
+    ordinary(battery.CALLBACKS, *(name for name in battery.CALLBACKS if name != "blocks")),
+    scope="module",
+)
 # Where rows differ little in what is checked, the ordinary suite has one for each way of finding a plan, or network.
 SOME_ROWS = pytest.mark.parametrize(
     "name",

@@ -550,6 +550,7 @@ class PruningCallback(Schedule, Callback):
         graph = self._trace_steps(rehearsal, copies)
         tell_of_relations(graph, copies)
         refusals.refuse_averaged_models(pl_module, graph, copies)
+        refusals.refuse_pruned_blocks(self, graph)
         if not graph.groups:
             reasons = "; ".join(dict.fromkeys(unprunable.reason for unprunable in graph.unprunable.values()))
             raise ValueError(f"{type(self).__name__} finds nothing to prune: {reasons or 'no layer makes channels'}.")

@@ -34,9 +34,25 @@ __all__ = [
     "refuse_averaged_models",
     "refuse_few_steps",
     "refuse_other_callbacks",
+    "refuse_pruned_blocks",
     "refuse_short_run",
     "refuse_strategy",
 ]
+
+
+def refuse_pruned_blocks(callback: "PruningCallback", graph: ChannelGraph) -> None:
+    """Raise a ValueError if residual blocks have been pruned, and a method of its own looks at every group.
+
+    Args:
+        callback: The callback.
+        graph: What it is to prune.
+    """
+    plan = plan_in_force(graph.model)
+    if plan is not None and plan.emptied and len(callback.rankings) == 1:
+        raise ValueError(
+            f"{type(callback).__name__} cannot go on with a network that residual blocks have been pruned of; use "
+            "PruningCallback or TaylorRankCallback."
+        )
 
 
 def can_prune_under(strategy: Any) -> bool:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["FreeMultiheadAttention", "free", "sync_attention", "sync_encoder_layer"]
+__all__ = ["FreeMultiheadAttention", "free", "sync_attention", "sync_encoder", "sync_encoder_layer"]
 
 _ATTENTION = nn.MultiheadAttention
+_NESTED_BEFORE = "_use_nested_tensor_before"
 
 
 class FreeMultiheadAttention(nn.MultiheadAttention):
@@ -244,3 +245,21 @@ def sync_encoder_layer(layer: Any) -> None:
         fast = 2
     is_whole = all(parameter.numel() for parameter in layer.parameters())
     layer.activation_relu_or_gelu = fast if is_whole else 0
+
+
+def sync_encoder(encoder: Any) -> None:
+    """Let an encoder pad nothing away unless all of its layers run as one operator, which alone takes nested tensors.
+
+    Args:
+        encoder: A `torch.nn.TransformerEncoder`, whose layers are in step already.
+    """
+    before = vars(encoder).setdefault(_NESTED_BEFORE, encoder.use_nested_tensor)
+    encoder.use_nested_tensor = before and all(map(_runs_as_one, encoder.layers))
+
+
+def _runs_as_one(layer: Any) -> bool:
+    attention = getattr(layer, "self_attn", None)
+    if not isinstance(attention, _ATTENTION):
+        return False
+    has_even_heads = attention.num_heads % 2 == 0
+    return bool(attention._qkv_same_embed_dim and has_even_heads and layer.activation_relu_or_gelu)

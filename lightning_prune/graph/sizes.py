@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.graph.attention import sync_attention, sync_encoder_layer
+from lightning_prune.graph.attention import sync_attention, sync_encoder, sync_encoder_layer
 
 __all__ = ["class_name", "has_registered_sizes", "has_size_attributes", "size_attributes", "sync_attributes"]
 
@@ -88,6 +88,8 @@ def _sync_recurrent_cell(cell: Any) -> None:
     cell.hidden_size = cell.weight_hh.shape[1]
 
 
+_ENCODERS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
 # Subclasses are brought in step as their base class is.
 _SYNC_BY_CLASS: dict[type[nn.Module], Sync] = {
     nn.modules.conv._ConvNd: _sync_convolution,
@@ -102,6 +104,8 @@ _SYNC_BY_CLASS: dict[type[nn.Module], Sync] = {
     nn.RNNBase: _sync_recurrent,
     nn.RNNCellBase: _sync_recurrent_cell,
     nn.MultiheadAttention: sync_attention,
+    nn.TransformerEncoderLayer: sync_encoder_layer,
+    nn.TransformerEncoder: sync_encoder,
 }
 
 
@@ -139,7 +143,6 @@ def _sync_wave_rnn(network: Any) -> None:
 
 # By full name: what would take long to import, and users' own.
 _SYNC_BY_CLASS_NAME: dict[str, Sync] = {
-    "torch.nn.modules.transformer.TransformerEncoderLayer": sync_encoder_layer,
     "torchvision.ops.deform_conv.DeformConv2d": _sync_deformable,
     "timm.models.metaformer.Scale": _sync_scale,
     "diffusers.models.downsampling.Downsample1D": _sync_resampling,
@@ -186,8 +189,8 @@ def class_name(module: nn.Module) -> str:
 
 
 def has_registered_sizes(module: nn.Module) -> bool:
-    """Tell whether a function is registered by name that brings the size attributes of a module in step."""
-    return class_name(module) in _SYNC_BY_CLASS_NAME
+    """Tell whether a module may write down sizes of what is in it, as those do that are registered by name."""
+    return class_name(module) in _SYNC_BY_CLASS_NAME or isinstance(module, _ENCODERS)
 
 
 def has_size_attributes(module: nn.Module) -> bool:

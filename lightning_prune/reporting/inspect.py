@@ -39,7 +39,7 @@ def describe(graph: ChannelGraph) -> str:
     rows = [("group", "channels", "flops", "params", "layers")]
     for name, group in graph.groups.items():
         least = min(group.least, 1)
-        saved = [_saved(cost, name, least) for cost in (flops, params)]
+        saved = _saved(flops, name, least), _saved(params, name, least)
         rows.append((name, str(group.channels), *saved, _layers(group)))
     of_channels = [group for name, group in graph.groups.items() if name not in graph.blocks]
     channels = sum(group.channels for group in of_channels)

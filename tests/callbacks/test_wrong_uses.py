@@ -28,7 +28,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_prune as lp
-from lightning_prune.callbacks import LearnToPruneCallback, PruningCallback, TaylorRankCallback
+from lightning_prune.callbacks import AFIEEarlyPruneCallback, LearnToPruneCallback, PruningCallback, TaylorRankCallback
 from lightning_prune.checkpoint import save_plan
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -153,6 +153,13 @@ def pruned(keep: float = 0.5) -> nn.Module:
     model = battery.ResidualClassifier()
     graph = lp.trace(model, EXAMPLE)
     lp.prune(model, lp.plan(graph, lp.criteria.magnitude(graph), keep=keep, round_to=2))
+    return model
+
+
+def without_blocks() -> nn.Module:
+    model = battery.DeepClassifier()
+    graph = lp.trace(model, EXAMPLE, blocks=True)
+    lp.prune(model, graph.plan({next(iter(graph.blocks)): torch.arange(0)}))
     return model
 
 
@@ -341,6 +348,22 @@ MODELS: dict[str, Row] = {
         fit(TaylorRankCallback(), module=Mixing()), ValueError,
         "The Taylor criterion cannot watch what 'mix' (Mix) consumes of group 'lift'; add 'lift' to ignore, or use a "
         "criterion that needs no activations, such as 'l1', or 'taylor' with variant 'gate'.",
+    ),
+    "blocks and a method of its own": (
+        lambda root: AFIEEarlyPruneCallback(blocks=True), ValueError,
+        "AFIEEarlyPruneCallback decides by a method of its own how much each layer gives, which says nothing of",
+    ),
+    "blocks and scores of one layer": (
+        lambda root: PruningCallback(criterion="l1", blocks=True), ValueError,
+        "criterion='l1' compares channels with others of their group, which tells nothing of blocks; leave blocks out,",
+    ),
+    "blocks and scores of Taylor divided by their norm": (
+        lambda root: TaylorRankCallback(blocks=True), ValueError,
+        "variant='a' with normalize=None compares channels with others of their group, which tells nothing of blocks;",
+    ),
+    "a network without some of its blocks": (
+        fit(AFIEEarlyPruneCallback(), module=without_blocks()), ValueError,
+        "AFIEEarlyPruneCallback cannot go on with a network that residual blocks have been pruned of; use",
     ),
     "a part that is nothing but output": (
         fit(PruningCallback(module="head", example_inputs=[1, 48])), ValueError,

@@ -122,20 +122,18 @@ def test_network_without_blocks_is_the_one_with_zeros_in_their_last_layers(name:
     network, inputs = made(name)
     graph = lp.trace(network, inputs, blocks=True)
     assert list(graph.blocks) == NETWORKS[name][1]
-    for blocks in ([one] for one in graph.blocks):
-        for share in (1.0, 0.5):
-            plan = without(graph, blocks, share)
-            pruned = {group: planned.pruned.tolist() for group, planned in plan.groups.items() if len(planned.pruned)}
-            with masked_twin.zeros_in_weights(network, masked_twin.consumed(graph, pruned)), torch.no_grad():
-                expected = network(inputs)
-            smaller = copy.deepcopy(network)
-            lp.prune(smaller, plan)
-            with torch.no_grad():  # the encoder runs as one operator then
-                error = (smaller(inputs) - expected).abs().max() / expected.abs().max()
-            assert error < 1e-9
-            lp.surgery.mask(lp.trace(network, inputs, blocks=True), PruningPlan())  # which takes such a graph
-            other = torch.cat([inputs, inputs])
-            assert smaller(other).shape[0] == 2 * len(inputs)  # of another number of samples
+    first, *others = graph.blocks
+    for blocks, share in (([first], 1.0), (others, 1.0), ([first], 0.5), (others[:1], 0.5)):
+        plan = without(graph, blocks, share)
+        pruned = {group: planned.pruned.tolist() for group, planned in plan.groups.items() if len(planned.pruned)}
+        with masked_twin.zeros_in_weights(network, masked_twin.consumed(graph, pruned)), torch.no_grad():
+            expected = network(inputs)
+        smaller = copy.deepcopy(network)
+        lp.prune(smaller, plan)
+        with torch.no_grad():  # the encoder runs as one operator then
+            error = (smaller(inputs) - expected).abs().max() / expected.abs().max()
+        assert error < 1e-9
+        assert len(smaller(torch.cat([inputs, inputs]))) == 2 * len(inputs)  # of another number of samples
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -223,6 +221,7 @@ def test_training_goes_on_and_every_parameter_gets_a_gradient(name: str) -> None
         assert all(value.shape == parameter.shape for value in states)
 
 
+@pytest.mark.long
 def test_exported_program_has_nothing_of_a_block() -> None:
     network, inputs = made("convolutions")
     graph = lp.trace(network, inputs, blocks=True)
@@ -234,6 +233,40 @@ def test_exported_program_has_nothing_of_a_block() -> None:
     file = io.BytesIO()
     torch.save(network.state_dict(), file)
     assert file.tell() > 0
+
+
+class Padded(nn.Module):
+    """Gives an encoder whose layers PyTorch runs as one operator, on nested tensors, sequences of unequal length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+        self.make, self.encoder, self.head = nn.Linear(5, 16), nn.TransformerEncoder(layer, 2), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        encoded = self.encoder(self.make(x), src_key_padding_mask=padding)
+        return self.head(encoded.masked_fill(padding[..., None], 0.0))
+
+
+def test_encoder_without_a_block_or_a_head_runs_on_padded_sequences() -> None:
+    torch.manual_seed(0)
+    network, x = Padded().eval(), torch.randn(3, 6, 5)
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[0, 4:] = True
+    graph = lp.trace(network, (x, padding), blocks=True)
+    heads = [name for name, group in graph.groups.items() if group.kind == "heads"]
+    original = copy.deepcopy(network)
+    for kept in ({"encoder.layers.1.self_attn#block": NONE}, {heads[1]: torch.arange(3)}):
+        smaller = copy.deepcopy(network)
+        lp.prune(smaller, graph.plan(kept))
+        with torch.no_grad():
+            found = smaller(x, padding)
+        torch.testing.assert_close(found, smaller(x, padding))  # gradients keep PyTorch from the one operator
+        reshape(smaller, None)
+        smaller.load_state_dict(original.state_dict())
+        assert smaller.encoder.use_nested_tensor
+        with torch.no_grad():
+            torch.testing.assert_close(smaller(x, padding), original(x, padding))
 
 
 class TwiceUsed(nn.Module):
