@@ -207,7 +207,9 @@ def test_reloads_without_a_trainer(name: str, run: Run) -> None:
         torch.testing.assert_close(loaded(images), run.module.eval()(images), rtol=0, atol=0)
     checkpoint = torch.load(run.checkpoint, weights_only=True)
     assert checkpoint["lightning_prune"].keys() == {"plan", "aliases", "copies"}
-    assert checkpoint["lightning_prune"]["copies"] == ["Watch.weights"]  # in the shapes of a network that is pruned
+    assert checkpoint["lightning_prune"]["copies"] == [
+        ["Watch.weights", ""]
+    ]  # in the shapes of a network that is pruned
 
 
 @ROWS

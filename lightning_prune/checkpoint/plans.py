@@ -59,9 +59,9 @@ def note_copies(checkpoint: dict[str, Any], found: Iterable[tuple[str, Match]]) 
     """
     content = checkpoint[CHECKPOINT_KEY]
     pruned = PruningPlan.from_json(content["plan"]).shapes.keys()
-    names = [name for name, match in found if not pruned.isdisjoint(match.follower.tensors)]
-    if names:
-        content["copies"] = [*content.get("copies", []), *names]
+    noted = [[name, match.source] for name, match in found if not pruned.isdisjoint(match.follower.tensors)]
+    if noted:
+        content["copies"] = [*content.get("copies", []), *noted]
 
 
 def has_copies(checkpoint: Checkpoint) -> bool:
@@ -84,9 +84,10 @@ def prune_copies(model: nn.Module, checkpoint: Checkpoint, found: Iterable[tuple
     if plan is None or not has_copies(checkpoint) or plan_in_force(model) is not None:
         return
     check_plan(model, plan)
-    names, index = set(checkpoint[CHECKPOINT_KEY]["copies"]), plan.index()
+    noted, index = checkpoint[CHECKPOINT_KEY]["copies"], plan.index()
     for name, match in found:
-        if name in names:
+        # By what they are copies of, too: a layer of a whole teacher may be as wide as one that was pruned.
+        if [name, match.source] in noted:
             with in_place(list(match.follower.replacements(index))):
                 pass
 

@@ -37,7 +37,11 @@ class ChannelCount(int):
         if type(other) not in (int, AttributeNumber) or other < 1:
             return result
         self._note_computed(other)
-        multiple = _count(result, self.labels, self.record)
+        multiple = _count(
+            result,
+            self.labels,
+            self.record,
+        )
         multiple.times = self.times * other
         return multiple
 

@@ -415,10 +415,19 @@ class Search:
         if not grouping.groups:
             return _Verdict(works=True)
         fitted = self._fitted(grouping, observed.evaluation)
-        verdict = self._verify_beside(self._verifier(self.forward, grouping, fitted), observed)
+        beside = self._verifier(
+            self.forward,
+            grouping,
+            fitted,
+        )
+        verdict = self._verify_beside(beside, observed)
         if not verdict.works or not fitted.beside:
             return verdict
-        alone = self._verifier(self.forward, grouping, replace(fitted, beside={}))
+        alone = self._verifier(
+            self.forward,
+            grouping,
+            replace(fitted, beside={}),
+        )
         return self._verify_in_evaluation(alone, observed.evaluation)
 
     def _verify_beside(self, verifier: Verifier, observed: _Observed) -> _Verdict:
@@ -458,7 +467,11 @@ class Search:
             if not verdict.works:
                 return verdict
         for run in self.steps if grouping.groups else ():
-            verifier = self._verifier(run, grouping, self._fitted(grouping, observed.evaluation))
+            verifier = self._verifier(
+                run,
+                grouping,
+                self._fitted(grouping, observed.evaluation),
+            )
             trial = verifier.first_trial(run.step.training, observed.steps[run.step.name])
             findings = verifier.findings(trial)
             if findings:
