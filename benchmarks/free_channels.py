@@ -13,7 +13,9 @@ Networks come from packages in an environment of their own::
     free/bin/python benchmarks/free_channels.py [--results benchmarks/results/free_channels.json] [families ...]
 
 Each network has a process of its own, which is ended if it hangs. A run that is stopped goes on where it was. The page
-is written beside the file.
+is written beside the file, with a column for what an earlier engine left free, if there is a file of that: it is made
+with that engine on ``PYTHONPATH`` and ``--shares_alone``, and given as ``--before``. Networks that only run in single
+precision are compared in that, up to 1e-4.
 """
 
 import argparse
@@ -36,7 +38,6 @@ from free_networks import FAMILIES, Built
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from engine import randomised
 from masked_twin import distance, draw_pruned, judge, outputs_of, pruned_copy
 
 import lightning_prune as lp
@@ -50,12 +51,13 @@ LONGEST = (
     1800  # seconds after which a process is ended, for what takes no processor time or does not let itself be told
 )
 LARGE = 40_000_000  # parameters of networks that are not judged in float64
-LIMIT = 1e-9
+LIMIT, LIMIT_IN_SINGLE = 1e-9, 1e-4
+BEFORE = Path(__file__).parent / "results" / "free_channels_before.json"
 OUTPUT = "is an output of the network"
 UNUSED = "is used by no operator of the forward pass in evaluation mode"
 COLUMNS = [
-    "network", "parameters (M)", "trace (s)", "mask-exact", "not mask-exact", "unprunable", "why most are",
-    "masked - pruned", "Torch-Pruning",
+    "network", "parameters (M)", "free before", "trace (s)", "mask-exact", "not mask-exact", "unprunable",
+    "why most are", "masked - pruned", "Torch-Pruning",
 ]  # fmt: skip
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
@@ -76,11 +78,11 @@ def at_most(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def examined_apart(build: Callable[[], Built]) -> dict[str, Any]:
+def examined_apart(build: Callable[[], Built], shares_alone: bool) -> dict[str, Any]:
     """Return the record of a network that is examined in a process of its own."""
     context = multiprocessing.get_context("fork")  # which has imported what the others need
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sending.send(examined(build)))
+    process = context.Process(target=lambda: sending.send(examined(build, shares_alone)))
     process.start()
     sending.close()
     try:
@@ -94,7 +96,7 @@ def examined_apart(build: Callable[[], Built]) -> dict[str, Any]:
         process.join()
 
 
-def examined(build: Callable[[], Built]) -> dict[str, Any]:
+def examined(build: Callable[[], Built], shares_alone: bool) -> dict[str, Any]:
     """Return the record of a network, or what is raised."""
     torch.manual_seed(0)
     record: dict[str, Any] = {}
@@ -107,6 +109,8 @@ def examined(build: Callable[[], Built]) -> dict[str, Any]:
             graph = lp.trace(model, inputs)
             record["trace"] = time.process_time() - start
             record |= {**shares(graph), "wrong": "", "apart": None}
+            if shares_alone:
+                return record
             record |= judged(model, graph, inputs)
     except Exception as raised:
         record["wrong"] = f"{type(raised).__name__}: {raised}".splitlines()[0][:160]
@@ -146,11 +150,20 @@ def judged(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> di
         return {"wrong": "outputs of other shapes"}
     if sum(parameter.numel() for parameter in model.parameters()) > LARGE:
         return {}
-    model = randomised(copy.deepcopy(model).double()) if model.training else copy.deepcopy(model).double()
-    inputs = torch.utils._pytree.tree_map(_in_double, inputs)
+    in_double = copy.deepcopy(model).double(), torch.utils._pytree.tree_map(_in_double, inputs)
+    try:
+        return compared(*in_double, graph, LIMIT)
+    except RuntimeError as raised:
+        if "scalar type" not in str(raised):
+            raise
+    return compared(model, inputs, graph, LIMIT_IN_SINGLE)
+
+
+def compared(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, limit: float) -> dict[str, Any]:
+    """Compare a network without random channels of its mask-exact groups with its masked twin."""
     found = judge(model, graph, draw_pruned(graph), inputs)
     again = distance(outputs_of(model, inputs), outputs_of(model, inputs))
-    wrong = "falsely mask-exact" if found.apart > max(LIMIT, 10 * again) else ""
+    wrong = "falsely mask-exact" if found.apart > max(limit, 10 * again) else ""
     return {"apart": found.apart, "wrong": wrong}
 
 
@@ -193,13 +206,14 @@ def channels_of(model: nn.Module) -> int:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def page(records: dict[str, Any]) -> str:
+def page(records: dict[str, Any], before: dict[str, Any]) -> str:
     """Return a table of the families, and one of the networks of each."""
     by_family: dict[str, dict[str, Any]] = {}
     for key, record in records.items():
         family, _, name = key.partition(" | ")
-        by_family.setdefault(family, {})[name] = record
-    lines = ["# Free channels", "", "| family | networks | mean | smallest | wrong |", "|---|---|---|---|---|"]
+        by_family.setdefault(family, {})[name] = {**record, "before": before.get(key, {})}
+    lines = ["# Free channels", "", "| family | networks | mean before | mean | smallest | wrong |"]
+    lines.append("|---|---|---|---|---|---|")
     lines += [_family(family, networks) for family, networks in by_family.items()]
     for family, networks in by_family.items():
         lines += ["", f"## {family}", "", HEAD]
@@ -208,10 +222,19 @@ def page(records: dict[str, Any]) -> str:
 
 
 def _family(family: str, networks: dict[str, Any]) -> str:
-    free = [record["exact"] + record["inexact"] for record in networks.values() if "exact" in record]
+    free, before = [], []
+    for record in networks.values():
+        free += free_of(record)
+        before += free_of(record["before"])
     wrong = sum(1 for record in networks.values() if record["wrong"])
     mean, least = (f"{statistics.mean(free):.2f}", f"{min(free):.2f}") if free else ("-", "-")
-    return f"| {family} | {len(networks)} | {mean} | {least} | {wrong} |"
+    earlier = f"{statistics.mean(before):.2f} of {len(before)}" if before else "-"
+    return f"| {family} | {len(networks)} | {earlier} | {mean} | {least} | {wrong} |"
+
+
+def free_of(record: dict[str, Any]) -> list[float]:
+    """Return the share of channels that can be pruned, if the network was traced."""
+    return [record["exact"] + record["inexact"]] if "exact" in record else []
 
 
 def _row(name: str, record: dict[str, Any]) -> str:
@@ -219,21 +242,23 @@ def _row(name: str, record: dict[str, Any]) -> str:
     if isinstance(other, float):
         other = f"{other:.2f}"
     if "exact" not in record:
-        return f"| {name} | - | - | - | - | - | {record['wrong']} | - | {other} |"
+        return f"| {name} | - | - | - | - | - | - | {record['wrong']} | - | {other} |"
     why = "; ".join(f"{reason} {share:.2f}" for reason, share in record["why"].items())
     apart = "-" if record["apart"] is None else f"{record['apart']:.0e}"
     apart = f"{record['wrong']} ({apart})" if record["wrong"] else apart
     cells = [f"{record[kind]:.2f}" for kind in ("exact", "inexact", "unprunable")]
     params = f"{record['params'] / 1e6:.1f}"
-    return f"| {name} | {params} | {record['trace']:.1f} | {' | '.join(cells)} | {why} | {apart} | {other} |".replace(
-        "\n", " "
-    )
+    earlier = "".join(f"{share:.2f}" for share in free_of(record.get("before", {}))) or "-"
+    shown = [name, params, earlier, f"{record['trace']:.1f}", *cells, why, apart, str(other)]
+    return f"| {' | '.join(shown)} |".replace("\n", " ")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--before", type=Path, default=BEFORE, help="what an earlier engine left free")
+    parser.add_argument("--shares_alone", action="store_true", help="prune nothing, as for an earlier engine")
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -243,11 +268,11 @@ def main() -> None:
         for name, build in FAMILIES[family]():
             key = f"{family} | {name}"
             if key not in results:
-                results[key] = examined_apart(build)
+                results[key] = examined_apart(build, settings.shares_alone)
                 stored.save(settings.results, results)
                 print(_row(key, results[key]), flush=True)
     stored.save(settings.results, results)
-    stored.save_page(settings.results, page(results))
+    stored.save_page(settings.results, page(results, stored.load(settings.before)))
 
 
 if __name__ == "__main__":

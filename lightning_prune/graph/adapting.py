@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lightning_prune.graph.caches import empty_caches
 from lightning_prune.graph.resized import leave, resize
 from lightning_prune.graph.sizes import sync_attributes
 from lightning_prune.pruning_plan import Adaptation, Count, PruningPlan, Shares
@@ -12,7 +13,7 @@ __all__ = ["adapt", "adapt_to"]
 
 
 def adapt(model: nn.Module, plan: PruningPlan, earlier: PruningPlan | None = None, module: str = "") -> None:
-    """Bring the numbers that modules of a model compute shapes with in step with a plan.
+    """Bring the numbers that modules of a model compute shapes with in step with a plan, and empty what they cache.
 
     Args:
         model: The model, or a twin of it.
@@ -28,6 +29,7 @@ def adapt(model: nn.Module, plan: PruningPlan, earlier: PruningPlan | None = Non
         adaptations = {name[len(module) + 1 :]: one for name, one in inside.items()}
     if adaptations:
         adapt_to(model, adaptations, plan.shares)
+    empty_caches(model)
 
 
 def adapt_to(model: nn.Module, adaptations: Mapping[str, Adaptation], shares: Shares) -> None:

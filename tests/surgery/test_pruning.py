@@ -458,3 +458,39 @@ def test_pruning_makes_no_float64_of_a_model_in_another_precision(precision: tor
         lp.prune(model, plan, [optimizer])
         reshape(model, None)
     assert all(p.dtype is precision for p in model.parameters())
+
+
+class Caching(nn.Module):
+    """Keeps what it makes of its weights, in evaluation mode, until it trains again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.gain = nn.Parameter(torch.rand(6))
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.second(self.first(x) * self.gain.exp())
+        if "gain" not in self.kept:
+            self.kept["gain"] = self.gain.exp()
+        return self.second(self.first(x) * self.kept["gain"])
+
+    def train(self, mode: bool = True) -> "Caching":
+        if mode:
+            self.kept = {}
+        return super().train(mode)
+
+
+def test_what_a_module_keeps_of_its_weights_in_evaluation_mode_is_emptied():
+    model, x = nn.Sequential(Caching(), nn.Dropout()).double().eval(), torch.randn(2, 3, dtype=torch.float64)
+    model(x)
+    graph = lp.trace(model, x)
+    assert list(graph.groups) == ["0.first"]
+    model(x)
+    plan = graph.plan({"0.first": torch.tensor([0, 2, 5])})
+    twin = copy.deepcopy(model)
+    mask(lp.trace(twin, x), plan)
+    lp.prune(model, plan)
+    assert [module.training for module in model.modules()] == [False] * 5
+    torch.testing.assert_close(model(x), twin(x), rtol=0, atol=1e-12)
