@@ -482,6 +482,7 @@ class Caching(nn.Module):
         return super().train(mode)
 
 
+@torch.no_grad()
 def test_what_a_module_keeps_of_its_weights_in_evaluation_mode_is_emptied():
     model, x = nn.Sequential(Caching(), nn.Dropout()).double().eval(), torch.randn(2, 3, dtype=torch.float64)
     model(x)
