@@ -67,7 +67,7 @@ def never_validates(trainer: "pl.Trainer") -> bool:
     if not trainer.enable_validation:
         return True
     turned_off = _asked(trainer, "limit_val_batches") == 0 and not _asked(trainer, "overfit_batches")
-    return is_trial(trainer) and turned_off
+    return turned_off and is_trial(trainer)
 
 
 def steps_of(trainer: "pl.Trainer") -> tuple[int, int] | None:
