@@ -28,7 +28,10 @@ def narrow_groups(graph: ChannelGraph, plan: PruningPlan) -> dict[str, float]:
         {'0': 0.05}
     """
     widths = plan.widths
-    sizes = {name: group.size for name, group in graph.groups.items() if not _is_of_pruned_block(graph, plan, group)}
+    sizes = {}
+    for name, group in graph.groups.items():
+        if not _is_of_pruned_block(graph, plan, group):
+            sizes[name] = group.size
     kept = {name: widths.get(name, size) for name, size in sizes.items()}
     total = max(1, sum(sizes.values()))
     of_all = sum(kept.values()) / total
@@ -40,6 +43,11 @@ def _is_of_pruned_block(graph: ChannelGraph, plan: PruningPlan, group: Group) ->
     """Tell whether a group is a residual block, or lies in one that is pruned."""
     if not graph.blocks:
         return False
-    pruned = {name for name, planned in plan.groups.items() if not planned.kept}
+    if group.name in graph.blocks:
+        return True
+    pruned = set()
+    for name, planned in plan.groups.items():
+        if not planned.kept:
+            pruned.add(name)
     blocks = {graph.block_of(module) for module in group.modules}
-    return group.name in graph.blocks or blocks <= pruned
+    return blocks <= pruned
