@@ -363,6 +363,7 @@ def main() -> None:
             results[name] = {**examined_apart(NETWORKS[name]), "made": made}
             print(row(name, results[name]), flush=True)
             stored.save(settings.results, results)
+            stored.save_page(settings.results, page(results))
     stored.save_page(settings.results, page(results))
 
 

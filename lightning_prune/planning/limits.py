@@ -118,6 +118,10 @@ class Limits:
         allowed = np.maximum(multiples, self.least)
         return np.where(widths >= self.most, self.most, allowed)
 
+    def is_block(self, group: int) -> bool:
+        """Tell whether a group, given by number, is a residual block."""
+        return not self._groups[group].least
+
     def step_of(self, group: int, round_to: int) -> int:
         """Return what widths of a group would be multiples of, were its layers rounded to another multiple."""
         return _step(self._groups[group], round_to)

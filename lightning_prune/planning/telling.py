@@ -50,6 +50,10 @@ def _coarsest(widths: np.ndarray, cost: CostModel, limits: Limits) -> str:
         steps[name] = cost.fraction(wider) - cost_now
     name = max(steps, key=lambda name: steps[name])
     step = steps[name]
+    group = cost.groups.index(name)
+    if limits.is_block(group):
+        at_least = cost_now + step
+        return f"{name!r} is {step:.3f} of the cost, and is pruned whole or not; raise keep to {at_least:.3f} for it."
     remedy = "lower round_to" if limits.round_to > 1 else f"raise keep to {cost_now + step:.3f} for it"
     return f"one step of round_to={limits.round_to} in {name!r} is {step:.3f} of the cost; {remedy}."
 

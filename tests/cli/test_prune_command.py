@@ -102,6 +102,21 @@ def test_class_and_data_come_from_the_checkpoint_and_the_config_of_its_run(
     assert torch.load(out, weights_only=True)["hyper_parameters"] == weights
 
 
+@pytest.mark.long
+def test_one_option_lets_residual_blocks_be_pruned(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small.ckpt"
+    with pytest.warns(
+        UserWarning, match="'second#block' is .* of the cost, and is pruned whole or not; raise keep to 1"
+    ):
+        told = pruned(capsys, trained, out, "--keep", "0.05", "--blocks")  # for which the block has to go
+    model = lp.load_pruned(battery.ResidualClassifier, out)
+    assert plan_in_force(model).groups["second#block"].kept == ()
+    assert not sum(parameter.numel() for parameter in (*model.first.parameters(), *model.second.parameters()))
+    assert f" pruned, {accuracy(model, Images()):.4f} compensated" in told
+
+
 def test_it_is_what_the_callback_does_before_the_first_batch(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from lightning_prune.criteria.channel_scores import with_blocks
 from lightning_prune.criteria.registry import scores_blocks
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.models import SmallImageViT
-from lightning_prune.planning import CostModel, isomorphic_groups
+from lightning_prune.planning import CostModel, isomorphic_groups, narrow_groups
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery import reshape
 
@@ -356,6 +356,24 @@ def test_block_scores_as_its_channels_do_on_average() -> None:
     again = with_blocks(graph, {name: scores[name] for name in graph.channels().groups})
     assert again["1.bn2#block"].tolist() == [-torch.inf]
     assert "1.conv1" not in again
+
+
+def test_what_is_pruned_with_a_block_is_not_called_narrow() -> None:
+    graph = lp.trace(nn.Sequential(nn.Linear(3, 40), Plus(), nn.Linear(40, 2)), torch.randn(2, 3), blocks=True)
+    narrow = {"1.branch.0": torch.arange(1)}
+    assert list(narrow_groups(graph, graph.plan(narrow))) == ["1.branch.0"]
+    assert narrow_groups(graph, graph.plan({**narrow, "1.branch#block": NONE})) == {}
+
+
+class Plus(nn.Module):
+    """Adds two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
 
 
 def test_isomorphic_ranking_compares_blocks_with_blocks() -> None:
