@@ -30,7 +30,7 @@ from lightning_prune.models import ImageClassifier
 
 ASKED = 0.01
 FIRST_EPOCHS = 20  # of the digits
-# Settings of the module, most epochs, batches of an epoch, learning rate: one that leaves a trained network where it is.
+# Settings of the module, most epochs, batches of an epoch, and a learning rate that leaves a trained network as it is.
 NETWORKS: dict[str, tuple[dict[str, Any], int, float, float]] = {
     "digits": ({"network": "digits", "input_shape": (1, 8, 8)}, 60, 1.0, 0.01),
     "vgg11_bn/4": ({"network": "vgg11_bn", "network_args": {"width": 0.25}}, 31, 60, 0.002),
