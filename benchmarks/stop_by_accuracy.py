@@ -30,11 +30,11 @@ from lightning_prune.models import ImageClassifier
 
 ASKED = 0.01
 FIRST_EPOCHS = 20  # of the digits
-# Settings of the module, most epochs, batches of an epoch.
-NETWORKS: dict[str, tuple[dict[str, Any], int, float]] = {
-    "digits": ({"network": "digits", "input_shape": (1, 8, 8)}, 60, 1.0),
-    "vgg11_bn/4": ({"network": "vgg11_bn", "network_args": {"width": 0.25}}, 31, 60),
-    "resnet20": ({"network": "resnet20"}, 21, 60),
+# Settings of the module, most epochs, batches of an epoch, and a learning rate that leaves a trained network as it is.
+NETWORKS: dict[str, tuple[dict[str, Any], int, float, float]] = {
+    "digits": ({"network": "digits", "input_shape": (1, 8, 8)}, 60, 1.0, 0.01),
+    "vgg11_bn/4": ({"network": "vgg11_bn", "network_args": {"width": 0.25}}, 31, 60, 0.002),
+    "resnet20": ({"network": "resnet20"}, 21, 60, 0.002),
 }
 
 
@@ -51,7 +51,7 @@ class Ending(L.Callback):
 
 def started(name: str, seed: int, settings: argparse.Namespace) -> tuple[ImageClassifier, Any]:
     """Return a trained network, trained now or before, and its data."""
-    module = ImageClassifier(**NETWORKS[name][0], optimization={"lr": 0.01, "weight_decay": 5e-4})
+    module = ImageClassifier(**NETWORKS[name][0], optimization={"lr": NETWORKS[name][3], "weight_decay": 5e-4})
     if name != "digits":
         runner = Runner(name, seed, settings)
         module.network.load_state_dict(runner.network().state_dict())
@@ -70,7 +70,7 @@ def run(name: str, seed: int, settings: argparse.Namespace) -> dict[str, Any]:
     """Prune while the metric stays within what is asked; returns what came of it."""
     L.seed_everything(seed, verbose=False)
     module, data = started(name, seed, settings)
-    _, epochs, batches = NETWORKS[name]
+    _, epochs, batches, _ = NETWORKS[name]
     pruner = PruningCallback(
         max_drop=ASKED, monitor="val/accuracy", step_keep=0.8, every_n_epochs=2, validate_batches=0, save_result=False
     )
