@@ -1,10 +1,10 @@
 """Ask for a drop of at most one point of validation accuracy: how small does the network get, and what is it worth?
 
 A trained network trains on with ``PruningCallback(max_drop=0.01, monitor="val/accuracy", distill=True)``, which takes a
-tenth of the FLOPs that are left every second epoch, and the last prune back that the metric does not recover from. The digits are those of
-UCI; on CIFAR-10 the networks are those that `criteria_finetune.py` starts from, and an epoch is a part of the training
-images. A run ends when a prune has been taken back, or after so many epochs. Test images are looked at before and
-after, and the callback knows nothing of them.
+tenth of the FLOPs that are left every second epoch, and the last prune back that the metric does not recover from. The
+digits are those of UCI; on CIFAR-10 the networks are those that `criteria_finetune.py` starts from, and an epoch is a
+part of the training images. A run ends when a prune has been taken back, or after so many epochs. Test images are
+looked at before and after, and the callback knows nothing of them.
 
 The page is written beside the file of results, which is added to as it comes::
 
