@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import statistics
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ class Plot:
     @property
     def file(self) -> str:
         """Name of the file."""
-        return f"{self.look.prefix}_{self.network.replace('/', '-')}.svg"
+        return f"{self.look.prefix}_{re.sub(r'[/ ,]+', '-', self.network)}.svg"
 
     @property
     def digest(self) -> str:
