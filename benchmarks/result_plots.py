@@ -3,8 +3,8 @@
 import hashlib
 import io
 import json
-import statistics
 import re
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
