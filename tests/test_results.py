@@ -489,7 +489,7 @@ def test_a_wrong_step_of_an_optimizer_is_called_wrong():
 def test_the_page_of_free_channels_is_what_its_records_give_and_none_is_falsely_exact():
     records = json.loads((files.RESULTS / "free_channels.json").read_text())
     free_channels = import_module("free_channels")
-    assert (files.RESULTS / "free_channels.md").read_text() == free_channels.page(records)
+    assert (files.RESULTS / "free_channels.md").read_text() == free_channels.page(records, {})
     assert not {"falsely mask-exact", "outputs of other shapes"} & {record["wrong"] for record in records.values()}
 
 

@@ -265,6 +265,7 @@ ELSEWHERE: dict[str, str] = {
     "prune_batches.PruneBatches._step": CAUGHT,
     "ranks.decided_by_first_rank": "hands on what the first rank raises",
     "ranks.agreed_plan": ON_RANKS,
+    "refusals.refuse_pruned_blocks": "test_wrong_uses.py has it, and tries it out",
     "refusals.refuse_strategy": IN_SETUP,
     "refusals._refuse_another_version": IN_SETUP,
     "rehearsal.Rehearsal.entry": "test_wrong_uses.py has it for data in words",
