@@ -4,14 +4,15 @@ Half of the FLOPs leave after half of the training. All arms of a seed have the 
 same order with the same augmentation, steps, and learning rate, which falls along a cosine in each half. Accuracy is
 that on the test images after the last step; nothing is chosen by it.
 
-- joint: `RLJointPruneCallback`; the same with an agent that acts at random, and without the penalty;
-- fixed weights: the same agent with as many episodes, on the network as it is after the first half (as AMC does);
+- joint: `RLJointPruneCallback`; the same with an agent that acts at random, without the penalty, without the model of
+  the epochs so far, and with one that is given the epochs in another order; and with the prune compensated;
+- fixed weights: the same agent with as many episodes, all before the last epoch of the first half (as AMC does);
 - L1: the filters of least norm leave, over the whole network or the same share of each layer;
+- compensated default: `PruningCallback` as it comes, with its criterion and its compensation;
 - not pruned.
 
-Trained from scratch, or from published weights. The strength of the penalty is such that it would take ``--pull`` off
-the norm of the weights that are to leave, if nothing else acted on them: schedules of different lengths need different
-ones. Seconds are of processor time; a first half that several arms have in common counts for the first of them.
+Trained from scratch, or from published weights. The penalty is as strong as the callback makes it. Seconds are of
+processor time; a first half that several arms have in common counts for the first of them.
 
 Results are added to a file as they come, and a run that is started again goes on where it stopped::
 
@@ -24,9 +25,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import stored
+import torch
 from torch import Tensor
 from training import outcome, quiet_trainer
 from typing_extensions import override
@@ -37,6 +40,9 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.models import ImageClassifier, Optimization
 from lightning_prune.planning.by_layer import plan_by_layer
 from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.rl.environment_model import EnvironmentModel
+from lightning_prune.search import policy_search
+from lightning_prune.search.width_search import WidthSearch
 
 KEEP = 0.5
 BUDGET: dict[str, Any] = {"keep": KEEP, "round_to": 1, "min_channels": 4}
@@ -50,43 +56,46 @@ class Joint(RLJointPruneCallback):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.rewards: list[list[float]] = []  # of each round: mean of the episodes, and that of the choice in force
-        self.penalties: list[float] = []  # before each epoch, the last one aside
+        self.norms: list[float] = []  # of what leaves, their sum before each epoch, the last one aside
         self.seconds = {"measuring": 0.0, "learning": 0.0}
 
     @override
     def begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().begin_epoch(trainer, pl_module)
-        if "alignment" in self.figures:
-            self.penalties.append(self.figures["alignment"])
+        if "alignment" in self.state.figures:
+            self.norms.append(self.state.figures["alignment"])
 
     @override
     def _play_and_learn(self, trainer: L.Trainer, left: int) -> None:
         began = time.process_time() - self.seconds["measuring"]
         super()._play_and_learn(trainer, left)
         self.seconds["learning"] += time.process_time() - self.seconds["measuring"] - began
-        self.rewards.append([self.figures["reward"], self.figures["best_reward"]])
+        self.rewards.append([self.state.figures["reward"], self.state.figures["best_reward"]])
 
     @override
-    def _measure(self, *args: Any, **settings: Any) -> Tensor:
+    def measure(self, plans: list[PruningPlan], limit: int | None = None) -> Tensor:
         began = time.process_time()
-        found = super()._measure(*args, **settings)
+        found = super().measure(plans, limit)
         self.seconds["measuring"] += time.process_time() - began
         return found
 
 
-class FixedWeights(Joint):
-    """Play all rounds right before the prune, on weights that have been trained without it."""
+class Shuffled(Joint):
+    """Gives the agent what the model of the epochs so far has learned of others."""
 
     @override
-    def searches(self, epoch: int) -> bool:
-        return False
+    def _make_search(self, steps: int) -> WidthSearch:
+        with mock.patch.object(policy_search, "EnvironmentModel", ShuffledModel):
+            return super()._make_search(steps)
+
+
+class ShuffledModel(EnvironmentModel):
+    """Takes each epoch for another one."""
 
     @override
-    def begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch == self.start_epoch:
-            for left in reversed(range(self.start_epoch - self.warmup_epochs)):
-                self._play_and_learn(trainer, left)
-        super().begin_epoch(trainer, pl_module)
+    def representation(self, epoch: Tensor) -> Tensor:
+        order = torch.randperm(self.epochs, generator=torch.Generator().manual_seed(0))
+        return super().representation(order[epoch.long()])
 
 
 class Uniform(PruningCallback):
@@ -102,45 +111,56 @@ def joint(kind: type[Joint], settings: Settings, seed: int, **changes: Any) -> J
     """Make the callback of an arm with an agent."""
     common: dict[str, Any] = {
         "agent": settings.agent, "start_epoch": settings.epochs // 2, "warmup_epochs": settings.warmup,
-        "episodes": settings.episodes, "strength": strength(settings), "limit_batches": settings.batches,
+        "episodes": settings.episodes, "limit_batches": settings.batches,
         "candidate_batches": settings.recalibrate, "seed": seed,
     }  # fmt: skip
     return kind(**{**BUDGET, **common, **changes})
 
 
-def strength(settings: Settings) -> float:
-    """Return the strength with which the penalty, alone, takes ``settings.pull`` off a norm until the prune."""
-    half, schedule = settings.epochs // 2, optimization(settings)
-    factors = sum(schedule.factor(epoch, settings.epochs) for epoch in range(settings.warmup, half))
-    return settings.pull * (1 - MOMENTUM) / (settings.lr * factors * settings.steps)
+def half(settings: Settings) -> dict[str, Any]:
+    """Return the settings of the arms that prune after half of the training."""
+    return {"start_epoch": settings.epochs // 2, **BUDGET}
 
 
 def optimization(settings: Settings) -> Optimization:
     return Optimization(settings.lr, optimizer_args={"momentum": MOMENTUM}, restarts=[settings.epochs // 2])
 
 
+def fixed_weights(settings: Settings, seed: int) -> Joint:
+    """Make the callback that plays all rounds before the last epoch of the first half, and has no penalty."""
+    last = settings.epochs // 2 - 1
+    rounds = settings.epochs // 2 - settings.warmup
+    return joint(Joint, settings, seed, warmup_epochs=last, rounds=rounds, strength=0.0)
+
+
 ARMS: dict[str, Callable[[Settings, int], PruningCallback | None]] = {
     "joint": lambda settings, seed: joint(Joint, settings, seed),
-    "L1": lambda settings, seed: PruningCallback(start_epoch=settings.epochs // 2, **BUDGET),
-    "uniform L1": lambda settings, seed: Uniform(start_epoch=settings.epochs // 2, **BUDGET),
-    "fixed weights": lambda settings, seed: joint(FixedWeights, settings, seed),
-    "not pruned": lambda settings, seed: None,
     "joint, random agent": lambda settings, seed: joint(Joint, settings, seed, agent="random"),
     "joint, no penalty": lambda settings, seed: joint(Joint, settings, seed, strength=0.0),
+    "fixed weights": fixed_weights,
+    "L1": lambda settings, seed: PruningCallback(criterion="l1", compensate="none", **half(settings)),
+    "uniform L1": lambda settings, seed: Uniform(criterion="l1", compensate="none", **half(settings)),
+    "compensated default": lambda settings, seed: PruningCallback(**half(settings)),
+    "joint, compensated": lambda settings, seed: joint(Joint, settings, seed, compensate="refit"),
+    "not pruned": lambda settings, seed: None,
+    "joint, no model of epochs": lambda settings, seed: joint(
+        Joint, settings, seed, search_settings={"environment_size": 0}
+    ),
+    "joint, shuffled model of epochs": lambda settings, seed: joint(Shuffled, settings, seed),
 }
 
 
 def run(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train one arm, the first half only once for those that have it in common."""
     callback, began = ARMS[arm](settings, seed), time.process_time()
-    common = None if type(callback) is Joint else first_half(seed, settings)
+    common = None if type(callback) in (Joint, Shuffled) else first_half(seed, settings)
     module, data = make_module(seed, settings), make_data(seed, settings)
     trainer = make_trainer(settings, settings.epochs, [] if callback is None else [callback])
     trainer.fit(module, datamodule=data, ckpt_path=common)
     total = time.process_time() - began
     record = {**outcome(trainer, module, data), "seconds": {"training": total}}
     if isinstance(callback, Joint):
-        record |= {"rewards": callback.rewards, "strength": callback.strength, "penalties": callback.penalties}
+        record |= {"rewards": callback.rewards, "norms": callback.norms}
         record["seconds"] = {"training": total - sum(callback.seconds.values()), **callback.seconds}
     return record
 
@@ -206,7 +226,6 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=10, help="in each epoch with episodes")
     parser.add_argument("--batches", type=int, default=8, help="of 128 validation images that rewards are measured on")
     parser.add_argument("--recalibrate", type=int, default=3, help="batches that the statistics of choices follow")
-    parser.add_argument("--pull", type=float, default=5.0, help="what the penalty takes off a norm")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--work", type=Path, default=Path("logs/rl_joint"), help="where first halves are kept")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "rl_joint.json")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.callbacks.alignment import Alignment
+from lightning_prune.callbacks.alignment import Alignment, Pull
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.batches import ValidationBatches, check_limit, training_batches
 from lightning_prune.callbacks.monitoring import check_candidates, check_measure, measure_in
@@ -61,8 +61,8 @@ class RLJointPruneCallback(PruningCallback):
         episodes: Number of episodes in a round, at least 2.
         rounds: Number of rounds in each of them; the agent learns after each. Many in a single epoch are a search on
             weights that do not change.
-        strength: Weight of the penalty. By itself, under SGD, it takes ``strength`` times the sum of the learning rates
-            of all steps, over 1 - momentum, off each norm: short schedules need more than the default.
+        strength: Weight of the penalty, at least 0; by default it follows the schedule, see `Pull`: in each step it is
+            such that the norms would reach zero by the prune, if nothing else acted on them.
         squared: Whether the norms that make up the penalty are squared.
         finalists: How many of the best choices of an epoch are measured again in the next one.
         compensate_candidates: How each choice is compensated before it is measured, whatever ``compensate`` says of
@@ -108,6 +108,8 @@ class RLJointPruneCallback(PruningCallback):
             searched_epoch: The last epoch that episodes were played before.
             best: Widths of the choices that earned most in the last round, best first.
             in_force: Channels to keep, by group, of the choice that the weights are drawn towards.
+            drawn_epoch: The last epoch that `drawn` was set before.
+            drawn: What a step of that epoch is to take off a norm, times what gradients are multiplied by for that.
             figures: What is logged of the last round, by name.
         """
 
@@ -115,6 +117,8 @@ class RLJointPruneCallback(PruningCallback):
         searched_epoch: int = field(default=-1, metadata=under(*_OF_BUDGET))
         best: list[list[int]] = field(default_factory=list, metadata=under(*_OF_BUDGET))
         in_force: dict[str, list[int]] = field(default_factory=dict, metadata=under(*_OF_BUDGET))
+        drawn_epoch: int = -1
+        drawn: float = 0.0
         figures: dict[str, float] = field(default_factory=dict, metadata=under(*_OF_BUDGET))
 
     @dataclass
@@ -126,12 +130,14 @@ class RLJointPruneCallback(PruningCallback):
             training: Batches to compensate choices on.
             memory: What was collected to compensate choices, for as long as the weights are the same.
             alignment: What draws the weights towards the choice in force.
+            pull: What tells how strongly.
         """
 
         search: WidthSearch = field(init=False)
         training: list[Any] = field(default_factory=list)
         memory: Memory = field(default_factory=Memory)
         alignment: Alignment | None = None
+        pull: Pull = field(init=False)
 
     cap = 0.8
     can_stop = False
@@ -149,7 +155,7 @@ class RLJointPruneCallback(PruningCallback):
         search_epochs: int | None = None,
         episodes: int = 10,
         rounds: int = 1,
-        strength: float = 5e-5,
+        strength: float | None = None,
         squared: bool = False,
         finalists: int = 5,
         compensate_candidates: str = "statistics",
@@ -172,7 +178,7 @@ class RLJointPruneCallback(PruningCallback):
         if not 0 <= warmup_epochs < start_epoch:
             raise ValueError(f"warmup_epochs must be below start_epoch={start_epoch}; got {warmup_epochs!r}.")
         check_whole_number("rounds", rounds, 1)
-        if strength < 0 or finalists < 0:
+        if (strength or 0.0) < 0 or finalists < 0:
             raise ValueError("strength and finalists must be at least 0.")
         check_candidates(compensate_candidates, candidate_batches)
         check_limit(limit_batches)
@@ -264,7 +270,7 @@ class RLJointPruneCallback(PruningCallback):
         # gradients of distributed training, averaged by now, get what is the same on all ranks.
         if self.run.alignment is not None:
             accumulated = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self.run.alignment.add_gradient(loss_scale(trainer) / accumulated)
+            self.run.alignment.add_gradient(self._strength() * loss_scale(trainer) / accumulated)
 
     # -- episodes --------------------------------------------------------------------------------------------------
 
@@ -332,9 +338,29 @@ class RLJointPruneCallback(PruningCallback):
         if self.steps_done == self.steps or not self.state.in_force:
             return
         kept = {name: torch.tensor(channels) for name, channels in self.state.in_force.items()}
-        plan = self.run.graph.plan(kept)
-        self.run.alignment = Alignment(self.run.graph, plan, self.strength, self.squared)
-        self.state.figures["alignment"] = self.run.alignment.penalty()
+        alignment = Alignment(self.run.graph, self.run.graph.plan(kept), self.squared)
+        self.run.alignment = alignment
+        self.run.pull = Pull(self.run.trainer.optimizers, alignment.parameters())
+        epoch = self.run.trainer.current_epoch
+        if self.state.drawn_epoch < epoch:
+            self.state.drawn_epoch = epoch
+            self.state.drawn = alignment.to_vanish() * self.run.pull.scale() / self._steps_to_come()
+        self.state.figures["alignment"] = alignment.penalty()
+
+    def _strength(self) -> float:
+        """Return the weight of the penalty in the step at hand."""
+        if self.strength is not None:
+            return self.strength
+        learning_rate = self.run.pull.learning_rate()
+        return self.state.drawn / learning_rate if learning_rate > 0 else 0.0  # nothing moves without
+
+    def _steps_to_come(self) -> float:
+        """Return the number of optimizer steps until the prune, as far as it can be told."""
+        trainer = self.run.trainer
+        in_epoch: float = trainer.num_training_batches / trainer.accumulate_grad_batches
+        if in_epoch == float("inf"):  # a stream of unknown length, of which an epoch has passed or not
+            in_epoch = trainer.global_step / trainer.current_epoch if trainer.current_epoch else in_epoch
+        return in_epoch * (self.start_epoch - trainer.current_epoch)
 
     def _search_epochs_from(self, first: int) -> list[int]:
         """Return the epochs from a first one on that episodes come before."""
@@ -367,7 +393,9 @@ class RLJointPruneCallback(PruningCallback):
 
     def _forget_search(self) -> None:
         """Drop what served to choose the channels, which now have been chosen."""
-        self.state = replace(self.state, search=None, searched_epoch=-1, best=[], in_force={}, figures={})
+        self.state = replace(
+            self.state, search=None, searched_epoch=-1, best=[], in_force={}, drawn_epoch=-1, drawn=0.0, figures={}
+        )
         self.run.alignment = None
         self.run.training = []
         del self.run.search

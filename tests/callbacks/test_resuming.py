@@ -218,7 +218,7 @@ DISAGREEING: dict[str, Meddling] = {
         PruningCallback, "callbacks", PruningCallback(module="first"),
         "Rank 0 prunes by Meddled and rank 1 by Meddled, PruningCallback; give all ranks the same callbacks",
     ),
-    "strength": (RLJointPruneCallback, "strength", 0.09, "strength of Meddled is 5e-05 on rank 0 and 0.09 on rank 1"),
+    "strength": (RLJointPruneCallback, "strength", 0.09, "strength of Meddled is None on rank 0 and 0.09 on rank 1"),
     "function": (
         RLJointPruneCallback, "evaluate", measured,
         "evaluate of Meddled is None on rank 0 and 'test_resuming.measured' on rank 1",

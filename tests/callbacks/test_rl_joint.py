@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
+import lightning_prune as lp
 from lightning_prune.callbacks import RLJointPruneCallback, refusals
+from lightning_prune.callbacks.alignment import Alignment, Pull
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 
@@ -177,6 +179,72 @@ def test_weights_that_would_leave_shrink(tmp_path: Path) -> None:
     assert norms[3] < norms[2] < 0.8 * norms[1]
 
 
+class Still(battery.ResidualClassifier):
+    """Learns nothing: only the penalty moves its weights."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return 0.0 * super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.2, momentum=0.5)
+        warm_up_and_fall = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.2, total_steps=7 * battery.BATCHES, cycle_momentum=False
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up_and_fall, "interval": "step"}}
+
+
+@pytest.mark.filterwarnings("ignore:Training has ended with")
+@pytest.mark.parametrize(("squared", "accumulate"), [(False, 1), (False, 3), (True, 1)])
+def test_what_leaves_is_gone_by_the_prune_whatever_the_schedule(
+    squared: bool, accumulate: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Within seven epochs, of which the prune would follow; the learning rate rises and falls fiftyfold meanwhile."""
+    norms: list[list[float]] = []
+
+    class Watch(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            norms.append([float(norm) for norm in torch._foreach_norm(callback.run.alignment._masked_weights())])
+
+        on_train_epoch_end = on_train_epoch_start
+
+    monkeypatch.setattr(refusals, "refuse_short_run", lambda *_: None)
+    callback = InForce(
+        **{**SHORT, "start_epoch": 7, "warmup_epochs": 0, "search_epochs": 0, "strength": None}, squared=squared
+    )
+    trainer = {"max_epochs": 7, "accumulate_grad_batches": accumulate, "precision": "64-true"}
+    battery.train(tmp_path, callback, Watch(), module=Still(), **trainer)
+    greatest = [max(each) / max(norms[0]) for each in [norms[0], *norms[1::2]]]  # at first, and after each epoch
+    assert greatest[-1] < (0.25 if squared else 0.1)
+    assert greatest == sorted(greatest, reverse=True)
+    if not squared:  # falls at least along a line; weights of two groups are drawn by both
+        assert all(norm <= 1.1 - epoch / 7 for epoch, norm in enumerate(greatest))
+        assert greatest[3] > 0.2
+
+
+def test_adam_moves_weights_as_fast_as_the_strength_is_meant_to() -> None:
+    """Gradients of a loss, here noise, decide on how much of the penalty a step of Adam is."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 4, bias=False)).double()
+    graph = lp.trace(model, torch.zeros(1, 64, dtype=torch.float64))
+    alignment = Alignment(graph, graph.plan({"0": torch.arange(32)}))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def step(strength: float) -> None:
+        for parameter in model.parameters():
+            parameter.grad = 0.3 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        alignment.add_gradient(strength)
+        optimizer.step()
+
+    for _ in range(20):
+        step(0.0)
+    pull = Pull([optimizer], alignment.parameters())
+    assert pull.scale() == pytest.approx(0.3, rel=0.05)
+    before, steps = alignment.to_vanish(), 400
+    for _ in range(steps):
+        step(before * pull.scale() / steps / pull.learning_rate())
+    assert alignment.to_vanish() < 0.15 * before
+
+
 class Recorded(RLJointPruneCallback):
     """Notes what is measured."""
 
@@ -252,7 +320,7 @@ def test_stopped_equals_unbroken(agent: str, tmp_path: Path) -> None:
         settings = {} if agent == "greedy" else {**LITTLE, **changes}
         return make_callback(
             agent=agent, start_epoch=4, search_epochs=2, rounds=2, search_settings=settings,
-            compensate_candidates="fold",
+            compensate_candidates="fold", strength=None,
         )  # fmt: skip
 
     saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=4)
