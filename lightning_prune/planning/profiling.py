@@ -28,8 +28,8 @@ def profile(graph: ChannelGraph, samples: int = 32, runs: int = 3) -> None:
     the start of one layer and the start of the next is taken to be a constant, plus something for each channel that
     comes in and goes out, plus something for each operation; all of them at least 0, fitted to what was measured.
     Kernels work on blocks of channels, of which the last may be partly empty: lengths are rounded up to multiples of
-    1, 8, 16 or 32, whichever fits best. The result is kept in the user's cache directory, by device, versions, number of
-    threads and architecture.
+    1, 8, 16 or 32, whichever fits best. The result is kept in the user's cache directory, by device, versions, number
+    of threads and architecture.
 
     Args:
         graph: The traced model; gets ``terms["latency"]``, in milliseconds.
