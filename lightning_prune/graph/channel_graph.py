@@ -114,10 +114,17 @@ class Unprunable:
 
 @dataclass(frozen=True)
 class Axis:
-    """The length of an axis: a fixed number of positions and, for each group by name, some per channel."""
+    """The length of an axis, or what it comes to where kernels work in blocks.
+
+    Attributes:
+        fixed: Positions that belong to no group.
+        groups: For each group, its name and the positions of one channel.
+        multiple: What the length is rounded up to a multiple of.
+    """
 
     fixed: int
     groups: tuple[tuple[str, int], ...]
+    multiple: int = 1
 
 
 @dataclass(frozen=True)

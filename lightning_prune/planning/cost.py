@@ -127,6 +127,7 @@ class Products:
         axes = list(dict.fromkeys([_ONE, *chain.from_iterable(factors)]))
         self._fixed = integers(axis.fixed for axis in axes)
         self._per_channel = _positions_per_channel(axes, groups)
+        self._multiples = integers(axis.multiple for axis in axes)
         self._factors = _rows_of_factors(axes, factors)
 
     def of(self, widths: np.ndarray) -> np.ndarray:
@@ -139,7 +140,8 @@ class Products:
             (..., products) int64.
         """
         lengths = self._fixed + widths @ self._per_channel.T  # (..., axes)
-        return lengths[..., self._factors].prod(axis=-1)
+        rounded_up = -(-lengths // self._multiples) * self._multiples
+        return rounded_up[..., self._factors].prod(axis=-1)
 
     def of_group(self, group: int) -> np.ndarray:
         """Return the numbers of the products that have an axis of a group, given by number: (n,)."""
@@ -152,6 +154,7 @@ class Products:
         some = copy.copy(self)
         some._fixed = self._fixed[axes]
         some._per_channel = self._per_channel[axes]
+        some._multiples = self._multiples[axes]
         some._factors = factors.reshape(len(numbers), -1)
         return some
 

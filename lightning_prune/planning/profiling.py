@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +17,7 @@ __all__ = ["fitted", "profile", "random_widths"]
 
 _MOST_FEATURES = 6  # of more, some say the same
 _STEP, _STEP_FROM = 8, 64  # groups of so many channels or more are tried at multiples of the step
+_MULTIPLES = (1, 8, 16, 32)  # channels that kernels of CPUs and GPUs work on at once
 _SHORTEST = 1e-6  # milliseconds: times are divided by
 
 
@@ -24,8 +26,10 @@ def profile(graph: ChannelGraph, samples: int = 32, runs: int = 3) -> None:
 
     The network runs at random widths, on the device and with the example inputs it was traced for. The time between
     the start of one layer and the start of the next is taken to be a constant, plus something for each channel that
-    comes in and goes out, plus something for each operation; all of them at least 0, fitted to what was measured. The
-    result is kept in the user's cache directory, by device, versions, number of threads and architecture.
+    comes in and goes out, plus something for each operation; all of them at least 0, fitted to what was measured.
+    Kernels work on blocks of channels, of which the last may be partly empty: lengths are rounded up to multiples of
+    1, 8, 16 or 32, whichever fits best. The result is kept in the user's cache directory, by device, versions, number
+    of threads and architecture.
 
     Args:
         graph: The traced model; gets ``terms["latency"]``, in milliseconds.
@@ -106,7 +110,7 @@ def _random_widths(sizes: np.ndarray, generator: np.random.Generator) -> np.ndar
 
 
 def fitted(graph: ChannelGraph, segment: Segment, times: np.ndarray, tried: Sequence[np.ndarray]) -> list[Term]:
-    """Fit the time of one segment: a constant, the length of each axis, and the products of axes.
+    """Fit the time of one segment: a constant, the lengths of the axes, rounded up, and the products of these.
 
     Args:
         graph: The traced model.
@@ -114,15 +118,46 @@ def fitted(graph: ChannelGraph, segment: Segment, times: np.ndarray, tried: Sequ
         times: (networks,) milliseconds.
         tried: (groups,) widths of each network, the original one first.
     """
-    features = _features(graph, segment.module)
+    linear = _features(graph, segment.module)
+    least_error, weighted = float("inf"), []
+    for multiple in _MULTIPLES:
+        features = _rounded_up(linear, multiple)
+        error, weights = _fit(graph, features, times, tried)
+        if error < least_error:
+            least_error = error
+            weighted = list(zip(weights, features, strict=True))
+    return [Term(weight, axes, segment.module) for weight, axes in weighted if weight > 0]
+
+
+def _fit(
+    graph: ChannelGraph,
+    features: list[tuple[Axis, ...]],
+    times: np.ndarray,
+    tried: Sequence[np.ndarray],
+) -> tuple[float, list[float]]:
+    """Fit times by some features.
+
+    Returns:
+        The sum of the squares of the relative errors, and the weight of each feature.
+    """
     products = Products(features, list(graph.groups))
     values = np.stack([products.of(widths) for widths in tried]).astype(float)  # (networks, features)
     units = values[0].clip(min=1)  # what a feature comes to in the original network
     divisors = times[:, None].clip(min=_SHORTEST)  # relative errors count
     relative = values / units / divisors
-    weights = _non_negative_fit(relative, np.ones(len(times))) / units
-    fitted = zip(weights.tolist(), features, strict=True)
-    return [Term(weight, axes, segment.module) for weight, axes in fitted if weight > 0]
+    found = _non_negative_fit(relative, np.ones(len(times)))
+    errors = relative @ found - 1
+    weights = found / units
+    return float(errors @ errors), weights.tolist()
+
+
+def _rounded_up(features: list[tuple[Axis, ...]], multiple: int) -> list[tuple[Axis, ...]]:
+    """Return features whose lengths are rounded up to multiples of a number."""
+    rounded = []
+    for axes in features:
+        rounded_axes = [replace(axis, multiple=multiple) for axis in axes]
+        rounded.append(tuple(rounded_axes))
+    return rounded
 
 
 def _features(graph: ChannelGraph, module: str) -> list[tuple[Axis, ...]]:

@@ -61,6 +61,25 @@ def test_the_profile_learns_what_the_machine_does(monkeypatch):
         assert cost(widths) == pytest.approx(time_of(widths), rel=1e-6)
 
 
+@pytest.mark.parametrize("multiple", [8, 16, 32])
+def test_the_profile_learns_in_what_blocks_kernels_work(monkeypatch, multiple):
+    """Layers whose time goes up by steps, as those of a CPU do: each length counts as the next multiple."""
+
+    def stairs(graph, widths: dict[str, int], runs: int) -> dict[Segment, float]:
+        one, two = (math.ceil(width / multiple) * multiple for width in (widths.get("0", 32), widths.get("3", 64)))
+        return {Segment("0", 0): 1 + 0.02 * one, Segment("3", 0): 0.3 + 0.001 * one * two, Segment("5", 0): 0.003 * two}
+
+    monkeypatch.setattr(profiling, "time_segments", stairs)
+    graph = lp.trace(network(), IMAGE)
+    profile(graph, samples=24)
+    for again in (graph, lp.trace(network(), IMAGE)):  # the second reads what the first has stored
+        profile(again)
+        cost = CostModel(again, "latency")
+        for one, two in ((32, 64), (17, 40), (16, 24), (5, 8), (31, 56)):  # wide layers are tried at multiples of 8
+            taken = sum(stairs(again, {"0": one, "3": two}, 1).values())
+            assert cost({"0": one, "3": two}) == pytest.approx(taken, rel=1e-6)
+
+
 def test_the_fit_is_the_best_without_negative_coefficients():
     generator = np.random.default_rng(0)
     for _ in range(50):
