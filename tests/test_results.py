@@ -518,6 +518,15 @@ def test_shares_of_channels_leave_outputs_out():
     assert (found["exact"], found["inexact"], found["unprunable"], found["outputs"]) == (0, 1, 0, 3)
 
 
+def test_outputs_may_be_of_fewer_boxes_but_of_no_other_shapes():
+    of_other_shapes = import_module("free_channels").of_other_shapes
+    scores, masks = torch.zeros(5), torch.zeros(5, 1, 8, 8)
+    assert not of_other_shapes([scores, masks], [scores[:3], masks[:3]])
+    assert of_other_shapes([scores, masks], [scores[:3], masks[:2]])
+    assert of_other_shapes([scores, masks], [scores[:3], masks[:3, :, :4]])
+    assert of_other_shapes([masks], [masks[:3]])
+
+
 class Cancelling(torch.nn.Module):
     """Adds the difference of large numbers to its outputs, which is nothing but for rounding."""
 
