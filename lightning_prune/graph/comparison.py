@@ -1,6 +1,7 @@
 """Comparison of a network that has fewer channels with the full one: what it must show, and where it first does not."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -51,6 +52,26 @@ class KeptLabels:
         kept: ndarray = self._is_kept.numpy()[labels]
         return kept
 
+    def concern(self, axes: Iterable[Labels]) -> bool:
+        """Tell whether any label along some axes belongs to a group."""
+        return any(self._is_prunable[labels.numpy()].any() for labels in axes)
+
+    def comparable(self, record: Record) -> Record:
+        """Return what a pass showed but for operators of a pass on real data that have to do with no group.
+
+        How often these run may depend on values, as where boxes are pasted one by one.
+        """
+        if not record.given_labels:
+            return record
+        steps = zip(record.given_labels, record.output_labels, strict=True)
+        numbers = [number for number, (given, made) in enumerate(steps) if self.concern([*given, *made.values()])]
+        return replace(
+            record,
+            operator_trace=[record.operator_trace[number] for number in numbers],
+            output_labels=[record.output_labels[number] for number in numbers],
+            given_labels=[record.given_labels[number] for number in numbers],
+        )
+
     def agree(self, full: OutputLabels, small: OutputLabels) -> bool:
         """Tell whether an output of the smaller network has just the kept channels of that of the full one."""
         for axis in full.keys() | small.keys():
@@ -65,19 +86,12 @@ class KeptLabels:
         if both in self._known_to_agree:
             return True
         among = self.among(expected)
-        agree = torch.equal(among, found) or not self._any_prunable(expected, found)
+        agree = torch.equal(among, found) or not self.concern((expected, found))
         if not agree and self._with_others:
             agree = _is_repeated_less(among, found)
         if agree:
             self._known_to_agree.add(both)
         return agree
-
-    def _any_prunable(self, *axes: Labels) -> bool:
-        for labels in axes:
-            is_prunable = self._is_prunable[labels.numpy()]
-            if is_prunable.any():
-                return True
-        return False
 
 
 def _is_repeated_less(expected: Labels, found: Labels) -> bool:

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["SourceLine", "autograd_functions", "first_on_stack", "is_on_stack", "raising_line", "running_line"]
+__all__ = [
+    "SourceLine",
+    "autograd_functions",
+    "first_on_stack",
+    "is_on_stack",
+    "raising_line",
+    "running_line",
+    "users_frame",
+]
 
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 _THIS_PACKAGE = os.path.join(os.path.dirname(__file__), "")
@@ -67,6 +75,20 @@ def raising_line(raised: Exception) -> SourceLine:
             line = SourceLine(code.co_filename, trace.tb_lineno)
         trace = trace.tb_next
     return line
+
+
+def users_frame(frame: FrameType | None, below: CodeType) -> FrameType | None:
+    """Return the innermost function that is somebody's, from one on outwards, of those called by another.
+
+    Args:
+        frame: The frame to start with.
+        below: The other function, by its code.
+    """
+    while frame is not None and frame.f_code is not below:
+        if _is_of_users(frame.f_code.co_filename):
+            return frame
+        frame = frame.f_back
+    return None
 
 
 def is_on_stack(code: CodeType, below: CodeType) -> bool:

@@ -235,6 +235,7 @@ class Record:
         costs: Operations.
         operator_trace: What each operator did; two passes of equal operator traces do the same thing.
         output_labels: The labels that each of these operators gave to its first output.
+        given_labels: The labels that each was given, of a pass on real data.
         cut: The labels along each axis that an operator passed only some of on.
         module_calls: The calls of all modules, in the order in which they ended.
         used: Names of the parameters and buffers that an operator was given.
@@ -256,6 +257,7 @@ class Record:
     costs: list[CostTerm] = field(default_factory=list)
     operator_trace: list[OperatorStep] = field(default_factory=list)
     output_labels: list[OutputLabels] = field(default_factory=list)
+    given_labels: list[list[Labels]] = field(default_factory=list)
     cut: list[Labels] = field(default_factory=list)
     module_calls: dict[CallKey, ModuleCall] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)

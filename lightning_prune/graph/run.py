@@ -20,7 +20,7 @@ from lightning_prune.graph.records import FIXED, Labels, Note
 from lightning_prune.graph.sizes import class_name, has_size_attributes
 from lightning_prune.graph.slots import SlotTable
 from lightning_prune.graph.substitution import named_tensors, submodules
-from lightning_prune.graph.tracer import Tracer, ValueWatcher
+from lightning_prune.graph.tracer import LOOKS_AT_VALUES, Tracer, ValueWatcher
 from lightning_prune.graph.twin import NotATwinError, Twin, refusing_calls, set_mode
 from lightning_prune.progress import redraw
 from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force
@@ -209,6 +209,7 @@ class Forward:
         self._run_on_data(tracer, training)
         needs_values -= tracer.sure
         needs_values |= tracer.unsure
+        tracer.record.unprunable += tracer.decided
         needs_values |= {name for name in tracer.sure if self._has_more(tracer, name)}
         for name in sorted(needs_values - {""}):
             self._mark_module_unprunable(tracer, name)
@@ -239,7 +240,6 @@ class Forward:
 
     def _mark_module_unprunable(self, tracer: Tracer, name: str) -> None:
         """Mark all that a module produces, consumes and is given: for other values it may do something else."""
-        why = "looks at values, and may do something else for others"
         touched: list[Labels] = []
         for key, call in tracer.record.module_calls.items():
             if key.module == name:
@@ -249,7 +249,7 @@ class Forward:
             if self._is_in(tensor, name):
                 touched.extend(labels_by_axis.values())
         for labels in touched:
-            tracer.record.unprunable.append(Note(labels, name, why))
+            tracer.record.unprunable.append(Note(labels, name, LOOKS_AT_VALUES))
 
     # -- stand-ins -------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.counts import CountPower, counted_shape
 from lightning_prune.graph.frames import autograd_functions, first_on_stack
+from lightning_prune.graph.looks import Looks
 from lightning_prune.graph.memory import Memory, copied
 from lightning_prune.graph.operators import Operator, OperatorTables, TracerRule
 from lightning_prune.graph.records import (
@@ -35,6 +36,7 @@ from lightning_prune.graph.records import (
     Labels,
     LeastRequired,
     ModuleCall,
+    Note,
     Shaping,
     numbers_in,
     tensors_in,
@@ -54,6 +56,7 @@ _TAKES_SIZES = SHAPING | SPLITTING | {SCALED}
 _FEW_NUMBERS = 64  # in a tensor that is taken to be made of numbers in code
 _READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 _SAID_WHEN_USED = frozenset({"_numbered", "_when_used"})  # of tensors, see `Vocabulary.mark_numbered`
+LOOKS_AT_VALUES = "looks at values, and may do something else for others"
 WHOLE: dict[Any, Any] = {
     functional.linear: torch.ops.aten.linear.default,
     SCALED: torch.ops.aten.scaled_dot_product_attention.default,
@@ -73,8 +76,9 @@ class Tracer(Vocabulary, TorchDispatchMode):
     Attributes:
         calls_of: How often each module has been called.
         failed_in: Name of the innermost module that raised.
-        unsure: Names of the modules that looked at values of the network.
-        sure: Names of those that looked at values which depend on the inputs alone.
+        unsure: Names of the modules that may do something else for other values of the network.
+        sure: Names of those that looked at values which depend on the inputs alone, or decide about a few tensors.
+        decided: The channels of these.
         constant: The numbers that a tensor is being made of.
         on_data: Whether the pass runs on real data, as code looks at values.
         meets_channels: Whether it matters which numbers the operator that runs computes with.
@@ -84,6 +88,7 @@ class Tracer(Vocabulary, TorchDispatchMode):
         memory: What modules returned in another pass, which need not run again for the like; None to run all.
         takes_numbers: Whether it matters which numbers operators compute with.
         noted: The names of all that is noted on the tensors that the operator which runs was given.
+        looks: What code can decide about that has looked at values of the network.
         is_among: (labels,) bool, nowhere true between two operators: room to tell which labels are among others.
     """
 
@@ -104,6 +109,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
         self.takes_numbers = True
         self.noted: set[str] = set()
         self.is_among = np.zeros(0, dtype=bool)
+        self.looks = Looks(self.module_frame, self._note_reach)
+        self.decided: list[Note] = []
         self._autograd_functions = autograd_functions()
 
     @classmethod
@@ -128,6 +135,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
             if call is not None:
                 with self.aside():
                     return self.again(call.output)
+        if self.looks.pending:
+            self._note_reach(None)
         number = self.calls_of.get(name, 0)
         self.calls_of[name] = number + 1
         key = CallKey(name, number)
@@ -327,8 +336,11 @@ class Tracer(Vocabulary, TorchDispatchMode):
 
     @staticmethod
     def _note_sameness(sameness: Sameness, call: Call) -> None:
+        outputs = call.outputs
+        if not outputs:  # of an axis of no length
+            return
         axes = sameness(call)
-        for output in call.outputs:
+        for output in outputs:
             set_same_along(output, axes)
 
     def note_shaping(
@@ -368,9 +380,22 @@ class Tracer(Vocabulary, TorchDispatchMode):
 
     def note_look(self, tensors: Iterable[Tensor]) -> None:
         """Note that the module which runs looks at the values of tensors."""
-        looks_at_network = any(map(self.is_of_network, tensors))
-        modules = self.unsure if looks_at_network else self.sure
-        modules.add(self.where())
+        if not any(map(self.is_of_network, tensors)):
+            self.sure.add(self.where())
+        elif self.on_data:
+            self.looks.add()
+        else:
+            self._note_reach(None)
+
+    def _note_reach(self, tensors: list[Tensor] | None) -> None:
+        """Note what may be done otherwise for other values of the network: to some tensors, or all in the module."""
+        module = self.where()
+        if tensors is None:
+            self.unsure.add(module)
+            return
+        self.sure.add(module)
+        for labels in self.labels_of(tensors):
+            self.decided.append(Note(labels, module, LOOKS_AT_VALUES))
 
     def _refuse_autograd_functions(self, inputs: list[Tensor]) -> None:
         """Mark what an autograd function of somebody's own is given, if one runs."""
@@ -421,6 +446,8 @@ class Tracer(Vocabulary, TorchDispatchMode):
             for output in outputs:
                 self.shift_zero(output)
         self.record.output_labels.append(self.all_labels(outputs[0]) if outputs else {})
+        if self.on_data:
+            self.record.given_labels.append(given)
         if not self.splits:  # which ties each position to one that is passed on
             self._note_cuts(outputs, given)
 

@@ -165,7 +165,7 @@ class Trial(Tracer):
         self, tables: OperatorTables, known: Known, full: Record | None, shrinking: Shrinking, kept: KeptLabels
     ) -> None:
         super().__init__(tables, known)
-        self.full = full or Record()
+        self.full = kept.comparable(full or Record())
         self.shrinking = shrinking
         self.kept = kept
         self.failures: list[Failure] = []
@@ -198,6 +198,15 @@ class Trial(Tracer):
         self._here = Place(self.where(), running_line(), given)
         self._note_place(Entries.OPERATORS)
         super()._apply(rule, call, given, inputs)
+        if self.on_data and not self.kept.concern([*given, *self.record.output_labels[-1].values()]):
+            self._forget_operator()
+
+    def _forget_operator(self) -> None:
+        """Forget an operator that has to do with no channel of a group: how often it runs may depend on values."""
+        record = self.record
+        for entries in (record.operator_trace, record.output_labels, record.given_labels):
+            entries.pop()
+        self._places[Entries.OPERATORS].pop(len(record.operator_trace), None)
 
     def _follow(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
         super()._follow(operator, call, inputs)
@@ -274,7 +283,7 @@ class Trial(Tracer):
 
     def covers(self, full: Record) -> bool:
         """Tell whether the trial did all that the full network did, in order, to just the kept channels."""
-        return covers(self.record, full, self.kept)
+        return covers(self.record, self.kept.comparable(full), self.kept)
 
     def _skip(self, start: int, stop: int) -> None:
         """Take over the operator trace of the full network for a module that failed; what it did has no labels."""
