@@ -2,7 +2,8 @@
 
 A number that is read from a tensor may decide what is done next, in other ways for other numbers. The function that has
 read it knows it until it returns; then its caller knows it too, if anything but tensors is returned. What a function
-can decide about is what it can reach: the tensors in its variables and, if there is a module among them, everything.
+can decide about is what it can reach: the tensors in its variables and, if there is a module among them, or if it may
+put what it knows where others look, everything.
 """
 
 import dis
@@ -11,17 +12,18 @@ import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.frames import users_frame
+from lightning_prune.graph.side_effects import SideEffects
 
 __all__ = ["Looks"]
 
-_LEADS_NOWHERE = (type, ModuleType, CodeType, BuiltinFunctionType)
+_LEADS_NOWHERE = (type, ModuleType, CodeType)
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _GENERATES = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _EXPRESSION = "<genexpr>"
@@ -47,6 +49,7 @@ class Looks:
         self.below = below
         self.note = note
         self._watched: dict[FrameType, list[str]] = {}  # what each was given that can be changed
+        self._effects = SideEffects()
         self._traced_before: Any = None
 
     @property
@@ -64,7 +67,9 @@ class Looks:
         try:
             if frame is None or _may_keep(frame.f_code):
                 raise _TooFarError
-            reached, _ = _all_in(frame.f_locals.values())
+            if self._effects.of_code(frame.f_code, frame.f_globals):
+                raise _TooFarError
+            reached, _ = _all_in(frame.f_locals.values(), self._effects)
             given = _changeable(frame)
         except _TooFarError:
             self.note(None)
@@ -148,11 +153,15 @@ def _changeable(frame: FrameType) -> list[str]:
     return plain
 
 
-def _all_in(values: Iterable[Any]) -> tuple[list[Tensor], list[str]]:
+def _all_in(values: Iterable[Any], effects: SideEffects | None = None) -> tuple[list[Tensor], list[str]]:
     """Return the tensors that can be reached from some values, and all else that leads nowhere, as it is shown.
 
+    Args:
+        values: Any values.
+        effects: Tells of functions and objects whether they may be called.
+
     Raises:
-        _TooFarError: If that is a module, or too many.
+        _TooFarError: If that is a module, something that may not be called, or too many.
     """
     waiting = list(values)
     seen = {}
@@ -168,6 +177,8 @@ def _all_in(values: Iterable[Any]) -> tuple[list[Tensor], list[str]]:
             if isinstance(value, Tensor):
                 tensors.append(value)
             elif not isinstance(value, _LEADS_NOWHERE):
+                if effects is not None and effects.of_value(value):
+                    raise _TooFarError
                 found = _behind(value)
                 waiting += found
                 others += [] if found else [repr(value)]

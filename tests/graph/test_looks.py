@@ -1,10 +1,11 @@
 """Values that code looks at: what it can decide about is unprunable, and nothing else."""
 
+import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -132,6 +133,74 @@ def taken_along(network: Any, x: Tensor, scores: Tensor) -> Tensor:
     return look(scores)
 
 
+NOTES: list[float] = []
+
+
+class Seen:
+    largest = 0.0
+
+    @classmethod
+    def note(cls, number: float) -> None:
+        Seen.largest = number
+
+
+class Noted:
+    numbers: ClassVar[list[float]] = []
+
+
+def note(number: float) -> None:
+    NOTES.append(number)
+
+
+def handed_on(scores: Tensor) -> Tensor:
+    note(float(scores.max()))
+    return scores
+
+
+def handed_to(scores: Tensor, tell: Callable[[float], None]) -> Tensor:
+    tell(float(scores.max()))
+    return scores
+
+
+def of_global_list(network: Any, x: Tensor, scores: Tensor) -> Tensor:
+    NOTES.clear()
+    handed_on(scores)
+    return turned(x, NOTES[0] > 1e9)
+
+
+def of_function_given(network: Any, x: Tensor, scores: Tensor) -> Tensor:
+    NOTES.clear()
+    handed_to(scores, note)
+    return turned(x, NOTES[0] > 1e9)
+
+
+def of_method_given(network: Any, x: Tensor, scores: Tensor) -> Tensor:
+    NOTES.clear()
+    handed_to(scores, NOTES.append)
+    return turned(x, NOTES[0] > 1e9)
+
+
+def of_class(network: Any, x: Tensor, scores: Tensor) -> Tensor:
+    handed_to(scores, Seen().note)
+    return turned(x, Seen.largest > 1e9)
+
+
+def of_list_of_class(network: Any, x: Tensor, scores: Tensor) -> Tensor:
+    Noted.numbers.clear()
+    handed_to(scores, lambda number: Noted.numbers.append(number))
+    return turned(x, Noted.numbers[0] > 1e9)
+
+
+def seeded(scores: Tensor) -> Tensor:
+    random.seed(int(scores.max()))
+    return scores
+
+
+def of_random_state(network: Any, x: Tensor, scores: Tensor) -> Tensor:
+    seeded(scores)
+    return turned(x, random.random() > 2)
+
+
 def bound(x: Tensor, scores: Tensor) -> Tensor:
     return partial(turned_if_large, x)(scores)
 
@@ -148,6 +217,12 @@ DECIDING: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "by a list that is added to": of_notes,
     "by an attribute": of_attribute,
     "by a variable": of_variable,
+    "by a global list that another function adds to": of_global_list,
+    "by one that a function which is given adds to": of_function_given,
+    "by a list whose method is given": of_method_given,
+    "by a variable of a class": of_class,
+    "by a list of a class": of_list_of_class,
+    "by the state of random numbers": of_random_state,
     "in a function that is given the channels": lambda network, x, scores: turned_if_large(x, scores),
     "in a function that is given them in an object": lambda network, x, scores: turned_if_far(Found(x, scores)),
     "in a function that has taken them along": taken_along,
