@@ -109,10 +109,11 @@ class SideEffects:
         for parent in kind.__mro__:
             if _package(parent.__module__) in _TRUSTED_PACKAGES:
                 continue
-            members = [value for name, value in vars(parent).items() if not name.startswith("__")]
-            if any(isinstance(member, _CHANGEABLE) for member in members):
+            members = vars(parent)
+            own = [value for name, value in members.items() if not name.startswith("__")]
+            if any(isinstance(value, _CHANGEABLE) for value in own):
                 return False
-            for method in map(_function_of, members):
+            for method in map(_function_of, members.values()):
                 if method is not None and self.of_code(method.__code__, method.__globals__):
                     return False
         return True

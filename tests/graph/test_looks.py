@@ -185,6 +185,17 @@ def of_class(network: Any, x: Tensor, scores: Tensor) -> Tensor:
     return turned(x, Seen.largest > 1e9)
 
 
+class Telling:
+    def __call__(self, number: float) -> None:
+        NOTES.append(number)
+
+
+def of_object_called(network: Any, x: Tensor, scores: Tensor) -> Tensor:
+    NOTES.clear()
+    handed_to(scores, Telling())
+    return turned(x, NOTES[0] > 1e9)
+
+
 def of_list_of_class(network: Any, x: Tensor, scores: Tensor) -> Tensor:
     Noted.numbers.clear()
     handed_to(scores, lambda number: Noted.numbers.append(number))
@@ -221,6 +232,7 @@ DECIDING: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "by one that a function which is given adds to": of_function_given,
     "by a list whose method is given": of_method_given,
     "by a variable of a class": of_class,
+    "by an object that is called": of_object_called,
     "by a list of a class": of_list_of_class,
     "by the state of random numbers": of_random_state,
     "in a function that is given the channels": lambda network, x, scores: turned_if_large(x, scores),
