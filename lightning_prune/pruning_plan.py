@@ -80,6 +80,9 @@ class Count:
         return int(number) * self.times
 
 
+THE_REST = Count(-1)
+
+
 @dataclass(frozen=True)
 class Size:
     """A size that code gives to a function, and the one that fits the channels.
@@ -87,7 +90,7 @@ class Size:
     Attributes:
         place: Which of the sizes it is.
         asked: What the code says.
-        fitting: What has to be said instead.
+        fitting: What has to be said instead; `THE_REST` for what the other pieces leave of an axis.
     """
 
     place: int

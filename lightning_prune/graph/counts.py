@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 
-from lightning_prune.graph.records import Labels, Record
+from lightning_prune.graph.records import Labels, Record, Shaping
 
 __all__ = [
-    "AttributeNumber", "ChannelCount", "CountPower", "channels_counted", "counted_shape", "find_computed",
+    "CHECK", "AttributeNumber", "ChannelCount", "CountPower", "channels_counted", "counted_shape", "find_computed",
     "number_attributes",
 ]  # fmt: skip
+
+
+CHECK = "check"  # what code does that compares a number of channels with an attribute
 
 
 class ChannelCount(int):
@@ -54,6 +57,18 @@ class ChannelCount(int):
             return result
         return _count(result, self.labels, self.record)
 
+    def __eq__(self, other: Any) -> bool:
+        result = int(self) == other
+        if result and isinstance(other, AttributeNumber):
+            check = Shaping(other.module, CHECK, (), {}, (other,), (self.labels,))
+            self.record.shapings.append(check)
+        return result
+
+    def __ne__(self, other: Any) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
+
     def _note_computed(self, other: Any) -> None:
         if isinstance(other, AttributeNumber):
             self.record.computed_with.add((other.module, other.attribute))
@@ -93,6 +108,14 @@ class AttributeNumber(int):
 
     def __mul__(self, other: Any) -> Any:
         return NotImplemented if isinstance(other, ChannelCount) else int(self) * other
+
+    def __eq__(self, other: Any) -> Any:
+        return NotImplemented if isinstance(other, ChannelCount) else int(self) == other
+
+    def __ne__(self, other: Any) -> Any:
+        return NotImplemented if isinstance(other, ChannelCount) else int(self) != other
+
+    __hash__ = int.__hash__
 
 
 def number_attributes(module: Any, name: str) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lightning_prune.graph.channel_graph import Group
-from lightning_prune.graph.counts import AttributeNumber, channels_counted
+from lightning_prune.graph.counts import CHECK, AttributeNumber, channels_counted
 from lightning_prune.graph.records import Labels, Shaping
 from lightning_prune.graph.sheets import Sheet
-from lightning_prune.pruning_plan import Adaptation, Count, Site, Size
+from lightning_prune.pruning_plan import THE_REST, Adaptation, Count, Site, Size
 
 __all__ = ["OF_ATTENTION", "Fitting"]
 
@@ -41,6 +41,12 @@ class _Fitted:
         return self.seen[0]
 
 
+def _kind(place: _Fitted) -> tuple[str, str, int, int]:
+    """Return all but the numbers by which a module that runs knows a place."""
+    first = place.first
+    return first.module, first.function, len(first.shape), len(first.sizes)
+
+
 @dataclass
 class Fitting:
     """Find out what follows the channels of groups.
@@ -49,6 +55,7 @@ class Fitting:
         sheets: What the full network showed.
         groups: The groups of all sheets.
         resized: Names of modules whose attributes are to be left alone.
+        splitting: Names of modules that are given the sizes to split an axis by, whatever channels it has.
 
     Attributes:
         uses: What each attribute is a size of: the groups that the size is in proportion with.
@@ -57,6 +64,7 @@ class Fitting:
     sheets: Sequence[Sheet]
     groups: Mapping[str, Group]
     resized: frozenset[str] = frozenset()
+    splitting: frozenset[str] = frozenset()
     uses: dict[Attribute, set[tuple[str, ...]]] = field(default_factory=lambda: defaultdict(set))
 
     def adaptations(self) -> dict[str, Adaptation]:
@@ -68,7 +76,7 @@ class Fitting:
         for place in places:
             if self._needs_others(place):
                 site = self._site(place)
-                if site is not None:
+                if site is not None and self._is_told_apart(site, place, places):
                     sites[place.first.module][site] = None
         numbers = self._numbers()
         return {
@@ -153,7 +161,9 @@ class Fitting:
     def _is_right(self, place: _Fitted, number: int) -> bool:
         """Tell whether a size becomes what it has to be by itself, or by an attribute."""
         count, written = place.counts[number], place.first.sizes[number]
-        if count is None or written == -1:
+        if count is None:
+            return not self._is_given_sizes(place) or self._is_counted(place, number)
+        if written == -1:
             return True
         if isinstance(written, AttributeNumber) and self._follows((written.module, written.attribute)):
             return True
@@ -176,39 +186,67 @@ class Fitting:
         times = max(getattr(seen.sizes[number], "times", 1) for seen in place.seen)
         return replace(count, times=times)
 
-    def _site(self, place: _Fitted) -> Site | None:
-        """Return the place as plain values, if it is attention that has other sizes there."""
-        given = self._given(place)
-        changed = []
-        for number, count in enumerate(place.counts):
-            if count is None:
-                continue
-            if not self._is_right(place, number):
-                changed.append(
-                    Size(
-                        number,
-                        self._asked(place, number),
-                        count,
-                    )
-                )
-            elif count.groups:  # by which the place is known
-                said = Count(-1) if place.first.sizes[number] == -1 else count
-                changed.append(
-                    Size(
-                        number,
-                        said,
-                        said,
-                    )
-                )
-        if place.first.function == "scale":
-            last = len(place.first.shape) - 1
-            given = tuple((axis, count) for axis, count in given if axis == last)
-        followed = [name for _, count in given for name in count.groups]
-        followed += [name for size in changed for name in size.fitting.groups]
-        if not any(self.groups[name].kind in OF_ATTENTION for name in followed):
-            return None
+    def _is_given_sizes(self, place: _Fitted) -> bool:
+        """Tell whether a place splits an axis that need not be of attention."""
+        return place.first.function == "split" and place.first.module in self.splitting
+
+    @staticmethod
+    def _is_counted(place: _Fitted, number: int) -> bool:
+        """Tell whether code takes a size from what it is the size of."""
         first = place.first
-        return Site(
+        counted = getattr(first.sizes[number], "labels", None)
+        along = first.labels[number]
+        if counted is None or along is None:
+            return False
+        return torch.equal(counted, along)
+
+    def _is_told_apart(self, site: Site, place: _Fitted, places: Sequence[_Fitted]) -> bool:
+        """Tell whether no other place in a module could be mistaken for one that is not of attention."""
+        if self._is_of_attention(site):
+            return True
+        kind = _kind(place)
+        for other in places:
+            if _kind(other) != kind or self._asks_otherwise(other, site):
+                continue
+            there = self._site(other)
+            if there != site:
+                return False
+        return True
+
+    def _asks_otherwise(self, place: _Fitted, site: Site) -> bool:
+        """Tell whether the code says another number there than at a site, whatever is pruned."""
+        for size in site.changed:
+            asked = self._asked(place, size.place)
+            if asked.groups or size.asked.groups:
+                continue
+            if asked.original != size.asked.original:
+                return True
+        return False
+
+    def _is_of_attention(self, site: Site) -> bool:
+        followed = [count for _, count in site.given]
+        followed += [size.fitting for size in site.changed]
+        for count in followed:
+            kinds = {self.groups[name].kind for name in count.groups}
+            if kinds & OF_ATTENTION:
+                return True
+        return False
+
+    def _site(self, place: _Fitted) -> Site | None:
+        """Return the place as plain values, if it is attention or may be given other sizes for another reason."""
+        first = place.first
+        if first.function == CHECK:
+            return None
+        given = self._given(place)
+        if first.function == "scale":
+            last = len(first.shape) - 1
+            given = tuple((axis, count) for axis, count in given if axis == last)
+        changed: list[Size] = []
+        for number in range(len(place.counts)):
+            size = self._size(place, number)
+            if size is not None:
+                changed.append(size)
+        site = Site(
             first.function,
             len(first.shape),
             given,
@@ -216,6 +254,40 @@ class Fitting:
             tuple(changed),
             first.power,
         )
+        if self._is_given_sizes(place) and self._is_of_whole_groups(changed):
+            return site
+        return site if self._is_of_attention(site) else None
+
+    def _size(self, place: _Fitted, number: int) -> Size | None:
+        """Return what the code says that a size is, and what it has to be; None if it is always the same."""
+        count, written = place.counts[number], place.first.sizes[number]
+        if not self._is_right(place, number):
+            fitting = THE_REST if count is None else count
+            asked = self._asked(place, number)
+            return Size(
+                number,
+                asked,
+                fitting,
+            )
+        if count is None or not count.groups:
+            return None
+        said = Count(-1) if written == -1 else count  # by which the place is known
+        return Size(number, said, said)
+
+    def _is_of_whole_groups(self, sizes: Sequence[Size]) -> bool:
+        """Tell whether sizes, but for one at most, are those of all channels of groups."""
+        rests = 0
+        for size in sizes:
+            fitting = size.fitting
+            if fitting == THE_REST:
+                rests += 1
+                continue
+            channels = 1
+            for name in fitting.groups:
+                channels *= self.groups[name].size
+            if fitting.original % channels:
+                return False
+        return rests <= 1
 
     def _given(self, place: _Fitted) -> tuple[tuple[int, Count], ...]:
         """Return the axes of the tensor that is given that are in proportion with groups, and their lengths."""

@@ -136,6 +136,8 @@ class _Fitting(TorchFunctionMode):
             asked = [sizes] * site.sizes if isinstance(sizes, int) else sizes
             if site.fit(asked):
                 fitting = site.fitting(asked)
+                if function == "split":
+                    fitting = _with_the_rest(fitting, tensor, **others)
                 if func in _UNFLATTEN:
                     return tensor.reshape(fitting)
                 return func(
@@ -163,6 +165,12 @@ class _Fitting(TorchFunctionMode):
                     kwargs = {**kwargs, "scale": site.scale}
                     break
         return SCALED(*args, **kwargs)
+
+
+def _with_the_rest(sizes: list[int], tensor: Tensor, dim: int = 0) -> list[int]:
+    """Return the sizes of pieces, one of which may be the rest of an axis."""
+    rest = tensor.shape[dim] - sum(size for size in sizes if size >= 0)
+    return [rest if size < 0 else size for size in sizes]
 
 
 def sizes_given(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:

@@ -122,6 +122,7 @@ class Search:
         verified: The groups that work in the forward pass.
         not_mask_exact: What a smaller network showed in training mode, where that was not observed.
         resized: Names of the modules that compute with their attributes, so that these are left alone.
+        splitting: Names of the modules that something did not work in, which are given the sizes to split axes by.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Search:
         self.verified: dict[str, Group] | None = None
         self.not_mask_exact: Sequence[Note] = ()
         self.resized: frozenset[str] = frozenset()
+        self.splitting: frozenset[str] = frozenset()
 
     def observe(self) -> Record:
         """Return what the full network shows in evaluation mode."""
@@ -196,7 +198,7 @@ class Search:
                 observed = replace(observed, training=self._observe_training())
             elif self._learn_which_axes_shrink(verdict.findings):  # the groups may be right
                 observed = self._observe_again(observed.steps)
-            elif not self._leaves_attributes_alone(
+            elif not self._runs_otherwise(
                 grouping,
                 observed,
                 verdict.findings,
@@ -210,6 +212,40 @@ class Search:
             self.found_unprunable.append(note)
             if not any(groups[number].kind in OF_ATTENTION for number in finding.groups):
                 self.found_beside_attention.append(note)
+
+    def _runs_otherwise(
+        self,
+        grouping: Grouping,
+        observed: _Observed,
+        findings: Sequence[Finding],
+    ) -> bool:
+        """Tell whether modules in which something did not work run in another way now."""
+        seen = (
+            grouping,
+            observed,
+            findings,
+        )
+        return self._leaves_attributes_alone(*seen) or self._gives_sizes(*seen)
+
+    def _gives_sizes(
+        self,
+        grouping: Grouping,
+        observed: _Observed,
+        findings: Sequence[Finding],
+    ) -> bool:
+        """Give modules in which something did not work the sizes to split axes by, else leave their attributes alone.
+
+        Returns:
+            Whether any of them runs in another way now.
+        """
+        before = self._fitting(grouping, observed.evaluation)[0].adaptations()
+        found = {finding.module for finding in findings}
+        found &= set(self.forward.module_names)  # not the whole model, which keeps its class
+        if found <= self.splitting:  # sizes may be computed from attributes
+            self.resized |= found
+        self.splitting |= found
+        after = self._fitting(grouping, observed.evaluation)[0].adaptations()
+        return any(after.get(name) != before.get(name) for name in found)
 
     def _leaves_attributes_alone(
         self,
@@ -274,19 +310,19 @@ class Search:
         """Return what finds out what follows the groups, and the groups of the other sheet that are pruned too."""
         own = Sheet(grouping, evaluation, grouping.names)
         if self.other is None:
-            return Fitting([own], grouping.groups, self.resized), {}
+            return Fitting([own], grouping.groups, self.resized, self.splitting), {}
         if not self.beside:
             others = {_OTHER + name: group for name, group in self.other.grouping.groups.items()}
             other = replace(self.other, names=list(others))
             groups = {**grouping.groups, **others}
-            return Fitting([other, own], groups, self.resized), {}
+            return Fitting([other, own], groups, self.resized, self.splitting), {}
         groups, names = joined_groups(grouping, self.other)
         beside = {}
         for name in names:
             if name and name not in grouping.groups and not is_pair(groups[name]):
                 beside[name] = _half(groups[name])
         other = replace(self.other, names=names)
-        return Fitting([own, other], groups, self.resized), beside
+        return Fitting([own, other], groups, self.resized, self.splitting), beside
 
     # -- observing the full network --------------------------------------------------------------------------------
 

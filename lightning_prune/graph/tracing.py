@@ -216,6 +216,7 @@ def _see(network: Network) -> _Seen:
     outer.other = inner.first_sheet(of_widths)
     of_heads, _ = outer.settle(outer.observe())
     inner.other, inner.beside, inner.resized = of_heads, True, outer.resized
+    inner.splitting = outer.splitting
     inner.found_unprunable.extend(outer.found_beside_attention)
     sheet, joined = inner.settle(of_widths)
     if not inner.runs_with_single_heads(sheet):
@@ -272,6 +273,7 @@ def _put_together(search: Search, sheets: Sequence[Sheet], joined: Record) -> _S
             sheets,
             groups,
             search.resized,
+            search.splitting,
         ).adaptations(),
         search.untraced,
         search.frozen,
