@@ -101,6 +101,16 @@ def compensation(content: Any) -> Iterator[Entry]:
                 yield setting, row, "against the whole network", seed, 100 * (record["accuracy"] - before)
 
 
+def compensation_cost(content: Any) -> Iterator[Entry]:
+    """Read what compensation takes, and how much less than 90 seconds that is."""
+    for key, record in content.items():
+        setting, row, seed = key.split(" | ")
+        yield setting, row, "error of the logits", seed, record["error"]
+        yield setting, row, "seconds of a core", seed, record["seconds"]
+        yield setting, row, "seconds left of 90", seed, 90 - record["seconds"]
+        yield setting, row, "MiB beyond the network", seed, record["mib"]
+
+
 def latency_budget(content: Any) -> Iterator[Entry]:
     """Read as repeats, which seeds are elsewhere: networks with their batch size; rounds at half the FLOPs."""
     for key, result in content.items():
@@ -121,7 +131,7 @@ READERS: dict[str, Callable[[Any], Iterator[Entry]]] = {
     f"{reader.__name__}.json": reader
     for reader in (
         oracle_correlation, afie_epochs, sensitiveness_order, agents_vs_sb3, agents_vs_random_search, latency_budget,
-        compensation,
+        compensation, compensation_cost,
     )
 }  # fmt: skip
 
