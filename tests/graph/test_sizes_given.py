@@ -71,6 +71,19 @@ class Careful(nn.Module):
         return self.out(x)
 
 
+class Halves(nn.Module):
+    """Gives each half of its input to a layer of its own; halves by a number."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.dim = dim
+        self.one, self.other = nn.Conv2d(dim // 2, dim, 1), nn.Conv2d(dim // 2, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.split(x, self.dim // 2, 1)
+        return self.one(first) + self.other(second)
+
+
 class Cascade(nn.Module):
     """Splits what several layers make, each by the same sizes, at one line."""
 
@@ -100,6 +113,7 @@ FREE = {  # the sizes of the groups in the block of each
     Gated: [14, 6, 8],
     Partial: [6, 7, 8],
     Careful: [8, 8],
+    Halves: [8],
 }
 
 
@@ -124,6 +138,12 @@ def test_sizes_that_code_gives_hold_no_channels(kind: type[nn.Module]) -> None:
     model, x = network(kind)
     graph = lp.trace(model, x)
     assert [group.size for name, group in graph.groups.items() if name.startswith("block.")] == FREE[kind]
+
+
+def test_channels_at_equal_places_of_halves_go_together() -> None:
+    model, x = network(Halves)
+    graph = lp.trace(model, x)
+    assert {name: group.size for name, group in graph.groups.items()} == {"stem": 4, "block.one": 8}
 
 
 def test_places_that_could_be_mistaken_for_each_other_hold_their_channels() -> None:
