@@ -83,6 +83,7 @@ EXAMPLES: dict[str, tuple[Any, list[tuple[str, str, str, str, float]]]] = {  # a
         [
             ("net, 8 images", "refit", "error of the logits", "0", 0.5),
             ("net, 8 images", "refit", "seconds of a core", "0", 2.0),
+            ("net, 8 images", "refit", "seconds left of 90", "0", 88.0),
             ("net, 8 images", "refit", "MiB beyond the network", "0", 300.0),
         ],
     ),
