@@ -40,11 +40,12 @@ CALLBACKS = {
 
 
 class Watch(L.Callback):
-    """Note which parameters an epoch changes: those of the first one, and of the last one, after the prune."""
+    """Note which parameters an epoch changes, the first one and the last one, after the prune, and the last weights."""
 
     def __init__(self) -> None:
         self.before: dict[str, Tensor] = {}
         self.moved: dict[int, set[str]] = {}
+        self.weights: dict[str, Tensor] = {}  # at the end; a project may load its best ones then, to test them
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
         self.before = {name: tensor.detach().clone() for name, tensor in pl_module.named_parameters()}
@@ -53,6 +54,9 @@ class Watch(L.Callback):
         now = dict(pl_module.named_parameters())
         moved = {name for name, tensor in now.items() if not torch.equal(tensor, self.before[name])}
         self.moved[trainer.current_epoch] = moved
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        self.weights = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
 
     @property
     def untrained(self) -> list[str]:
@@ -96,7 +100,7 @@ def fit(case: Case, callback: Any, work: Path, told: Told) -> dict[str, Any]:
     module, trainer = case.fit(work, callbacks, max_epochs=EPOCHS)
     saver = trainer.checkpoint_callback
     files = {"best": saver.best_model_path, "last": saver.last_model_path, "printed": callback.result_path}
-    torch.save(module.state_dict(), work / "weights.pt")
+    torch.save(watch.weights, work / "weights.pt")
     prunes = callback.history.prunes
     return {
         "outcome": "runs",
