@@ -98,13 +98,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     made = stored.made_with(settings)
-    records = stored.load(settings.results)
-    for name in settings.networks:
-        if name not in records:
-            records[name] = {**timed(name, settings.turns), "made": made}
-            stored.save(settings.results, records)
-            stored.save_page(settings.results, page(records))
-    print(page(records))
+    runs = {name: partial(timed, name, settings.turns) for name in settings.networks}
+    stored.complete_page(settings.results, runs, made, page)
 
 
 if __name__ == "__main__":

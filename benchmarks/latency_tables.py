@@ -136,17 +136,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     made = stored.made_with(settings)
-    records = stored.load(settings.results)
     each = settings.plans // (len(NETWORKS) * len(RUNTIMES))
-    for name in settings.networks:
-        for runtime in RUNTIMES:
-            key = f"{name} | {runtime}"
-            if key not in records:
-                records[key] = {**measured(name, runtime, each, settings.turns), "made": made}
-                stored.save(settings.results, records)
-                stored.save_page(settings.results, page(records))
-                print(_row(name, runtime, [records[key]]), flush=True)
-    print(page(records))
+    runs = {
+        f"{name} | {runtime}": partial(measured, name, runtime, each, settings.turns)
+        for name in settings.networks
+        for runtime in RUNTIMES
+    }
+    stored.complete_page(settings.results, runs, made, page)
 
 
 if __name__ == "__main__":

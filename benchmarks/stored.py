@@ -79,6 +79,27 @@ def complete(path: str | Path, results: dict[str, Any], runs: Mapping[str, Calla
         check(results[key], made)
 
 
+def complete_page(
+    path: Path, runs: Mapping[str, Callable[[], Any]], made: Any, page: Callable[[dict[str, Any]], str]
+) -> None:
+    """Add the records that are missing to a file, each with the page of all when it is there, and print the page.
+
+    Args:
+        path: The file.
+        runs: What makes each record, by its key, in the order in which they are run.
+        made: What `made_with` returns.
+        page: Makes the page of all records.
+    """
+    records = load(path)
+    for key, run in runs.items():
+        if key not in records:
+            records[key] = {**run(), "made": made}
+            save(path, records)
+            save_page(path, page(records))
+            print(key, flush=True)
+    print(page(records))
+
+
 def by_setting(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return records whose keys are ``setting | row | seed`` by setting, row and seed."""
     found: dict[str, dict[str, dict[str, Any]]] = {}

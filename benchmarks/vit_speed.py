@@ -121,15 +121,12 @@ def main() -> None:
     torch.set_num_threads(1)
     made = stored.made_with(settings)
     del made["settings"]["batches"]  # what is to be run
-    records = stored.load(settings.results)
-    for name in settings.networks:
-        for batch in settings.batches:
-            key = f"{name} | {batch}"
-            if key not in records:
-                records[key] = {**timed(name, batch, settings.turns), "made": made}
-                stored.save(settings.results, records)
-                stored.save_page(settings.results, page(records))
-    print(page(records))
+    runs = {
+        f"{name} | {batch}": partial(timed, name, batch, settings.turns)
+        for name in settings.networks
+        for batch in settings.batches
+    }
+    stored.complete_page(settings.results, runs, made, page)
 
 
 if __name__ == "__main__":
