@@ -4,9 +4,11 @@ Every search chooses the widths of a trained network within half of the FLOPs; w
 the default criterion for all of them. An evaluation is the accuracy on training images that nothing was fitted to, of
 the network as it is once it has been compensated on others. The plan that earned most is then refitted and fine-tuned
 as in `criteria_finetune.py`, all with the same order of the data, and measured on the test images, by which nothing is
-chosen. The default allocation, which takes no evaluation, is a row of its own. The table gives the best reward and the
-accuracy, each with its lead over random search seed by seed and the 95 % interval (t-distribution), and what was tried;
-under it, what could be won at most over the default allocation. It is also written to a page beside the results::
+chosen. The default allocation, which takes no evaluation, is a row of its own. SAC and PPO of Stable-Baselines3 train
+on `PruningEnv` with settings of their own, but that PPO learns after each round: its 2,048 steps are more than there
+are. The table gives the best reward and the accuracy, each with its lead over random search seed by seed and the 95 %
+interval (t-distribution), and what was tried; under it, what could be won at most over the default allocation. It is
+also written to a page beside the results::
 
     python benchmarks/agents_after_finetuning.py --root data/cifar10-jpeg --weights resnet20=resnet20.pt
         [--networks "resnet20, published"] [--evaluations 100 300] [--rows ppo-cim evolution] [--seeds 5] [--table]
@@ -31,7 +33,9 @@ import lightning_prune as lp
 from lightning_prune import criteria
 from lightning_prune.pruning_plan import PruningPlan
 from lightning_prune.search import make_search
+from lightning_prune.search.pruning_env import PruningEnv
 from lightning_prune.search.pruning_problem import PruningProblem, accuracy_of
+from lightning_prune.search.width_search import Tried
 
 HALF = 0.5
 DEFAULT, RANDOM = "default allocation", "random"
@@ -51,6 +55,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "reinforce, around the best": ("reinforce", {"around": "best"}),
     "ppo-cim, against the best": ("ppo-cim", {"against": "best"}),
 }
+SB3 = {"SAC of SB3": "SAC", "PPO of SB3": "PPO"}
 
 
 class Study:
@@ -64,8 +69,8 @@ class Study:
         folded_on = -(-settings.folded_on // 128)
         self.fitted_to, self.seen = batches[:folded_on], batches[folded_on:]
         self.graph = lp.trace(self.model, example_for(self.model))
-        scores = criteria.score(self.graph, "coherent_obs", self.fitted_to, loss_of)
-        self.problem = PruningProblem(self.graph, keep=HALF, scores=scores)
+        self.scores = criteria.score(self.graph, "coherent_obs", self.fitted_to, loss_of)
+        self.problem = PruningProblem(self.graph, keep=HALF, scores=self.scores)
         self.measure = accuracy_of(
             self.graph, self.seen, compensate=settings.compensate, compensate_batches=self.fitted_to
         )
@@ -73,13 +78,19 @@ class Study:
     def record(self, row: str) -> dict[str, Any]:
         """Return what one row has found, and what that is worth after fine-tuning."""
         began = time.process_time()
-        found: dict[str, Any] = self.default() if row == DEFAULT else self.searched(row)
+        found = self.found(row)
         searched = time.process_time()
         plan: PruningPlan = found.pop("plan")
         accuracy = self.tuned(plan)
         seconds = {"search": round(searched - began, 1), "fine-tuning": round(time.process_time() - searched, 1)}
         budget = plan.budget or {}
         return {"accuracy": accuracy, "flops": budget["achieved"], "widths": plan.widths, **found, "seconds": seconds}
+
+    def found(self, row: str) -> dict[str, Any]:
+        """Return the best plan of a row, and what is known of how it was found."""
+        if row == DEFAULT:
+            return self.default()
+        return self.trained_on(SB3[row]) if row in SB3 else self.searched(row)
 
     def default(self) -> dict[str, Any]:
         """Return the allocation of the default criterion."""
@@ -100,6 +111,27 @@ class Study:
         plan = self.problem.plan(search.settle(self.problem)[0] if best is None else best[0])
         reward = float(self.measure([plan])[0]) if best is None else best[1]
         return {"plan": plan, "reward": reward, "rewards": search.tried.rewards, "census": asdict(search.census())}
+
+    def trained_on(self, name: str) -> dict[str, Any]:
+        """Return the best plan that an agent of Stable-Baselines3 has tried on `PruningEnv`."""
+        import stable_baselines3
+
+        tried = Tried()
+
+        def noted(plans: list[PruningPlan]) -> torch.Tensor:
+            rewards = self.measure(plans)
+            widths = np.array([[plan.widths[group] for group in self.graph.groups] for plan in plans])
+            tried.add(widths, rewards, np.ones(len(plans), dtype=bool))
+            return rewards
+
+        env = PruningEnv(self.graph, noted, keep=HALF, scores=self.scores)
+        round_steps = len(self.problem) * self.settings.round
+        own = {"n_steps": round_steps, "batch_size": round_steps} if name == "PPO" else {}
+        agent = getattr(stable_baselines3, name)("MlpPolicy", env, seed=self.seed, device="cpu", **own)
+        agent.learn(len(self.problem) * self.evaluations)
+        widths, reward = tried.best() or ([], 0.0)
+        plan = self.problem.plan(np.array(widths))
+        return {"plan": plan, "reward": reward, "rewards": tried.rewards, "census": asdict(tried.census())}
 
     def tuned(self, plan: PruningPlan) -> float:
         """Return the accuracy on the test images after a refit and fine-tuning."""
@@ -192,7 +224,7 @@ def main() -> None:
     )
     parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg11_bn/4"], choices=list(NETWORKS))
     parser.add_argument("--evaluations", nargs="+", type=int, default=[100, 300])
-    parser.add_argument("--rows", nargs="+", default=[DEFAULT, *ROWS], choices=[DEFAULT, *ROWS])
+    parser.add_argument("--rows", nargs="+", default=[DEFAULT, *ROWS, *SB3], choices=[DEFAULT, *ROWS, *SB3])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--round", type=int, default=10, help="evaluations between updates")
     parser.add_argument("--rewarded-on", type=int, default=500, help="images")
