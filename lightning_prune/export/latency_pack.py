@@ -56,8 +56,11 @@ def write_pack(graph: ChannelGraph, path: str | Path, samples: int = 32) -> None
     with written_whole(Path(path)) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as pack:
         with progress(f"Exporting {type(graph.model).__name__} at random widths", len(tried)) as work:
             for number, widths in enumerate(tried):
-                network = _exported(graph, widths)
-                modules.update(_modules_of(network))
+                program = _exported(graph, widths)
+                modules.update(_modules_of(program.model_proto))
+                program.optimize()  # as what is shipped is; it forgets which module is whose
+                network = program.model_proto
+                modules.update(_renamed(network, modules))
                 pack.writestr(f"{number}.onnx", _without_values(network))
                 work.advance()
         pack.writestr("pack.json", json.dumps(_description(graph, tried, modules)))
@@ -76,7 +79,7 @@ def _description(graph: ChannelGraph, tried: list[dict[str, int]], modules: Mapp
 
 @torch.no_grad()
 def _exported(graph: ChannelGraph, widths: Mapping[str, int]) -> Any:
-    """Return the network at some widths in the format of ONNX; the values are without meaning."""
+    """Return the network at some widths as it is written, in the format of ONNX; the values are without meaning."""
     trainer = getattr(graph.model, "_trainer", None)  # of a LightningModule after training; it is not copied along
     model = copy.deepcopy(graph.model, {id(trainer): None}).cpu().eval()
     reshape(model, graph.plan({name: torch.arange(width) for name, width in widths.items()}))
@@ -92,7 +95,7 @@ def _exported(graph: ChannelGraph, widths: Mapping[str, int]) -> Any:
         except torch.onnx.OnnxExporterError as raised:
             raise ValueError(f"{type(network).__name__} cannot be exported to ONNX: {reason(raised)}") from raised
     assert program is not None
-    return program.model_proto
+    return program
 
 
 def _modules_of(network: Any) -> dict[str, str]:
@@ -108,10 +111,15 @@ def _modules_of(network: Any) -> dict[str, str]:
         module = str(scopes[-2]) if len(scopes) > 1 else ""
         if node.op_type not in _COSTLY:
             places = {name: place for place, name in enumerate(modules)}
-            known = [name for name in node.input if name in modules]
+            known = [name for name in node.input if modules.get(name)]  # constants come from none
             module = modules[max(known, key=places.__getitem__)] if known else ""
         modules.update(dict.fromkeys([node.name, *node.output], module))
     return modules
+
+
+def _renamed(network: Any, modules: Mapping[str, str]) -> dict[str, str]:
+    """Return the module of each node of an optimised network, whose values have the names that they had before."""
+    return {node.name: modules[node.output[0]] for node in network.graph.node if node.output[0] in modules}
 
 
 def _without_values(network: Any) -> bytes:

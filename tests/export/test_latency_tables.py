@@ -12,10 +12,12 @@ import battery
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import lightning_prune as lp
 from lightning_prune import planning
 from lightning_prune.callbacks import PruningCallback
+from lightning_prune.export.entry import export
 from lightning_prune.export.latency_pack import write_pack
 from lightning_prune.export.latency_table import _module_of
 from lightning_prune.graph import ChannelGraph
@@ -73,6 +75,27 @@ def test_a_pack_is_timed_by_a_process_that_has_neither_the_code_nor_lightning(
     assert all({"stem", "first", "second", "head"} <= times.keys() for times in table.times)
     planning.use_table(graph, table)
     assert planning.CostModel(graph, TABLE).original == pytest.approx(sum(table.times[0].values()), rel=0.5)
+
+
+def test_a_pack_holds_what_is_shipped(tmp_path: Path) -> None:
+    """Activations that the exporter spells out would be timed as they are written, at twice the time of the network."""
+    onnx = pytest.importorskip("onnx")
+    model = nn.Sequential()
+    for name, channels in (("first", 1), ("second", 8)):
+        model.add_module(name, nn.Conv2d(channels, 8, 3))
+        model.add_module(f"norm of {name}", nn.BatchNorm2d(8))
+        model.add_module(f"act of {name}", nn.ReLU6())
+    graph = lp.trace(model.eval(), torch.zeros(1, 1, 8, 8))
+    write_pack(graph, tmp_path / "pack.zip", samples=0)
+    export(model, torch.zeros(2, 1, 8, 8), tmp_path / "shipped.onnx")
+    with zipfile.ZipFile(tmp_path / "pack.zip") as files:
+        packed = onnx.load_from_string(files.read("0.onnx"))
+        modules = json.loads(files.read("pack.json"))["modules"]
+    shipped = onnx.load(tmp_path / "shipped.onnx")
+    kinds = [node.op_type for node in packed.graph.node]
+    assert kinds == [node.op_type for node in shipped.graph.node] == ["Conv", "Clip", "Conv", "Clip"]
+    for known in ([node.name for node in packed.graph.node], [node.output[0] for node in packed.graph.node]):
+        assert [modules[name] for name in known] == ["first", "first", "second", "second"]
 
 
 def test_times_are_fitted_and_budgets_go_by_them(graph: ChannelGraph) -> None:
