@@ -120,11 +120,14 @@ class Axis:
         fixed: Positions that belong to no group.
         groups: For each group, its name and the positions of one channel.
         multiple: What the length is rounded up to a multiple of.
+        unfilled: Size of blocks: the axis counts only if the channels of some group do not fill theirs; 0 if it always
+            does.
     """
 
     fixed: int
     groups: tuple[tuple[str, int], ...]
     multiple: int = 1
+    unfilled: int = 0
 
 
 @dataclass(frozen=True)

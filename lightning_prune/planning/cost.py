@@ -128,6 +128,7 @@ class Products:
         self._fixed = integers(axis.fixed for axis in axes)
         self._per_channel = _positions_per_channel(axes, groups)
         self._multiples = integers(axis.multiple for axis in axes)
+        self._unfilled = integers(axis.unfilled for axis in axes)
         self._factors = _rows_of_factors(axes, factors)
 
     def of(self, widths: np.ndarray) -> np.ndarray:
@@ -141,7 +142,15 @@ class Products:
         """
         lengths = self._fixed + widths @ self._per_channel.T  # (..., axes)
         rounded_up = -(-lengths // self._multiples) * self._multiples
+        for axis in np.flatnonzero(self._unfilled):
+            rounded_up[..., axis] *= self._is_unfilled(axis, widths)
         return rounded_up[..., self._factors].prod(axis=-1)
+
+    def _is_unfilled(self, axis: int, widths: np.ndarray) -> np.ndarray:
+        """Tell at which widths the channels of some group do not fill the blocks of an axis: (...) bool."""
+        per_channel = self._per_channel[axis]
+        left_over = widths * per_channel % self._unfilled[axis]
+        return left_over.any(axis=-1)
 
     def of_group(self, group: int) -> np.ndarray:
         """Return the numbers of the products that have an axis of a group, given by number: (n,)."""
@@ -155,6 +164,7 @@ class Products:
         some._fixed = self._fixed[axes]
         some._per_channel = self._per_channel[axes]
         some._multiples = self._multiples[axes]
+        some._unfilled = self._unfilled[axes]
         some._factors = factors.reshape(len(numbers), -1)
         return some
 

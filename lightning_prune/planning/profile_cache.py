@@ -17,7 +17,7 @@ from lightning_prune.graph.nested import nested_tensors
 
 __all__ = ["load_terms", "store_terms"]
 
-_VERSION = 2  # of the files
+_VERSION = 3  # of the files
 
 
 def load_terms(graph: ChannelGraph) -> list[Term] | None:
@@ -77,7 +77,7 @@ def _machine(device: torch.device) -> Any:
 
 
 def _term_to_json(term: Term) -> list[Any]:
-    axes = [[axis.fixed, axis.groups, axis.multiple] for axis in term.axes]
+    axes = [[axis.fixed, axis.groups, axis.multiple, axis.unfilled] for axis in term.axes]
     return [term.coefficient, axes, term.module]
 
 
@@ -87,5 +87,5 @@ def _term_from_json(values: list[Any]) -> Term:
 
 
 def _axis_from_json(values: list[Any]) -> Axis:
-    fixed, groups, multiple = values
-    return Axis(fixed, tuple((name, positions) for name, positions in groups), multiple)
+    fixed, groups, multiple, unfilled = values
+    return Axis(fixed, tuple((name, positions) for name, positions in groups), multiple, unfilled)

@@ -15,9 +15,11 @@ from lightning_prune.progress import progress
 
 __all__ = ["fitted", "profile", "random_widths"]
 
-_MOST_FEATURES = 6  # of more, some say the same
-_STEP, _STEP_FROM = 8, 64  # groups of so many channels or more are tried at multiples of the step
+_MOST_FEATURES = 8  # of more, some say the same
+_STEP = 8
+_STEP_FROM = (16, 64)  # groups of so many channels or more are tried at multiples of the step, in turns
 _MULTIPLES = (1, 8, 16, 32)  # channels that kernels of CPUs and GPUs work on at once
+_BLOCK = 16  # channels that some runtimes keep side by side: what does not fill its blocks is copied
 _SHORTEST = 1e-6  # milliseconds: times are divided by
 
 
@@ -28,8 +30,9 @@ def profile(graph: ChannelGraph, samples: int = 32, runs: int = 3) -> None:
     the start of one layer and the start of the next is taken to be a constant, plus something for each channel that
     comes in and goes out, plus something for each operation; all of them at least 0, fitted to what was measured.
     Kernels work on blocks of channels, of which the last may be partly empty: lengths are rounded up to multiples of
-    1, 8, 16 or 32, whichever fits best. The result is kept in the user's cache directory, by device, versions, number
-    of threads and architecture.
+    1, 8, 16 or 32, whichever fits best, and channels that do not fill blocks of 16 may take longer. The original
+    network counts as much as all others together, since predictions are fractions of its time. The result is kept in
+    the user's cache directory, by device, versions, number of threads and architecture.
 
     Args:
         graph: The traced model; gets ``terms["latency"]``, in milliseconds.
@@ -85,7 +88,7 @@ def random_widths(graph: ChannelGraph, samples: int) -> list[dict[str, int]]:
 def _tried(graph: ChannelGraph, samples: int) -> list[np.ndarray]:
     sizes = integers(group.size for group in graph.groups.values())
     generator = np.random.default_rng(0)
-    return [sizes, *(_random_widths(sizes, generator) for _ in range(samples))]
+    return [sizes, *(_random_widths(sizes, _STEP_FROM[turn % 2], generator) for turn in range(samples))]
 
 
 def _timed(graph: ChannelGraph, tried: Sequence[np.ndarray], runs: int) -> list[dict[Segment, float]]:
@@ -99,11 +102,11 @@ def _timed(graph: ChannelGraph, tried: Sequence[np.ndarray], runs: int) -> list[
     return measured
 
 
-def _random_widths(sizes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _random_widths(sizes: np.ndarray, step_from: int, generator: np.random.Generator) -> np.ndarray:
     """Draw the width of each group: neighbours must differ, or what comes in is not told from what goes out."""
     fractions = generator.uniform(0.1, 1, len(sizes))
     drawn = (sizes * fractions).round().astype(np.int64)
-    step = np.where(sizes >= _STEP_FROM, _STEP, 1)
+    step = np.where(sizes >= step_from, _STEP, 1)
     rounded = drawn // step * step
     least = np.minimum(step, sizes)
     return np.maximum(rounded, least)
@@ -121,7 +124,8 @@ def fitted(graph: ChannelGraph, segment: Segment, times: np.ndarray, tried: Sequ
     linear = _features(graph, segment.module)
     least_error, weighted = float("inf"), []
     for multiple in _MULTIPLES:
-        features = _rounded_up(linear, multiple)
+        features = _rounded_up(linear, multiple) + _unfilled(linear)
+        features = features[:_MOST_FEATURES]
         error, weights = _fit(graph, features, times, tried)
         if error < least_error:
             least_error = error
@@ -142,11 +146,13 @@ def _fit(
     """
     products = Products(features, list(graph.groups))
     values = np.stack([products.of(widths) for widths in tried]).astype(float)  # (networks, features)
-    units = values[0].clip(min=1)  # what a feature comes to in the original network
+    units = values.max(axis=0).clip(min=1)  # so that no weight is far smaller than another
     divisors = times[:, None].clip(min=_SHORTEST)  # relative errors count
-    relative = values / units / divisors
-    found = _non_negative_fit(relative, np.ones(len(times)))
-    errors = relative @ found - 1
+    importance = np.ones(len(times))
+    importance[0] = len(times) ** 0.5  # of squares
+    relative = values / units / divisors * importance[:, None]
+    found = _non_negative_fit(relative, importance)
+    errors = relative @ found - importance
     weights = found / units
     return float(errors @ errors), weights.tolist()
 
@@ -160,6 +166,12 @@ def _rounded_up(features: list[tuple[Axis, ...]], multiple: int) -> list[tuple[A
     return rounded
 
 
+def _unfilled(features: list[tuple[Axis, ...]]) -> list[tuple[Axis, ...]]:
+    """Return the lengths among features, as far as their channels do not fill blocks."""
+    lengths = [axes[0] for axes in features if len(axes) == 1]
+    return [(replace(axis, unfilled=_BLOCK),) for axis in lengths]
+
+
 def _features(graph: ChannelGraph, module: str) -> list[tuple[Axis, ...]]:
     """Return the products of axes that the time of a module may grow with; the empty one is the constant."""
     features: list[tuple[Axis, ...]] = [()]
@@ -169,8 +181,7 @@ def _features(graph: ChannelGraph, module: str) -> list[tuple[Axis, ...]]:
         varying = tuple(axis for axis in term.axes if axis.groups)
         features += [(axis,) for axis in varying]
         features.append(varying)
-    distinct = list(dict.fromkeys(features))
-    return distinct[:_MOST_FEATURES]
+    return list(dict.fromkeys(features))
 
 
 def _non_negative_fit(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:

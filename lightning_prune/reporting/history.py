@@ -418,8 +418,7 @@ def _by_module(graph: ChannelGraph, metric: str, widths: Mapping[str, int]) -> d
 
 def _length(axis: Axis, widths: Mapping[str, int]) -> int:
     positions = [per_channel * widths[group] for group, per_channel in axis.groups]
-    length = axis.fixed + sum(positions)
-    return -(-length // axis.multiple) * axis.multiple
+    return axis.fixed + sum(positions)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

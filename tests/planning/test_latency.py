@@ -80,6 +80,39 @@ def test_the_profile_learns_in_what_blocks_kernels_work(monkeypatch, multiple):
             assert cost({"0": one, "3": two}) == pytest.approx(taken, rel=1e-6)
 
 
+def test_the_profile_learns_what_it_costs_that_blocks_are_not_filled(monkeypatch):
+    """A runtime that copies what does not fill blocks of 16 channels: 24 take longer than 32."""
+
+    def copies(graph, widths: dict[str, int], runs: int) -> dict[Segment, float]:
+        one, two = widths.get("0", 32), widths.get("3", 64)
+        copied = 0.04 * one * (one % 16 > 0) + 0.01 * two * (two % 16 > 0)
+        return {Segment("0", 0): 1 + 0.02 * one, Segment("3", 0): 0.3 + 0.001 * one * two + copied}
+
+    monkeypatch.setattr(profiling, "time_segments", copies)
+    graph = lp.trace(network(), IMAGE)
+    profile(graph, samples=24)
+    for again in (graph, lp.trace(network(), IMAGE)):  # the second reads what the first has stored
+        profile(again)
+        cost = CostModel(again, "latency")
+        for one, two in ((32, 64), (16, 40), (24, 32), (5, 8), (31, 48)):
+            taken = sum(copies(again, {"0": one, "3": two}, 1).values())
+            assert cost({"0": one, "3": two}) == pytest.approx(taken, rel=1e-6)
+        assert cost({"0": 24}) > cost({"0": 32})
+
+
+def test_predictions_are_exact_of_the_original_network(monkeypatch):
+    """What no feature describes, as a kernel that is chosen for one width alone, is not spread over all predictions."""
+
+    def fast_as_it_is(graph, widths: dict[str, int], runs: int) -> dict[Segment, float]:
+        two = widths.get("3", 64)
+        return {Segment("3", 0): (1 + 0.1 * two) * (0.7 if two == 64 else 1)}
+
+    monkeypatch.setattr(profiling, "time_segments", fast_as_it_is)
+    graph = lp.trace(network(), IMAGE)
+    profile(graph, samples=24)
+    assert CostModel(graph, "latency").original == pytest.approx(0.7 * 7.4, rel=0.05)
+
+
 def test_the_fit_is_the_best_without_negative_coefficients():
     generator = np.random.default_rng(0)
     for _ in range(50):
