@@ -142,7 +142,8 @@ class Products:
         """
         lengths = self._fixed + widths @ self._per_channel.T  # (..., axes)
         rounded_up = -(-lengths // self._multiples) * self._multiples
-        for axis in np.flatnonzero(self._unfilled):
+        copied = np.flatnonzero(self._unfilled)
+        for axis in copied.tolist():
             rounded_up[..., axis] *= self._is_unfilled(axis, widths)
         return rounded_up[..., self._factors].prod(axis=-1)
 

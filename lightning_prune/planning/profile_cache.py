@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _machine(device: torch.device) -> Any:
 
 
 def _term_to_json(term: Term) -> list[Any]:
-    axes = [[axis.fixed, axis.groups, axis.multiple, axis.unfilled] for axis in term.axes]
+    axes = [astuple(axis) for axis in term.axes]
     return [term.coefficient, axes, term.module]
 
 
@@ -87,5 +88,6 @@ def _term_from_json(values: list[Any]) -> Term:
 
 
 def _axis_from_json(values: list[Any]) -> Axis:
-    fixed, groups, multiple, unfilled = values
-    return Axis(fixed, tuple((name, positions) for name, positions in groups), multiple, unfilled)
+    fixed, groups, *blocks = values
+    pairs = map(tuple, groups)
+    return Axis(fixed, tuple(pairs), *blocks)

@@ -88,7 +88,11 @@ def random_widths(graph: ChannelGraph, samples: int) -> list[dict[str, int]]:
 def _tried(graph: ChannelGraph, samples: int) -> list[np.ndarray]:
     sizes = integers(group.size for group in graph.groups.values())
     generator = np.random.default_rng(0)
-    return [sizes, *(_random_widths(sizes, _STEP_FROM[turn % 2], generator) for turn in range(samples))]
+    tried = [sizes]
+    for step_from in itertools.islice(itertools.cycle(_STEP_FROM), samples):
+        widths = _random_widths(sizes, step_from, generator)
+        tried.append(widths)
+    return tried
 
 
 def _timed(graph: ChannelGraph, tried: Sequence[np.ndarray], runs: int) -> list[dict[Segment, float]]:
@@ -122,10 +126,11 @@ def fitted(graph: ChannelGraph, segment: Segment, times: np.ndarray, tried: Sequ
         tried: (groups,) widths of each network, the original one first.
     """
     linear = _features(graph, segment.module)
+    copied = _unfilled(linear)
     least_error, weighted = float("inf"), []
     for multiple in _MULTIPLES:
-        features = _rounded_up(linear, multiple) + _unfilled(linear)
-        features = features[:_MOST_FEATURES]
+        rounded_up = _rounded_up(linear, multiple)
+        features = [*rounded_up, *copied][:_MOST_FEATURES]
         error, weights = _fit(graph, features, times, tried)
         if error < least_error:
             least_error = error
@@ -148,11 +153,12 @@ def _fit(
     values = np.stack([products.of(widths) for widths in tried]).astype(float)  # (networks, features)
     units = values.max(axis=0).clip(min=1)  # so that no weight is far smaller than another
     divisors = times[:, None].clip(min=_SHORTEST)  # relative errors count
-    importance = np.ones(len(times))
-    importance[0] = len(times) ** 0.5  # of squares
-    relative = values / units / divisors * importance[:, None]
-    found = _non_negative_fit(relative, importance)
-    errors = relative @ found - importance
+    emphasis = np.ones(len(times))
+    emphasis[0] = len(times) ** 0.5  # of squares
+    relative = values / units / divisors
+    weighted = relative * emphasis[:, None]
+    found = _non_negative_fit(weighted, emphasis)
+    errors = weighted @ found - emphasis
     weights = found / units
     return float(errors @ errors), weights.tolist()
 
@@ -168,8 +174,12 @@ def _rounded_up(features: list[tuple[Axis, ...]], multiple: int) -> list[tuple[A
 
 def _unfilled(features: list[tuple[Axis, ...]]) -> list[tuple[Axis, ...]]:
     """Return the lengths among features, as far as their channels do not fill blocks."""
-    lengths = [axes[0] for axes in features if len(axes) == 1]
-    return [(replace(axis, unfilled=_BLOCK),) for axis in lengths]
+    unfilled: list[tuple[Axis, ...]] = []
+    for axes in features:
+        if len(axes) == 1:
+            length = replace(axes[0], unfilled=_BLOCK)
+            unfilled.append((length,))
+    return unfilled
 
 
 def _features(graph: ChannelGraph, module: str) -> list[tuple[Axis, ...]]:
