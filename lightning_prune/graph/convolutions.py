@@ -1,6 +1,6 @@
 """Convolutions: the arguments of a call that decide where channels lie."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -9,8 +9,7 @@ from lightning_prune.graph.tracer import Call
 __all__ = ["Convolution"]
 
 
-@dataclass(frozen=True)
-class Convolution:
+class Convolution(NamedTuple):
     """What a call of ``aten.convolution`` or ``torchvision.deform_conv2d`` was given.
 
     Attributes:

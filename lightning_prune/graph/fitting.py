@@ -6,21 +6,25 @@ runs with sizes that fit (see `lightning_prune.graph.resized`) and keeps its att
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from lightning_prune.graph.channel_graph import Group
 from lightning_prune.graph.counts import CHECK, AttributeNumber, channels_counted
-from lightning_prune.graph.records import Labels, Shaping
+from lightning_prune.graph.groups import Grouping
+from lightning_prune.graph.records import Labels, Shaping, Tie
 from lightning_prune.graph.sheets import Sheet
 from lightning_prune.pruning_plan import THE_REST, Adaptation, Count, Site, Size
 
-__all__ = ["OF_ATTENTION", "Fitting"]
+__all__ = ["OF_ATTENTION", "Fitting", "widths_to_tie"]
 
 OF_ATTENTION = frozenset({"heads", "query-key", "value"})
 Attribute = tuple[str, str]  # name of the module, and of the attribute
+_Origin = tuple[Any, ...]  # of a number of code: name of the module, and what tells it from others
+_AS_WIDE = "is as wide as others, by one number of code"
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,9 @@ class _Fitted:
         return self.seen[0]
 
 
-def _kind(place: _Fitted) -> tuple[str, str, int, int]:
+def _kind(place: Shaping) -> tuple[str, str, int, int]:
     """Return all but the numbers by which a module that runs knows a place."""
-    first = place.first
-    return first.module, first.function, len(first.shape), len(first.sizes)
+    return place.module, place.function, len(place.shape), len(place.sizes)
 
 
 @dataclass
@@ -204,9 +207,9 @@ class Fitting:
         """Tell whether no other place in a module could be mistaken for one that is not of attention."""
         if self._is_of_attention(site):
             return True
-        kind = _kind(place)
+        kind = _kind(place.first)
         for other in places:
-            if _kind(other) != kind or self._asks_otherwise(other, site):
+            if _kind(other.first) != kind or self._asks_otherwise(other, site):
                 continue
             there = self._site(other)
             if there != site:
@@ -298,3 +301,44 @@ class Fitting:
             if count is not None and count.groups:
                 given.append((axis, count))
         return tuple(given)
+
+
+def widths_to_tie(places: Iterable[Shaping], grouping: Grouping, found: frozenset[int]) -> list[Tie]:
+    """Return what ties groups whose widths are one number of code, which can follow them if they are pruned together.
+
+    Args:
+        places: Where code shapes tensors.
+        grouping: The groups.
+        found: Numbers of the groups in which something did not work; a number is the width of one of them at least.
+    """
+    widths: dict[_Origin, dict[int, Labels]] = defaultdict(dict)
+    for place in places:
+        for number, labels in enumerate(place.labels):
+            if labels is None or len(labels) != place.sizes[number]:
+                continue
+            group = int(grouping.group_of[labels[0]])
+            if group >= 0 and _is_whole(grouping, group, labels):
+                widths[_origin(place, number)].setdefault(group, labels)
+    ties = []
+    for (module, *_), same in widths.items():
+        if found.isdisjoint(same):
+            continue
+        first, *others = same.values()
+        ties += [Tie(first, labels, module, _AS_WIDE) for labels in others]
+    return ties
+
+
+def _is_whole(grouping: Grouping, group: int, labels: Labels) -> bool:
+    """Tell whether labels are those of all channels of a group, each as often, and of no other."""
+    axis = grouping.axis(labels)
+    name = grouping.names[group]
+    channels = dict(axis.groups)[name] * grouping.groups[name].size
+    return channels == len(labels)
+
+
+def _origin(place: Shaping, number: int) -> _Origin:
+    """Return what tells a number of code from others: the attribute that it is or, as far as is known, its place."""
+    written = place.sizes[number]
+    if isinstance(written, AttributeNumber):
+        return written.module, written.attribute
+    return *_kind(place), number, int(written)

@@ -41,8 +41,7 @@ def numbers_in(values: Iterable[Any]) -> list[float]:
     return [value for value in values if isinstance(value, int | float)]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One operator as it was called, or one module that has a rule of its own.
 
     Attributes:
@@ -80,8 +79,7 @@ class Call:
         return tensors_in([*self.args, *self.kwargs.values()])
 
 
-@dataclass(frozen=True)
-class Tie:
+class Tie(NamedTuple):
     """Positions of two axes that can only be pruned together.
 
     Attributes:
@@ -104,8 +102,7 @@ class Tie:
         return [self.first.reshape(-1), self.second.reshape(-1)]
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(NamedTuple):
     """Something that a rule said about channels.
 
     Attributes:
@@ -122,8 +119,7 @@ class Note:
         return f"{self.module}: {self.why}"
 
 
-@dataclass(frozen=True)
-class CostTerm:
+class CostTerm(NamedTuple):
     """A number of operations: a coefficient times the product of the lengths of some axes.
 
     Attributes:
@@ -151,8 +147,7 @@ class CallKey(NamedTuple):
     number: int
 
 
-@dataclass(frozen=True)
-class ModuleCall:
+class ModuleCall(NamedTuple):
     """One call of a module.
 
     Attributes:
@@ -197,8 +192,7 @@ class Sheet(Enum):
     HEADS = auto()
 
 
-@dataclass(frozen=True)
-class Shaping:
+class Shaping(NamedTuple):
     """A place where code gives a function sizes of channels, or attention the width that it is scaled by.
 
     Attributes:

@@ -19,7 +19,7 @@ from lightning_prune.graph.neutral import neutral_state
 from lightning_prune.graph.records import FIXED, Labels, Note
 from lightning_prune.graph.sizes import class_name, has_size_attributes
 from lightning_prune.graph.slots import SlotTable
-from lightning_prune.graph.substitution import named_tensors, submodules
+from lightning_prune.graph.substitution import named_submodules, named_tensors, submodules
 from lightning_prune.graph.tracer import LOOKS_AT_VALUES, Tracer, ValueWatcher
 from lightning_prune.graph.twin import NotATwinError, Twin, refusing_calls, set_mode
 from lightning_prune.progress import redraw
@@ -63,7 +63,7 @@ class Forward:
         self.submodule = submodule_of(model, module)
         self.module = module
         self.earlier = plan_in_force(model)
-        modules = dict(model.named_modules())
+        modules = named_submodules(model)
         for name, submodule in modules.items():
             _refuse_untraceable(name, submodule)
         _refuse_several_devices(modules.values())
@@ -84,9 +84,7 @@ class Forward:
 
     def _shapes_to_label(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Return the names and shapes of the tensors of the submodule."""
-        parameters = map(id, self.submodule.parameters())
-        buffers = map(id, self.submodule.buffers())
-        reached = {*parameters, *buffers}
+        reached = {id(tensor) for tensor in named_tensors(self.submodule).values()}
         kernels = self._kernels()
         for name, tensor in self.tensors.items():
             if id(tensor) in reached:
@@ -98,7 +96,8 @@ class Forward:
         kernels: set[int] = set()
         for module in submodules(self.submodule):
             if isinstance(module, nn.modules.conv._ConvNd):
-                for owner in submodules(module):  # a parametrization has the weight of the layer
+                owners = submodules(module) if module._modules else [module]
+                for owner in owners:  # a parametrization has the weight of the layer
                     kernels.update(map(id, owner._parameters.values()))
         return kernels
 
@@ -307,7 +306,7 @@ def _keep_labels(labels: dict[int, Labels], kept: Mapping[int, Tensor]) -> dict[
     """Return the labels of the kept positions, by axis."""
     kept_labels = dict(labels)
     for axis, positions in kept.items():
-        kept_labels[axis] = labels[axis][positions]
+        kept_labels[axis] = labels[axis].index_select(0, positions)
     return kept_labels
 
 
@@ -337,7 +336,7 @@ def submodule_of(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        names = dict(model.named_modules())
+        names = named_submodules(model)
         raise ValueError(f"The model has no module {name!r}; {nearest_names(name, names)}.") from None
 
 

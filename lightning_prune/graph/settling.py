@@ -11,11 +11,11 @@ import numpy as np
 from lightning_prune.graph.channel_graph import Group
 from lightning_prune.graph.costs import COSTS
 from lightning_prune.graph.explanation import Finding
-from lightning_prune.graph.fitting import OF_ATTENTION, Fitting
+from lightning_prune.graph.fitting import OF_ATTENTION, Fitting, widths_to_tie
 from lightning_prune.graph.groups import Grouping, form_groups
 from lightning_prune.graph.memory import Memory
 from lightning_prune.graph.operators import OperatorTables
-from lightning_prune.graph.records import Known, Note, Record
+from lightning_prune.graph.records import Known, Note, Record, Tie
 from lightning_prune.graph.relations import Relations, frozen_channels
 from lightning_prune.graph.rules import RULES
 from lightning_prune.graph.run import Forward
@@ -123,6 +123,7 @@ class Search:
         not_mask_exact: What a smaller network showed in training mode, where that was not observed.
         resized: Names of the modules that compute with their attributes, so that these are left alone.
         splitting: Names of the modules that something did not work in, which are given the sizes to split axes by.
+        tied_widths: The channels that are as many as others, since one number of code is the width of both.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Search:
         self.not_mask_exact: Sequence[Note] = ()
         self.resized: frozenset[str] = frozenset()
         self.splitting: frozenset[str] = frozenset()
+        self.tied_widths: list[Tie] = []
 
     def observe(self) -> Record:
         """Return what the full network shows in evaluation mode."""
@@ -201,6 +203,10 @@ class Search:
             elif not self._runs_otherwise(
                 grouping,
                 observed,
+                verdict.findings,
+            ) and not self._ties_widths(
+                grouping,
+                observed.evaluation,
                 verdict.findings,
             ):
                 self._note_unprunable(grouping, verdict.findings)
@@ -267,6 +273,28 @@ class Search:
                 found.add(name)
         self.resized |= found
         return bool(found)
+
+    def _ties_widths(
+        self,
+        grouping: Grouping,
+        evaluation: Record,
+        findings: Sequence[Finding],
+    ) -> bool:
+        """Let groups be as wide as each other in which something did not work, where one number of code is their width.
+
+        Returns:
+            Whether there are any.
+        """
+        found = frozenset().union(*(finding.groups for finding in findings))
+        modules = {finding.module for finding in findings}
+        places = [place for place in evaluation.shapings if place.module in modules]
+        ties = widths_to_tie(
+            places,
+            grouping,
+            found,
+        )
+        self.tied_widths += ties
+        return bool(ties)
 
     def _learn_which_axes_shrink(self, findings: Sequence[Finding]) -> bool:
         """Let the outermost axis of a split become shorter where the innermost one did not work.
@@ -388,6 +416,7 @@ class Search:
         record.unprunable += self._ignored_channels(record)
         record.unprunable += self._complex_channels()
         record.ties += self.network.relations.ties(self.forward.labelled)
+        record.ties += self.tied_widths
         self.frozen = self.network.relations.kept_whole(self.forward.labelled, record)
         record.unprunable += frozen_channels(self.forward.labelled, self.frozen)
         record.unprunable += self.found_unprunable

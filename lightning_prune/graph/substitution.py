@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.sizes import has_registered_sizes, sync_attributes
 
-__all__ = ["modules_in_step", "named_tensors", "replace_tensors", "submodules"]
+__all__ = ["modules_in_step", "named_submodules", "named_tensors", "replace_tensors", "submodules"]
 
 
 # -- finding tensors ---------------------------------------------------------------------------------------------------
@@ -23,7 +23,31 @@ def submodules(model: nn.Module) -> list[nn.Module]:
         >>> submodules(nn.Sequential(nn.ReLU(), nn.Sigmoid()))[1:]
         [ReLU(), Sigmoid()]
     """
-    return [module for _, module in _prefixed_modules(model)]
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append(module)
+        if module._modules:
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return found
+
+
+def named_submodules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model, by an empty name, and all of its submodules, as ``named_modules`` does.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> named_submodules(nn.Sequential(nn.Sequential(nn.ReLU())))["0.0"]
+        ReLU()
+    """
+    return {prefix[:-1]: module for prefix, module in _prefixed_modules(model)}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -88,9 +112,9 @@ def _prefixed_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         found.append((prefix, module))
-        for name, child in reversed(module._modules.items()):
-            if child is not None:
-                waiting.append((f"{prefix}{name}.", child))
+        if module._modules:
+            children = reversed(module._modules.items())
+            waiting += [(f"{prefix}{name}.", child) for name, child in children if child is not None]
     return found
 
 

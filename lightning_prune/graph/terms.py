@@ -3,10 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from lightning_prune.graph.channel_graph import Group, Term
 from lightning_prune.graph.records import CostTerm
 from lightning_prune.graph.run import Forward
 from lightning_prune.graph.sheets import Lengths, Sheet, axes_of, terms_of
+from lightning_prune.graph.substitution import named_tensors
 
 __all__ = ["cost_terms", "take_out"]
 
@@ -35,10 +38,10 @@ def cost_terms(forward: Forward, groups: Mapping[str, Group], sheets: Sequence[S
 
 def _parameters(forward: Forward) -> list[CostTerm]:
     """Count the elements of every parameter."""
-    counted = {id(parameter) for parameter in forward.submodule.parameters()}
+    counted = {id(tensor) for tensor in named_tensors(forward.submodule).values()}
     terms = []
     for name, tensor in forward.tensors.items():
-        if id(tensor) in counted:
+        if id(tensor) in counted and isinstance(tensor, nn.Parameter):
             terms.append(_elements(forward, name))
     return terms
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _DisableTorchDispatch
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,6 +44,7 @@ from lightning_prune.graph.recurrent import RECURRENT, run_one_step
 from lightning_prune.graph.resized import MULTIPLYING, SCALED, SHAPING, SPLITTING, sizes_given
 from lightning_prune.graph.sameness import Sameness, same_along, set_same_along
 from lightning_prune.graph.vocabulary import Vocabulary
+from lightning_prune.graph.whole import WHOLE
 from lightning_prune.graph.writing import note_write
 
 __all__ = ["FIXED", "Call", "Labels", "Tracer", "ValueWatcher", "tensors_in"]  # and what else a rule is written with
@@ -57,10 +57,6 @@ _FEW_NUMBERS = 64  # in a tensor that is taken to be made of numbers in code
 _READS_VALUES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
 _SAID_WHEN_USED = frozenset({"_numbered", "_when_used"})  # of tensors, see `Vocabulary.mark_numbered`
 LOOKS_AT_VALUES = "looks at values, and may do something else for others"
-WHOLE: dict[Any, Any] = {
-    functional.linear: torch.ops.aten.linear.default,
-    SCALED: torch.ops.aten.scaled_dot_product_attention.default,
-}
 _SPLITS_BY_COUNT = frozenset({Tensor.chunk, torch.chunk, Tensor.tensor_split, torch.tensor_split})
 
 
@@ -241,15 +237,19 @@ class Tracer(Vocabulary, TorchDispatchMode):
             args: Its positional arguments.
             kwargs: Its named arguments.
         """
-        operator = self.tables.look_up(WHOLE[function])
-        if operator.shape is None or self.muted:
+        called = None if self.muted else WHOLE[function](*args, **kwargs)
+        if called is None:
+            return NotImplemented
+        operator = self.tables.look_up(called[0])
+        if operator.shape is None:
             return NotImplemented
         with _DisableTorchDispatch():  # what follows is about labels and shapes
-            output = operator.shape(*args, **kwargs)
-            if output is not NotImplemented:
-                call = Call(operator.function, args, kwargs, output)
-                self._note_operator(operator, call, call.given)
-        return output
+            output = operator.shape(*called[1], **called[2])
+            if output is NotImplemented:
+                return output
+            call = Call(*called, output)
+            self._note_operator(operator, call, call.given)
+        return output[0] if isinstance(output, tuple) else output
 
     def _note_operator(self, operator: Operator, call: Call, inputs: list[Tensor]) -> None:
         """Note an operator that has run."""

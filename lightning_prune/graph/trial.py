@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -132,8 +132,7 @@ class Entries(Enum):
     OPERATORS = "operator_trace"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where an entry of a record was made.
 
     Attributes:
@@ -385,8 +384,8 @@ class TrialRunner:
         is_kept = np.ones(self.forward.labelled.count, dtype=bool)
         for tensor, kept_by_axis in kept.items():
             for axis, positions in kept_by_axis.items():
-                labels = self.forward.labelled.labels(tensor)[axis]
-                is_kept[labels.numpy()] = False
-                is_kept[labels[positions].numpy()] = True
+                labels = self.forward.labelled.labels(tensor)[axis].numpy()
+                is_kept[labels] = False
+                is_kept[labels[positions.numpy()]] = True
         is_prunable = self.grouping.group_of >= 0
         return KeptLabels(is_kept, is_prunable, with_others=bool(self.fitted.beside))

@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.graph.neutral import preserving_random_state
 from lightning_prune.graph.sizes import has_registered_sizes, sync_attributes
-from lightning_prune.graph.substitution import submodules
+from lightning_prune.graph.substitution import named_submodules, submodules
 from lightning_prune.pruning_plan import PruningPlan
 
 __all__ = ["NotATwinError", "Twin", "refusing_calls", "set_mode", "twin_in_evaluation"]
@@ -41,7 +41,8 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.Siz
 _NOT_OF_THE_NETWORK = frozenset({"_trainer", "_fabric"})  # attributes by which Lightning's modules know who runs them
 _COMPILED = "_compiled_call_impl"  # what `nn.Module.compile` leaves; it runs the model itself
 _AS_WRITTEN = "_torchdynamo_orig_callable"  # on compiled functions
-_HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if type(value) is OrderedDict)
+_CONTAINERS = (dict, set)
+_OF_MODULES = {name: type(value) for name, value in vars(nn.Module()).items() if isinstance(value, _CONTAINERS)}
 _SHARED_KINDS = (type, ModuleType, Enum, Dataset, DataLoader, Sampler, torch.optim.Optimizer, PruningPlan)
 _SHARED_PACKAGES = sys.stdlib_module_names | {"torch", "lightning", "lightning_fabric", "pytorch_lightning"}
 _OWN_KINDS = (SimpleNamespace, RemovableHandle, _WrappedHook)  # of these packages
@@ -75,7 +76,7 @@ class Twin:
         self._slots: dict[type, list[str]] = {}  # by class
         self._to_fill: deque[Callable[[], None]] = deque()
         self._resized: list[nn.Module] = []
-        self._model = model
+        self._modules = submodules(model)
         self.model = self.of(model)
 
     def __contains__(self, value: Any) -> bool:
@@ -84,9 +85,9 @@ class Twin:
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Yield each submodule of the model with its counterpart, but for those that are scripted."""
-        for module in submodules(self._model):
+        for module in self._modules:
             if not isinstance(module, torch.jit.ScriptModule):
-                yield module, self.of(module)
+                yield module, self._counterparts[id(module)]
 
     def of(self, value: Any) -> Any:
         """Return what the twin has in place of a submodule, a bound method or anything else of the model."""
@@ -126,8 +127,8 @@ class Twin:
         for name, attribute in vars(value).items():
             if type(attribute) in _PLAIN or name in _NOT_OF_THE_NETWORK:
                 attributes[name] = attribute
-            elif type(attribute) is OrderedDict and name in _HOOKS and not attribute:  # every module has a dozen
-                attributes[name] = OrderedDict()
+            elif _OF_MODULES.get(name) is type(attribute) and not attribute:  # every module has a dozen
+                attributes[name] = type(attribute)()
             else:
                 attributes[name] = self.counterpart(attribute)
 
@@ -420,7 +421,7 @@ def refusing_calls(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model.
     """
-    names = {id(module): name for name, module in model.named_modules() if module._parameters}
+    names = {id(module): name for name, module in named_submodules(model).items() if module._parameters}
     thread = threading.get_ident()
 
     def refuse(module: nn.Module, args: Any) -> None:

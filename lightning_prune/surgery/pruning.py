@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.adapting import adapt
 from lightning_prune.graph.sizes import sync_attributes
-from lightning_prune.graph.substitution import modules_in_step, named_tensors
+from lightning_prune.graph.substitution import modules_in_step, named_submodules, named_tensors
 from lightning_prune.pruning_plan import Index, PruningPlan, plan_in_force, record_plan
 from lightning_prune.surgery.compensation_report import CompensationReport
 from lightning_prune.surgery.forgotten import expect_others
@@ -300,7 +300,7 @@ def check(model: nn.Module, optimizers: Iterable[Any] = ()) -> list[torch.optim.
     """
     if isinstance(model, nn.DataParallel):
         raise TypeError("The model is wrapped in DataParallel; prune `model.module` and wrap it again.")
-    for name, module in model.named_modules():
+    for name, module in named_submodules(model).items():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             what = f"{name!r} of {type(model).__name__}" if name else "The model"
             raise TypeError(

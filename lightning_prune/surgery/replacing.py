@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from lightning_prune.graph.substitution import submodules
 from lightning_prune.surgery.slicing import KeptByAxis, replace_data, take
 
 __all__ = ["Replacement", "in_place", "of_attributes", "of_item", "of_slices", "of_tensor", "of_zeros", "uninterrupted"]
@@ -169,7 +169,7 @@ def of_attributes(model: nn.Module, put: Callable[[], object]) -> Replacement:
         model: The model.
         put: Sets the attributes.
     """
-    modules = list(model.modules())
+    modules = submodules(model)
     classes = [type(module) for module in modules]
     attributes = [vars(module) for module in modules]
     earlier = [dict(named) for named in attributes]
@@ -185,7 +185,6 @@ def of_attributes(model: nn.Module, put: Callable[[], object]) -> Replacement:
     return Replacement(put, undo)
 
 
-@torch.no_grad()
 def _set(tensor: Tensor, data: Tensor, gradient: Tensor | None) -> None:
     tensor.grad = None  # a gradient has to have the shape of the data
     replace_data(tensor, data)

@@ -99,6 +99,44 @@ class Cascade(nn.Module):
         return x
 
 
+class Apart(Cascade):
+    """Has a layer of its own behind each of the pieces."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.others = nn.ModuleList(nn.Conv2d(6, dim, 1) for _ in range(2))
+        self.out = nn.ModuleList(nn.Conv2d(4, dim, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in (0, 1):
+            one, other = self.layers[number](x).split([4, 6], 1)
+            x = x + self.out[number](one.relu()) + self.others[number](other.sigmoid())
+        return x
+
+
+class HeadByHead(nn.Module):
+    """Attends head by head as EfficientViT does: each is given a chunk of the input, all have the same widths."""
+
+    def __init__(self, dim: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.key_dim, self.val_dim = 3, dim // heads
+        self.qkvs = nn.ModuleList(nn.Conv2d(dim // heads, 6 + self.val_dim, 1) for _ in range(heads))
+        self.depthwise = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1, groups=3) for _ in range(heads))
+        self.out = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        given, made = x.chunk(len(self.qkvs), dim=1), []
+        y = given[0]
+        for head, (qkv, depthwise) in enumerate(zip(self.qkvs, self.depthwise, strict=True)):
+            y = qkv(y + given[head] if head else y).view(batch, -1, height, width)
+            q, k, v = y.split([self.key_dim, self.key_dim, self.val_dim], dim=1)
+            q, k, v = depthwise(q).flatten(2), k.flatten(2), v.flatten(2)
+            y = (v @ (q.transpose(-2, -1) @ k).softmax(-1).transpose(-2, -1)).view(batch, self.val_dim, height, width)
+            made.append(y)
+        return self.out(torch.cat(made, 1).relu())
+
+
 class Network(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -114,6 +152,8 @@ FREE = {  # the sizes of the groups in the block of each
     Partial: [6, 7, 8],
     Careful: [8, 8],
     Halves: [8],
+    Apart: [4, 6],
+    HeadByHead: [3, 8],
 }
 
 
@@ -144,6 +184,18 @@ def test_channels_at_equal_places_of_halves_go_together() -> None:
     model, x = network(Halves)
     graph = lp.trace(model, x)
     assert {name: group.size for name, group in graph.groups.items()} == {"stem": 4, "block.one": 8}
+
+
+def test_layers_that_are_split_by_one_number_go_together() -> None:
+    model, x = network(HeadByHead)
+    graph = lp.trace(model, x)
+    [of_keys] = [group for group in graph.groups.values() if group.size == 3]
+    produced = {one.tensor for one in of_keys.out_slices if one.tensor.endswith("weight")}
+    assert {f"block.qkvs.{head}.weight" for head in (0, 1)} <= produced
+    plan = graph.plan({of_keys.name: torch.tensor([0, 2])})
+    lp.prune(model, plan)
+    assert model.block.key_dim == 2
+    assert [layer.out_channels for layer in model.block.qkvs] == [4 + 4, 4 + 4]
 
 
 def test_places_that_could_be_mistaken_for_each_other_hold_their_channels() -> None:
