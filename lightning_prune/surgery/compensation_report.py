@@ -27,13 +27,17 @@ class CompensationReport:
         batches: Number of batches that it looked at.
         samples: Number of samples in these.
         errors: What became of each layer whose weight was changed, by the name of the weight.
-        not_compensated: Why a weight that consumes pruned channels is as it was, by its name.
+        scores: What became of the products of queries and keys whose channels were pruned, but for a constant that all
+            products of a query have in common, by the name of the weight that makes the queries.
+        not_compensated: Why a weight that consumes pruned channels, or makes pruned queries and keys, is as it was, by
+            its name.
     """
 
     method: str = "none"
     batches: int = 0
     samples: int = 0
     errors: dict[str, LayerError] = field(default_factory=dict)
+    scores: dict[str, LayerError] = field(default_factory=dict)
     not_compensated: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -61,6 +65,8 @@ class CompensationReport:
         lines = [self.summary]
         for name, error in self.errors.items():
             lines.append(f"  {name}: error {error.before:.2g} -> {error.after:.2g} of the variance")
+        for name, error in self.scores.items():
+            lines.append(f"  {name}: scores, error {error.before:.2g} -> {error.after:.2g} of their square")
         for name, reason in self.not_compensated.items():
             lines.append(f"  {name}: not compensated, because {reason}")
         return "\n".join(lines)
