@@ -80,7 +80,8 @@ class WatchAttention(TorchFunctionMode):
             query, key = args[first : first + 2]
             self._multiply(query, key, output)
         else:
-            self._follow(func, args, kwargs, output)
+            self._origins.follow(func, args, kwargs, output)
+            self._follow_scores(name, args, kwargs, output)
         return output
 
     def used(self) -> Mapping[str, set[int]]:
@@ -142,16 +143,15 @@ class WatchAttention(TorchFunctionMode):
             self._origins.use(key)
         return product if any(origins) else None
 
-    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _follow_scores(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Let what is made of scores count as these, up to a softmax."""
-        self._origins.follow(func, args, kwargs, output)
         if not isinstance(output, Tensor):
             return
         for one in tree_leaves((args, kwargs)):
             product = self._scores.get(one)
             if product is None:
                 continue
-            if func.__name__ != "softmax":
+            if name != "softmax":
                 self._scores.set(output, product)
             elif not product.is_known:
                 self._on_product(product)

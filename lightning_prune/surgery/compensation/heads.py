@@ -18,8 +18,6 @@ from lightning_prune.surgery.compensation.survey import names_of
 __all__ = ["FoundHeads", "Head", "HeadMoments", "Rows"]
 
 _ENOUGH = 256  # queries for each channel, from which on more tell little that is new
-_COMPUTED = "something is computed with its channels before queries and keys are multiplied"
-_ELSEWHERE = "its queries or keys are used elsewhere too"
 
 
 class Rows(NamedTuple):
@@ -89,13 +87,14 @@ class FoundHeads:
 
     Attributes:
         by_keys: The heads, by the rows of their keys.
-        reasons: Why nothing can be done about queries or keys, by the names of their weights.
+        unknown: The width of heads, by the names of the weights whose outputs are computed with before they are
+            multiplied as queries or keys.
         used: Rows of weights that are used elsewhere too, by the names of these.
         batches: How many batches were looked at.
     """
 
     by_keys: dict[Rows, Head] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    unknown: dict[str, int] = field(default_factory=dict)
     used: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     batches: int = 0
 
@@ -106,7 +105,7 @@ class FoundHeads:
         if query is None or key is None:
             for origin in (product.of_query, product.of_key):
                 if origin is not None:
-                    self.reasons[origin.weight] = _COMPUTED
+                    self.unknown[origin.weight] = product.query.shape[-1]
             return
         both = torch.cat([query.rows, key.rows], 1)
         pairs, number_of = both.unique(dim=0, return_inverse=True)
@@ -125,8 +124,8 @@ class FoundHeads:
             self.by_keys[keys] = Head(keys, set(), nothing, nothing.clone())
         return self.by_keys[keys]
 
-    def apart(self) -> list[Head]:
-        """Return the heads whose rows have no other use, and note why the others are not among them."""
+    def used_once(self, heads: Iterable[Head]) -> list[Head]:
+        """Return those of some heads whose rows have no other use."""
         uses: Counter[tuple[str, int]] = Counter()
         for head in self.by_keys.values():
             for one in head.rows:
@@ -134,13 +133,10 @@ class FoundHeads:
         for name, used in self.used.items():
             uses.update((name, row) for row in used)
         found = []
-        for head in self.by_keys.values():
+        for head in heads:
             of_head = [uses[one.weight, row] for one in head.rows for row in one.rows]
             if max(of_head) == 1:
                 found.append(head)
-                continue
-            for one in head.rows:
-                self.reasons.setdefault(one.weight, _ELSEWHERE)
         return found
 
 
@@ -201,7 +197,7 @@ class HeadMoments:
         self.found = FoundHeads() if found is None else found
 
     def heads(self, is_wanted: Callable[[Head], bool]) -> list[Head]:
-        """Return the heads, once those that are wanted have been seen often enough or in all batches.
+        """Return the heads that are wanted, once they have been seen often enough or in all batches.
 
         Args:
             is_wanted: Tells whether a head is wanted.
@@ -217,4 +213,4 @@ class HeadMoments:
             for name, rows in watch.used().items():
                 found.used[name] |= rows
             found.batches += 1
-        return found.apart()
+        return [head for head in found.by_keys.values() if is_wanted(head)]

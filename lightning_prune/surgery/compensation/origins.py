@@ -178,7 +178,7 @@ class Origins:
             kwargs: Its named arguments.
             output: What it returned.
         """
-        name = func.__name__
+        name = getattr(func, "__name__", "")
         if name in _UNREAD:
             return
         known = self._known(args, kwargs)
@@ -236,7 +236,7 @@ def _moved(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], source: Tensor, rows: Tensor
 ) -> Sequence[Tensor]:
     """Return the rows of what a function has made of a tensor; nothing if it computes with the numbers."""
-    name = func.__name__
+    name = getattr(func, "__name__", "")
     is_first = bool(args) and args[0] is source
     if name in _FACTORS:
         others = [one for one in _tensors((args, kwargs)) if one is not source]

@@ -14,6 +14,8 @@ __all__ = ["mixes", "turn"]
 _RANK = 1e-11  # of the greatest variance: directions with less are those of rounding
 _PLENTY = 16  # samples for each channel, from which on they are not few
 _RIDGE = 1e-3  # of the mean variance, where they are
+_COMPUTED = "something is computed with its outputs before they are multiplied as queries and keys"
+_ELSEWHERE = "more is computed with its outputs than a softmax of products of queries and keys"
 
 
 @torch.no_grad()
@@ -24,34 +26,59 @@ def turn(work: Work, seen: HeadMoments) -> None:
         work: What the compensation works with.
         seen: The heads of the network before the prune.
     """
-
-    def is_pruned(head: Head) -> bool:
-        kept = work.is_kept(head.keys.weight, head.keys.rows)
-        return bool(kept.any()) and not bool(kept.all())
-
+    narrower = seen.heads(lambda head: _narrowed(work, head) is not None)
+    used_once = seen.found.used_once(narrower)
     errors: dict[str, list[Tensor]] = defaultdict(list)
-    for head in seen.heads(is_pruned):
+    for head in narrower:
+        kept = _narrowed(work, head)
         total = head.of_queries.sum() + head.of_keys.sum()
-        if is_pruned(head) and bool(total.isfinite()):
+        if kept is None or not bool(total.isfinite()):
+            continue
+        if head in used_once:
             name = head.rows[0].weight
-            errors[name].append(_turn_head(work, head))
+            errors[name].append(_turn_head(work, head, kept))
+            continue
+        for one in head.rows:
+            work.report.not_compensated[one.weight] = _ELSEWHERE
     for name, of_heads in errors.items():
         before, after, whole = torch.stack(of_heads).sum(0).tolist()
         tiny = torch.finfo(torch.float64).tiny
         whole = max(whole, tiny)
         work.report.scores[name] = LayerError(before / whole, after / whole)
-    for name, reason in seen.found.reasons.items():
-        if 0 in work.kept.get(name, {}):
-            work.report.not_compensated[name] = reason
+    for name, width in seen.found.unknown.items():
+        if _loses_width(work, name, width):
+            work.report.not_compensated[name] = _COMPUTED
 
 
-def _turn_head(work: Work, head: Head) -> Tensor:
+def _narrowed(work: Work, head: Head) -> Tensor | None:
+    """Return which of the channels of a head are kept: (width,) bool; None if it is kept whole or pruned whole."""
+    kept = [work.is_kept(one.weight, one.rows) for one in head.rows]
+    alike = all(torch.equal(one, kept[0]) for one in kept)
+    is_narrower = bool(kept[0].any()) and not bool(kept[0].all())
+    return kept[0] if alike and is_narrower else None
+
+
+def _loses_width(work: Work, name: str, width: int) -> bool:
+    """Tell whether rows of a weight are pruned otherwise than by heads of a width."""
+    kept = work.kept.get(name, {}).get(0)
+    if kept is None:
+        return False
+    head = kept.div(width, rounding_mode="floor")
+    _, counts = head.unique(return_counts=True)
+    return bool((counts < width).any())
+
+
+def _turn_head(work: Work, head: Head, kept: Tensor) -> Tensor:
     """Turn the queries and keys of one head.
+
+    Args:
+        work: What the compensation works with.
+        head: The head.
+        kept: (width,) bool, which of its channels are kept.
 
     Returns:
         (3,) squared errors of the scores: as they were, turned, and without any.
     """
-    kept = work.is_kept(head.keys.weight, head.keys.rows)
     of_queries = _regular(head.of_queries, head.count)
     of_keys = _regular(head.of_keys, head.count)
     query_mix, key_mix = mixes(of_queries, of_keys, kept)
@@ -60,10 +87,10 @@ def _turn_head(work: Work, head: Head) -> Tensor:
         rows = torch.tensor(one.rows, device=kept.device)
         for name, shift in ((one.weight, 0), (one.bias, one.shift)):
             if name:
-                every = rows + shift
+                turned = rows + shift
                 along = work.kept_along(name, 0)
-                places = torch.searchsorted(along, every[kept])
-                work.turn(name, Turn(every, places, mix))
+                places = torch.searchsorted(along, turned[kept])
+                work.turn(name, Turn(turned, places, mix))
     every = torch.eye(len(kept), dtype=torch.float64, device=kept.device)
     plain = every[:, kept]
     return torch.stack(
