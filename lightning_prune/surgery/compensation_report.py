@@ -56,6 +56,9 @@ class CompensationReport:
         """One line on the method, what it looked at, and the mean and greatest error that is left."""
         seen = f"{self.samples} samples in {self.batches} batches"
         line = f"compensated by {self.method}, {len(self.errors)} layers, {seen}"
+        if self.scores:
+            worst = max(error.after for error in self.scores.values())
+            line = f"{line}, error of scores at most {worst:.2g}"
         if not self.worst:
             return line
         worst = self.errors[self.worst].after

@@ -203,11 +203,11 @@ class HeadMoments:
             is_wanted: Tells whether a head is wanted.
         """
         found = self.found
-        run = self._make(self._tensors, None)
         for batch in islice(self._batches, found.batches, None):
             wanted = [head for head in found.by_keys.values() if is_wanted(head)]
             if found.batches and all(head.is_enough for head in wanted):
                 break
+            run = self._make(self._tensors, None)
             with WatchAttention(names_of(self._tensors), found.add) as watch:
                 run(batch)
             for name, rows in watch.used().items():
