@@ -81,9 +81,11 @@ class Compensation:
         samples: Number of samples that it looked at.
         errors: The squared error of each layer before and after it, as a share of the variance of what the layer
             returned before the prune, by the name of the weight.
-        not_compensated: Why a weight that consumes pruned channels is as it was, by its name.
+        not_compensated: Why a weight that consumes pruned channels, or makes pruned queries and keys, is as it was, by
+            its name.
         mean_error: The mean over layers of the error after it.
         worst_error: The greatest of these.
+        scores: The same as errors for products of queries and keys, by the name of the weight that makes the queries.
     """
 
     method: str
@@ -92,6 +94,7 @@ class Compensation:
     not_compensated: dict[str, str]
     mean_error: float = 0.0
     worst_error: float = 0.0
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, report: CompensationReport) -> "Compensation | None":
@@ -105,6 +108,7 @@ class Compensation:
             not_compensated=report.not_compensated,
             mean_error=report.mean_error,
             worst_error=max((error.after for error in report.errors.values()), default=0.0),
+            scores={name: (error.before, error.after) for name, error in report.scores.items()},
         )
 
 

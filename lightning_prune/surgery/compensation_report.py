@@ -27,13 +27,17 @@ class CompensationReport:
         batches: Number of batches that it looked at.
         samples: Number of samples in these.
         errors: What became of each layer whose weight was changed, by the name of the weight.
-        not_compensated: Why a weight that consumes pruned channels is as it was, by its name.
+        scores: What became of the products of queries and keys whose channels were pruned, but for a constant that all
+            products of a query have in common, by the name of the weight that makes the queries.
+        not_compensated: Why a weight that consumes pruned channels, or makes pruned queries and keys, is as it was, by
+            its name.
     """
 
     method: str = "none"
     batches: int = 0
     samples: int = 0
     errors: dict[str, LayerError] = field(default_factory=dict)
+    scores: dict[str, LayerError] = field(default_factory=dict)
     not_compensated: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -52,6 +56,9 @@ class CompensationReport:
         """One line on the method, what it looked at, and the mean and greatest error that is left."""
         seen = f"{self.samples} samples in {self.batches} batches"
         line = f"compensated by {self.method}, {len(self.errors)} layers, {seen}"
+        if self.scores:
+            worst = max(error.after for error in self.scores.values())
+            line = f"{line}, error of scores at most {worst:.2g}"
         if not self.worst:
             return line
         worst = self.errors[self.worst].after
@@ -61,6 +68,8 @@ class CompensationReport:
         lines = [self.summary]
         for name, error in self.errors.items():
             lines.append(f"  {name}: error {error.before:.2g} -> {error.after:.2g} of the variance")
+        for name, error in self.scores.items():
+            lines.append(f"  {name}: scores, error {error.before:.2g} -> {error.after:.2g} of their square")
         for name, reason in self.not_compensated.items():
             lines.append(f"  {name}: not compensated, because {reason}")
         return "\n".join(lines)

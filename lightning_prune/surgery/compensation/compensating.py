@@ -14,9 +14,11 @@ from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery.compensation.copies import stand_ins, undisturbed
 from lightning_prune.surgery.compensation.folding import InputMoments, fold
+from lightning_prune.surgery.compensation.heads import HeadMoments
 from lightning_prune.surgery.compensation.lockstep import BothLanes, Lockstep, MakeNetwork, Meeting, Run, networks_of
 from lightning_prune.surgery.compensation.normalisation import adapt_statistics
 from lightning_prune.surgery.compensation.survey import survey, uses_of
+from lightning_prune.surgery.compensation.turning import turn
 from lightning_prune.surgery.compensation.weights import measure, refit
 from lightning_prune.surgery.compensation.work import Work
 from lightning_prune.surgery.compensation_report import CompensationReport
@@ -154,6 +156,8 @@ def compensation_by(
         found = survey(model, make, first)
         work = Work(model, plan, kept, tensors, found, report)
         handlers = handlers_of(work, method)
+        if method != "statistics" and found.attends:
+            turn(work, HeadMoments(model, make, batches))
         fold(work, folded_by(handlers), InputMoments(model, make, batches))
         _step_through(work, handlers, batches, make)
     if method != "statistics":
@@ -259,7 +263,10 @@ def _tell_unseen(work: Work) -> None:
     for name, axes in work.kept.items():
         if own[name].dim() == 1 or name in work.survey.calls or name in work.survey.terms:
             continue
-        if _consumed_along(work.model, name) & axes.keys():
+        consumed = _consumed_along(work.model, name) & axes.keys()
+        if name in work.turns:  # which makes channels along its first axis
+            consumed -= {0}
+        if consumed:
             work.report.not_compensated[name] = "no convolution or linear layer was seen to work with it"
 
 

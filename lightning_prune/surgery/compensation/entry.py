@@ -41,6 +41,8 @@ def prune(
     ``"refit"``      layer after layer, weights are fitted by least squares to what the layer returned before
     ================ ==============================================================================================
 
+    The last two also mix the queries and keys that are kept of a head of attention, so that they tell its scores best.
+
     Args:
         model: The model that the plan is about, pruned already or not.
         plan: The channels to keep, about the original model.

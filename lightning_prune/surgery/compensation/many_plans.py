@@ -10,11 +10,13 @@ from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.pruning_plan import PruningPlan, plan_in_force
 from lightning_prune.surgery.compensation.compensating import check_finite, check_method, folded_by, handlers_of
 from lightning_prune.surgery.compensation.folding import InputMoments, KnownMoments, fold
+from lightning_prune.surgery.compensation.heads import FoundHeads, HeadMoments
 from lightning_prune.surgery.compensation.lockstep import Lockstep, MakeNetwork, PrunedLanes
 from lightning_prune.surgery.compensation.normalisation import Statistics, follow
 from lightning_prune.surgery.compensation.operators import Normalisation, Step
 from lightning_prune.surgery.compensation.runs import Watch
 from lightning_prune.surgery.compensation.survey import Survey, names_of, survey
+from lightning_prune.surgery.compensation.turning import turn
 from lightning_prune.surgery.compensation.work import Work
 from lightning_prune.surgery.compensation_report import CompensationReport
 from lightning_prune.surgery.pruning import kept_positions
@@ -28,6 +30,7 @@ class Collected:
     def __init__(self) -> None:
         self.survey: Survey | None = None
         self.moments: KnownMoments = {}
+        self.heads = FoundHeads()
         self.before: _Before | None = None
 
 
@@ -72,6 +75,7 @@ class Compensator:
         self._survey = collected.survey
         self._before = collected.before
         self._moments = InputMoments(model, make, batches, collected.moments)
+        self._heads = HeadMoments(model, make, batches, collected.heads)
 
     def compensate(
         self, plan: PruningPlan, tensors: dict[str, Tensor], make: MakeNetwork, unchanged: Collection[str] = ()
@@ -92,6 +96,8 @@ class Compensator:
         kept = kept_positions(in_force, earlier)
         work = Work(self._model, plan, kept, tensors, self._survey, CompensationReport(self._method))
         handlers = handlers_of(work, self._method)
+        if self._method != "statistics" and self._survey.attends:
+            turn(work, self._heads)
         fold(work, folded_by(handlers), self._moments)
         lanes = self._survey.lanes()
         norms = [name for name in handlers if name in self._survey.norms and name not in unchanged]

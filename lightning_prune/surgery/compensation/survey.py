@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import ref
 
 import torch
@@ -12,7 +12,7 @@ from lightning_prune.graph.substitution import named_tensors
 from lightning_prune.surgery.compensation.operators import Linear, Normalisation, Step
 from lightning_prune.surgery.compensation.runs import Watch
 
-__all__ = ["Survey", "names_of", "survey", "uses_of"]
+__all__ = ["ByTensor", "Survey", "names_of", "survey", "uses_of"]
 
 ACTIVATIONS = 2**28  # bytes that paused runs may keep
 _SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
@@ -21,7 +21,10 @@ _VIEWS = {
     "__getitem__", "expand", "expand_as", "flatten", "permute", "repeat", "reshape", "squeeze", "transpose",
     "unsqueeze", "view",
 }  # fmt: skip
+_SOFTMAX = {"scaled_dot_product_attention", "softmax"}
 _PER_LANE = 3  # what two paused runs keep, as a multiple of the input and output of a layer: branches among that
+
+Known = TypeVar("Known")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Survey:
         norms: Each normalisation, by the name of its running mean.
         terms: Names of the tensors that are added to activations or joined with them, such as positions and class
             tokens: they make channels, and consume none.
+        attends: Whether it takes a softmax, as attention does.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -75,6 +79,7 @@ class Survey:
     bytes: dict[str, int] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     terms: set[str] = field(default_factory=set)
+    attends: bool = False
 
     def lanes(self) -> dict[str, int]:
         """Return how many batches of this size may be under way at each layer."""
@@ -117,9 +122,9 @@ class _Survey(Watch):
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__(names, self._note)
         self.found = Survey()
-        self._returned = _Named()  # outputs of weights, normalised or not
-        self._given = _Named()  # inputs of layers
-        self._viewed = _Named()  # views of tensors of the model
+        self._returned: ByTensor[str] = ByTensor()  # outputs of weights, normalised or not
+        self._given: ByTensor[str] = ByTensor()  # inputs of layers
+        self._viewed: ByTensor[str] = ByTensor()  # views of tensors of the model
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -132,6 +137,8 @@ class _Survey(Watch):
             self._note_terms(args)
         elif name in _JOINS:
             self._note_terms(args[0])
+        elif name in _SOFTMAX:
+            self.found.attends = True
         output = super().__torch_function__(func, types, args, kwargs)
         if name in _VIEWS and self._own_name(args[0]):
             self._viewed.set(output, self._own_name(args[0]))
@@ -184,27 +191,30 @@ class _Survey(Watch):
             self._returned.set(output, weight)
 
 
-class _Named:
-    """Names of tensors, for as long as these exist."""
+class ByTensor(Generic[Known]):
+    """What is known of tensors, for as long as these exist."""
 
     def __init__(self) -> None:
-        self._names: dict[int, tuple[Any, str]] = {}
+        self._known: dict[int, tuple[Any, Known]] = {}
 
-    def set(self, tensor: Tensor, name: str) -> None:
+    def set(self, tensor: Tensor, known: Known) -> None:
+        """Note something of a tensor."""
         key = id(tensor)
-        self._names[key] = ref(tensor), name
+        forgotten = ref(tensor, lambda _: self._known.pop(key, None))
+        self._known[key] = forgotten, known
 
-    def setdefault(self, tensor: Any, name: str) -> None:
+    def setdefault(self, tensor: Any, known: Known) -> None:
+        """Note something of a tensor that nothing is known of."""
         if isinstance(tensor, Tensor) and self.get(tensor) is None:
-            self.set(tensor, name)
+            self.set(tensor, known)
 
-    def get(self, tensor: Any) -> str | None:
-        """Return the name of a tensor, if it has one."""
-        if id(tensor) not in self._names:
+    def get(self, tensor: Any) -> Known | None:
+        """Return what is known of a tensor, if anything is."""
+        if id(tensor) not in self._known:
             return None
-        reference, name = self._names[id(tensor)]
+        reference, known = self._known[id(tensor)]
         is_same = reference() is tensor  # and not a later one in its place
-        return name if is_same else None
+        return known if is_same else None
 
 
 def names_of(tensors: Mapping[str, Tensor]) -> dict[int, str]:

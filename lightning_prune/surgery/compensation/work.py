@@ -1,5 +1,6 @@
 """What a compensation works with, and what it asks about the layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,35 @@ from lightning_prune.surgery.compensation.operators import Linear
 from lightning_prune.surgery.compensation.survey import Survey
 from lightning_prune.surgery.compensation_report import CompensationReport
 
-__all__ = ["Work"]
+__all__ = ["Turn", "Work"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Channels that a layer is to return in place of some that are kept, each mixed of several.
+
+    Attributes:
+        rows: (n,) int64, those that they are mixed of, before the prune.
+        places: (kept,) int64, where they lie among those that are kept.
+        mix: (n, kept) float64, how much of each there is in each.
+    """
+
+    rows: Tensor
+    places: Tensor
+    mix: Tensor
+
+    def put(self, kept: Tensor, every: Tensor, axis: int) -> None:
+        """Put the mixed channels where they lie.
+
+        Args:
+            kept: The channels that are kept, along an axis.
+            every: Those before the prune, along the same.
+            axis: The axis.
+        """
+        channels = every.index_select(axis, self.rows)
+        shares = self.mix.to(channels.dtype)
+        mixed = channels.movedim(axis, -1) @ shares
+        kept.index_copy_(axis, self.places, mixed.movedim(-1, axis))
 
 
 @dataclass
@@ -31,6 +60,7 @@ class Work:
         changed: Names of the tensors that were written to.
         drifts: (channels,) mean of what a layer makes up for in the stream that it is added to, at its output, by the
             name of the running mean behind it.
+        turns: What the layers of queries and keys are to return, by the names of their weights and biases.
     """
 
     model: nn.Module
@@ -42,6 +72,7 @@ class Work:
     uncompensated: dict[str, Tensor] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     drifts: dict[str, Tensor] = field(default_factory=dict)
+    turns: dict[str, list[Turn]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._own = named_tensors(self.model)
@@ -51,6 +82,28 @@ class Work:
         """Give a tensor of the pruned network other values."""
         tensor.data.copy_(values)
         self.changed.add(self._names[id(tensor)])
+
+    def turn(self, name: str, turn: Turn) -> None:
+        """Give channels that a weight or bias makes, and that are kept, other values: those of several, mixed.
+
+        Args:
+            name: Its name.
+            turn: The channels.
+        """
+        self.turns.setdefault(name, []).append(turn)
+        tensor = self.tensors[name]
+        every = self._own[name].detach()
+        for axis in self.kept[name]:
+            if axis != 0:
+                every = every.index_select(axis, self.kept_along(name, axis))
+        values = tensor.detach().clone()
+        turn.put(values, every, 0)
+        self.write(tensor, values)
+
+    def is_kept(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Tell which rows of a weight are kept: (n,) bool."""
+        kept = self.kept_along(name, 0)
+        return torch.isin(torch.tensor(rows, device=kept.device), kept)
 
     def bias_taking_means(self, name: str) -> Tensor | None:
         """Return the bias that goes with a weight, unless normalisation behind takes up the means."""
@@ -101,7 +154,7 @@ class Work:
             by_group = outputs.unflatten(1, (layer.groups, -1))
             by_group = by_group.index_select(1, kept_groups)
             return by_group.flatten(1, 2)
-        return outputs.index_select(1, kept)
+        return self._turned(name, outputs.index_select(1, kept), outputs, 1)
 
     def with_kept_outputs(self, name: str) -> Tensor:
         """Return a weight before the prune, less the outputs that are pruned."""
@@ -111,7 +164,13 @@ class Work:
             if axis != in_axis:
                 kept = self.kept_along(name, axis)
                 weight = weight.index_select(axis, kept)
-        return weight
+        return self._turned(name, weight, self._own[name].detach(), 0)
+
+    def _turned(self, name: str, kept: Tensor, every: Tensor, axis: int) -> Tensor:
+        """Return the kept channels that a weight makes, with those of queries and keys mixed of several."""
+        for turn in self.turns.get(name, ()):
+            turn.put(kept, every, axis)
+        return kept
 
     def blocks(self, name: str) -> list[Block]:
         """Return the channels that a weight consumes: one by one, or with several positions each if maps are flat."""
