@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    made = stored.made_with(settings)
-    records = stored.load(settings.results)
-    for name in settings.networks:
-        if name not in records:
-            records[name] = {**run(name, settings), "made": made}
-            stored.save(settings.results, records)
-    stored.save_page(settings.results, page(records))
-    print(page(records))
+    runs = {name: partial(run, name, settings) for name in settings.networks}
+    stored.complete_page(settings.results, runs, stored.made_with(settings), page)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, partial
+from operator import lt
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -355,14 +356,14 @@ class PlannedGroup:
             raise ValueError(f"The plan is damaged: the slices of a group must be a tuple of Slice; {_REMEDY}.")
 
     def _keeps_some(self) -> bool:
-        if not isinstance(self.kept, tuple) or not _are_counts(self.kept):
+        if not isinstance(self.kept, tuple) or not set(map(type, self.kept)) <= {int}:
             return False
         if not self.kept:
             return self.least == 0
-        if max(self.kept) >= self.size:
+        first, last = self.kept[0], self.kept[-1]
+        if first < 0 or last >= self.size:
             return False
-        distances = self.channels.diff()
-        return bool((distances > 0).all())
+        return all(map(lt, self.kept, self.kept[1:]))
 
     @cached_property
     def channels(self) -> Tensor:
@@ -683,6 +684,8 @@ def _records(model: nn.Module) -> dict[str, PruningPlan]:
         record = module.__dict__.get(_RECORD)
         if record is not None:
             records[prefix.removesuffix(".")] = record
+        if not module._modules:
+            return
         for name, child in module._modules.items():
             if child is not None and id(child) not in seen:
                 walk(child, f"{prefix}{name}.")
@@ -741,7 +744,10 @@ def _by_network(plan: PruningPlan | None) -> dict[str, PruningPlan]:
         adaptations = {name: one for name, one in plan.adaptations.items() if one.groups() & groups.keys()}
         followed = {name.partition("#")[0] for one in adaptations.values() for name in one.groups()}
         network = _least_module([*shapes, *(f"{name}{_INSIDE}" for name in [*adaptations, *followed])])
-        record = replace(plan, groups=groups, shapes=shapes, adaptations=adaptations)
+        record = plan  # of one network most often
+        parts = (groups, plan.groups), (shapes, plan.shapes), (adaptations, plan.adaptations)
+        if any(len(part) < len(whole) for part, whole in parts):
+            record = replace(plan, groups=groups, shapes=shapes, adaptations=adaptations)
         if network:
             within = partial(_within, network)
             record = renamed(record, within, within)

@@ -198,6 +198,15 @@ class Expectations:
             ties: What a smaller network ties.
             kept: The labels that it keeps.
         """
+        return next(iter(self.new_ties(ties, kept)), None)
+
+    def new_ties(self, ties: Sequence[Tie], kept: KeptLabels) -> list[int]:
+        """Find the ties of channels of groups that the full network does not tie, up to the first of unequal sides.
+
+        Args:
+            ties: What a smaller network ties.
+            kept: The labels that it keeps.
+        """
         of_equal_sides: list[Tie] = []
         for tie in ties:
             if tie.first.numel() == tie.second.numel():
@@ -206,17 +215,16 @@ class Expectations:
                 break
             else:
                 of_equal_sides.append(Tie(_NO_LABELS, _NO_LABELS, tie.module, tie.why))
-        found = self._first_new_pair(of_equal_sides, kept)
-        if found is not None:
-            return found
-        all_are_equal = len(of_equal_sides) == len(ties)
-        return None if all_are_equal else len(of_equal_sides)
+        found = self._with_new_pairs(of_equal_sides, kept)
+        if len(of_equal_sides) < len(ties):
+            found.append(len(of_equal_sides))
+        return found
 
-    def _first_new_pair(self, ties: Sequence[Tie], kept: KeptLabels) -> int | None:
-        """Find the first of some ties that ties a pair of labels which is not tied in the full network."""
+    def _with_new_pairs(self, ties: Sequence[Tie], kept: KeptLabels) -> list[int]:
+        """Find those of some ties that tie a pair of labels which is not tied in the full network."""
         pairs = TiedPairs.of(ties)
         if self._are_kept_ones(pairs, kept):
-            return None
+            return []
         # Not only of the same channel, but the very positions that met before: the order within a channel counts too.
         differ = pairs.first != pairs.second
         prunable = self.is_prunable[pairs.first] | self.is_prunable[pairs.second]
@@ -224,9 +232,8 @@ class Expectations:
         codes = pairs.codes(self.count)[candidates]
         known = is_among(codes, self.grouping.tied_codes)
         new = candidates[~known]
-        if not len(new):
-            return None
-        return int(pairs.tie_of(new[0]))
+        numbers = np.unique(pairs.tie_of(new))
+        return [int(number) for number in numbers]
 
     def _are_kept_ones(self, pairs: TiedPairs, kept: KeptLabels) -> bool:
         """Tell whether pairs are those of the full network that are kept, one after the other, as they mostly are."""

@@ -1,6 +1,6 @@
 """Explanation of what goes wrong in a smaller network: the groups, the module and the line of code."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,14 +69,14 @@ class Explanation:
         if failures:
             return self._explain_failures(failures)
         if new_tie is not None:
-            return [self._explain_tie(new_tie)]
+            return self._explain_tie(new_tie)
         if unprunable is not None:
-            return [self._explain_unprunable(unprunable)]
+            return self._explain_unprunable(unprunable)
         if self.record.operator_trace != self.full.operator_trace:
             return self._explain_other_operators()
         shifted = self.trial.first_shift(0, len(self.full.operator_trace))
         if shifted is not None:
-            return [self._explain_shift(shifted)]
+            return self._explain_shift(shifted)
         return []
 
     def is_needed(self) -> bool:
@@ -98,38 +98,87 @@ class Explanation:
 
     # -- channels at wrong places ----------------------------------------------------------------------------------
 
-    def _explain_tie(self, number: int) -> Finding:
-        """Name the first place where channels meet others than their own."""
+    def _explain_tie(self, number: int) -> list[Finding]:
+        """Name the first place where channels meet others than their own, and those like it."""
         tie = self.record.ties[number]
         groups = self._groups_of(tie.sides)
         site = self.trial.ties_of_splits.get(number)
         return self._explain_misplaced(groups, Entries.TIES, number, site)
 
-    def _explain_unprunable(self, number: int) -> Finding:
-        """Name the first place where a rule says of channels that they cannot be pruned."""
+    def _explain_unprunable(self, number: int) -> list[Finding]:
+        """Name the first place where a rule says of channels that they cannot be pruned, and those like it."""
         note = self.record.unprunable[number]
         groups = self._groups_of([note.labels])
         return self._explain_misplaced(groups, Entries.UNPRUNABLE, number)
 
     def _explain_misplaced(
         self, groups: frozenset[int], entries: Entries, number: int, site: SplitSite | None = None
-    ) -> Finding:
+    ) -> list[Finding]:
         """Name the first operator that gives channels a wrong place or, if none does, where an entry was made."""
         shifted = self.trial.first_shift(0, len(self.record.operator_trace))
         if shifted is not None:
             entries, number = Entries.OPERATORS, shifted
         place = self.trial.place(entries, number)
-        return Finding(groups, place.module, f"{_RELIES}{place.line}", site)
+        first = Finding(groups, place.module, f"{_RELIES}{place.line}", site)
+        if entries is Entries.TIES:
+            return self._with_alike(first, place.line, self._tied())
+        return self._with_alike(first, place.line, self._shifted(number))
 
-    def _explain_shift(self, shifted: int) -> Finding:
-        """Name the channels that an operator cuts at a wrong place."""
+    def _tied(self) -> Iterator[tuple[Place, frozenset[int]]]:
+        """Yield where channels meet others than their own, and the groups of these."""
+        for number in self.expectations.new_ties(self.record.ties, self.trial.kept):
+            place = self.trial.place(Entries.TIES, number)
+            yield place, self._groups_of(self.record.ties[number].sides)
+
+    def _shifted(self, start: int) -> Iterator[tuple[Place, frozenset[int]]]:
+        """Yield the operators from some number on that give channels a wrong place, and the groups of these."""
+        number = self.trial.first_shift(start, len(self.full.operator_trace))
+        while number is not None:
+            if self.trial.ran(number):
+                place = self._place(number)
+                yield place, self._groups_of(place.given)
+            number = self.trial.first_shift(number + 1, len(self.full.operator_trace))
+
+    def _with_alike(
+        self,
+        first: Finding,
+        line: SourceLine,
+        others: Iterable[tuple[Place, frozenset[int]]],
+    ) -> list[Finding]:
+        """Return a finding, and what the same line of code does to channels of other groups in other modules.
+
+        These have not been given a wrong place before, since nothing that went wrong has to do with their groups.
+
+        Args:
+            first: What goes wrong first.
+            line: Where.
+            others: What goes wrong later, and with which groups.
+        """
+        found = {first.module: first}
+        known = first.groups
+        for place, groups in others:
+            if place.line != line or not groups:
+                continue
+            if known.isdisjoint(groups):
+                alike = replace(
+                    first,
+                    groups=groups,
+                    module=place.module,
+                )
+                found.setdefault(place.module, alike)
+                known |= groups
+        return list(found.values())
+
+    def _explain_shift(self, shifted: int) -> list[Finding]:
+        """Name the channels that an operator cuts at a wrong place, and those like it."""
 
         def still_shifts(trial: Trial) -> bool:
             return trial.first_shift(0, shifted + 1) is not None
 
         place = self.trial.place(Entries.OPERATORS, shifted)
         groups = self._groups_of(place.given) or self._culprits(still_shifts, shifted)
-        return Finding(groups, place.module, f"{_RELIES}{place.line}")
+        first = Finding(groups, place.module, f"{_RELIES}{place.line}")
+        return self._with_alike(first, place.line, self._shifted(shifted + 1))
 
     def _explain_other_operators(self) -> list[Finding]:
         """Find the groups whose size changes what the network does, or a number that it computes with."""
@@ -151,7 +200,7 @@ class Explanation:
         """
         likely: dict[int, int] = {}
         for number in sorted(self._operators_with_other_numbers(self.trial) or ()):
-            groups = self._groups_of(self._place(number).given)
+            groups = self._groups_at(number)
             if len(groups) == 1:
                 (group,) = groups
                 likely.setdefault(group, number)
@@ -164,6 +213,16 @@ class Explanation:
             if group not in tried and line not in wrong_lines:
                 right[group] = number
         return right
+
+    def _groups_at(self, operator: int) -> frozenset[int]:
+        """Return the groups that an operator was given or, if it makes a number of code a tensor, were made last."""
+        groups = self._groups_of(self._place(operator).given)
+        before = self.full.output_labels[max(operator - _NEARBY, 0) : operator]
+        for outputs in reversed(before):
+            if groups:
+                break
+            groups = self._groups_of(list(outputs.values()))
+        return groups
 
     def _place(self, operator: int) -> Place:
         return self.trial.place(Entries.OPERATORS, operator)
@@ -231,7 +290,7 @@ class Explanation:
         for failure in failures:
             shifted = self.trial.first_shift(resumed, failure.at)
             if shifted is not None:
-                findings.append(self._explain_shift(shifted))
+                findings += self._explain_shift(shifted)
             elif suspects[failure.key]:
                 findings.append(_finding_of_failure(failure, suspects[failure.key]))
             resumed = failure.resumed

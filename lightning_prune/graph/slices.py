@@ -26,7 +26,7 @@ def slices_of(slot: Slot, positions: np.ndarray) -> list[Slice]:
     channels, width = positions.shape
     start = int(positions[0, 0])
     neighbours = np.arange(start, start + channels)
-    if width == 1 and np.array_equal(positions[:, 0], neighbours):
+    if width == 1 and (positions[:, 0] == neighbours).all():
         return [Slice(slot.tensor, slot.axis, start)]  # the most frequent case
     starts = positions[0]  # of the first channel
     run_starts = np.append(0, np.flatnonzero(np.diff(starts) != 1) + 1)

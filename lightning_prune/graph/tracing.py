@@ -90,27 +90,34 @@ def trace(
         forward.remembered = bool(steps)
         patterns = _checked_patterns(ignore, forward.module_names)
         runs = partial(_step_runs, forward, model, steps)
-        seen = _see(
-            Network(
-                forward,
-                patterns,
-                runs,
-                relations,
-            )
-        )
-        terms = cost_terms(
+        network = Network(
             forward,
-            seen.groups,
-            seen.sheets,
+            patterns,
+            runs,
+            relations,
         )
-        found = _blocks(forward, seen, patterns) if blocks else _Blocks()
+        return _graph(model, network, blocks)
+
+
+def _graph(model: nn.Module, network: Network, with_blocks: bool) -> ChannelGraph:
+    """Return the graph of a network; what passes have shown is gone before memory is searched again."""
+    forward = network.forward
+    seen = _see(network)
+    terms = cost_terms(
+        forward,
+        seen.groups,
+        seen.sheets,
+    )
+    found = _Blocks()
+    if with_blocks:
+        found = _blocks(forward, seen, network.ignored)
     return ChannelGraph(
         model,
         {**seen.groups, **{block.group.name: block.group for block in found.blocks}},
         {**seen.unprunable, **found.unprunable},
         forward.shapes,
         terms,
-        module,
+        forward.module,
         forward.example_inputs,
         untraced=seen.untraced,
         frozen=take_out(terms, seen.frozen),

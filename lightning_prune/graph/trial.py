@@ -180,8 +180,14 @@ class Trial(Tracer):
             number: Number of the entry.
         """
         places = self._places[entries]
+        if number in places:
+            return places[number]
         made = [entry for entry in places if entry >= number]
         return places[min(made)] if made else Place()
+
+    def ran(self, operator: int) -> bool:
+        """Tell whether an operator of the record ran here, not only in the full network in a module that failed."""
+        return operator in self._places[Entries.OPERATORS]
 
     def tie(self, first: Labels | None, second: Labels | None, why: str) -> None:
         """Tie as any tracer does, and note where."""

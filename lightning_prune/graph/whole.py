@@ -37,7 +37,8 @@ def _convolution(
     if isinstance(padding, str):
         return None
     lengths = [_listed(setting) for setting in (stride, padding, dilation)]
-    return _aten.convolution.default, (input, weight, bias, *lengths, False, [0], groups), {}
+    given = input, weight, bias, *lengths, False, [0], groups
+    return _aten.convolution.default, given, {}
 
 
 def _listed(setting: int | Sequence[int]) -> list[int]:
@@ -55,28 +56,57 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Called:
     per_channel = weight, bias, running_mean, running_var
-    return _aten.native_batch_norm.default, (input, *per_channel, training, momentum, eps), {}
+    given = input, *per_channel, training, momentum, eps
+    return _aten.native_batch_norm.default, given, {}
 
 
-def _activation(operator: Any, in_place: Any, input: Tensor, inplace: bool = False) -> Called:
+def _activation(
+    operator: Any,
+    in_place: Any,
+    input: Tensor,
+    inplace: bool = False,
+) -> Called:
     return in_place if inplace else operator, (input,), {}
 
 
-def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Called:
+def _hardtanh(
+    input: Tensor,
+    min_val: float = -1.0,
+    max_val: float = 1.0,
+    inplace: bool = False,
+) -> Called:
     operator = _aten.hardtanh_.default if inplace else _aten.hardtanh.default
     return operator, (input, min_val, max_val), {}
 
 
 WHOLE: dict[Any, Callable[..., Called | None]] = {
-    functional.linear: partial(_as_it_is, _aten.linear.default),
-    SCALED: partial(_as_it_is, _aten.scaled_dot_product_attention.default),
+    functional.linear: partial(
+        _as_it_is,
+        _aten.linear.default,
+    ),
+    SCALED: partial(
+        _as_it_is,
+        _aten.scaled_dot_product_attention.default,
+    ),
     Tensor.add_: _add_in_place,
     torch.conv1d: _convolution,
     torch.conv2d: _convolution,
     torch.conv3d: _convolution,
     functional.batch_norm: _batch_norm,
     functional.hardtanh: _hardtanh,
-    functional.relu: partial(_activation, _aten.relu.default, _aten.relu_.default),
-    functional.silu: partial(_activation, _aten.silu.default, _aten.silu_.default),
-    functional.hardswish: partial(_activation, _aten.hardswish.default, _aten.hardswish_.default),
+    functional.relu: partial(
+        _activation,
+        _aten.relu.default,
+        _aten.relu_.default,
+    ),
+    functional.silu: partial(
+        _activation,
+        _aten.silu.default,
+        _aten.silu_.default,
+    ),
+    functional.hardswish: partial(
+        _activation,
+        _aten.hardswish.default,
+        _aten.hardswish_.default,
+    ),
 }

@@ -119,6 +119,55 @@ def test_all_blocks_that_compute_with_their_size_are_found_together(monkeypatch:
     assert counts[2] == counts[6] == counts[20]  # of a line of code that all run, one group is tried alone
 
 
+class _Relying(nn.Module):
+    """A block that does something with its channels and a number of code."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], read: int = 12) -> None:
+        super().__init__()
+        self.run = run
+        self.inner = nn.Linear(8, 12)
+        self.outer = nn.Linear(read, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.run(self.inner(x)))
+
+
+def _in_other_order(x: Tensor) -> Tensor:
+    return torch.cat([x[..., 4:], x[..., :4]], -1)
+
+
+RELYING: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "cut": (lambda x: torch.cat([x[..., :4].relu(), x[..., 4:]], -1), 12),
+    "in other order": (_in_other_order, 12),
+    "product": (lambda x: x[..., :6] * x[..., 6:].sigmoid(), 6),
+    "split": (lambda x: x.view(2, 3, 4).relu().view(2, 12), 12),
+    "number": (lambda x: x * torch.tensor(float(x.shape[-1])), 12),
+}
+
+
+@pytest.mark.parametrize("case", RELYING)
+def test_all_blocks_that_rely_on_their_size_are_found_together(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    counts = set()
+    for depth in (2, 7):
+        blocks = _stack(lambda: _Relying(*RELYING[case]), depth)
+        with _counted(monkeypatch) as passes:
+            graph = trace(nn.Sequential(nn.Linear(3, 8), *blocks, nn.Linear(8, 2)), torch.zeros(2, 3))
+        counts.add(len(passes))
+        assert list(graph.groups) == ["0"]
+        for block in range(1, depth + 1):
+            assert graph.unprunable[f"{block}.inner"].reason.startswith(f"{block}: ")
+    assert len(counts) == 1
+
+
+def test_a_block_that_does_not_rely_on_its_size_at_the_same_line_stays_prunable() -> None:
+    def cut(stop: int | None) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.cat([x[..., :stop].relu()] + ([x[..., stop:]] if stop else []), -1)
+
+    blocks = [_Relying(cut(stop)) for stop in (4, None, 4)]
+    graph = trace(nn.Sequential(nn.Linear(3, 8), *blocks, nn.Linear(8, 2)), torch.zeros(2, 3))
+    assert list(graph.groups) == ["0", "2.inner"]
+
+
 class _Shared(nn.Module):
     """Two layers that are multiplied by a number that the width of the first alone gives."""
 
