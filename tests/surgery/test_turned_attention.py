@@ -288,7 +288,43 @@ def test_products_that_no_softmax_is_taken_of_are_left_alone():
     plan = narrowed(lp.trace(model, inputs))
     smaller, report = pruned(model, plan, "fold", inputs)
     assert report.scores == {}
+    assert {"query.weight", "key.weight"} <= report.not_compensated.keys()
     assert apart(smaller, pruned(model, plan, "none", inputs)[0], inputs) < 1e-9
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_heads_that_are_pruned_whole_are_not_told_of(rotates: bool):
+    class Whole(Attention):
+        def heads(self, x: Tensor, y: Tensor) -> Any:
+            q, k, v = super().heads(x, y)
+            return (rotated(q), rotated(k), v) if rotates else (q, k, v)
+
+    model = randomised(Whole("chunks").double()).eval()
+    inputs = (torch.randn(32, 7, 12).double(),)
+    graph = lp.trace(model, inputs)
+    [name] = [name for name, group in graph.groups.items() if group.kind == "heads"]
+    _, report = pruned(model, graph.plan({name: torch.tensor([1])}), "refit", inputs)
+    assert report.scores == report.not_compensated == {}
+    assert report.errors
+
+
+def test_heads_that_talk_to_each_other_are_turned():
+    class Talking(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.talk = nn.Linear(HEADS, HEADS)
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            q, k, v = self.heads(x, x)
+            scores = self.talk((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    model = randomised(Talking().double()).eval()
+    inputs = (torch.randn(32, 7, 12).double(),)
+    graph = lp.trace(model, inputs)
+    plan = narrowed(graph)
+    make_mixtures(graph, plan)
+    assert apart(pruned(model, plan, "fold", inputs)[0], model, inputs) < 1e-9
 
 
 # -- with everything else ----------------------------------------------------------------------------------------------

@@ -39,11 +39,17 @@ class Product:
     of_key: Origin | None
 
     @property
+    def widths(self) -> dict[str, int]:
+        """The width of heads, by the names of the weights that have made them."""
+        made = filter(None, (self.of_query, self.of_key))
+        return {origin.weight: self.query.shape[-1] for origin in made}
+
+    @property
     def is_known(self) -> bool:
         """Whether it is known which rows of weights have made both."""
-        of_query = self.of_query is not None and self.of_query.rows is not None
-        of_key = self.of_key is not None and self.of_key.rows is not None
-        return of_query and of_key
+        if self.of_query is None or self.of_key is None:
+            return False
+        return self.of_query.rows is not None and self.of_key.rows is not None
 
 
 class WatchAttention(TorchFunctionMode):
@@ -52,6 +58,9 @@ class WatchAttention(TorchFunctionMode):
     Args:
         names: The name of each tensor of the model by its ``id``.
         on_product: What products of queries and keys are given to.
+
+    Attributes:
+        pending: Products that no softmax was taken of yet.
     """
 
     def __init__(self, names: Mapping[int, str], on_product: Callable[[Product], None]) -> None:
@@ -59,7 +68,7 @@ class WatchAttention(TorchFunctionMode):
         self._on_product = on_product
         self._origins = Origins(names)
         self._scores: ByTensor[Product] = ByTensor()
-        self._pending: list[Product] = []  # that no softmax was taken of yet
+        self.pending: list[Product] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,6 +80,9 @@ class WatchAttention(TorchFunctionMode):
         layer = read(*args, **kwargs) if read else None
         if isinstance(layer, Linear):
             self._origins.follow_layer(layer, output)
+            scores = self._scores.get(layer.given)
+            if scores is not None and scores.is_known:  # heads may be mixed, as those that talk to each other are
+                self._scores.set(output, scores)
         elif name == "scaled_dot_product_attention":
             self._attend(*args, **kwargs)
         elif name == "einsum":
@@ -86,7 +98,7 @@ class WatchAttention(TorchFunctionMode):
 
     def used(self) -> Mapping[str, set[int]]:
         """Return the rows of weights that something else is computed with, by the names of these."""
-        for product in self._pending:
+        for product in self.pending:
             self._origins.use(product.query)
             self._origins.use(product.key)
         return self._origins.used
@@ -127,7 +139,7 @@ class WatchAttention(TorchFunctionMode):
         if product is None:
             return
         if product.is_known:
-            self._pending.append(product)
+            self.pending.append(product)
         self._scores.set(output, product)
 
     def _product(self, query: Tensor, key: Tensor) -> Product | None:
@@ -155,8 +167,8 @@ class WatchAttention(TorchFunctionMode):
                 self._scores.set(output, product)
             elif not product.is_known:
                 self._on_product(product)
-            elif product in self._pending and _is_last(one, args, kwargs):
-                self._pending.remove(product)
+            elif product in self.pending and _is_last(one, args, kwargs):
+                self.pending.remove(product)
                 self._on_product(product)
 
 
@@ -181,7 +193,8 @@ def _orders(equation: str) -> list[list[int]]:
         own = [axis for axis in axes if axis not in others]
         order = [axes.index(axis) for axis in (*shared, *own, *summed)]
         orders.append(order)
-    is_summed_once = len(summed) == 1 and sorted(output) == sorted({*query, *key} - {*summed})
+    wanted = {*query, *key} - {*summed}
+    is_summed_once = len(summed) == 1 and sorted(output) == sorted(wanted)
     are_matrices = len(query) == len(key) == len(shared) + 2
     is_by_key = output[-1:] not in query
     if "." in equation or not (is_summed_once and are_matrices and is_by_key):
