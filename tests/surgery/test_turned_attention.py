@@ -15,6 +15,7 @@ import lightning_prune as lp
 from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.surgery.compensation import attention
 from lightning_prune.surgery.compensation.turning import mixes
 
 HEADS, WIDTH, KEPT = 2, 6, 3  # heads, their width, and what is kept of that
@@ -201,6 +202,23 @@ def test_either_side_is_least_squares_on_explicit_products():
         wanted = (left @ right.T).reshape(-1).numpy()
         solution, *_ = np.linalg.lstsq(np.stack(rows), wanted, rcond=None)
         np.testing.assert_allclose(mix.reshape(-1), solution, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "equation", ["bhid,bhjd->bhij", "bihd, bjhd -> bhij", "id,jd->ij", "bhid,bjd->bhij", "dbi,hdj->bhij"]
+)
+def test_sums_are_products_of_queries_and_keys(equation: str):
+    axes = equation.replace(" ", "").partition("->")[0].split(",")
+    sizes = {"b": 2, "h": 3, "i": 4, "j": 5, "d": 6}
+    factors = [torch.randn([sizes[axis] for axis in one]).double() for one in axes]
+    orders = attention._orders(equation)
+    query, key = (attention._ordered(*each) for each in zip(factors, axes, orders, strict=True))
+    torch.testing.assert_close(query @ key.mT, torch.einsum(equation, *factors))
+
+
+@pytest.mark.parametrize("equation", ["bid,bje->bij", "...id,...jd->...ij", "bid->bi", "bid,bid->bi"])
+def test_other_sums_are_none(equation: str):
+    assert attention._orders(equation) == []
 
 
 # -- what does not change ----------------------------------------------------------------------------------------------
