@@ -15,6 +15,7 @@ import lightning_prune as lp
 from lightning_prune.candidates import evaluate_candidates
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.pruning_plan import PruningPlan
+from lightning_prune.surgery.compensation import attention
 from lightning_prune.surgery.compensation.turning import mixes
 
 HEADS, WIDTH, KEPT = 2, 6, 3  # heads, their width, and what is kept of that
@@ -151,8 +152,10 @@ def pruned(model: nn.Module, plan: PruningPlan, method: str, inputs: tuple[Tenso
     return smaller, report.compensation
 
 
-@pytest.mark.parametrize("method", ["fold", "refit"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [(form, "fold") for form in FORMS] + [(form, "refit") for form in ("three layers", "of torch", "two streams")],
+)
 def test_queries_and_keys_that_are_mixtures_of_others_are_pruned_without_a_trace(form: str, method: str):
     model, inputs = network(form)
     graph = lp.trace(model, inputs)
@@ -201,6 +204,23 @@ def test_either_side_is_least_squares_on_explicit_products():
         wanted = (left @ right.T).reshape(-1).numpy()
         solution, *_ = np.linalg.lstsq(np.stack(rows), wanted, rcond=None)
         np.testing.assert_allclose(mix.reshape(-1), solution, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "equation", ["bhid,bhjd->bhij", "bihd, bjhd -> bhij", "id,jd->ij", "bhid,bjd->bhij", "dbi,hdj->bhij"]
+)
+def test_sums_are_products_of_queries_and_keys(equation: str):
+    axes = equation.replace(" ", "").partition("->")[0].split(",")
+    sizes = {"b": 2, "h": 3, "i": 4, "j": 5, "d": 6}
+    factors = [torch.randn([sizes[axis] for axis in one]).double() for one in axes]
+    orders = attention._orders(equation)
+    query, key = (attention._ordered(*each) for each in zip(factors, axes, orders, strict=True))
+    torch.testing.assert_close(query @ key.mT, torch.einsum(equation, *factors))
+
+
+@pytest.mark.parametrize("equation", ["bid,bje->bij", "...id,...jd->...ij", "bid->bi", "bid,bid->bi"])
+def test_other_sums_are_none(equation: str):
+    assert attention._orders(equation) == []
 
 
 # -- what does not change ----------------------------------------------------------------------------------------------
@@ -288,7 +308,43 @@ def test_products_that_no_softmax_is_taken_of_are_left_alone():
     plan = narrowed(lp.trace(model, inputs))
     smaller, report = pruned(model, plan, "fold", inputs)
     assert report.scores == {}
+    assert {"query.weight", "key.weight"} <= report.not_compensated.keys()
     assert apart(smaller, pruned(model, plan, "none", inputs)[0], inputs) < 1e-9
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_heads_that_are_pruned_whole_are_not_told_of(rotates: bool):
+    class Whole(Attention):
+        def heads(self, x: Tensor, y: Tensor) -> Any:
+            q, k, v = super().heads(x, y)
+            return (rotated(q), rotated(k), v) if rotates else (q, k, v)
+
+    model = randomised(Whole("chunks").double()).eval()
+    inputs = (torch.randn(32, 7, 12).double(),)
+    graph = lp.trace(model, inputs)
+    [name] = [name for name, group in graph.groups.items() if group.kind == "heads"]
+    _, report = pruned(model, graph.plan({name: torch.tensor([1])}), "refit", inputs)
+    assert report.scores == report.not_compensated == {}
+    assert report.errors
+
+
+def test_heads_that_talk_to_each_other_are_turned():
+    class Talking(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.talk = nn.Linear(HEADS, HEADS)
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            q, k, v = self.heads(x, x)
+            scores = self.talk((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    model = randomised(Talking().double()).eval()
+    inputs = (torch.randn(32, 7, 12).double(),)
+    graph = lp.trace(model, inputs)
+    plan = narrowed(graph)
+    make_mixtures(graph, plan)
+    assert apart(pruned(model, plan, "fold", inputs)[0], model, inputs) < 1e-9
 
 
 # -- with everything else ----------------------------------------------------------------------------------------------

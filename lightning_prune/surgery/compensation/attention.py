@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -39,11 +40,17 @@ class Product:
     of_key: Origin | None
 
     @property
+    def widths(self) -> dict[str, int]:
+        """The width of heads, by the names of the weights that have made them."""
+        made = filter(None, (self.of_query, self.of_key))
+        return {origin.weight: self.query.shape[-1] for origin in made}
+
+    @property
     def is_known(self) -> bool:
         """Whether it is known which rows of weights have made both."""
-        of_query = self.of_query is not None and self.of_query.rows is not None
-        of_key = self.of_key is not None and self.of_key.rows is not None
-        return of_query and of_key
+        if self.of_query is None or self.of_key is None:
+            return False
+        return self.of_query.rows is not None and self.of_key.rows is not None
 
 
 class WatchAttention(TorchFunctionMode):
@@ -52,6 +59,9 @@ class WatchAttention(TorchFunctionMode):
     Args:
         names: The name of each tensor of the model by its ``id``.
         on_product: What products of queries and keys are given to.
+
+    Attributes:
+        pending: Products that no softmax was taken of yet.
     """
 
     def __init__(self, names: Mapping[int, str], on_product: Callable[[Product], None]) -> None:
@@ -59,7 +69,7 @@ class WatchAttention(TorchFunctionMode):
         self._on_product = on_product
         self._origins = Origins(names)
         self._scores: ByTensor[Product] = ByTensor()
-        self._pending: list[Product] = []  # that no softmax was taken of yet
+        self.pending: list[Product] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,11 +81,14 @@ class WatchAttention(TorchFunctionMode):
         layer = read(*args, **kwargs) if read else None
         if isinstance(layer, Linear):
             self._origins.follow_layer(layer, output)
+            scores = self._scores.get(layer.given)
+            if scores is not None and scores.is_known:  # heads may be mixed, as those that talk to each other are
+                self._scores.set(output, scores)
         elif name == "scaled_dot_product_attention":
             self._attend(*args, **kwargs)
         elif name == "einsum":
             self._sum_over(args, output)
-        elif name in _FIRST_FACTOR:
+        elif name in _FIRST_FACTOR and len(args) > 1 + _FIRST_FACTOR[name]:
             first = _FIRST_FACTOR[name]
             query, key = args[first : first + 2]
             self._multiply(query, key, output)
@@ -86,7 +99,7 @@ class WatchAttention(TorchFunctionMode):
 
     def used(self) -> Mapping[str, set[int]]:
         """Return the rows of weights that something else is computed with, by the names of these."""
-        for product in self._pending:
+        for product in self.pending:
             self._origins.use(product.query)
             self._origins.use(product.key)
         return self._origins.used
@@ -111,14 +124,18 @@ class WatchAttention(TorchFunctionMode):
 
     def _sum_over(self, args: Sequence[Any], output: Tensor) -> None:
         """Take note of a sum in Einstein's notation."""
-        equation, *factors = args
+        equation, *factors = tree_leaves(args)
         orders = _orders(equation) if isinstance(equation, str) else []
         if len(orders) != len(factors):
-            for factor in factors:
+            for factor in (equation, *factors):
                 self._origins.use(factor)
             return
-        query = self._origins.viewed(factors[0], lambda one: one.permute(orders[0]))
-        key = self._origins.viewed(factors[1], lambda one: one.permute(orders[1]))
+        spaceless = equation.replace(" ", "")
+        ordered = []
+        for number, axes in enumerate(spaceless.partition("->")[0].split(",")):
+            view = partial(_ordered, axes=axes, order=orders[number])
+            ordered.append(self._origins.viewed(factors[number], view))
+        query, key = ordered
         self._await(query, key, output)
 
     def _await(self, query: Tensor, key: Tensor, output: Tensor) -> None:
@@ -127,7 +144,7 @@ class WatchAttention(TorchFunctionMode):
         if product is None:
             return
         if product.is_known:
-            self._pending.append(product)
+            self.pending.append(product)
         self._scores.set(output, product)
 
     def _product(self, query: Tensor, key: Tensor) -> Product | None:
@@ -155,8 +172,8 @@ class WatchAttention(TorchFunctionMode):
                 self._scores.set(output, product)
             elif not product.is_known:
                 self._on_product(product)
-            elif product in self._pending and _is_last(one, args, kwargs):
-                self._pending.remove(product)
+            elif product in self.pending and _is_last(one, args, kwargs):
+                self.pending.remove(product)
                 self._on_product(product)
 
 
@@ -168,22 +185,31 @@ def _is_last(scores: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     return axis in (-1, scores.dim() - 1)
 
 
-def _orders(equation: str) -> list[list[int]]:
-    """Return the orders of axes that bring two factors into the form of queries and keys; none if there are no such."""
+def _orders(equation: str) -> list[list[str]]:
+    """Return the axes of two factors in the order of queries and keys; nothing if there are no such.
+
+    Scores have the axes of queries and of keys last; what is before them need not be an axis of both factors.
+    """
     spaceless = equation.replace(" ", "")
     given, _, output = spaceless.partition("->")
     query, _, key = given.partition(",")
-    common = [axis for axis in query if axis in key]
-    shared = [axis for axis in common if axis in output]
-    summed = [axis for axis in common if axis not in output]
-    orders = []
-    for axes, others in ((query, key), (key, query)):
-        own = [axis for axis in axes if axis not in others]
-        order = [axes.index(axis) for axis in (*shared, *own, *summed)]
-        orders.append(order)
-    is_summed_once = len(summed) == 1 and sorted(output) == sorted({*query, *key} - {*summed})
-    are_matrices = len(query) == len(key) == len(shared) + 2
-    is_by_key = output[-1:] not in query
-    if "." in equation or not (is_summed_once and are_matrices and is_by_key):
+    summed = [axis for axis in query if axis in key and axis not in output]
+    if len(summed) != 1 or len(output) < 2 or "." in equation:
         return []
+    orders = []
+    for axes, token in ((query, output[-2]), (key, output[-1])):
+        order = [*output[:-2], token, *summed]
+        if token not in axes or not set(axes) <= set(order):
+            return []
+        orders.append(order)
     return orders
+
+
+def _ordered(factor: Tensor, axes: str, order: Sequence[str]) -> Tensor:
+    """Bring the axes of a factor into an order, in which those that it has not are of length one."""
+    own = [axes.index(axis) for axis in order if axis in axes]
+    ordered = factor.permute(own)
+    for place, axis in enumerate(order):
+        if axis not in axes:
+            ordered = ordered.unsqueeze(place)
+    return ordered

@@ -156,7 +156,7 @@ def compensation_by(
         found = survey(model, make, first)
         work = Work(model, plan, kept, tensors, found, report)
         handlers = handlers_of(work, method)
-        if method != "statistics" and found.attends:
+        if method != "statistics" and found.multiplies:
             turn(work, HeadMoments(model, make, batches))
         fold(work, folded_by(handlers), InputMoments(model, make, batches))
         _step_through(work, handlers, batches, make)

@@ -89,12 +89,14 @@ class FoundHeads:
         by_keys: The heads, by the rows of their keys.
         unknown: The width of heads, by the names of the weights whose outputs are computed with before they are
             multiplied as queries or keys.
+        other: The same where they are multiplied for anything but a softmax.
         used: Rows of weights that are used elsewhere too, by the names of these.
         batches: How many batches were looked at.
     """
 
     by_keys: dict[Rows, Head] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
+    other: dict[str, int] = field(default_factory=dict)
     used: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     batches: int = 0
 
@@ -103,9 +105,7 @@ class FoundHeads:
         query = _by_head(product, product.query, product.of_query)
         key = _by_head(product, product.key, product.of_key)
         if query is None or key is None:
-            for origin in (product.of_query, product.of_key):
-                if origin is not None:
-                    self.unknown[origin.weight] = product.query.shape[-1]
+            self.unknown.update(product.widths)
             return
         both = torch.cat([query.rows, key.rows], 1)
         pairs, number_of = both.unique(dim=0, return_inverse=True)
@@ -129,9 +129,11 @@ class FoundHeads:
         uses: Counter[tuple[str, int]] = Counter()
         for head in self.by_keys.values():
             for one in head.rows:
-                uses.update((one.weight, row) for row in one.rows)
+                of_weight = [(one.weight, row) for row in one.rows]
+                uses.update(of_weight)
         for name, used in self.used.items():
-            uses.update((name, row) for row in used)
+            elsewhere = [(name, row) for row in used]
+            uses.update(elsewhere)
         found = []
         for head in heads:
             of_head = [uses[one.weight, row] for one in head.rows for row in one.rows]
@@ -212,5 +214,7 @@ class HeadMoments:
                 run(batch)
             for name, rows in watch.used().items():
                 found.used[name] |= rows
+            for product in watch.pending:
+                found.other.update(product.widths)
             found.batches += 1
         return [head for head in found.by_keys.values() if is_wanted(head)]

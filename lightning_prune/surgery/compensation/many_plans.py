@@ -96,7 +96,7 @@ class Compensator:
         kept = kept_positions(in_force, earlier)
         work = Work(self._model, plan, kept, tensors, self._survey, CompensationReport(self._method))
         handlers = handlers_of(work, self._method)
-        if self._method != "statistics" and self._survey.attends:
+        if self._method != "statistics" and self._survey.multiplies:
             turn(work, self._heads)
         fold(work, folded_by(handlers), self._moments)
         lanes = self._survey.lanes()

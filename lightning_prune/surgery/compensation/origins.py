@@ -185,7 +185,8 @@ class Origins:
         if not known:
             return
         if _writes(name):
-            self.use(args[0])
+            for one in known:
+                self.use(one)
         returned = _tensors(output)
         [source, *others] = known
         origin = self.of(source)

@@ -21,7 +21,14 @@ _VIEWS = {
     "__getitem__", "expand", "expand_as", "flatten", "permute", "repeat", "reshape", "squeeze", "transpose",
     "unsqueeze", "view",
 }  # fmt: skip
-_SOFTMAX = {"scaled_dot_product_attention", "softmax"}
+_PRODUCTS = {
+    "__matmul__",
+    "baddbmm",
+    "bmm",
+    "einsum",
+    "matmul",
+    "scaled_dot_product_attention",
+}
 _PER_LANE = 3  # what two paused runs keep, as a multiple of the input and output of a layer: branches among that
 
 Known = TypeVar("Known")
@@ -68,7 +75,7 @@ class Survey:
         norms: Each normalisation, by the name of its running mean.
         terms: Names of the tensors that are added to activations or joined with them, such as positions and class
             tokens: they make channels, and consume none.
-        attends: Whether it takes a softmax, as attention does.
+        multiplies: Whether it multiplies tensors by functions that attention is made of.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -79,7 +86,7 @@ class Survey:
     bytes: dict[str, int] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     terms: set[str] = field(default_factory=set)
-    attends: bool = False
+    multiplies: bool = False
 
     def lanes(self) -> dict[str, int]:
         """Return how many batches of this size may be under way at each layer."""
@@ -137,8 +144,8 @@ class _Survey(Watch):
             self._note_terms(args)
         elif name in _JOINS:
             self._note_terms(args[0])
-        elif name in _SOFTMAX:
-            self.found.attends = True
+        elif name in _PRODUCTS:
+            self.found.multiplies = True
         output = super().__torch_function__(func, types, args, kwargs)
         if name in _VIEWS and self._own_name(args[0]):
             self._viewed.set(output, self._own_name(args[0]))

@@ -41,21 +41,27 @@ def turn(work: Work, seen: HeadMoments) -> None:
         for one in head.rows:
             work.report.not_compensated[one.weight] = _ELSEWHERE
     for name, of_heads in errors.items():
-        before, after, whole = torch.stack(of_heads).sum(0).tolist()
+        total = torch.stack(of_heads).sum(0)
         tiny = torch.finfo(torch.float64).tiny
-        whole = max(whole, tiny)
-        work.report.scores[name] = LayerError(before / whole, after / whole)
-    for name, width in seen.found.unknown.items():
-        if _loses_width(work, name, width):
-            work.report.not_compensated[name] = _COMPUTED
+        whole = total[2].clamp_min(tiny)
+        shares = total / whole
+        before, after, _ = shares.tolist()
+        work.report.scores[name] = LayerError(before, after)
+    for reason, widths in ((_ELSEWHERE, seen.found.other), (_COMPUTED, seen.found.unknown)):
+        for name, width in widths.items():
+            if _loses_width(work, name, width):
+                work.report.not_compensated[name] = reason
 
 
 def _narrowed(work: Work, head: Head) -> Tensor | None:
     """Return which of the channels of a head are kept: (width,) bool; None if it is kept whole or pruned whole."""
     kept = [work.is_kept(one.weight, one.rows) for one in head.rows]
-    alike = all(torch.equal(one, kept[0]) for one in kept)
-    is_narrower = bool(kept[0].any()) and not bool(kept[0].all())
-    return kept[0] if alike and is_narrower else None
+    first = kept[0]
+    for one in kept:
+        if not torch.equal(one, first):
+            return None
+    is_narrower = bool(first.any()) and not bool(first.all())
+    return first if is_narrower else None
 
 
 def _loses_width(work: Work, name: str, width: int) -> bool:
@@ -93,10 +99,12 @@ def _turn_head(work: Work, head: Head, kept: Tensor) -> Tensor:
                 work.turn(name, Turn(turned, places, mix))
     every = torch.eye(len(kept), dtype=torch.float64, device=kept.device)
     plain = every[:, kept]
+    as_it_was = plain @ plain.T
+    turned_scores = query_mix @ key_mix.T
     return torch.stack(
         [
-            _error(head, plain @ plain.T - every),
-            _error(head, query_mix @ key_mix.T - every),
+            _error(head, as_it_was - every),
+            _error(head, turned_scores - every),
             _error(head, every),
         ]
     )
@@ -138,8 +146,10 @@ def mixes(of_queries: Tensor, of_keys: Tensor, kept: Tensor) -> tuple[Tensor, Te
     left, shares, right = torch.linalg.svd(query_root @ key_root)
     width = int(kept.sum())
     balance = shares[:width].sqrt()
-    query_mix = query_inverse @ left[:, :width] * balance
-    key_mix = key_inverse @ right[:width].T * balance
+    query_mix = query_inverse @ left[:, :width]
+    query_mix = query_mix * balance
+    key_mix = key_inverse @ right[:width].T
+    key_mix = key_mix * balance
     of_kept = query_mix[kept] + key_mix[kept]
     first, _, second = torch.linalg.svd(of_kept)
     nearest = second.T @ first.T
@@ -153,5 +163,6 @@ def _roots(moments: Tensor) -> tuple[Tensor, Tensor]:
     roots = variances.clamp_min(0).sqrt()
     inverse = torch.where(is_there, 1 / roots, 0)
     roots = torch.where(is_there, roots, 0)
-    root = directions * roots @ directions.T
-    return root, directions * inverse @ directions.T
+    root = directions * roots
+    inverse_root = directions * inverse
+    return root @ directions.T, inverse_root @ directions.T

@@ -103,7 +103,8 @@ class Work:
     def is_kept(self, name: str, rows: Sequence[int]) -> Tensor:
         """Tell which rows of a weight are kept: (n,) bool."""
         kept = self.kept_along(name, 0)
-        return torch.isin(torch.tensor(rows, device=kept.device), kept)
+        every = torch.tensor(rows, device=kept.device)
+        return torch.isin(every, kept)
 
     def bias_taking_means(self, name: str) -> Tensor | None:
         """Return the bias that goes with a weight, unless normalisation behind takes up the means."""
@@ -154,7 +155,8 @@ class Work:
             by_group = outputs.unflatten(1, (layer.groups, -1))
             by_group = by_group.index_select(1, kept_groups)
             return by_group.flatten(1, 2)
-        return self._turned(name, outputs.index_select(1, kept), outputs, 1)
+        outputs_kept = outputs.index_select(1, kept)
+        return self._turned(name, outputs_kept, outputs, 1)
 
     def with_kept_outputs(self, name: str) -> Tensor:
         """Return a weight before the prune, less the outputs that are pruned."""
@@ -164,7 +166,8 @@ class Work:
             if axis != in_axis:
                 kept = self.kept_along(name, axis)
                 weight = weight.index_select(axis, kept)
-        return self._turned(name, weight, self._own[name].detach(), 0)
+        every = self._own[name].detach()
+        return self._turned(name, weight, every, 0)
 
     def _turned(self, name: str, kept: Tensor, every: Tensor, axis: int) -> Tensor:
         """Return the kept channels that a weight makes, with those of queries and keys mixed of several."""
