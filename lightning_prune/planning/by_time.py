@@ -86,7 +86,8 @@ def timed_plan(
         )
     slowest = max(within_budget, key=lambda attempt: attempt.fraction)
     plan = slowest.plan
-    measured = {"asked": keep, "achieved": slowest.fraction, "predicted": cost(plan.widths) / cost.original}
+    predicted = cost(plan.widths) / cost.original
+    measured = {"asked": keep, "achieved": slowest.fraction, "predicted": predicted}
     return replace(plan, budget={**(plan.budget or {}), **measured})
 
 

@@ -141,11 +141,13 @@ class Products:
             (..., products) int64.
         """
         lengths = self._fixed + widths @ self._per_channel.T  # (..., axes)
-        rounded_up = -(-lengths // self._multiples) * self._multiples
+        blocks = -(-lengths // self._multiples)
+        rounded_up = blocks * self._multiples
         copied = np.flatnonzero(self._unfilled)
         for axis in copied.tolist():
             rounded_up[..., axis] *= self._is_unfilled(axis, widths)
-        return rounded_up[..., self._factors].prod(axis=-1)
+        factors = rounded_up[..., self._factors]
+        return factors.prod(axis=-1)
 
     def _is_unfilled(self, axis: int, widths: np.ndarray) -> np.ndarray:
         """Tell at which widths the channels of some group do not fill the blocks of an axis: (...) bool."""

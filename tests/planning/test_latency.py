@@ -113,6 +113,20 @@ def test_predictions_are_exact_of_the_original_network(monkeypatch):
     assert CostModel(graph, "latency").original == pytest.approx(0.7 * 7.4, rel=0.05)
 
 
+def test_a_cold_start_does_not_count(monkeypatch):
+    calls = []
+
+    def cold_at_first(graph, widths: dict[str, int], runs: int) -> dict[Segment, float]:
+        calls.append(widths)
+        slower = 3 if len(calls) < 3 else 1
+        return {segment: slower * taken for segment, taken in clock(graph, widths, runs).items()}
+
+    monkeypatch.setattr(profiling, "time_segments", cold_at_first)
+    graph = lp.trace(network(), IMAGE)
+    profile(graph, samples=12)
+    assert CostModel(graph, "latency").original == pytest.approx(time_of({}), rel=1e-6)
+
+
 def test_the_fit_is_the_best_without_negative_coefficients():
     generator = np.random.default_rng(0)
     for _ in range(50):
