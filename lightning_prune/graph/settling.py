@@ -476,7 +476,10 @@ class Search:
         )
 
     def _verify(self, grouping: Grouping, observed: _Observed) -> _Verdict:
-        """Try groups, beside those of the other sheet and alone: sizes of both can be right together by chance."""
+        """Try groups, beside those of the other sheet and alone: sizes of both can be right together by chance.
+
+        Beside them it is told apart which size is that of which group, which holds alone too.
+        """
         if not grouping.groups:
             return _Verdict(works=True)
         fitted = self._fitted(grouping, observed.evaluation)
@@ -493,7 +496,9 @@ class Search:
             grouping,
             replace(fitted, beside={}),
         )
-        return self._verify_in_evaluation(alone, observed.evaluation)
+        trial = alone.first_trial(training=False, full=observed.evaluation)
+        findings = alone.findings_at_once(trial)
+        return _Verdict(works=not findings, findings=findings)
 
     def _verify_beside(self, verifier: Verifier, observed: _Observed) -> _Verdict:
         """Try groups in training mode, and in evaluation mode unless that has just been seen to do the same."""

@@ -100,7 +100,7 @@ def trace(
 
 
 def _graph(model: nn.Module, network: Network, with_blocks: bool) -> ChannelGraph:
-    """Return the graph of a network; what passes have shown is gone before memory is searched again."""
+    """Return the graph of a network; what passes have shown is let go before memory is searched again."""
     forward = network.forward
     seen = _see(network)
     terms = cost_terms(

@@ -1,6 +1,6 @@
 """Verification of groups on smaller networks, before anyone relies on them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_prune.graph.comparison import Expectations
 from lightning_prune.graph.explanation import Explanation, Finding
@@ -50,7 +50,18 @@ class Verifier:
 
         A wrong place can be right by chance: a quarter of one half is one half of a quarter.
         """
-        for each in self._trials(trial):
+        return self._first_found(self._trials(trial))
+
+    def findings_at_once(self, trial: Trial) -> list[Finding]:
+        """Return what goes wrong in the first trial or, if channels are cut, in others that prune all groups.
+
+        Args:
+            trial: The first trial; which size is that of which group has been told before.
+        """
+        return self._first_found(self._trials_at_once(trial))
+
+    def _first_found(self, trials: Iterable[Trial]) -> list[Finding]:
+        for each in trials:
             found = self._explanation(each).findings()
             if found:
                 return found
@@ -61,11 +72,22 @@ class Verifier:
         return not any(self._explanation(each).is_needed() for each in self._trials(trial))
 
     def _trials(self, first: Trial) -> Iterator[Trial]:
-        yield first
+        yield from self._trials_at_once(first)
         cut = self.expectations.groups_of(first.full.cut)
         if cut:
-            for shrinking in _more_shrinkings(self.groups, cut, first.shrinking.training):
-                yield self.runner.run(shrinking, first.full)
+            for some in _subsets(self.groups, cut):
+                yield self._another(first, Pruned.FIRST, some)
+
+    def _trials_at_once(self, first: Trial) -> Iterator[Trial]:
+        """Yield trials that prune some channels of all groups: anywhere and, where any are cut, at either end."""
+        yield first
+        if self.cuts(first.full):
+            for end in (Pruned.FIRST, Pruned.LAST):
+                yield self._another(first, end, self.groups)
+
+    def _another(self, first: Trial, pruned: Pruned, groups: Sequence[int]) -> Trial:
+        shrinking = Shrinking(groups, pruned, first.shrinking.training)
+        return self.runner.run(shrinking, first.full)
 
     def cuts(self, full: Record) -> bool:
         """Tell whether channels of groups are cut somewhere."""
@@ -75,10 +97,8 @@ class Verifier:
         return Explanation(self.runner, self.expectations, trial)
 
 
-def _more_shrinkings(groups: Sequence[int], cut: frozenset[int], training: bool) -> Iterator[Shrinking]:
-    """Prune either end of all groups, then some so that each that is cut has fewer channels where another has not."""
-    yield Shrinking(groups, Pruned.FIRST, training)
-    yield Shrinking(groups, Pruned.LAST, training)
+def _subsets(groups: Sequence[int], cut: frozenset[int]) -> Iterator[list[int]]:
+    """Yield some groups, so that each that is cut is among them where another is not."""
     others = [group for group in groups if group not in cut]
     alike = others[:1]  # stands for all of them: these need not be told from each other
     to_tell_apart = sorted(cut) + alike
@@ -86,5 +106,4 @@ def _more_shrinkings(groups: Sequence[int], cut: frozenset[int], training: bool)
         smaller = set(some)
         if smaller.intersection(alike):
             smaller.update(others)
-        shrinking = Shrinking(sorted(smaller), Pruned.FIRST, training)
-        yield shrinking
+        yield sorted(smaller)
