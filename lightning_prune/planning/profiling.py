@@ -1,6 +1,7 @@
 """Profile of a network: from timed runs it is learnt how long a forward pass takes at any widths of the groups."""
 
 import itertools
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -110,11 +111,11 @@ def _tried(graph: ChannelGraph, samples: int) -> list[np.ndarray]:
 def _timed(graph: ChannelGraph, tried: Sequence[np.ndarray], runs: int) -> list[dict[Segment, float]]:
     """Return the milliseconds of each segment, for each network that is tried.
 
-    The original one, which is the first, is timed again among the others, and the fastest counts: memory is cold at
+    The original one, which is the first, is timed again among the others, and the median counts: memory is cold at
     first, and all predictions are fractions of its time.
     """
     measured = []
-    original: dict[Segment, float] = {}
+    original = []
     name = type(graph.model).__name__
     with progress(f"Timing {name} at random widths", len(tried)) as work:
         for number, widths in enumerate(tried):
@@ -123,23 +124,18 @@ def _timed(graph: ChannelGraph, tried: Sequence[np.ndarray], runs: int) -> list[
             is_turn = number % _ORIGINAL_EVERY == 0
             if is_turn:
                 again = time_segments(graph, {}, runs)
-                original = _faster(original, again)
+                original.append(again)
             work.advance()
-    return [original, *measured[1:]]
+    return [_median(original), *measured[1:]]
 
 
-def _faster(one: dict[Segment, float], other: dict[Segment, float]) -> dict[Segment, float]:
-    """Return the faster of two times of each segment.
-
-    Args:
-        one: Milliseconds of the segments that were timed before.
-        other: Milliseconds of each.
-    """
-    faster = {}
-    for segment, taken in other.items():
-        before = one.get(segment, taken)
-        faster[segment] = min(before, taken)
-    return faster
+def _median(several: Sequence[dict[Segment, float]]) -> dict[Segment, float]:
+    """Return the median time of each segment."""
+    medians = {}
+    for segment in several[0]:
+        taken = [times[segment] for times in several]
+        medians[segment] = statistics.median(taken)
+    return medians
 
 
 def _random_widths(sizes: np.ndarray, step_from: int, generator: np.random.Generator) -> np.ndarray:
