@@ -31,9 +31,10 @@ def empty_caches(model: nn.Module) -> None:
 def _keeps_tensors(module: nn.Module) -> bool:
     """Tell whether a module has tensors that are neither parameters nor buffers."""
     kept: list[Any] = [value for name, value in vars(module).items() if name not in _OF_TORCH]
-    for value in list(kept):
+    kinds = set(map(type, kept))
+    for value in kept:
         if isinstance(value, dict):
-            kept += value.values()
-        elif isinstance(value, list | tuple):
-            kept += value
-    return any(isinstance(value, Tensor) for value in kept)
+            kinds.update(map(type, value.values()))
+        elif isinstance(value, list | tuple):  # which may have very many numbers
+            kinds.update(map(type, value))
+    return any(issubclass(kind, Tensor) for kind in kinds)

@@ -260,7 +260,8 @@ def _of_sequence(values: Any, twin: Twin) -> Any:
     blank = kind([], values.maxlen) if isinstance(values, deque) else kind.__new__(kind)
 
     def fill() -> None:
-        blank.extend([twin.counterpart(value) for value in values])
+        is_plain = set(map(type, values)) <= _PLAIN  # as thousands of numbers of positions are
+        blank.extend(values if is_plain else [twin.counterpart(value) for value in values])
         if kind not in (list, deque) and hasattr(values, "__dict__"):
             twin.fill_attributes(values, blank)
 
