@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from torch import nn
 
 import lightning_prune as lp
 from lightning_prune import planning
+from lightning_prune.graph.channel_graph import Axis, Term
 from lightning_prune.planning import by_time, metrics, plan_by_layer, profiling
 from lightning_prune.planning.cost import CostModel
 from lightning_prune.planning.profiling import profile
 from lightning_prune.planning.reachability import check_reachable
 from lightning_prune.planning.segments import Segment
 from lightning_prune.planning.stand_ins import at_widths
+from lightning_prune.planning.tables import TABLE
 
 IMAGE = torch.zeros(2, 3, 12, 12)
 
@@ -98,6 +101,24 @@ def test_the_profile_learns_what_it_costs_that_blocks_are_not_filled(monkeypatch
             taken = sum(copies(again, {"0": one, "3": two}, 1).values())
             assert cost({"0": one, "3": two}) == pytest.approx(taken, rel=1e-6)
         assert cost({"0": 24}) > cost({"0": 32})
+
+
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_budgets_are_met_where_narrower_may_be_slower(round_to):
+    """A search within a budget may not count on costs that fall with each channel."""
+    graph = lp.trace(network(), IMAGE)
+    one, two = Axis(0, (("0", 1),)), Axis(0, (("3", 1),))
+    copied = [(replace(axis, unfilled=16),) for axis in (one, two)]
+    graph.terms[TABLE] = [Term(0.001, (one, two), "3"), Term(0.04, copied[0], "0"), Term(0.02, copied[1], "3")]
+    cost = CostModel(graph, TABLE)
+    assert cost({"0": 24}) > cost({})
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {name: torch.rand(group.size, generator=generator) for name, group in graph.groups.items()}
+        for keep in (0.9, 0.7, 0.5, 0.4):
+            plan = lp.plan(graph, scores, keep=keep, metric=TABLE, round_to=round_to)
+            assert cost(plan.widths) / cost.original == pytest.approx(plan.budget["achieved"])
+            assert plan.budget["achieved"] <= keep
 
 
 def test_predictions_are_exact_of_the_original_network(monkeypatch):
