@@ -21,7 +21,7 @@ def expected_shares(graph: ChannelGraph) -> dict[str, Tensor]:
     What layers consume is taken as uncorrelated, with the variance that batch normalisation gives it; where there is
     none, with that of the layer's outputs for uncorrelated inputs. At each layer, the share of the variance is averaged
     over the outputs; shares of several layers are added. Where no layer consumes a group, its channels share what the
-    group has in all. Queries and keys are told by what is lost of their products once those that are kept are mixed of
+    group has in all. Queries and keys are told by what goes from their products once those that are kept are mixed of
     all.
 
     Args:
@@ -110,7 +110,7 @@ def _variance(now: Snapshot, name: str, scales: set[str]) -> Tensor:
 
 
 def _variance_of_scores(by_place: Sequence[Tensor]) -> Tensor:
-    """Return what is lost of the scores of all heads with each channel, once the others are mixed to tell most of them.
+    """Return what goes from the scores of all heads with each channel, once the others are mixed to tell most of them.
 
     Args:
         by_place: (channels, inputs) rows that make the queries of each head, and those that make the keys.
@@ -127,8 +127,10 @@ def _variance_of_scores(by_place: Sequence[Tensor]) -> Tensor:
         _, of_keys = torch.linalg.qr(keys.T)
         shares = torch.linalg.svdvals(of_queries @ of_keys.T).square()
         told[: len(shares)] += shares
-    order = alone.argsort(descending=True, stable=True)
-    return told.new_empty(told.shape).index_copy(0, order, told)
+    largest_first = alone.argsort(descending=True, stable=True)
+    variances = torch.empty_like(told)
+    variances[largest_first] = told
+    return variances
 
 
 def _consumed(now: Snapshot) -> dict[tuple[str, int], list[_Place]]:
