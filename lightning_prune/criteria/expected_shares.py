@@ -21,8 +21,7 @@ def expected_shares(graph: ChannelGraph) -> dict[str, Tensor]:
     What layers consume is taken as uncorrelated, with the variance that batch normalisation gives it; where there is
     none, with that of the layer's outputs for uncorrelated inputs. At each layer, the share of the variance is averaged
     over the outputs; shares of several layers are added. Where no layer consumes a group, its channels share what the
-    group has in all. Queries and keys are told by what goes from their products once those that are kept are mixed of
-    all.
+    group has in all: what is multiplied, as queries by keys are, by the product of both variances.
 
     Args:
         graph: The traced model; the weights are read as they are now.
@@ -98,39 +97,15 @@ def _variance(now: Snapshot, name: str, scales: set[str]) -> Tensor:
     for place in normalised or group.out_slices:
         rows = now.rows(name, place)
         rows = rows.detach()
-        by_place.append(rows.to("cpu", torch.float64))
-    if group.kind == "query-key" and len(by_place) % 2 == 0:  # of each head: queries come first, then keys
-        return _variance_of_scores(by_place)
-    variances = []
-    for rows in by_place:
+        rows = rows.to("cpu", torch.float64)
         squares = rows.square()
         variance = squares.mean(1) if normalised else squares.sum(1)
-        variances.append(variance)
-    return torch.stack(variances).sum(0)
-
-
-def _variance_of_scores(by_place: Sequence[Tensor]) -> Tensor:
-    """Return what goes from the scores of all heads with each channel, once the others are mixed to tell most of them.
-
-    Args:
-        by_place: (channels, inputs) rows that make the queries of each head, and those that make the keys.
-
-    Returns:
-        (channels,), most for the channels whose own products vary most.
-    """
-    heads = len(by_place) // 2
-    alone = torch.zeros(len(by_place[0]), dtype=torch.float64)
-    told = torch.zeros_like(alone)
-    for queries, keys in zip(by_place[:heads], by_place[heads:], strict=True):
-        alone += queries.square().sum(1) * keys.square().sum(1)
-        _, of_queries = torch.linalg.qr(queries.T)
-        _, of_keys = torch.linalg.qr(keys.T)
-        shares = torch.linalg.svdvals(of_queries @ of_keys.T).square()
-        told[: len(shares)] += shares
-    largest_first = alone.argsort(descending=True, stable=True)
-    variances = torch.empty_like(told)
-    variances[largest_first] = told
-    return variances
+        by_place.append(variance)
+    variances = torch.stack(by_place)
+    if group.kind == "query-key" and len(by_place) % 2 == 0:  # of each head: queries come first, then keys
+        queries, keys = variances.chunk(2)
+        variances = queries * keys
+    return variances.sum(0)
 
 
 def _consumed(now: Snapshot) -> dict[tuple[str, int], list[_Place]]:
